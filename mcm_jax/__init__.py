@@ -1,0 +1,18 @@
+"""Multistep Consistency Models (Heek, Hoogeboom, Salimans 2024) in JAX and Flax NNX.
+
+import mcm_jax
+run = mcm_jax.load("runs/cd4")
+images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcm_jax.runs import Run
+
+
+def load(workdir: Any, **options: Any) -> "Run":
+    """The trained run in `workdir`, ready to sample from; options as of `runs.load_run`."""
+    from mcm_jax import runs  # `import mcm_jax` stays light: programs' --help need no JAX.
+
+    return runs.load_run(workdir, **options)

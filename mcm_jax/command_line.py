@@ -1,0 +1,60 @@
+"""What all programs share: flags in, one function call, exit code 0, 1 or 2 out."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from mcm_jax.errors import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main()`; the only way in for every program.
+
+    Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault); 2 bad input,
+    told in one line on stderr; 130 interrupted by Ctrl-C.
+    """
+    try:
+        app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
+    except InputError as error:
+        _exit_with(error)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        # Libraries tell every checkpoint in dozens of lines; --verbosity=0 shows them.
+        logging.set_verbosity(logging.WARNING)
+    try:
+        main()
+    except InputError as error:
+        _exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser with every failure turned into one `InputError`.
+
+    ml_collections loads the config file while parsing, so that an unknown field (AttributeError), a
+    wrong type (TypeError) or a missing file (OSError) surfaces here and not as absl's own error.
+    """
+    try:
+        rest = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        raise InputError(_one_line(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"bad --config: {_one_line(error)}") from error
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}: every option is a flag, see --help")
+    return rest
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return " ".join(text.split())
+
+
+def _exit_with(error: InputError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

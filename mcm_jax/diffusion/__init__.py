@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, the process, steps and segments; jax.numpy only."""

@@ -1,0 +1,57 @@
+"""The variance preserving forward process and its three predictions (SPEC 1).
+
+z_t = alpha_t x + sigma_t eps, alpha_t^2 = sigmoid(lambda_t), sigma_t^2 = sigmoid(-lambda_t). Images
+are [B, ...], log-SNRs [B]; example j never influences example i.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+Image = Float[Array, "B ..."]
+PerExample = Float[Array, "B"]
+
+
+def alpha(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
+    """alpha = sqrt(sigmoid(lambda))."""
+    return jnp.sqrt(jax.nn.sigmoid(logsnr))
+
+
+def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
+    """sigma = sqrt(sigmoid(-lambda))."""
+    return jnp.sqrt(jax.nn.sigmoid(-logsnr))
+
+
+def over_pixels(per_example: Shaped[Array, "B"], image: Image) -> Shaped[Array, "B ..."]:
+    """[B] -> [B, 1, ..., 1], so that it multiplies `image` example by example."""
+    return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))
+
+
+def mean_square(image: Image) -> PerExample:
+    """||a||^2 / d for every example, d its number of entries."""
+    return jnp.mean(jnp.square(image), axis=tuple(range(1, image.ndim)))
+
+
+def diffuse(x: Image, eps: Image, *, logsnr_t: PerExample) -> Image:
+    """z_t = alpha_t x + sigma_t eps."""
+    return over_pixels(alpha(logsnr_t), x) * x + over_pixels(sigma(logsnr_t), x) * eps
+
+
+def v_from_x_eps(x: Image, eps: Image, *, logsnr_t: PerExample) -> Image:
+    """v = alpha_t eps - sigma_t x."""
+    return over_pixels(alpha(logsnr_t), x) * eps - over_pixels(sigma(logsnr_t), x) * x
+
+
+def x_from_v(v_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
+    """x_hat = alpha_t z_t - sigma_t v_hat."""
+    return over_pixels(alpha(logsnr_t), z_t) * z_t - over_pixels(sigma(logsnr_t), z_t) * v_hat
+
+
+def eps_from_v(v_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
+    """eps_hat = sigma_t z_t + alpha_t v_hat."""
+    return over_pixels(sigma(logsnr_t), z_t) * z_t + over_pixels(alpha(logsnr_t), z_t) * v_hat
+
+
+def eps_from_x(x_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
+    """eps_hat = (z_t - alpha_t x_hat) / sigma_t; sigma_t > 0 at every finite log-SNR."""
+    return (z_t - over_pixels(alpha(logsnr_t), z_t) * x_hat) / over_pixels(sigma(logsnr_t), z_t)

@@ -1,0 +1,59 @@
+"""Student segments and the teacher's grid inside them (MCM Algorithm 1; SPEC 4, steps 1 to 3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+PRNGKey = jax.Array
+
+
+def annealed_teacher_steps(
+    train_step: Int[Array, ""], *, first: float, last: float, anneal_steps: int
+) -> Float[Array, ""]:
+    """N_teacher(i) = exp(log first + clip(i / anneal_steps, 0, 1) (log last - log first)).
+
+    Args:
+      train_step: i, the number of updates done so far.
+      first, last: teacher steps over all of time at i = 0 and from i = anneal_steps on; equal for
+        the constant teacher of the ablation.
+      anneal_steps: length of the annealing in updates, at least 1.
+    """
+    fraction = jnp.clip(train_step / anneal_steps, 0.0, 1.0)
+    return jnp.exp(np.log(first) + fraction * (np.log(last) - np.log(first)))
+
+
+def steps_per_segment(teacher_steps: Float[Array, ""], *, student_steps: int) -> Int[Array, ""]:
+    """N_per = max(1, round(N_teacher / S)): teacher steps inside one student step."""
+    return jnp.maximum(1, jnp.round(teacher_steps / student_steps)).astype(jnp.int32)
+
+
+class Times(NamedTuple):
+    """A batch of teacher steps t -> s inside the student segments that end at t_step <= s < t."""
+
+    t: Float[Array, "B"]
+    s: Float[Array, "B"]
+    t_step: Float[Array, "B"]
+    is_last: Bool[Array, "B"]  # s = t_step: the teacher's step ends on the segment's boundary
+
+
+def draw_times(
+    key: PRNGKey, *, batch_size: int, student_steps: int, steps_per_segment: Int[Array, ""]
+) -> Times:
+    """step ~ U{0..S-1}, n_rel ~ U{1..N_per}; t = (step N_per + n_rel) / T, s = t - 1/T, T = N_per S.
+
+    Formed from integers, so that s = t_step is known exactly (n_rel = 1) and both are the same float.
+    """
+    key_step, key_rel = jax.random.split(key)
+    step = jax.random.randint(key_step, (batch_size,), 0, student_steps)
+    n_rel = jax.random.randint(key_rel, (batch_size,), 1, steps_per_segment + 1)
+    start = step * steps_per_segment
+    grid_steps = (student_steps * steps_per_segment).astype(jnp.float32)
+    return Times(
+        t=(start + n_rel) / grid_steps,
+        s=(start + n_rel - 1) / grid_steps,
+        t_step=start / grid_steps,
+        is_last=n_rel == 1,
+    )

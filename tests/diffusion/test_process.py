@@ -1,0 +1,51 @@
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax.diffusion import process
+from tests import reference
+
+LOGSNR = jnp.linspace(-16.4, 16.4, 9)
+
+
+def images(seed):
+    return jax.random.normal(jax.random.key(seed), (len(LOGSNR), 4, 4, 3))
+
+
+def test_alpha_sigma_equal_float64():
+    expected = np.array([reference.alpha_sigma(float(logsnr)) for logsnr in LOGSNR])
+    np.testing.assert_allclose(process.alpha(LOGSNR), expected[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(process.sigma(LOGSNR), expected[:, 1], rtol=1e-6)
+
+
+@hypothesis.given(hnp.arrays(np.float32, 5, elements=st.floats(-17, 17, width=32)))
+def test_variance_is_preserved(logsnr):
+    logsnr = jnp.asarray(logsnr)
+    total = process.alpha(logsnr) ** 2 + process.sigma(logsnr) ** 2
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+def test_conversions_round_trip():
+    x, eps, logsnr = images(0), images(1), LOGSNR
+    z_t = process.diffuse(x, eps, logsnr_t=logsnr)
+    v = process.v_from_x_eps(x, eps, logsnr_t=logsnr)
+    # v is a rotation: errors are not amplified at any noise level.
+    np.testing.assert_allclose(process.x_from_v(v, z_t, logsnr_t=logsnr), x, atol=2e-6)
+    np.testing.assert_allclose(process.eps_from_v(v, z_t, logsnr_t=logsnr), eps, atol=2e-6)
+
+
+def test_eps_from_x_inverts_diffuse():
+    x, eps = images(0), images(1)
+    logsnr = jnp.clip(LOGSNR, -15, 8)
+    z_t = process.diffuse(x, eps, logsnr_t=logsnr)
+    # Division by sigma = 0.018 at log-SNR 8 amplifies float32's 1e-7 to 1e-5.
+    np.testing.assert_allclose(process.eps_from_x(x, z_t, logsnr_t=logsnr), eps, atol=5e-5)
+
+
+def test_mean_square_is_per_example():
+    x = images(0)
+    expected = [np.mean(np.square(np.asarray(example, np.float64))) for example in x]
+    np.testing.assert_allclose(process.mean_square(x), expected, rtol=1e-6)

@@ -1,0 +1,69 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcm_jax.diffusion import schedules
+from tests import reference
+
+T = jnp.linspace(0, 1, 1281)
+
+
+def test_cosine_equals_float64_on_the_finest_grid():
+    expected = [reference.cosine_logsnr(float(t)) for t in T]
+    # float32 has 9e-7 absolute resolution at 15; the computation itself adds about as much.
+    np.testing.assert_allclose(schedules.cosine()(T), expected, atol=3e-6)
+
+
+def test_cosine_spans_its_limits_and_falls():
+    logsnr = np.asarray(schedules.cosine(logsnr_min=-12.0, logsnr_max=10.0)(T))
+    np.testing.assert_allclose(logsnr[[0, -1]], [10.0, -12.0], rtol=1e-6)
+    assert np.all(np.diff(logsnr) < 0)
+
+
+def test_cosine_is_antisymmetric():
+    schedule = schedules.cosine()
+    # 1 - t rounds by 3e-8, times the slope 2 / t = 2560 at the first step.
+    np.testing.assert_allclose(schedule(T), -schedule(1 - T), atol=8e-5)
+
+
+def test_cosine_is_pi_t_over_2_in_the_middle():
+    """Far from the clip alpha = cos(pi t / 2) and sigma = sin(pi t / 2)."""
+    t = jnp.array([0.25, 0.5, 0.75])
+    tan = np.exp(-np.asarray(schedules.cosine()(t)) / 2)
+    # The rescaling of t moves it by 3.5e-4 at most.
+    np.testing.assert_allclose(tan, np.tan(np.pi * t / 2), rtol=2e-3)
+
+
+@pytest.mark.parametrize(("n", "r"), [(32, 64), (64, 64), (32, 16)])
+def test_shift_is_two_log_of_the_ratio(n, r):
+    shift = schedules.shifted(noise_resolution=n, image_resolution=r)(T) - schedules.cosine()(T)
+    np.testing.assert_allclose(shift, 2 * np.log(n / r), atol=4e-6)
+
+
+@pytest.mark.parametrize("n", [16, 32, 256])
+def test_kept_end_points_stay(n):
+    schedule = schedules.shifted(noise_resolution=n, image_resolution=64, end_points="kept")
+    np.testing.assert_allclose(schedule(jnp.array([0.0, 1.0])), [15.0, -15.0], rtol=1e-6)
+
+
+def test_imagenet64_is_cosine_minus_1386_one_minus_t():
+    schedule = schedules.interpolated(noise_resolution_low=32, noise_resolution_high=64, image_resolution=64)
+    expected = [reference.cosine_logsnr(float(t)) - 2 * np.log(2) * (1 - float(t)) for t in T]
+    np.testing.assert_allclose(schedule(T), expected, atol=4e-6)
+
+
+@hypothesis.given(st.integers(8, 512), st.integers(8, 512), st.sampled_from(["moved", "kept"]))
+def test_every_schedule_falls(low, high, end_points):
+    if low > high:
+        low, high = high, low
+    schedule = schedules.interpolated(
+        noise_resolution_low=low,
+        noise_resolution_high=high,
+        image_resolution=64,
+        end_points=end_points,
+    )
+    logsnr = np.asarray(schedule(T[::10]), np.float64)
+    assert np.all(np.isfinite(logsnr))
+    assert logsnr[0] > logsnr[-1]

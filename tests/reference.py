@@ -1,0 +1,44 @@
+"""The formulas of SPEC 1 to 4 once more, in float64 numpy, written from the definitions alone.
+
+Independent of mcm_jax on purpose: no stable forms, no shared helpers, loops where they are clearest.
+"""
+
+import math
+
+import numpy as np
+
+
+def alpha_sigma(logsnr):
+    """alpha and sigma of one log-SNR, both float."""
+    return math.sqrt(1 / (1 + math.exp(-logsnr))), math.sqrt(1 / (1 + math.exp(logsnr)))
+
+
+def cosine_logsnr(t, *, low=-15.0, high=15.0):
+    """-2 log tan(pi u / 2) with u linear in t between the log-SNRs high (t = 0) and low (t = 1)."""
+    u_0 = 2 / math.pi * math.atan(math.exp(-high / 2))
+    u_1 = 2 / math.pi * math.atan(math.exp(-low / 2))
+    return -2 * math.log(math.tan(math.pi / 2 * (u_0 + t * (u_1 - u_0))))
+
+
+def ddim(x, z_t, t, s):
+    """One example; t and s are log-SNRs."""
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
+    return a_s * x + s_s * (z_t - a_t * x) / s_t
+
+
+def inv_ddim(z_s, z_t, t, s):
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
+    return (z_s - s_s / s_t * z_t) / (a_s - a_t * s_s / s_t)
+
+
+def addim(x, z_t, t, s, x_var):
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
+    eps = (z_t - a_t * x) / s_t
+    z_s_var = (a_s - a_t * s_s / s_t) ** 2 * x_var
+    return a_s * x + math.sqrt(s_s**2 + eps.size / np.sum(eps**2) * z_s_var) * eps
+
+
+def consistency_target(x_teacher, x_ref, z_t, t, s, step, x_var):
+    """Algorithm 1 literally: aDDIM to s, DDIM to t_step, invDDIM back to an x at t."""
+    z_s = addim(x_teacher, z_t, t, s, x_var)
+    return inv_ddim(ddim(x_ref, z_s, s, step), z_t, t, step)
