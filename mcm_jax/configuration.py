@@ -1,0 +1,288 @@
+"""Every setting of a run: its name, default, meaning and range, in one place.
+
+A config file builds a locked `ConfigDict` from `default_config`; `validate` turns it into the frozen,
+typed `Config` that the rest of the program reads. Nothing derived is stored. A setting that the paper
+leaves open says so, with the reason for its default.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+from mcm_jax.diffusion.schedules import EndPoints
+from mcm_jax.errors import InputError
+from mcm_jax.models.blocks import Norm
+from mcm_jax.models.embeddings import NoiseScale
+from mcm_jax.models.uvit import StageKind
+from mcm_jax.objectives.consistency import LossWeight, TeacherStep
+from mcm_jax.sampling import Sampler
+
+Objective = Literal["diffusion", "cd", "ct"]
+LabelRule = Literal["uniform", "train_frequency"]
+
+
+def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A setting with its meaning and its inclusive range."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    dataset: str = _field("openmoji", "openmoji, or folder/NAME as prepared by mcm_jax.prepare")
+    data_dir: str = _field("data", "where prepared data sets lie")
+    resolution: int = _field(32, "height and width of the images in pixels", low=1)
+    horizontal_flip: bool = _field(
+        True, "flip half of the training images (open for the consistency stages; ours: as the teacher)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Every size of the UViT (SPEC 6)."""
+
+    kinds: tuple[StageKind, ...] = _field(
+        ("resnet", "resnet", "transformer"), "kind of each stage, from the top to the middle"
+    )
+    widths: tuple[int, ...] = _field((32, 64, 128), "channels of each stage", low=1)
+    blocks: tuple[int, ...] = _field((1, 1, 4), "blocks of each stage, on each side", low=1)
+    dropouts: tuple[float, ...] = _field((0.0, 0.0, 0.0), "dropout of each stage", low=0, high=0.99)
+    embedding_width: int = _field(128, "width of the conditioning vector", low=2)
+    head_width: int = _field(32, "attention head width (open: 64 or 128 at full size)", low=1)
+    mlp_factor: int = _field(4, "hidden width of a transformer's MLP over its width", low=1)
+    resnet_norm: Norm = _field("layer", "norm of ResNet blocks (open; layer is the cheaper)")
+    noise_scale: NoiseScale = _field("arctan", "axis of the noise level's embedding (open)")
+    dtype: Literal["float32", "bfloat16"] = _field("float32", "what activations compute in")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule (SPEC 2): cosine, shifted or interpolated by its two resolutions."""
+
+    noise_resolution_low: int | None = _field(
+        None, "n_low of the interpolated schedule in pixels; None: the image's resolution", low=1
+    )
+    noise_resolution_high: int | None = _field(
+        None, "n_high, the noise at t = 1; None: the image's resolution", low=1
+    )
+    end_points: EndPoints = _field(
+        "moved", "whether a shift moves the log-SNR's ends (open; moved is the formula as it stands)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyConfig:
+    """Multistep consistency (SPEC 4); no meaning for diffusion."""
+
+    student_steps: int | None = _field(None, "S: network calls of the student's sampler", low=1)
+    teacher_steps_first: float = _field(64.0, "N_teacher at the first update", low=1)
+    teacher_steps_last: float = _field(1280.0, "N_teacher at the end of the annealing", low=1)
+    anneal_steps: int = _field(100_000, "updates from first to last, exponentially", low=1)
+    teacher_step: TeacherStep = _field("addim", "integrator of the teacher's step")
+    xvar_frac: float = _field(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
+    huber_epsilon: float = _field(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
+    loss_weight: LossWeight = _field(
+        "sqrt_snr_plus_one",
+        "w_t (open; with the unsquared distance the root makes it the distance in v)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, its learning rate, and the averaged parameters."""
+
+    learning_rate: float = _field(1e-4, "peak learning rate of Adam (open)", low=0)
+    warmup_steps: int = _field(0, "updates of linear warm-up from 0", low=0)
+    decay: Literal["constant", "linear"] = _field("constant", "after the warm-up; linear ends at 0")
+    b1: float = _field(0.9, "Adam's b1 (open)", low=0, high=1)
+    b2: float = _field(0.99, "Adam's b2 (open)", low=0, high=1)
+    eps: float = _field(1e-12, "Adam's epsilon (open)", low=0)
+    clip_norm: float = _field(1.0, "largest global norm of the gradient (open)", low=1e-30)
+    ema_decay: float = _field(0.9999, "decay of the averaged parameters (open)", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how many at a time, and how often to save and show."""
+
+    num_steps: int = _field(200_000, "updates in all", low=1)
+    batch_size: int = _field(2048, "images an update, over all devices", low=1)
+    log_every_steps: int = _field(100, "updates between two lines of metrics", low=1)
+    checkpoint_every_steps: int = _field(5_000, "updates between two checkpoints", low=1)
+    keep_checkpoints: int = _field(2, "checkpoints kept, the newest ones", low=1)
+    sample_every_steps: int = _field(10_000, "updates between two sample grids; 0: none", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged."""
+
+    data: int = _field(-1, "devices over which the batch alone is split; -1: all that are left", low=-1)
+    fsdp: int = _field(1, "devices over which the parameters are split too", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the run is sampled where nothing else is asked for."""
+
+    sampler: Sampler = _field("addim", "a teacher's sampler; students always take ddim")
+    teacher_steps: int = _field(512, "steps of the teacher's sampler", low=1)
+    label_rule: LabelRule = _field(
+        "uniform", "how classes are drawn (open; uniform is SPEC 7's, train_frequency the data's)"
+    )
+    batch_per_device: int = _field(64, "images a device samples at once, padded", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `objective` selects what is minimised."""
+
+    objective: Objective = _field("diffusion", "diffusion (the teacher), cd (distil) or ct (train)")
+    seed: int = _field(0, "base of all randomness in training", low=0)
+    teacher_checkpoint: str | None = _field(
+        None, "workdir of the teacher that cd and ct start from and that cd distils"
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    consistency: ConsistencyConfig = dataclasses.field(default_factory=ConsistencyConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings with their defaults, as a locked ConfigDict for a config file to fill in."""
+    return _to_config_dict(Config())
+
+
+def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
+    result = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _to_config_dict(value)
+        elif value is None:
+            value = config_dict.placeholder(_without_none(hints[field.name]))
+        result[field.name] = value
+    return result.lock()
+
+
+def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
+    """'cd,steps=4' -> ({'cd'}, {'steps': 4}): the words and numbers after a config file's colon."""
+    words, numbers = set(), {}
+    for part in filter(None, (part.strip() for part in row.split(","))):
+        name, separator, number = part.partition("=")
+        if not separator:
+            words.add(name)
+        elif number.isdecimal():
+            numbers[name] = int(number)
+        else:
+            raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
+    return words, numbers
+
+
+def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks every field and their combinations; touches no device and no file.
+
+    Raises:
+      InputError: naming the field, its value and what is allowed.
+    """
+    raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    result = _read(Config, raw, prefix="")
+    _check_model(result)
+    if result.objective != "diffusion":
+        if result.teacher_checkpoint is None:
+            raise InputError(
+                f"config.teacher_checkpoint is not set: {result.objective} starts from a trained "
+                "teacher; name the teacher's workdir with --config.teacher_checkpoint=DIR"
+            )
+        if result.consistency.student_steps is None:
+            raise InputError(
+                "config.consistency.student_steps is not set: name the student's number of steps, "
+                "for example with 'cd,steps=4' behind the config file"
+            )
+    elif result.teacher_checkpoint is not None:
+        raise InputError(
+            f"config.teacher_checkpoint={result.teacher_checkpoint!r} has no meaning for a diffusion "
+            "teacher, which starts from nothing; leave it out"
+        )
+    return result
+
+
+def _check_model(config: Config) -> None:
+    model, stages = config.model, len(config.model.kinds)
+    for name in ("widths", "blocks", "dropouts"):
+        if len(getattr(model, name)) != stages:
+            raise InputError(
+                f"config.model.{name}={getattr(model, name)!r} has not one entry for each of the "
+                f"{stages} stages of config.model.kinds={model.kinds!r}"
+            )
+    multiple = 2 ** (stages - 1)
+    if stages == 0 or config.data.resolution % multiple:
+        raise InputError(
+            f"config.data.resolution={config.data.resolution} can't be halved {stages - 1} times for "
+            f"the {stages} stages of config.model.kinds; take a multiple of {multiple}, or fewer stages"
+        )
+    for kind, width in zip(model.kinds, model.widths, strict=True):
+        if kind == "transformer" and width % model.head_width:
+            raise InputError(
+                f"config.model.head_width={model.head_width} does not divide the transformer width "
+                f"{width} in config.model.widths={model.widths!r}"
+            )
+    if model.embedding_width % 2:
+        raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")
+    if config.mesh.data == 0:
+        raise InputError("config.mesh.data=0: take a positive number, or -1 for all devices left")
+
+
+def _read(kind: type, raw: Mapping[str, Any], *, prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name in raw:
+        if name not in known:
+            raise InputError(f"config.{prefix}{name} is not a setting; there are {sorted(known)}")
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _read(hints[name], value, prefix=f"{prefix}{name}.")
+        else:
+            values[name] = _checked(value, hints[name], known[name].metadata, f"{prefix}{name}")
+    return kind(**values)
+
+
+def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _checked(value, _without_none(hint), metadata, name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"config.{name}={value!r} must be a tuple")
+        return tuple(_checked(item, arguments[0], metadata, name) for item in value)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"config.{name}={value!r} must be one of {', '.join(arguments)}")
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise InputError(f"config.{name}={value!r} must be of type {hint.__name__}")
+    low, high = metadata["low"], metadata["high"]
+    # Written so that NaN fails too.
+    if low is not None and not value >= low:
+        raise InputError(f"config.{name}={value!r} must be at least {low}")
+    if high is not None and not value <= high:
+        raise InputError(f"config.{name}={value!r} must be at most {high}")
+    return value
+
+
+def _without_none(hint: Any) -> type:
+    return next(kind for kind in typing.get_args(hint) if kind is not type(None))

@@ -1,0 +1,47 @@
+"""What the network is told besides z_t: the noise level and the class (SPEC 6)."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+NoiseScale = Literal["arctan", "logsnr"]
+
+
+def sinusoidal(position: Float[Array, "B"], *, width: int) -> Float[Array, "B width"]:
+    """sin and cos of position / 10000^(k / (width/2)), the embedding of Vaswani et al. 2017."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / half)
+    angles = position[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def noise_position(logsnr: Float[Array, "B"], *, scale: NoiseScale) -> Float[Array, "B"]:
+    """Where a log-SNR lies on the axis that `sinusoidal` resolves, in [0, 1000].
+
+    Not in the paper. "arctan" (ours): 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for the
+    cosine schedule; "logsnr": 1000 (15 - lambda) / 30, equally fine at all noise levels. A function of
+    the log-SNR alone either way, so that a sampler may use any grid.
+    """
+    if scale == "arctan":
+        return 1000 * 2 / math.pi * jnp.arctan(jnp.exp(-logsnr / 2))
+    return 1000 * (15 - logsnr) / 30
+
+
+class Conditioning(nnx.Module):
+    """emb = W2 swish(W1 sinusoidal(lambda)) + class embedding, float32 [B, width]."""
+
+    def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
+        """num_classes counts the data's classes; one more row stands for 'unconditional'."""
+        self.width = width
+        self.scale = scale
+        self.dense_1 = nnx.Linear(width, width, rngs=rngs)
+        self.dense_2 = nnx.Linear(width, width, rngs=rngs)
+        self.classes = nnx.Embed(num_classes + 1, width, rngs=rngs)
+
+    def __call__(self, logsnr: Float[Array, "B"], label: Int[Array, "B"]) -> Float[Array, "B E"]:
+        h = sinusoidal(noise_position(logsnr, scale=self.scale), width=self.width)
+        return self.dense_2(jax.nn.swish(self.dense_1(h))) + self.classes(label)

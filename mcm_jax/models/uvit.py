@@ -1,0 +1,182 @@
+"""UViT: ResNet and transformer stages on a pyramid of resolutions (SPEC 6; arXiv:2301.11093).
+
+    conv 3x3 -> stage 0 -> down -> stage 1 -> ... middle ... -> stage 1 -> up -> stage 0 -> conv 3x3
+
+Down is a 2x2 average pool and a 1x1 projection, up a 1x1 projection and nearest-neighbour doubling.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock
+from mcm_jax.models.embeddings import Conditioning, NoiseScale
+
+StageKind = Literal["resnet", "transformer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One resolution of the pyramid: `blocks` equal blocks at `width` channels."""
+
+    kind: StageKind
+    width: int
+    blocks: int
+    dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class UViTSpec:
+    """Every size of a UViT; stages from the top resolution to the middle."""
+
+    resolution: int
+    channels: int
+    num_classes: int
+    stages: tuple[Stage, ...]
+    embedding_width: int
+    head_width: int
+    mlp_factor: int
+    resnet_norm: Norm
+    noise_scale: NoiseScale
+    dtype: Literal["float32", "bfloat16"]
+
+
+class ResNetStage(nnx.Module):
+    """ResNet blocks in a row."""
+
+    def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List(
+            ResNetBlock(
+                stage.width,
+                embedding_width=spec.embedding_width,
+                dropout=stage.dropout,
+                norm=spec.resnet_norm,
+                dtype=jnp.dtype(spec.dtype),
+                rngs=rngs,
+            )
+            for _ in range(stage.blocks)
+        )
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
+    ) -> Float[Array, "B H W C"]:
+        for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
+            x = block(x, emb, block_key)
+        return x
+
+
+class TransformerStage(nnx.Module):
+    """A learned position embedding, then transformer blocks, stacked and scanned."""
+
+    def __init__(self, stage: Stage, spec: UViTSpec, *, side: int, rngs: nnx.Rngs):
+        """side: height and width of the feature map in pixels."""
+        self.num_blocks = stage.blocks
+        self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
+
+        @nnx.split_rngs(splits=stage.blocks)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> TransformerBlock:
+            return TransformerBlock(
+                stage.width,
+                embedding_width=spec.embedding_width,
+                head_width=spec.head_width,
+                mlp_factor=spec.mlp_factor,
+                dropout=stage.dropout,
+                dtype=jnp.dtype(spec.dtype),
+                rngs=rngs,
+            )
+
+        self.blocks = stacked_blocks(rngs)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
+    ) -> Float[Array, "B H W C"]:
+        side = x.shape[1]
+        keys = None if key is None else jax.random.split(key, self.num_blocks)
+
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=True)
+        def run(
+            x: Float[Array, "B L C"], block: TransformerBlock, key: jax.Array | None
+        ) -> Float[Array, "B L C"]:
+            return block(x, emb, key)
+
+        x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
+        return rearrange(run(x, self.blocks, keys), "b (h w) c -> b h w c", h=side)
+
+
+class UViT(nnx.Module):
+    """(z_t, log-SNR, label, dropout key) -> v_hat, float32 whatever it computes in."""
+
+    def __init__(self, spec: UViTSpec, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(spec.dtype)
+        stages, widths = spec.stages, [stage.width for stage in spec.stages]
+
+        def make_stage(level: int) -> nnx.Module:
+            if stages[level].kind == "resnet":
+                return ResNetStage(stages[level], spec, rngs=rngs)
+            side = spec.resolution >> level
+            return TransformerStage(stages[level], spec, side=side, rngs=rngs)
+
+        def project(c_in: int, c_out: int) -> nnx.Linear:
+            return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs)
+
+        self.skips = tuple(stage.kind == "resnet" for stage in stages[:-1])
+        self.conditioning = Conditioning(
+            width=spec.embedding_width,
+            num_classes=spec.num_classes,
+            scale=spec.noise_scale,
+            rngs=rngs,
+        )
+        self.conv_in = nnx.Conv(spec.channels, widths[0], (3, 3), dtype=dtype, rngs=rngs)
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.down_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
+        self.down = nnx.List(project(wide, narrow) for wide, narrow in pairs)
+        self.middle = make_stage(len(stages) - 1)
+        self.up = nnx.List(project(below, above) for above, below in pairs)
+        self.up_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
+        self.norm_out = nnx.LayerNorm(widths[0], dtype=dtype, rngs=rngs)
+        self.conv_out = nnx.Conv(
+            widths[0],
+            spec.channels,
+            (3, 3),
+            kernel_init=nnx.initializers.zeros,
+            dtype=jnp.float32,
+            rngs=rngs,
+        )
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        z_t: Float[Array, "B H W C"],
+        logsnr_t: Float[Array, "B"],
+        label: Int[Array, "B"],
+        key: jax.Array | None,
+    ) -> Float[Array, "B H W C"]:
+        """Args: label in [0, num_classes], the last is 'unconditional'; key None: no dropout."""
+        levels = len(self.down)
+        keys = _split(key, 2 * levels + 1)
+        emb = jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype)
+        h = self.conv_in(z_t.astype(self.dtype))
+        skips = []
+        for level in range(levels):
+            h = self.down_stages[level](h, emb, keys[level])
+            skips.append(h)
+            h = self.down[level](reduce(h, "b (h i) (w j) c -> b h w c", "mean", i=2, j=2))
+        h = self.middle(h, emb, keys[levels])
+        for level in reversed(range(levels)):
+            h = repeat(self.up[level](h), "b h w c -> b (h i) (w j) c", i=2, j=2)
+            if self.skips[level]:
+                # Both terms have unit variance at first; so does their sum over sqrt 2.
+                h = (h + skips[level]) * 0.5**0.5
+            h = self.up_stages[level](h, emb, keys[2 * levels - level])
+        h = jax.nn.swish(self.norm_out(h))
+        return self.conv_out(h.astype(jnp.float32))
+
+
+def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))

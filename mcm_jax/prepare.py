@@ -1,0 +1,277 @@
+"""Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
+
+For your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import math
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags, logging
+
+from mcm_jax import command_line, pictures
+from mcm_jax.data import folder, layout, openmoji
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.errors import InputError
+
+MAX_RESOLUTION = 2048
+PREVIEW_FILE = "preview.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Checked input: what to build and how to describe it.
+
+    `source` identifies the files it is made from; `make_builder` takes the data_dir to write to.
+    """
+
+    dataset: str
+    resolution: int
+    source: str
+    preprocessing: str
+    make_builder: Callable[[Path], tfds.core.DatasetBuilder]
+
+
+def plan(*, dataset: str, resolution: int, manual_dir: str | None = None, name: str | None = None) -> Plan:
+    """Checks the input and lists the folder, before any long work.
+
+    Raises:
+      InputError: unknown dataset, resolution out of range, a missing or empty folder, a bad name.
+    """
+    if not 1 <= resolution <= MAX_RESOLUTION:
+        raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
+    if dataset == "openmoji":
+        return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
+    if dataset == "folder":
+        return _plan_folder(resolution, manual_dir=manual_dir, name=name)
+    raise InputError(f"--dataset={dataset}: it must be openmoji or folder (with --manual_dir=PATH)")
+
+
+def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
+    if manual_dir is not None or name is not None:
+        raise InputError(
+            "--manual_dir and --name belong to --dataset=folder, openmoji comes installed: leave them out"
+        )
+    config = openmoji.OpenMojiConfig(name=layout.config_name("openmoji", resolution), resolution=resolution)
+    return Plan(
+        dataset="openmoji",
+        resolution=resolution,
+        source=openmoji.source(),
+        preprocessing=openmoji.preprocessing(resolution),
+        make_builder=lambda data_dir: openmoji.OpenMoji(config=config, data_dir=data_dir),
+    )
+
+
+def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
+    if not manual_dir:
+        raise InputError("--dataset=folder needs --manual_dir=PATH, the folder that holds the images")
+    root = Path(manual_dir).expanduser()
+    name = name or root.resolve().name
+    if not layout.FOLDER_NAME.fullmatch(name):
+        raise InputError(
+            f"--name={name}: only letters, digits, _ and - make a name, choose one with --name=NAME"
+        )
+    try:
+        listing = folder.list_images(root, single_class=name)
+        source = f"files {listing.fingerprint()}"
+    except OSError as error:
+        raise InputError(f"--manual_dir={root}: cannot read {error.filename} ({error.strerror})") from error
+    dataset = f"folder/{name}"
+    config = folder.FolderConfig(
+        name=layout.config_name(dataset, resolution), resolution=resolution, listing=listing
+    )
+    return Plan(
+        dataset=dataset,
+        resolution=resolution,
+        source=source,
+        preprocessing=folder.preprocessing(resolution),
+        make_builder=lambda data_dir: folder.Folder(config=config, data_dir=data_dir),
+    )
+
+
+def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo, bool]:
+    """Builds the data set unless it is complete; returns its description and whether it was built.
+
+    All writing happens in a hidden directory, which takes the target's place by a rename when everything
+    is in it: an interrupted run leaves what was there before. A killed one also leaves the hidden directory,
+    .incomplete-*, which is never read and may be deleted.
+
+    Raises:
+      InputError: data_dir cannot be written to; a source image cannot be read; the complete data set was
+        made from other files.
+    """
+    target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
+    if not overwrite and (existing := _existing(target, chosen)):
+        return existing, False
+    with _make_staging(data_dir, prefix=f".incomplete-{target.parent.name}-") as staging:
+        with _writing_to(data_dir, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            built = _build(chosen, Path(staging))
+            _publish(built, target, retired=Path(staging) / "retired")
+    return layout.read_summary(target), True
+
+
+def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
+    """The complete data set at `target`, if there is one, checked to be the one that is asked for."""
+    try:
+        existing = layout.read_summary(target)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{error}, pass --overwrite to make the data set again") from error
+    if existing.source != chosen.source:
+        raise InputError(
+            f"{target} was made from other files ({existing.source}, now {chosen.source}): pass --overwrite "
+            "to replace it, or another --name or --data_dir to keep it"
+        )
+    return existing
+
+
+def _make_staging(data_dir: Path, *, prefix: str) -> tempfile.TemporaryDirectory:
+    with _writing_to(data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
+
+
+@contextlib.contextmanager
+def _writing_to(data_dir: Path, *error_numbers: int) -> Iterator[None]:
+    """Turns failures of the file system (all, or those of these numbers) into a line that names data_dir."""
+    try:
+        yield
+    except OSError as error:
+        if error_numbers and error.errno not in error_numbers:
+            raise
+        raise InputError(
+            f"--data_dir={data_dir}: cannot write there ({error.strerror}), choose a directory with write "
+            "access and free space"
+        ) from error
+
+
+def _build(chosen: Plan, staging: Path) -> Path:
+    """Writes records, preview and, last, the summary; returns their directory."""
+    builder = chosen.make_builder(staging)
+    # TFDS prints lines about downloads and about the staging path, which would mislead.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            download_dir=staging / "downloads",
+        )
+    directory = Path(builder.data_dir)
+    class_names = tuple(builder.info.features["label"].names)
+    splits = {split: builder.as_data_source(split) for split in layout.SPLITS}
+    surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
+    _write_preview(splits["train"], directory / PREVIEW_FILE)
+    info = DatasetInfo(
+        dataset=chosen.dataset,
+        resolution=chosen.resolution,
+        class_names=class_names,
+        num_examples={split: sum(counts) for split, (counts, _) in surveys.items()},
+        class_counts={split: counts for split, (counts, _) in surveys.items()},
+        fingerprints={split: fingerprint for split, (_, fingerprint) in surveys.items()},
+        preprocessing=chosen.preprocessing,
+        source=chosen.source,
+        path=directory,
+    )
+    layout.write_summary(info, directory)
+    return directory
+
+
+def _survey(records: Sequence[dict[str, Any]], *, num_classes: int) -> tuple[tuple[int, ...], str]:
+    """Images of each class, and the SHA-256 of all images and labels (little-endian int32) in order."""
+    counts = [0] * num_classes
+    digest = hashlib.sha256()
+    for example in records:
+        counts[int(example["label"])] += 1
+        digest.update(np.ascontiguousarray(example["image"]).tobytes())
+        digest.update(np.array(example["label"], "<i4").tobytes())
+    return tuple(counts), digest.hexdigest()
+
+
+def _write_preview(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """The first 64 images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
+    images = np.stack([records[index]["image"] for index in range(min(64, len(records)))])
+    columns, scale = math.ceil(math.sqrt(len(images))), math.ceil(64 / images.shape[1])
+    pictures.save_png(pictures.image_grid(images, columns, scale=scale), path)
+
+
+def _publish(built: Path, target: Path, *, retired: Path) -> None:
+    """Puts `built` in the place of `target`, which comes back if anything fails on the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.exists():
+            target.rename(retired)
+        built.rename(target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
+
+
+def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
+    """What the program prints at the end: sizes, hashes, where it is, and what to run next."""
+    width = max(len(name) for name in (*info.class_names, "all"))
+    lines = [
+        f"{info.dataset} at {info.resolution}x{info.resolution}: "
+        + ("prepared" if built else "already complete, reused (--overwrite makes it again)"),
+        f"  {info.preprocessing}",
+        f"  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples),
+    ]
+    for label, name in enumerate(info.class_names):
+        counts = "  ".join(f"{info.class_counts[split][label]:7}" for split in info.num_examples)
+        lines.append(f"  {name:{width}}  {counts}")
+    lines.append(f"  {'all':{width}}  " + "  ".join(f"{count:7}" for count in info.num_examples.values()))
+    lines += [f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()]
+    lines += [
+        f"  {info.path}",
+        f"  {info.path / PREVIEW_FILE}",
+        f"next: {_next_command(info, data_dir=data_dir)}",
+    ]
+    return "\n".join(lines)
+
+
+def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
+    builder = info.dataset.partition("/")[0]
+    command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
+    if builder == "folder":
+        command += f" --config.data.dataset={info.dataset}"
+    command += f" --config.data.resolution={info.resolution}"
+    if data_dir != layout.DEFAULT_DATA_DIR:
+        command += f" --config.data.data_dir={shlex.quote(data_dir)}"
+    return command + " --workdir=runs/teacher"
+
+
+def define_flags() -> None:
+    """Called by the program, not on import: other programs have flags of the same names."""
+    flags.DEFINE_string("dataset", None, "openmoji, or folder for a folder of images.", required=True)
+    flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
+    flags.DEFINE_string("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
+    flags.DEFINE_string("manual_dir", None, "folder: where the images are, one subfolder a class or none.")
+    flags.DEFINE_string("name", None, "folder: what to call the data set; default: the folder's own name.")
+    flags.DEFINE_bool("overwrite", False, "Prepare again and replace what is there.")
+
+
+def main() -> None:
+    """Flags in, one call out."""
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()  # It knows no totals; the builders show their own.
+    values = flags.FLAGS
+    chosen = plan(
+        dataset=values.dataset, resolution=values.resolution, manual_dir=values.manual_dir, name=values.name
+    )
+    info, built = prepare(chosen, data_dir=Path(values.data_dir).expanduser(), overwrite=values.overwrite)
+    print(report(info, built=built, data_dir=values.data_dir))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,87 @@
+"""Samples images from a trained run, as a PNG grid or as arrays.
+
+python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
+python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from mcm_jax import command_line
+from mcm_jax.errors import InputError
+from mcm_jax.pictures import image_grid, save_png
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "FILE.png for a grid, FILE.npz for arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
+    required=True,
+)
+_NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "Network calls an image; default: the run's own.", lower_bound=1)
+_SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: the run's own.")
+_SEED = flags.DEFINE_integer("seed", 0, "Image n depends on (seed, n) only.", lower_bound=0)
+_LABEL = flags.DEFINE_integer("label", None, "Class of all images; default: drawn.", lower_bound=0)
+_PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or last parameters.")
+_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
+_BATCH = flags.DEFINE_integer("batch_per_device", None, "Default: the run's own.", lower_bound=1)
+_COLUMNS = flags.DEFINE_integer("columns", 8, "Images in a row of the grid.", lower_bound=1)
+
+
+def main() -> None:
+    """Flags in, one file out."""
+    out = Path(_OUT.value)
+    if out.suffix not in (".png", ".npz"):
+        raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
+    from mcm_jax import runs  # Slow to import: --help and bad flags need not wait for it.
+
+    run = runs.load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
+    labels = None
+    if _LABEL.value is not None:
+        if _LABEL.value >= run.dataset.num_classes:
+            names = ", ".join(f"{n} {name}" for n, name in enumerate(run.dataset.class_names[:20]))
+            raise InputError(
+                f"--label={_LABEL.value} is not one of the {run.dataset.num_classes} classes: {names}"
+            )
+        labels = np.full(_NUM.value, _LABEL.value, np.int32)
+    images, labels = _sample(run, labels)
+    if out.suffix == ".npz":
+        np.savez(out, images, labels)
+    else:
+        scale = max(1, 64 // images.shape[1])
+        save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
+    record = run.sampling_record(_STEPS.value, _SAMPLER.value)
+    print(f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}: {out}")
+
+
+def _sample(run: Any, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with warnings.catch_warnings(record=True) as caught, Progress(console=Console(stderr=True)) as bar:
+        warnings.simplefilter("always", UserWarning)
+        task = bar.add_task("sampling", total=_NUM.value)
+        result = run.sample(
+            _NUM.value,
+            seed=_SEED.value,
+            steps=_STEPS.value,
+            sampler=_SAMPLER.value,
+            labels=labels,
+            batch_per_device=_BATCH.value,
+            progress=lambda count: bar.advance(task, count),
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,38 @@
+"""Trains a diffusion teacher, or a multistep consistency model from it.
+
+    python -m mcm_jax.train --config=configs/openmoji.py:teacher --workdir=runs/teacher
+    python -m mcm_jax.train --config=configs/openmoji.py:cd,steps=4 --workdir=runs/cd4 \\
+        --config.teacher_checkpoint=runs/teacher
+
+The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from mcm_jax import command_line
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file and row, e.g. configs/openmoji.py:cd,steps=4", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if need be.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Flags in, one run out."""
+    from mcm_jax import trainer  # Slow to import: --help and a misspelt flag need not wait for it.
+
+    workdir = Path(_WORKDIR.value)
+    if trainer.train(_CONFIG.value, workdir):
+        print(f"finished: {workdir}")
+    else:
+        print(f"stopped and saved: the same command continues {workdir}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,202 @@
+"""Trains the run that a config describes: checks everything first, then hands over to the loop."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mcm_jax import configuration, experiment, workdirs
+from mcm_jax.configuration import Config
+from mcm_jax.data import pipeline
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.errors import InputError
+from mcm_jax.models.network import Network
+from mcm_jax.models.uvit import UViTSpec
+from mcm_jax.pictures import image_grid
+from mcm_jax.runs import Run
+from mcm_jax.training import loop, sharding, step
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.observer import RunObserver
+from mcm_jax.training.state import TrainState
+
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
+
+
+def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
+    """Trains in `workdir`, from its newest checkpoint if there is one.
+
+    Returns:
+      Whether the run is finished; False: it was interrupted, after saving.
+
+    Raises:
+      InputError: the config, the data, the teacher or the workdir is at fault; before any compilation,
+        and with everything saved left as it is.
+      loop.NonFiniteError: the loss or gradient is not finite.
+    """
+    config = configuration.validate(raw_config)
+    dataset = pipeline.describe(
+        data_dir=config.data.data_dir,
+        dataset=config.data.dataset,
+        resolution=config.data.resolution,
+    )
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    sharding.check_batch(mesh, batch_size=config.training.batch_size)
+    network = experiment.build_network(config, num_classes=dataset.num_classes)
+    optimizer = experiment.build_optimizer(config)
+    abstract = jax.eval_shape(lambda key: step.init_state(network.init(key), optimizer), jax.random.key(0))
+    if config.teacher_checkpoint is not None:
+        check_teacher(config, dataset, network)
+    workdirs.claim(workdir, config, dataset, state_bytes=_num_bytes(abstract))
+    with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done >= config.training.num_steps:
+            print(f"{workdir} is finished: all its {done} updates are done")
+            return True
+        jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
+        batches = _train_batches(config)
+        state, teacher_params, shardings = _start(
+            config, network, optimizer, abstract, mesh, checkpoints, batches
+        )
+        train_step = step.make_train_step(
+            experiment.build_loss_fn(config, network, mesh=mesh),
+            optimizer,
+            mesh=mesh,
+            state_sharding=shardings,
+            teacher_sharding=None if teacher_params is None else shardings.params,
+            ema_decay=config.optimizer.ema_decay,
+            seed=config.seed,
+        )
+        draw = functools.partial(_draw_grid, config, dataset, mesh)
+        with RunObserver(
+            workdir,
+            first_step=done,
+            num_steps=config.training.num_steps,
+            batch_size=config.training.batch_size,
+            log_every_steps=config.training.log_every_steps,
+            draw=draw,
+        ) as observer:
+            return loop.train(
+                state,
+                teacher_params,
+                train_step,
+                batches,
+                mesh=mesh,
+                cadence=_cadence(config),
+                checkpoints=checkpoints,
+                observer=observer,
+            )
+
+
+def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> None:
+    """Raises InputError unless config.teacher_checkpoint is a diffusion run that fits this one."""
+    path = config.teacher_checkpoint
+    try:
+        teacher_config, teacher_data = workdirs.read(Path(path))
+        with Checkpoints(Path(path)) as checkpoints:
+            checkpoints.require()
+    except InputError as error:
+        raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
+    if teacher_config.objective != "diffusion":
+        raise InputError(
+            f"config.teacher_checkpoint={path} is a {teacher_config.objective} student; name the workdir "
+            "of a diffusion teacher"
+        )
+    if teacher_data.class_names != dataset.class_names:
+        raise InputError(
+            f"config.teacher_checkpoint={path} knows the {teacher_data.num_classes} classes of "
+            f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; take the "
+            "teacher's data set"
+        )
+    theirs = experiment.build_network(teacher_config, num_classes=teacher_data.num_classes)
+    pairs = [
+        (_architecture(theirs.spec), _architecture(network.spec)),
+        (teacher_config.schedule, config.schedule),
+    ]
+    for its, ours in pairs:
+        for field in dataclasses.fields(ours):
+            a, b = getattr(its, field.name), getattr(ours, field.name)
+            if a != b:
+                raise InputError(
+                    f"config.teacher_checkpoint={path} does not fit: its {field.name} is {a}, this run's "
+                    f"{b}; make them equal or name another teacher"
+                )
+
+
+def _architecture(spec: UViTSpec) -> UViTSpec:
+    """What parameters depend on: not the dropout, not the precision of the activations."""
+    stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in spec.stages)
+    return dataclasses.replace(spec, stages=stages, dtype="float32")
+
+
+def _train_batches(config: Config) -> grain.DatasetIterator:
+    data = config.data
+    source = pipeline.open_split(
+        data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
+    )
+    return pipeline.train_batches(
+        source,
+        batch_size=config.training.batch_size // jax.process_count(),
+        seed=config.seed,
+        flip=data.horizontal_flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _start(
+    config: Config,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    batches: grain.DatasetIterator,
+) -> tuple[TrainState, Any, TrainState]:
+    """(state, teacher's parameters where distillation needs them, shardings of a state).
+
+    The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
+    the teacher's averaged ones.
+    """
+    shardings = sharding.params_sharding(mesh, abstract)
+    continuing = checkpoints.latest_step() is not None
+    teacher_params = None
+    if config.objective == "cd" or (config.objective == "ct" and not continuing):
+        with Checkpoints(Path(config.teacher_checkpoint)) as teacher:
+            teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
+    if continuing:
+        state = checkpoints.restore(abstract, shardings, batches)
+        print(f"continuing at update {int(state.step)}", flush=True)
+    elif teacher_params is not None:
+        init = functools.partial(step.init_state, optimizer=optimizer)
+        state = jax.jit(init, out_shardings=shardings)(teacher_params)
+    else:
+        init = jax.jit(lambda key: step.init_state(network.init(key), optimizer), out_shardings=shardings)
+        state = init(experiment.init_key(config.seed))
+    return state, teacher_params if config.objective == "cd" else None, shardings
+
+
+def _cadence(config: Config) -> loop.Cadence:
+    settings = config.training
+    return loop.Cadence(
+        num_steps=settings.num_steps,
+        checkpoint_every_steps=settings.checkpoint_every_steps,
+        sample_every_steps=settings.sample_every_steps,
+    )
+
+
+def _draw_grid(config: Config, dataset: DatasetInfo, mesh: Mesh, params: Any) -> np.ndarray:
+    with jax.transfer_guard("allow"):
+        run = Run(config, dataset, mesh=mesh, params=params, checkpoint_step=0)
+        images, _ = run.sample(_GRID_IMAGES)
+    return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
+
+
+def _num_bytes(abstract: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))

@@ -1,0 +1,1 @@
+"""State, update, mesh, checkpoints and the loop."""

@@ -1,0 +1,124 @@
+"""The loop around the train step: data in, metrics, pictures and checkpoints out."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from mcm_jax.training import sharding
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is no longer finite; the last good checkpoint still stands."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who is told how the run goes: a progress bar, plain lines, TensorBoard."""
+
+    def update(self, step: int) -> None:
+        """`step` updates are done (or on their way to the device)."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """What update number `step` reported; called for every update."""
+
+    def pictures(self, step: int, params: Any) -> None:
+        """Draws samples of the averaged parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in updates."""
+
+    num_steps: int
+    checkpoint_every_steps: int
+    sample_every_steps: int  # 0: never
+
+
+def train(
+    state: TrainState,
+    teacher_params: Any,
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    data: grain.DatasetIterator,
+    *,
+    mesh: Mesh,
+    cadence: Cadence,
+    checkpoints: Checkpoints,
+    observer: Observer,
+) -> bool:
+    """Trains until cadence.num_steps updates are done and saves; returns whether it got there.
+
+    Metrics are read one update late, so that the host never waits for the update it just started.
+    SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early.
+
+    Raises:
+      NonFiniteError: the loss or gradient is not finite. Nothing is saved then.
+    """
+    step, saved = int(state.step), checkpoints.latest_step()
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    with _stop_signals() as stop, jax.transfer_guard("disallow"):
+        while step < cadence.num_steps and not stop.is_set():
+            batch = sharding.global_batch(mesh, next(data))
+            state, metrics = train_step(state, teacher_params, batch)
+            step += 1
+            _report(pending, observer, saved)
+            pending = (step, metrics)
+            observer.update(step)
+            save_now = _is_due(step, cadence.checkpoint_every_steps)
+            draw_now = _is_due(step, cadence.sample_every_steps)
+            if save_now or draw_now:
+                # A state is saved or shown only when it is known to be finite.
+                _report(pending, observer, saved)
+                pending = None
+            if save_now:
+                checkpoints.save(state, data, step=step)
+                saved = step
+            if draw_now:
+                observer.pictures(step, state.ema_params)
+        _report(pending, observer, saved)
+        checkpoints.save(state, data, step=step)
+    checkpoints.wait()
+    return step >= cadence.num_steps
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _report(
+    pending: tuple[int, dict[str, jax.Array]] | None,
+    observer: Observer,
+    saved: int | None,
+) -> None:
+    if pending is None:
+        return
+    step, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
+    if not all(math.isfinite(value) for value in values.values()):
+        last_good = "there is no checkpoint yet" if saved is None else f"the last good one is {saved}"
+        raise NonFiniteError(f"update {step} is not finite: {values}; of the checkpoints {last_good}")
+    observer.metrics(step, values)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, instead of ending the process in the middle of an update."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: stop.set()) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)

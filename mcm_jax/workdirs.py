@@ -1,0 +1,143 @@
+"""What a run's directory holds besides checkpoints: its config and its data set's description.
+
+run.json      config and data set, written once when the run starts
+checkpoints/  see training.checkpoints
+samples/      a grid of samples every now and then
+evaluation/   results and their grids
+xla_cache/    compiled programs, so that a second start is fast
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mcm_jax import configuration
+from mcm_jax.configuration import Config
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.errors import InputError
+
+RUN_FILE = "run.json"
+
+# Settings that may change between two starts of the same run: they do not change what is learned.
+_FREE = {
+    "data.data_dir",
+    "mesh.data",
+    "mesh.fsdp",
+    "sampling.sampler",
+    "sampling.teacher_steps",
+    "sampling.label_rule",
+    "sampling.batch_per_device",
+    "training.log_every_steps",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.sample_every_steps",
+}
+
+
+def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, state_bytes: int) -> None:
+    """Makes `workdir` this run's, or makes sure that it is the run that continues there.
+
+    Args:
+      state_bytes: size of one checkpoint; room for two is asked for.
+
+    Raises:
+      InputError: the directory can't be written, has no room, or holds another run.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise InputError(
+            f"--workdir={workdir} can't be written ({error.strerror}); choose another directory"
+        ) from error
+    free = shutil.disk_usage(workdir).free
+    if free < 2 * state_bytes:
+        raise InputError(
+            f"--workdir={workdir} has {free / 1e9:.1f} GB free and two checkpoints need "
+            f"{2 * state_bytes / 1e9:.1f} GB; make room or choose another directory"
+        )
+    if (workdir / RUN_FILE).exists():
+        _check_same(workdir, config, dataset)
+    elif (workdir / "checkpoints").exists():
+        raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
+    else:
+        _write(workdir, config, dataset)
+
+
+def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, DatasetInfo]:
+    """The config and data set of the run in `workdir`, its data looked for in `data_dir` if given.
+
+    Raises:
+      InputError: there is no run, or its file is damaged.
+    """
+    path = workdir / RUN_FILE
+    try:
+        content = json.loads(path.read_text())
+        config = configuration.validate(content["config"])
+        fields = content["dataset"]
+        dataset = DatasetInfo(
+            **{
+                **fields,
+                "class_names": tuple(fields["class_names"]),
+                "class_counts": {k: tuple(v) for k, v in fields["class_counts"].items()},
+                "path": Path(fields["path"]),
+            }
+        )
+    except FileNotFoundError:
+        raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it or train in another directory") from error
+    if data_dir is not None:
+        data = dataclasses.replace(config.data, data_dir=data_dir)
+        config = dataclasses.replace(config, data=data)
+    return config, dataset
+
+
+def compilation_cache(workdir: Path) -> Path:
+    """Where compiled programs are kept; MCM_COMPILATION_CACHE names one for several runs."""
+    return Path(os.environ.get("MCM_COMPILATION_CACHE", workdir / "xla_cache")).absolute()
+
+
+def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
+    content = {"config": dataclasses.asdict(config), "dataset": dataclasses.asdict(dataset)}
+    partial = workdir / f".{RUN_FILE}.{os.getpid()}"
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    # In one step: a run that dies here leaves no half file behind.
+    partial.replace(workdir / RUN_FILE)
+
+
+def _check_same(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
+    saved_config, saved_dataset = read(workdir)
+    saved, now = _flat(dataclasses.asdict(saved_config)), _flat(dataclasses.asdict(config))
+    free = _FREE
+    if config.optimizer.decay == "constant":
+        # A longer run is the same run, unless the learning rate's decay depends on its length.
+        free = _FREE | {"training.num_steps"}
+    for name, value in now.items():
+        if value != saved[name] and name not in free:
+            raise InputError(
+                f"--workdir={workdir} holds a run with config.{name}={saved[name]!r}, now it is "
+                f"{value!r}; rerun with the same config to continue it, or choose another directory"
+            )
+    if saved_dataset.fingerprints != dataset.fingerprints:
+        raise InputError(
+            f"--workdir={workdir} was trained on other images than those in {dataset.path} "
+            f"(their hashes differ); choose another directory"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value
+    return result

@@ -1,0 +1,160 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcm_jax.models import blocks, embeddings
+from mcm_jax.models.network import Network
+from mcm_jax.models.uvit import Stage, UViTSpec
+
+SPEC = UViTSpec(
+    resolution=8,
+    channels=3,
+    num_classes=5,
+    stages=(Stage("resnet", 8, 1, 0.0), Stage("transformer", 16, 1, 0.0), Stage("transformer", 16, 3, 0.5)),
+    embedding_width=16,
+    head_width=8,
+    mlp_factor=2,
+    resnet_norm="layer",
+    noise_scale="arctan",
+    dtype="float32",
+)
+Z = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+LOGSNR = jnp.array([-4.0, 0.0, 2.0, 9.0])
+LABEL = jnp.array([0, 1, 4, 5])
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Away from the initial zeros, so that every part of the network matters."""
+    fresh = jax.jit(Network(SPEC).init)(jax.random.key(1))
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.fixture(scope="module")
+def apply():
+    return jax.jit(Network(SPEC).apply)
+
+
+def test_a_fresh_network_predicts_nothing():
+    """The last convolution starts at zero: v_hat = 0, so x_hat = alpha_t z_t."""
+    fresh = Network(SPEC).init(jax.random.key(1))
+    np.testing.assert_array_equal(Network(SPEC).apply(fresh, Z, LOGSNR, LABEL, None), 0)
+
+
+def test_parameters_are_float32():
+    for dtype in ("float32", "bfloat16"):
+        network = Network(dataclasses.replace(SPEC, dtype=dtype))
+        leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def test_everything_it_is_told_matters(params, apply):
+    v = apply(params, Z, LOGSNR, LABEL, None)
+    for changed in (
+        (Z + 0.1, LOGSNR, LABEL),
+        (Z, LOGSNR + 0.3, LABEL),
+        (Z, LOGSNR, (LABEL + 1) % 6),
+    ):
+        other = apply(params, *changed, None)
+        assert jnp.all(jnp.max(jnp.abs(v - other), axis=(1, 2, 3)) > 1e-4)
+
+
+def test_every_parameter_has_a_gradient(params):
+    def loss(p):
+        v = Network(SPEC).apply(p, Z, LOGSNR, LABEL, None)
+        return jnp.sum(v * jnp.sin(jnp.arange(v.size).reshape(v.shape)))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    flat = jax.tree_util.tree_flatten_with_path(gradient)[0]
+    dead = [jax.tree_util.keystr(path) for path, g in flat if not jnp.any(g != 0)]
+    assert dead == []
+
+
+def test_examples_do_not_influence_each_other(params, apply):
+    whole = apply(params, Z, LOGSNR, LABEL, None)
+    disturbed = apply(params, Z.at[1:].add(1.0), LOGSNR.at[1:].add(1.0), LABEL.at[1:].set(3), None)
+    np.testing.assert_array_equal(whole[0], disturbed[0])
+    assert not np.allclose(whole[1], disturbed[1])
+
+
+def test_dropout_is_a_function_of_its_key(params, apply):
+    one, same, other = (apply(params, Z, LOGSNR, LABEL, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other)
+    assert not np.allclose(one, apply(params, Z, LOGSNR, LABEL, None))
+
+
+def test_scanned_blocks_differ(params, apply):
+    """Each layer of a scanned stage has parameters, and dropout, of its own."""
+    fresh = Network(SPEC).init(jax.random.key(1))
+    kernel = fresh["middle"]["blocks"]["mlp_in"]["kernel"]
+    assert kernel.shape == (3, 16, 32)
+    assert not np.allclose(kernel[0], kernel[1])
+    reversed_layers = {**params, "middle": {**params["middle"]}}
+    reversed_layers["middle"]["blocks"] = jax.tree.map(lambda a: a[::-1], params["middle"]["blocks"])
+    v, w = (apply(p, Z, LOGSNR, LABEL, None) for p in (params, reversed_layers))
+    assert not np.allclose(v, w)
+
+
+def test_bfloat16_is_near_float32_and_returns_float32(params, apply):
+    low = jax.jit(Network(dataclasses.replace(SPEC, dtype="bfloat16")).apply)
+    v, v_low = apply(params, Z, LOGSNR, LABEL, None), low(params, Z, LOGSNR, LABEL, None)
+    assert v_low.dtype == jnp.float32
+    # bfloat16 has 8 bits: 0.4% a product, averaged over a dozen layers.
+    assert jnp.sqrt(jnp.mean((v - v_low) ** 2) / jnp.mean(v**2)) < 0.03
+
+
+def full_size(widths, kinds):
+    stages = tuple(
+        Stage(kind, width, 16 if n == len(widths) - 1 else 3, 0.0)
+        for n, (kind, width) in enumerate(zip(kinds, widths, strict=True))
+    )
+    return UViTSpec(
+        resolution=128 if len(widths) == 4 else 64,
+        channels=3,
+        num_classes=1000,
+        stages=stages,
+        embedding_width=1024,
+        head_width=128,
+        mlp_factor=4,
+        resnet_norm="layer",
+        noise_scale="arctan",
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("widths", "millions"),
+    [
+        ((256, 512, 1024), 394),
+        ((512, 1024, 2048), 1230),
+        ((128, 256, 512, 1024), 397),
+        ((256, 512, 1024, 2048), 1250),
+    ],
+)
+def test_parameter_counts_of_the_paper(widths, millions):
+    """Within 1.5%: the paper rounds. Shapes only, nothing is allocated."""
+    kinds = ("resnet",) * (len(widths) - 2) + ("transformer",) * 2
+    abstract = jax.eval_shape(Network(full_size(widths, kinds)).init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    np.testing.assert_allclose(count / 1e6, millions, rtol=0.015)
+
+
+@pytest.mark.parametrize("scale", ["arctan", "logsnr"])
+def test_noise_position_spans_its_range(scale):
+    position = embeddings.noise_position(jnp.linspace(15, -15, 50), scale=scale)
+    np.testing.assert_allclose(position[jnp.array([0, -1])], [0, 1000], atol=0.4)
+    assert jnp.all(jnp.diff(position) > 0)
+
+
+def test_modulation_is_per_example():
+    h = jnp.ones((2, 3, 3, 2))
+    scale_shift = jnp.array([[0.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.0, 2.0]])
+    out = blocks._modulate(h, scale_shift)
+    np.testing.assert_allclose(out[:, 1, 2], [[1.5, 2.0], [2.0, 3.0]])

@@ -1,0 +1,120 @@
+"""One update, on one and on eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+from mcm_jax.errors import InputError
+from mcm_jax.training import sharding, step
+
+
+def mesh_of(data, fsdp):
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def init_params():
+    # Large enough for fsdp to split the matrix; the bias stays whole.
+    return {"w": jax.random.normal(jax.random.key(0), (256, 64)) / 16, "b": jnp.zeros(64)}
+
+
+def loss_fn(params, teacher_params, batch, key, train_step):
+    del teacher_params, train_step
+    noise = jax.random.normal(key, batch["image"].shape)
+    prediction = (batch["image"] + 0.1 * noise) @ params["w"] + params["b"]
+    return jnp.mean((prediction - batch["label"][:, None]) ** 2, axis=1)
+
+
+def batches(count):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.normal(size=(16, 256)).astype(np.float32),
+            "label": rng.integers(0, 5, 16).astype(np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def run(mesh, *, updates=3, ema_decay=0.9, seed=0, loss=loss_fn, optimizer=None):
+    optimizer = optimizer or optax.adam(1e-2)
+    init = functools.partial(step.init_state, optimizer=optimizer)
+    abstract = jax.eval_shape(lambda: init(init_params()))
+    shardings = sharding.params_sharding(mesh, abstract)
+    state = jax.jit(init, out_shardings=shardings)(init_params())
+    train_step = step.make_train_step(
+        loss,
+        optimizer,
+        mesh=mesh,
+        state_sharding=shardings,
+        teacher_sharding=None,
+        ema_decay=ema_decay,
+        seed=seed,
+    )
+    losses = []
+    for batch in batches(updates):
+        state, metrics = train_step(state, None, sharding.global_batch(mesh, batch))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_eight_devices_train_like_one(shape):
+    one, losses_one = run(mesh_of(1, 1))
+    many, losses_many = run(mesh_of(*shape))
+    # Sums over the batch are taken in another order.
+    np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp_splits_what_is_large():
+    state, _ = run(mesh_of(1, 8), updates=1)
+    for tree in (state.params, state.ema_params, state.opt_state[0].mu):
+        assert tree["w"].addressable_shards[0].data.shape == (32, 64)
+        assert tree["b"].addressable_shards[0].data.shape == (64,)
+
+
+def test_update_equals_optax_by_hand():
+    params, ema_decay = init_params(), 0.9
+    optimizer = optax.adam(1e-2)
+    opt_state, ema = optimizer.init(params), params
+    for i, batch in enumerate(batches(3)):
+        key = jax.random.fold_in(jax.random.key(5), i)
+        gradient = jax.grad(lambda p, b=batch, k=key: loss_fn(p, None, b, k, 0).mean())(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        params = jax.tree.map(jnp.add, params, updates)
+        ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+    state, _ = run(mesh_of(1, 1), ema_decay=ema_decay, seed=5)
+    for a, b in zip(
+        jax.tree.leaves((state.params, state.ema_params)), jax.tree.leaves((params, ema)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert int(state.step) == 3
+
+
+def test_one_compilation_for_the_whole_run():
+    """Nothing depends on the step in Python: the step is an array."""
+    traces = []
+
+    def counted(params, teacher_params, batch, key, train_step):
+        traces.append(train_step)
+        return loss_fn(params, teacher_params, batch, key, train_step) * (1 + train_step)
+
+    run(mesh_of(1, 1), updates=4, loss=counted)
+    assert len(traces) == 1
+
+
+def test_a_batch_that_can_not_be_divided():
+    with pytest.raises(InputError, match=r"batch_size=12 .* 8 devices"):
+        sharding.check_batch(mesh_of(8, 1), batch_size=12)
+
+
+def test_a_mesh_that_does_not_cover_the_devices():
+    with pytest.raises(InputError, match=r"data=3 x fsdp=2 is not the 8 devices"):
+        sharding.make_mesh(data=3, fsdp=2)
