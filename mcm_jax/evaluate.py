@@ -1,0 +1,302 @@
+"""Samples trained runs and scores the samples; one JSON line for each result.
+
+    python -m mcm_jax.evaluate --workdir=runs/teacher,runs/cd4 --num=2048
+
+appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples beside it, and prints what the
+numbers mean. Several workdirs in one call share the compiled feature network and the reference statistics.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from mcm_jax import command_line
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation import efficientnet, protocol
+from mcm_jax.evaluation.references import Cache, Reference, require_writable
+from mcm_jax.pictures import image_grid, save_png
+
+SAMPLERS = ("ddim", "addim")
+PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
+RESULTS = Path("evaluation") / "results.jsonl"
+# Samples held at a time: bounds memory at any --num, and is a multiple of any sampler's batch.
+_BLOCK = 1024
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
+# Smallest side a sample is drawn at in the grid.
+_GRID_TILE = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags, see `define_flags`. None for steps, sampler, checkpoint_step, data_dir: as the run says."""
+
+    workdirs: tuple[Path, ...]
+    num: int = 2048
+    steps: int | None = None
+    sampler: str | None = None
+    seed: int = 0
+    parameters: str = "ema"
+    checkpoint_step: int | None = None
+    data_dir: str | None = None
+    input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
+    cache_dir: Path = Path.home() / ".cache" / "mcm_jax"
+    untrained_num: int = 512
+
+
+def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Scores every workdir of `options` with its EMA, raw or both parameters; returns the appended records.
+
+    load_run is `runs.load_run`. Raises InputError, before anything is sampled, for whatever the user
+    must mend.
+    """
+    _check(options)
+    extractor = efficientnet.Extractor(efficientnet.load(), input_resolution=options.input_resolution)
+    cache = Cache(options.cache_dir)
+    # All runs are loaded before the first is sampled, so that a bad one costs no time.
+    load = functools.partial(load_run, checkpoint_step=options.checkpoint_step, data_dir=options.data_dir)
+    kinds = PARAMETERS[options.parameters]
+    runs = [(kind, load(workdir, parameters=kind)) for workdir in options.workdirs for kind in kinds]
+    for workdir in options.workdirs:
+        require_writable(workdir / RESULTS.parent, "the evaluation directory")
+    records = []
+    for kind, run in runs:
+        print(f"{run.workdir}: sampling {options.num} images with its {kind} parameters", flush=True)
+        record = evaluate_run(run, options, extractor, cache, parameters=kind)
+        append_line(Path(run.workdir) / RESULTS, record)
+        print(table(record), flush=True)
+        records.append(record)
+    return records
+
+
+def evaluate_run(
+    run: Any, options: Options, extractor: efficientnet.Extractor, cache: Cache, *, parameters: str
+) -> dict[str, Any]:
+    """Samples one run and scores the samples; returns the record and draws the grid it names."""
+    sampling = run.sampling_record(options.steps, options.sampler)
+    reference = _reference(run, "train", extractor, cache)
+    test = _reference(run, "test", extractor, cache) if run.dataset.num_examples.get("test", 0) >= 2 else None
+    samples = _Samples(run, options)
+    also_first = test.count if test is not None else 0
+    scores = protocol.evaluate_samples(samples, extractor, reference, also_first=also_first)
+    bounds = protocol.floors_and_ceilings(
+        extractor,
+        cache,
+        reference=reference,
+        reference_images=lambda: run.images("train")[0],
+        test=test,
+        untrained_images=lambda: _untrained_images(run, options),
+        untrained_num=min(options.untrained_num, options.num),
+        untrained_identity=_untrained_identity(run, options, sampling),
+    )
+    sampler = f"{sampling['sampler']}{sampling['steps']}"
+    name = f"samples_step{run.checkpoint_step}_{parameters}_{sampler}_seed{options.seed}.png"
+    grid = RESULTS.parent / name
+    scale = -(-_GRID_TILE // samples.first.shape[1])
+    save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), Path(run.workdir) / grid)
+    return {
+        **_run_record(run, parameters),
+        "seed": options.seed,
+        **sampling,
+        "num_samples": scores.num_samples,
+        "metrics": scores.metrics,
+        "bounds": bounds,
+        "rank_deficient": scores.rank_deficient,
+        "features": extractor.description,
+        "reference": reference.description,
+        "grid": str(grid),
+        "sampling_seconds": round(samples.seconds, 3),
+        "features_seconds": round(scores.features_seconds, 3),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+    }
+
+
+class _Samples:
+    """The run's samples in blocks; remembers the first few and the time it took."""
+
+    def __init__(self, run: Any, options: Options):
+        self._run, self._options = run, options
+        self.first: np.ndarray = np.zeros((0,), np.uint8)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        options = self._options
+        for first in range(0, options.num, _BLOCK):
+            start = time.monotonic()
+            count = min(_BLOCK, options.num - first)
+            images, _ = self._run.sample(
+                count, seed=options.seed, steps=options.steps, sampler=options.sampler, first=first
+            )
+            self.seconds += time.monotonic() - start
+            if first == 0:
+                self.first = images[:_GRID_IMAGES].copy()
+            yield images
+
+
+def _run_record(run: Any, parameters: str) -> dict[str, Any]:
+    return {
+        "workdir": Path(run.workdir).resolve().name,
+        "objective": run.objective,
+        "dataset": run.dataset.dataset,
+        "resolution": run.dataset.resolution,
+        "data_preprocessing": run.dataset.preprocessing,
+        "training_seed": run.seed,
+        "student_steps": run.student_steps,
+        "checkpoint_step": run.checkpoint_step,
+        "parameters": parameters,
+        "label_rule": run.label_rule,
+    }
+
+
+def _reference(run: Any, split: str, extractor: efficientnet.Extractor, cache: Cache) -> Reference:
+    info = run.dataset
+    identity = {
+        "fingerprint": info.fingerprints[split],
+        "dataset": info.dataset,
+        "resolution": info.resolution,
+        "preprocessing": str(info.preprocessing),
+    }
+    return cache.reference(extractor, split=split, identity=identity, images=lambda: run.images(split)[0])
+
+
+def _untrained_images(run: Any, options: Options) -> np.ndarray:
+    num = min(options.untrained_num, options.num)
+    images, _ = run.untrained().sample(num, seed=options.seed, steps=options.steps, sampler=options.sampler)
+    return images
+
+
+def _untrained_identity(run: Any, options: Options, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The whole config: more than the samples depend on, but never less."""
+    return {"config": dataclasses.asdict(run.config), "seed": options.seed, **sampling}
+
+
+def _check(options: Options) -> None:
+    if not options.workdirs:
+        raise InputError("--workdir names no directory: give a finished run's, several separated by commas")
+    for workdir in options.workdirs:
+        if not workdir.is_dir():
+            raise InputError(f"--workdir={workdir}: there is no such directory; train a run there first")
+    if options.num < 2:
+        raise InputError(f"--num={options.num}: a Frechet distance needs at least 2 samples; 2048 is usual")
+    if options.steps is not None and options.steps < 1:
+        raise InputError(f"--steps={options.steps}: sampling takes at least 1 step")
+    if options.sampler is not None and options.sampler not in SAMPLERS:
+        raise InputError(f"--sampler={options.sampler}: it is one of {', '.join(SAMPLERS)}")
+    if options.parameters not in PARAMETERS:
+        raise InputError(f"--parameters={options.parameters}: it is one of {', '.join(PARAMETERS)}")
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line in a single write, so that lines of two processes never mix and earlier ones stay.
+
+    A last line that was cut off by a crash is left as it is, on a line of its own.
+    """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        written = file.write(line)
+        os.fsync(file.fileno())
+    if written != len(line):
+        raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+
+
+_MEANINGS = (
+    ("test_images_fd", "test images in place of samples: about the best there is at this count"),
+    ("mean_image_fd", "the mean training image, repeated: no better than that is no model"),
+    ("untrained_network_fd", "the same network before training"),
+    ("test_images_nearest", "the same for test images; samples far below it are copies"),
+    ("nearest_neighbour", "mean feature distance from a sample to its nearest training image"),
+)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record's numbers, a line each with what it means."""
+    student = f", {record['student_steps']} student steps" if record["student_steps"] is not None else ""
+    lines = [
+        f"{record['workdir']}: {record['objective']}{student}, step {record['checkpoint_step']}, "
+        f"{record['parameters']} parameters; {record['steps']} steps of {record['sampler']}, "
+        f"seed {record['seed']}"
+    ]
+    for name, value in (record["metrics"] | record["bounds"]).items():
+        lines.append(f"  {name:<44} {value:>10.3f}   {_meaning(name, record)}")
+    if record["rank_deficient"]:
+        lines.append(
+            f"  note: a side has no more images than the {efficientnet.FEATURES} features, so its covariance "
+            "is singular: compare equal counts only"
+        )
+    lines.append(
+        f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
+    )
+    lines.append(f"  {Path(record['workdir']) / RESULTS}, {Path(record['workdir']) / record['grid']}")
+    return "\n".join(lines)
+
+
+def _meaning(name: str, record: dict[str, Any]) -> str:
+    for start, meaning in _MEANINGS:
+        if name.startswith(start):
+            return meaning
+    count = int(name.rsplit("_", 1)[1])
+    reference = f"Frechet distance to the {record['reference']['count']} training images, lower is better"
+    return (
+        reference if count == record["num_samples"] else f"that of the first {count}, beside the test images"
+    )
+
+
+def define_flags() -> None:
+    """Called by the program, not on import: other programs have flags of the same names."""
+    flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.", required=True)
+    flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
+    flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's own.", lower_bound=1)
+    flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
+    flags.DEFINE_integer("seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0)
+    flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
+    flags.DEFINE_integer("checkpoint_step", None, "Default: the last one.", lower_bound=0)
+    flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")
+    flags.DEFINE_integer(
+        "input_resolution",
+        Options.input_resolution,
+        "Side that images are resized to for their features; distances compare only where it is equal.",
+        lower_bound=efficientnet.MIN_INPUT_RESOLUTION,
+    )
+    flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Where reference statistics are kept.")
+    flags.DEFINE_integer(
+        "untrained_num", Options.untrained_num, "Samples of the untrained network; 0: none.", lower_bound=0
+    )
+
+
+def main() -> None:
+    """Flags in, one call out."""
+    from mcm_jax import runs, workdirs  # Slow to import: --help and bad flags need not wait for it.
+
+    values = flags.FLAGS
+    options = Options(
+        workdirs=tuple(Path(workdir) for workdir in values.workdir),
+        cache_dir=Path(values.cache_dir),
+        **{
+            field.name: getattr(values, field.name)
+            for field in dataclasses.fields(Options)
+            if field.name not in ("workdirs", "cache_dir")
+        },
+    )
+    if options.workdirs:
+        cache = workdirs.compilation_cache(options.workdirs[0])
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    evaluate(options, runs.load_run)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""Features, moments and distances of samples against a reference."""

@@ -1,0 +1,183 @@
+"""The cache computes once, for exactly what its key says, and survives damage."""
+
+import numpy as np
+import pytest
+
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation import references
+from mcm_jax.evaluation.efficientnet import FEATURES, Extractor, Weights
+from mcm_jax.evaluation.references import Cache, Reference
+
+
+class PixelExtractor(Extractor):
+    """The pixels as the first features: no network, no compilation."""
+
+    def __init__(self, sha256: str = "f00d", input_resolution: int = 96):
+        self.weights, self.input_resolution = Weights({}, sha256), input_resolution
+
+    def __call__(self, images):
+        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+        return np.pad(pixels, ((0, 0), (0, FEATURES - pixels.shape[1])))
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
+IDENTITY = {"fingerprint": "abc", "resolution": 4}
+
+
+class Asker:
+    """Asks a cache for the reference of IMAGES and counts how often the images were wanted."""
+
+    def __init__(self, directory):
+        self.directory, self.loads = directory, 0
+
+    def images(self):
+        self.loads += 1
+        return IMAGES
+
+    def __call__(self, extractor=None, split="train", identity=IDENTITY) -> Reference:
+        # A new cache each time, as in a new process.
+        return Cache(self.directory).reference(
+            extractor or PixelExtractor(), split=split, identity=identity, images=self.images
+        )
+
+
+@pytest.fixture
+def ask(tmp_path) -> Asker:
+    return Asker(tmp_path / "cache")
+
+
+def assert_equal(one: Reference, other: Reference) -> None:
+    assert (one.split, one.sha256, one.count) == (other.split, other.sha256, other.count)
+    for name in ("mean", "cov", "features"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_the_statistics_are_those_of_the_images(ask):
+    reference = ask()
+    features = PixelExtractor()(IMAGES)
+    assert reference.count == 30 and reference.rank_deficient
+    np.testing.assert_allclose(reference.mean, features.mean(axis=0, dtype=np.float64), atol=1e-12)
+    np.testing.assert_allclose(reference.cov, np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
+    np.testing.assert_array_equal(reference.features, features)
+
+
+def test_blocks_do_not_matter(ask, tmp_path, monkeypatch):
+    whole = ask()
+    monkeypatch.setattr(references, "_BLOCK", 7)
+    parts = Asker(tmp_path / "other")()
+    np.testing.assert_allclose(parts.cov, whole.cov, atol=1e-12)
+    np.testing.assert_array_equal(parts.features, whole.features)
+
+
+def test_the_second_time_no_image_is_loaded(ask):
+    assert_equal(ask(), ask())
+    assert ask.loads == 1
+    assert not [path for path in ask.directory.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extractor": PixelExtractor(sha256="beef")},
+        {"extractor": PixelExtractor(input_resolution=112)},
+        {"split": "test"},
+        {"identity": {**IDENTITY, "fingerprint": "abd"}},
+        {"identity": {**IDENTITY, "resolution": 5}},
+    ],
+    ids=["weights", "input_resolution", "split", "fingerprint", "resolution"],
+)
+def test_anything_that_matters_is_another_reference(ask, change):
+    first = ask()
+    assert ask(**change).sha256 != first.sha256
+    assert ask.loads == 2
+
+
+def test_the_code_version_is_part_of_the_key(ask, monkeypatch):
+    first = ask()
+    monkeypatch.setattr(references, "VERSION", references.VERSION + 1)
+    assert ask().sha256 != first.sha256
+
+
+def cut_off(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def one_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut_off, one_bit_flipped, lambda _: b"", lambda _: b"not a zip"])
+def test_a_damaged_file_is_computed_again_with_a_note(ask, damage, capsys):
+    first = ask()
+    (path,) = ask.directory.glob("*.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    assert_equal(ask(), first)
+    assert ask.loads == 2
+    assert str(path) in capsys.readouterr().err
+    assert_equal(ask(), first)
+    assert ask.loads == 2
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def test_a_pickle_in_the_cache_is_damage_and_is_not_run(ask, tmp_path):
+    """Arrays of objects are pickles: np.load would run them."""
+    first, marker = ask(), tmp_path / "marker"
+    (path,) = ask.directory.glob("*.npz")
+    np.savez(path, mean=np.array([Evil(str(marker))], object), cov=first.cov, count=first.count)
+    assert_equal(ask(), first)
+    assert ask.loads == 2 and not marker.exists()
+
+
+def test_features_of_large_sets_are_not_kept(ask, monkeypatch):
+    monkeypatch.setattr(references, "MAX_KEPT_FEATURES", 29)
+    assert ask().features is None
+    assert ask().features is None and ask.loads == 1
+
+
+def test_numbers_are_computed_once_and_again_when_damaged(tmp_path, capsys):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"distance": 0.1 + 0.2}
+
+    def ask_numbers(identity):
+        return Cache(tmp_path).numbers(identity, compute)
+
+    assert ask_numbers({"a": 1}) == ask_numbers({"a": 1}) == {"distance": 0.1 + 0.2}
+    assert len(calls) == 1
+    ask_numbers({"a": 2})
+    assert len(calls) == 2
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text().replace("0.3", "0.4"))
+    assert ask_numbers({"a": 1}) == {"distance": 0.1 + 0.2}
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_an_unwritable_cache_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--cache_dir=.*file"):
+        Cache(tmp_path / "file" / "cache")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        references.write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,317 @@
+"""The program on a run that is not trained: its records, its file, and what it says to bad input."""
+
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcm_jax import evaluate as program
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation import efficientnet
+from mcm_jax.evaluation.efficientnet import FEATURES, Extractor, Weights
+
+SIDE = 4
+
+
+class PixelExtractor(Extractor):
+    """The pixels as the first features: no network, no compilation."""
+
+    def __init__(self, weights: Weights, *, input_resolution: int):
+        self.weights, self.input_resolution = weights, input_resolution
+
+    def __call__(self, images):
+        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+        return np.pad(pixels, ((0, 0), (0, FEATURES - pixels.shape[1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDataset:
+    dataset: str = "openmoji"
+    resolution: int = SIDE
+    fingerprints: dict = dataclasses.field(default_factory=lambda: {"train": "abc", "test": "def"})
+    preprocessing: str = "none"
+    num_examples: dict = dataclasses.field(default_factory=lambda: {"train": 60, "test": 12})
+    path: str = "/data"
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeConfig:
+    seed: int = 17
+    widths: tuple[int, ...] = (8, 16)
+
+
+class FakeRun:
+    """What `runs.load_run` returns, with noise for samples; writes down what it was asked for."""
+
+    objective, student_steps, checkpoint_step, seed, label_rule = "cd", 4, 300, 17, "uniform"
+
+    def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
+        self.workdir, self.parameters = Path(workdir), parameters
+        self.config = FakeConfig()
+        self.dataset = FakeDataset()
+        self.asked = [] if asked is None else asked
+        self.low = 0 if parameters == "ema" else 100
+
+    def sample(self, num, seed=0, steps=None, sampler=None, first=0, progress=None):
+        self.asked.append(("sample", self.low, num, seed, steps, sampler, first))
+        images = [
+            np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
+            for n in range(num)
+        ]
+        return np.array(images, np.uint8), np.zeros(num, np.int32)
+
+    def sampling_record(self, steps, sampler):
+        return {
+            "steps": steps or 4,
+            "sampler": sampler or "ddim",
+            "label_rule": self.label_rule,
+            "guidance": 0.0,
+        }
+
+    def untrained(self):
+        run = FakeRun(self.workdir, asked=self.asked)
+        run.low = 250
+        return run
+
+    def images(self, split):
+        self.asked.append(("images", split))
+        count = self.dataset.num_examples[split]
+        images = np.random.default_rng(count).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+        return images, np.zeros(count, np.int32)
+
+
+class Loader:
+    """`load_run`, remembering its runs."""
+
+    def __init__(self):
+        self.runs, self.calls = [], []
+
+    def __call__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None):
+        self.calls.append((Path(workdir).name, parameters, checkpoint_step, data_dir))
+        self.runs.append(FakeRun(workdir, parameters))
+        return self.runs[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(efficientnet, "Extractor", PixelExtractor)
+
+
+@pytest.fixture
+def workdirs(tmp_path) -> tuple[Path, ...]:
+    paths = (tmp_path / "teacher", tmp_path / "cd4")
+    for path in paths:
+        path.mkdir()
+    return paths
+
+
+@pytest.fixture
+def options(tmp_path, workdirs) -> program.Options:
+    return program.Options(workdirs=workdirs[:1], num=40, cache_dir=tmp_path / "cache", untrained_num=16)
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "evaluation" / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_record_says_everything_that_the_number_depends_on(options, workdirs):
+    (record,) = program.evaluate(options, Loader())
+    assert lines(workdirs[0]) == [record]
+    expected = {
+        "workdir": "teacher",
+        "objective": "cd",
+        "dataset": "openmoji",
+        "resolution": SIDE,
+        "data_preprocessing": "none",
+        "training_seed": 17,
+        "student_steps": 4,
+        "checkpoint_step": 300,
+        "parameters": "ema",
+        "seed": 0,
+        "label_rule": "uniform",
+        "steps": 4,
+        "sampler": "ddim",
+        "guidance": 0.0,
+        "num_samples": 40,
+        "rank_deficient": True,
+        "grid": "evaluation/samples_step300_ema_ddim4_seed0.png",
+    }
+    assert {name: record[name] for name in expected} == expected
+    assert set(record) - set(expected) == {
+        *("metrics", "bounds", "features", "reference", "sampling_seconds", "features_seconds"),
+        *("created", "versions"),
+    }
+    assert list(record["metrics"]) == [
+        "fd_effnet_lite0_40",
+        "fd_effnet_lite0_12",
+        "nearest_neighbour_distance",
+    ]
+    assert set(record["bounds"]) == {
+        "mean_image_fd_effnet_lite0",
+        "test_images_fd_effnet_lite0_12",
+        "test_images_nearest_neighbour_distance",
+        "untrained_network_fd_effnet_lite0_16",
+    }
+    assert record["features"] == {
+        "network": "efficientnet-lite0",
+        "sha256": efficientnet.load().sha256,
+        "input_resolution": efficientnet.DEFAULT_INPUT_RESOLUTION,
+    }
+    assert record["reference"]["split"] == "train" and record["reference"]["count"] == 60
+    assert datetime.datetime.fromisoformat(record["created"]).utcoffset() == datetime.timedelta(0)
+    assert set(record["versions"]) == {"jax", "flax", "mcm_jax"}
+
+
+def test_the_grid_shows_the_first_samples(options, workdirs):
+    (record,) = program.evaluate(options, Loader())
+    grid = np.asarray(Image.open(workdirs[0] / record["grid"]))
+    samples, _ = FakeRun("").sample(40)
+    scale, pitch = 12, 12 * (SIDE + 1)
+    for index in (0, 9, 39):
+        top, left = (index // 8) * pitch, (index % 8) * pitch
+        tile = grid[top : top + SIDE * scale : scale, left : left + SIDE * scale : scale]
+        np.testing.assert_array_equal(tile, samples[index])
+
+
+def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdirs, monkeypatch):
+    monkeypatch.setattr(program, "_BLOCK", 16)
+    load = Loader()
+    changed = dataclasses.replace(
+        options, seed=5, steps=8, sampler="addim", checkpoint_step=200, data_dir="/data", untrained_num=0
+    )
+    (parts,) = program.evaluate(changed, load)
+    assert load.calls == [("teacher", "ema", 200, "/data")]
+    samples = [call for call in load.runs[0].asked if call[0] == "sample"]
+    expected = [("sample", 0, num, 5, 8, "addim", first) for num, first in ((16, 0), (16, 16), (8, 32))]
+    assert samples == expected
+    monkeypatch.setattr(program, "_BLOCK", 1000)
+    (whole,) = program.evaluate(changed, Loader())
+    assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
+    assert "untrained_network_fd_effnet_lite0_16" not in whole["bounds"]
+
+
+def test_every_workdir_with_both_kinds_of_parameters(options, workdirs):
+    load = Loader()
+    records = program.evaluate(dataclasses.replace(options, workdirs=workdirs, parameters="both"), load)
+    expected = [(workdir.name, kind) for workdir in workdirs for kind in ("ema", "raw")]
+    assert [(record["workdir"], record["parameters"]) for record in records] == expected
+    assert [lines(workdir) for workdir in workdirs] == [records[:2], records[2:]]
+    assert records[0]["metrics"] != records[1]["metrics"]
+    assert len({record["reference"]["sha256"] for record in records}) == 1
+    grids = {(workdir.name, path.name) for workdir in workdirs for path in workdir.glob("evaluation/*.png")}
+    assert len(grids) == 4
+    loaded = [call for run in load.runs for call in run.asked if call[0] == "images"]
+    assert sorted(loaded) == [("images", "test"), ("images", "train"), ("images", "train")]
+
+
+def test_the_second_evaluation_computes_only_its_samples(options):
+    program.evaluate(options, Loader())
+    load = Loader()
+    program.evaluate(options, load)
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, 0)]
+
+
+def test_results_are_added_and_never_lost(options, workdirs):
+    path = workdirs[0] / "evaluation" / "results.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"old": 1}\n{"cut off')
+    program.evaluate(options, Loader())
+    program.evaluate(options, Loader())
+    found = path.read_text().split("\n")
+    assert found[:2] == ['{"old": 1}', '{"cut off'] and found[4] == "" and len(found) == 5
+    assert json.loads(found[2])["metrics"] == json.loads(found[3])["metrics"]
+
+
+def test_a_number_that_is_none_is_not_written(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError):
+        program.append_line(path, {"metrics": {"fd": float("nan")}})
+    assert not path.exists()
+
+
+def test_the_table_names_each_number(options, capsys):
+    (record,) = program.evaluate(options, Loader())
+    printed = capsys.readouterr().out
+    for name, value in (record["metrics"] | record["bounds"]).items():
+        (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
+        assert f"{value:.3f}" in line and len(line.split()) > 4
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"workdirs": (Path("/no/such/run"),)}, "/no/such/run"),
+        ({"workdirs": ()}, "--workdir"),
+        ({"num": 1}, "--num=1"),
+        ({"steps": 0}, "--steps=0"),
+        ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
+        ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
+        ({"input_resolution": 8}, "input_resolution=8"),
+        ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_loaded(options, change, message, monkeypatch):
+    monkeypatch.undo()  # The real extractor: it is the one that checks its resolution.
+    load = Loader()
+    with pytest.raises(InputError, match=message) as error:
+        program.evaluate(dataclasses.replace(options, **change), load)
+    assert "\n" not in str(error.value) and not load.calls
+
+
+def test_a_bad_second_run_stops_before_the_first_is_sampled(options, workdirs):
+    load = Loader()
+
+    def second_is_bad(workdir, **kwargs):
+        if Path(workdir).name == "cd4":
+            raise InputError("cd4: there is no checkpoint")
+        return load(workdir, **kwargs)
+
+    with pytest.raises(InputError, match="no checkpoint"):
+        program.evaluate(dataclasses.replace(options, workdirs=workdirs), second_is_bad)
+    assert not load.runs[0].asked
+
+
+def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_sampled(options, workdirs):
+    (workdirs[0] / "evaluation").write_text("in the way")
+    load = Loader()
+    with pytest.raises(InputError, match="cannot write there"):
+        program.evaluate(options, load)
+    assert not load.runs[0].asked
+
+
+def test_a_directory_that_is_no_run_is_left_as_it_was(options, workdirs):
+    def no_run(workdir, **_):
+        raise InputError(f"{workdir} is not a run")
+
+    with pytest.raises(InputError, match="not a run"):
+        program.evaluate(options, no_run)
+    assert not list(workdirs[0].iterdir())
+
+
+def test_without_a_test_split_its_numbers_are_left_out(options):
+    class NoTest(Loader):
+        def __call__(self, *args, **kwargs):
+            run = super().__call__(*args, **kwargs)
+            run.dataset = FakeDataset(fingerprints={"train": "abc"}, num_examples={"train": 60})
+            return run
+
+    (record,) = program.evaluate(options, NoTest())
+    assert set(record["bounds"]) == {"mean_image_fd_effnet_lite0", "untrained_network_fd_effnet_lite0_16"}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [(["--workdir=x", "--num=1"], "num"), (["--workdir=x", "--sampler=euler"], "euler"), ([], "workdir")],
+)
+def test_the_program_exits_with_2_on_bad_flags(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "mcm_jax.evaluate", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
