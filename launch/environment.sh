@@ -1,0 +1,44 @@
+# Sourced by the launchers: makes .venv in the checkout, or reuses it, and puts it on PATH.
+#
+#   mcm_environment EXTRA...    installs mcm_jax with these extras of setup.cfg, at pinned versions
+#
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer); MCM_ACCELERATOR=gpu or tpu the variant of JAX;
+# MCM_DRY_RUN=1 prints what would be run.
+
+mcm_run() {
+  if [ -n "${MCM_DRY_RUN:-}" ]; then
+    printf '+ %s\n' "$*"
+  else
+    "$@"
+  fi
+}
+
+mcm_environment() {
+  local extras="$*" python="${PYTHON:-python3}" venv="$PWD/.venv" stamp wanted
+  case "${MCM_ACCELERATOR:-cpu}" in
+    cpu) export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" ;;
+    gpu | tpu) extras="$extras $MCM_ACCELERATOR" ;;
+    *)
+      echo "error: MCM_ACCELERATOR=$MCM_ACCELERATOR must be cpu, gpu or tpu" >&2
+      return 2
+      ;;
+  esac
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.12" >&2
+    return 2
+  fi
+  extras=$(printf '%s\n' $extras | sort -u | paste -sd, -)
+  stamp="$venv/installed-${extras:-base}"
+  wanted=$(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)
+  if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    [ -x "$venv/bin/python" ] || mcm_run "$python" -m venv "$venv" || return 1
+    echo "installing mcm_jax${extras:+[$extras]} into .venv (a minute or two, once)"
+    mcm_run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint launch/constraints.txt --editable ".${extras:+[$extras]}" || return 1
+    # Written last: an interrupted installation is made again.
+    [ -n "${MCM_DRY_RUN:-}" ] || printf '%s\n' "$wanted" >"$stamp"
+  fi
+  export PATH="$venv/bin:$PATH"
+  # TensorFlow only writes event files here; its start-up notices help nobody.
+  export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs every test, in a .venv of its own making. Arguments go to pytest, e.g. bash launch/test.sh -k steps
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+mcm_environment test
+mcm_run ruff check .
+mcm_run ruff format --check .
+mcm_run lint-imports --config setup.cfg
+# Two processes: one test compiles while another runs.
+mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile "$@"
