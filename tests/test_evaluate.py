@@ -244,7 +244,7 @@ def test_the_table_names_each_number(options, capsys):
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
         ({"workdirs": (Path("/no/such/run"),)}, "/no/such/run"),
         ({"workdirs": ()}, "--workdir"),
@@ -306,7 +306,7 @@ def test_without_a_test_split_its_numbers_are_left_out(options):
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [(["--workdir=x", "--num=1"], "num"), (["--workdir=x", "--sampler=euler"], "euler"), ([], "workdir")],
 )
 def test_the_program_exits_with_2_on_bad_flags(arguments, message):

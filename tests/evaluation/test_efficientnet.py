@@ -157,7 +157,7 @@ def test_recognises_drawings_of_things(weights):
     assert not missed
 
 
-@pytest.mark.parametrize("source,target", [(16, 96), (32, 45), (7, 7), (64, 48), (100, 33)])
+@pytest.mark.parametrize(("source", "target"), [(16, 96), (32, 45), (7, 7), (64, 48), (100, 33)])
 def test_resizing_is_bilinear_on_the_half_pixel_grid(source, target):
     images = noise(1, source).astype(np.float32)
     expected = jax.image.resize(images, (1, target, target, 3), "bilinear", antialias=True)

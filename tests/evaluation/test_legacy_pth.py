@@ -88,7 +88,7 @@ def test_reads_offsets_strides_scalars_and_shared_storages():
 
 
 @pytest.mark.parametrize(
-    "module,name,argument",
+    ("module", "name", "argument"),
     [
         ("os", "system", "touch {marker}"),
         ("posix", "system", "touch {marker}"),
@@ -119,7 +119,7 @@ def test_the_evil_pickle_is_evil(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "offset,shape,strides",
+    ("offset", "shape", "strides"),
     [
         (0, (13,), (1,)),
         (6, (7,), (1,)),

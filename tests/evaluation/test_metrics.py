@@ -66,7 +66,7 @@ def test_a_covariance_of_one_row_is_refused():
         _ = moments_of(rows(1)).covariance
 
 
-@pytest.mark.parametrize("count,deficient", [(5, True), (6, False)])
+@pytest.mark.parametrize(("count", "deficient"), [(5, True), (6, False)])
 def test_rank_needs_more_rows_than_dimensions(count, deficient):
     moments = moments_of(rows(count))
     assert moments.rank_deficient is deficient

@@ -1,0 +1,149 @@
+"""Where prepared data sets lie on disk, and the summary beside the records that makes one complete.
+
+A data set is named by a string: 'openmoji', or 'folder/<name>' for a folder of images. TFDS puts it into
+<data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
+writes the summary last and renames the finished directory into place in one step, so that a directory
+with a summary is complete and one without is not.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mcm_jax.errors import InputError
+
+VERSION = "1.0.0"
+SPLITS = ("train", "test")
+SUMMARY_FILE = "summary.json"
+DEFAULT_DATA_DIR = "data"
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What a prepared data set is: enough to size a model, and to say in a result what it was measured on.
+
+    `fingerprints` maps a split to the SHA-256 of its images and labels in stored order; `class_counts` maps
+    it to the number of images of each class; `source` identifies the files they were made from.
+    """
+
+    dataset: str
+    resolution: int
+    class_names: tuple[str, ...]
+    num_examples: dict[str, int]
+    class_counts: dict[str, tuple[int, ...]]
+    fingerprints: dict[str, str]
+    preprocessing: str
+    source: str
+    path: Path
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def image_feature(resolution: int) -> tfds.features.Tensor:
+    """A uint8 image [r, r, 3] stored as its raw bytes."""
+    return tfds.features.Tensor(shape=(resolution, resolution, 3), dtype=np.uint8, encoding="bytes")
+
+
+def config_name(dataset: str, resolution: int) -> str:
+    """'32' for openmoji, 'pets_32' for folder/pets.
+
+    Raises:
+      InputError: the string names no data set.
+    """
+    builder, _, name = dataset.partition("/")
+    if dataset == "openmoji":
+        return str(resolution)
+    if builder == "folder" and FOLDER_NAME.fullmatch(name):
+        return f"{name}_{resolution}"
+    raise InputError(
+        f"data set {dataset!r} is unknown: use 'openmoji' or 'folder/<name>' (letters, digits, _, -)"
+    )
+
+
+def dataset_dir(data_dir: str | Path, *, dataset: str, resolution: int) -> Path:
+    """The directory of one data set at one resolution, whether it is there or not."""
+    builder = dataset.partition("/")[0]
+    return Path(data_dir) / builder / config_name(dataset, resolution) / VERSION
+
+
+def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
+    """The resolutions at which the data set is complete in `data_dir`, ascending."""
+    parent = dataset_dir(data_dir, dataset=dataset, resolution=1).parent.parent
+    pattern = re.compile(re.escape(config_name(dataset, 1)[:-1]) + r"(\d+)")
+    matches = (
+        pattern.fullmatch(path.parent.parent.name) for path in parent.glob(f"*/{VERSION}/{SUMMARY_FILE}")
+    )
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, overwrite: bool = False) -> str:
+    """The command that makes the data set; PATH stands where only the user knows the folder."""
+    builder, _, name = dataset.partition("/")
+    command = f"python -m mcm_jax.prepare --dataset={builder} --resolution={resolution}"
+    if name:
+        command += f" --manual_dir=PATH --name={name}"
+    if str(data_dir) != DEFAULT_DATA_DIR:
+        command += f" --data_dir={shlex.quote(str(data_dir))}"
+    return command + (" --overwrite" if overwrite else "")
+
+
+def write_summary(info: DatasetInfo, directory: Path) -> None:
+    """Writes the summary of `info` into `directory`; its path is left out, so that the data can be moved."""
+    fields = dataclasses.asdict(info)
+    del fields["path"]
+    (directory / SUMMARY_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def read_summary(directory: Path) -> DatasetInfo:
+    """The inverse of `write_summary`.
+
+    Raises:
+      FileNotFoundError: there is none, so no complete data set.
+      ValueError: the file is damaged.
+    """
+    try:
+        text = (directory / SUMMARY_FILE).read_text(encoding="utf-8")
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args) from error
+    try:
+        fields = json.loads(text)
+        fields["class_names"] = tuple(fields["class_names"])
+        fields["class_counts"] = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
+        return DatasetInfo(**fields, path=directory)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {error}") from error
+
+
+def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetInfo:
+    """Reads what is known about a prepared data set, from its summary alone: instant.
+
+    Raises:
+      InputError: it is not there or not complete; the message holds the command that prepares it.
+    """
+    directory = dataset_dir(data_dir, dataset=dataset, resolution=resolution)
+    command = prepare_command(data_dir, dataset=dataset, resolution=resolution)
+    try:
+        info = read_summary(directory)
+    except FileNotFoundError:
+        others = prepared_resolutions(data_dir, dataset=dataset)
+        there = f" ({_and(others)} {'is' if len(others) == 1 else 'are'} there)" if others else ""
+        raise InputError(
+            f"data set {dataset} at resolution {resolution} is not in {data_dir}{there}, "
+            f"make it with: {command}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"data set {dataset}: {error}, remake it with: {command} --overwrite") from error
+    return info
+
+
+def _and(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

