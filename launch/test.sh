@@ -9,3 +9,5 @@ mcm_run ruff format --check .
 mcm_run lint-imports --config setup.cfg
 # Two processes: one test compiles while another runs.
 mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile "$@"
+# Exit code 5: none of the tests chosen by the arguments needs eight devices.
+MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]

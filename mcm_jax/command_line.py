@@ -1,8 +1,10 @@
 """What all programs share: flags in, one function call, exit code 0, 1 or 2 out."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
 
 from mcm_jax.errors import InputError
@@ -14,16 +16,28 @@ def run(main: Callable[[], None]) -> None:
     Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault); 2 bad input,
     told in one line on stderr; 130 interrupted by Ctrl-C.
     """
+    # TensorFlow, which writes TensorBoard's files, greets on stderr otherwise. Before anything imports it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
     except InputError as error:
         _exit_with(error)
 
 
+def loaded_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+    """The config of a --config flag; raises InputError where its file could not be loaded."""
+    try:
+        # ml_collections tells of a missing file when the config is first looked at, not before.
+        holder.value.keys()
+    except OSError as error:
+        raise InputError(f"bad --config: {_one_line(error)}") from error
+    return holder.value
+
+
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        # Libraries tell every checkpoint in dozens of lines; --verbosity=0 shows them.
-        logging.set_verbosity(logging.WARNING)
+        # Orbax tells every checkpoint in dozens of lines; --verbosity=0 shows them.
+        logging.set_verbosity(logging.ERROR)
     try:
         main()
     except InputError as error:

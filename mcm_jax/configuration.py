@@ -26,7 +26,7 @@ Objective = Literal["diffusion", "cd", "ct"]
 LabelRule = Literal["uniform", "train_frequency"]
 
 
-def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+def _field(default: Any, doc: str, *, low: int | float | None = None, high: int | float | None = None) -> Any:
     """A setting with its meaning and its inclusive range."""
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
@@ -174,6 +174,35 @@ def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
             value = config_dict.placeholder(_without_none(hints[field.name]))
         result[field.name] = value
     return result.lock()
+
+
+def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
+    """A network and a training that two CPU cores hold: row "teacher", "cd,steps=S" or "ct,steps=S".
+
+    Not the paper's settings but the paper's system in small: fewer updates need a higher learning rate, a
+    faster annealing and a shorter average.
+
+    Raises:
+      InputError: another row.
+    """
+    words, numbers = parse_row(row)
+    systems = {"teacher": set(), "cd": {"steps"}, "ct": {"steps"}}
+    if len(words) != 1 or not words <= set(systems) or set(numbers) != systems[min(words)]:
+        raise InputError(f"there is no config row {row!r}: use teacher, cd,steps=S or ct,steps=S")
+    config = default_config()
+    config.data.update(dataset=dataset, resolution=resolution)
+    config.optimizer.update(decay="linear", ema_decay=0.99)
+    config.training.update(batch_size=64, log_every_steps=50, checkpoint_every_steps=250)
+    config.sampling.update(teacher_steps=32, batch_per_device=64)
+    if words == {"teacher"}:
+        config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
+        config.training.update(num_steps=1500, sample_every_steps=500)
+        return config
+    (config.objective,) = words
+    config.consistency.update(student_steps=numbers["steps"], anneal_steps=200)
+    config.optimizer.learning_rate = 3e-4
+    config.training.update(num_steps=300, sample_every_steps=150)
+    return config
 
 
 def parse_row(row: str) -> tuple[set[str], dict[str, int]]:

@@ -30,6 +30,7 @@ from mcm_jax.pictures import image_grid, save_png
 SAMPLERS = ("ddim", "addim")
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 RESULTS = Path("evaluation") / "results.jsonl"
+_TRAINING_ONLY = ("objective", "teacher_checkpoint", "consistency", "optimizer", "training", "mesh")
 # Samples held at a time: bounds memory at any --num, and is a multiple of any sampler's batch.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
@@ -50,7 +51,7 @@ class Options:
     checkpoint_step: int | None = None
     data_dir: str | None = None
     input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
-    cache_dir: Path = Path.home() / ".cache" / "mcm_jax"
+    cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
 
 
@@ -177,8 +178,11 @@ def _untrained_images(run: Any, options: Options) -> np.ndarray:
 
 
 def _untrained_identity(run: Any, options: Options, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The whole config: more than the samples depend on, but never less."""
-    return {"config": dataclasses.asdict(run.config), "seed": options.seed, **sampling}
+    """The config but for what only training reads: teacher and students share their untrained network."""
+    config = dataclasses.asdict(run.config)
+    for section in _TRAINING_ONLY:
+        config.pop(section, None)
+    return {"config": config, "seed": options.seed, **sampling}
 
 
 def _check(options: Options) -> None:

@@ -24,10 +24,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     """Flags in, one run out."""
+    config = command_line.loaded_config(_CONFIG)
     from mcm_jax import trainer  # Slow to import: --help and a misspelt flag need not wait for it.
 
     workdir = Path(_WORKDIR.value)
-    if trainer.train(_CONFIG.value, workdir):
+    if trainer.train(config, workdir):
         print(f"finished: {workdir}")
     else:
         print(f"stopped and saved: the same command continues {workdir}", file=sys.stderr)

@@ -23,7 +23,6 @@ from mcm_jax.pictures import image_grid
 from mcm_jax.runs import Run
 from mcm_jax.training import loop, sharding, step
 from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.observer import RunObserver
 from mcm_jax.training.state import TrainState
 
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
@@ -73,6 +72,8 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
             ema_decay=config.optimizer.ema_decay,
             seed=config.seed,
         )
+        from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
+
         draw = functools.partial(_draw_grid, config, dataset, mesh)
         with RunObserver(
             workdir,

@@ -1,10 +1,15 @@
-"""Shared by all tests: eight CPU devices, and types checked at run time."""
+"""Shared by all tests: forced CPU devices, types checked at run time, one tiny trained teacher.
+
+Programs split over eight devices compile slowly, so most tests see one device; those marked multi_device run
+in a process of their own with MCM_TEST_DEVICES=8, as launch/test.sh does.
+"""
 
 import os
 
-# Before the first import of JAX. Every test sees eight devices and uses one unless it asks for more.
+# Before the first import of JAX.
+DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={DEVICES}"
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -17,3 +22,36 @@ import hypothesis
 # Derandomised: the same examples every time. No deadline: the first example of a shape compiles.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("fixed")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """data_dir of the prepared folder/tiny."""
+    return tiny.prepare_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_compilations(tmp_path_factory):
+    """Programs that several tests compile are compiled once."""
+    os.environ["MCM_COMPILATION_CACHE"] = str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_data, tmp_path_factory):
+    """workdir of a diffusion teacher after its four updates."""
+    from mcm_jax import trainer
+
+    workdir = tmp_path_factory.mktemp("runs") / "teacher"
+    assert trainer.train(tiny.config(tiny_data), workdir)
+    return workdir
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of several devices need them, and the others are faster on one."""
+    for item in items:
+        if item.get_closest_marker("multi_device") and DEVICES != 8:
+            item.add_marker(pytest.mark.skip(reason="needs MCM_TEST_DEVICES=8, see launch/test.sh"))

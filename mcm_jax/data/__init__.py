@@ -1,0 +1,1 @@
+"""Data sets: one file each, and the pipeline that reads them all."""

@@ -63,6 +63,7 @@ def run(mesh, *, updates=3, ema_decay=0.9, seed=0, loss=loss_fn, optimizer=None)
     return state, losses
 
 
+@pytest.mark.multi_device
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
 def test_eight_devices_train_like_one(shape):
     one, losses_one = run(mesh_of(1, 1))
@@ -73,6 +74,7 @@ def test_eight_devices_train_like_one(shape):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.multi_device
 def test_fsdp_splits_what_is_large():
     state, _ = run(mesh_of(1, 8), updates=1)
     for tree in (state.params, state.ema_params, state.opt_state[0].mu):
@@ -110,11 +112,13 @@ def test_one_compilation_for_the_whole_run():
     assert len(traces) == 1
 
 
+@pytest.mark.multi_device
 def test_a_batch_that_can_not_be_divided():
     with pytest.raises(InputError, match=r"batch_size=12 .* 8 devices"):
         sharding.check_batch(mesh_of(8, 1), batch_size=12)
 
 
+@pytest.mark.multi_device
 def test_a_mesh_that_does_not_cover_the_devices():
     with pytest.raises(InputError, match=r"data=3 x fsdp=2 is not the 8 devices"):
         sharding.make_mesh(data=3, fsdp=2)

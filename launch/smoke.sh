@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The whole job in small: 16x16 OpenMoji; a diffusion teacher; CD and CT students of 1 and 4 steps from it;
+# all evaluated; one table and one page. About 12 minutes on 2 cores, installation included.
+#
+#   bash launch/smoke.sh                          runs/smoke, training seed 0
+#   bash launch/smoke.sh --runs=DIR --seed=1      another directory, another training seed
+#   MCM_ACCELERATOR=gpu bash launch/smoke.sh      installs JAX for CUDA and runs there
+#   MCM_DRY_RUN=1 bash launch/smoke.sh            prints the commands
+#
+# The same command continues where an earlier one stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+runs=runs/smoke
+seed=0
+for argument in "$@"; do
+  case "$argument" in
+    --runs=*) runs="${argument#*=}" ;;
+    --seed=*) seed="${argument#*=}" ;;
+    *)
+      echo "error: $argument is not an option; there are --runs=DIR and --seed=N" >&2
+      exit 2
+      ;;
+  esac
+done
+started=$SECONDS
+mcm_environment
+# One cache for all: the programs of two students differ, those of two seeds don't.
+export MCM_COMPILATION_CACHE="${MCM_COMPILATION_CACHE:-$runs/xla_cache}"
+config=configs/openmoji.py
+here="$runs/seed$seed"
+
+mcm_run python -m mcm_jax.prepare --dataset=openmoji --resolution=16
+echo "== teacher"
+mcm_run python -m mcm_jax.train --config="$config:teacher" --config.seed="$seed" --workdir="$here/teacher"
+workdirs="$here/teacher"
+for system in cd ct; do
+  for steps in 1 4; do
+    echo "== $system, $steps steps"
+    mcm_run python -m mcm_jax.train --config="$config:$system,steps=$steps" --config.seed="$seed" \
+      --config.teacher_checkpoint="$here/teacher" --workdir="$here/$system$steps"
+    workdirs="$workdirs,$here/$system$steps"
+  done
+done
+echo "== evaluation"
+mcm_run python -m mcm_jax.evaluate --workdir="$workdirs" --num=1024 --untrained_num=256
+mcm_run python -m mcm_jax.report --runs="$runs"
+
+minutes=$(((SECONDS - started + 59) / 60))
+cat <<EOF
+
+Done in $minutes minutes. From here:
+  more images       python -m mcm_jax.sample --workdir=$here/cd4 --num=64 --out=grid.png
+  loss curves       tensorboard --logdir=$here
+  your own images   python -m mcm_jax.prepare --dataset=folder --manual_dir=PATH --resolution=32
+  all settings      mcm_jax/configuration.py; set one with --config.SECTION.NAME=VALUE
+(in this checkout's environment: source .venv/bin/activate)
+EOF

@@ -1,0 +1,86 @@
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mcm_jax import configuration
+from mcm_jax.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("row", ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=16"])
+def test_every_row_is_valid(path, row):
+    raw = load(path).get_config(row)
+    if row != "teacher":
+        raw.teacher_checkpoint = "runs/teacher"
+    config = configuration.validate(raw)
+    assert config.objective == {"t": "diffusion", "c": row[:2]}[row[0]]
+    if row != "teacher":
+        assert config.consistency.student_steps == int(row.partition("=")[2])
+
+
+@pytest.mark.parametrize(
+    "row", ["", "gan", "cd", "cd,ct,steps=4", "teacher,steps=4", "cd,steps=x", "cd,step=4"]
+)
+def test_a_row_that_is_none(row):
+    with pytest.raises(InputError):
+        configuration.tiny(row, dataset="openmoji", resolution=16)
+
+
+def test_the_config_survives_json():
+    raw = configuration.default_config()
+    raw.model.widths = (16, 32, 64)
+    config = configuration.validate(raw)
+    again = configuration.validate(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+
+
+def test_every_setting_is_documented():
+    def settings(kind):
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(field.type):
+                yield from settings(field.type)
+            else:
+                yield field
+
+    assert all(field.metadata["doc"] for field in settings(configuration.Config))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim"),
+        ("consistency", "huber_epsilon", 0.0, "must be at least 1e-30"),
+        ("optimizer", "b1", 1.5, "must be at most 1"),
+        ("model", "kinds", ("resnet", "resnet", "mlp"), "'mlp' must be one of resnet, transformer"),
+        ("model", "dtype", "float16", "must be one of float32, bfloat16"),
+        ("model", "embedding_width", 31, "must be even"),
+        ("mesh", "data", 0, "config.mesh.data=0"),
+    ],
+)
+def test_values_that_are_not_allowed(section, field, value, message):
+    raw = configuration.default_config()
+    raw.model.embedding_width = 32
+    raw[section][field] = value
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        configuration.validate(raw)
+    assert f"config.{section}.{field}" in str(error.value)
+
+
+def test_a_wrong_type():
+    content = dataclasses.asdict(configuration.Config())
+    content["training"]["batch_size"] = "64"
+    with pytest.raises(InputError, match=r"config.training.batch_size='64' must be of type int"):
+        configuration.validate(content)

@@ -1,0 +1,88 @@
+"""The programs as a user calls them: exit codes, one line for a mistake, files written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"mcm_jax.{program}", *arguments],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("train", ["--workdir=/none"], "config"),
+        ("train", ["--config=configs/none.py:teacher", "--workdir=/none"], "configs/none.py"),
+        ("train", ["--config=configs/openmoji.py:gan", "--workdir=/none"], "there is no config row 'gan'"),
+        (
+            "train",
+            ["--config=configs/openmoji.py:teacher", "--config.model.width=3", "--workdir=/none"],
+            "width",
+        ),
+        (
+            "train",
+            ["--config=configs/openmoji.py:teacher", "--config.seed=x", "--workdir=/none"],
+            "seed",
+        ),
+        (
+            "train",
+            ["--config=configs/openmoji.py:teacher", "--config.data.data_dir=/none", "--workdir=/none"],
+            "python -m mcm_jax.prepare --dataset=openmoji --resolution=16",
+        ),
+        ("train", ["--config=configs/openmoji.py:teacher", "--workdir=/none", "extra"], "'extra'"),
+        ("sample", ["--workdir=/none", "--out=x.png"], "/none is not a run"),
+        ("sample", ["--workdir=/none", "--out=x.gif"], "must end in .png"),
+        ("sample", ["--workdir=/none", "--out=/no/where/x.png"], "there is no directory /no/where"),
+        ("sample", ["--out=x.png"], "workdir"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(program, arguments, message):
+    result = call(program, *arguments)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "prepare", "report"])
+def test_help(program):
+    result = call(program, "--help")
+    assert "mcm_jax." in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_sample_writes_a_grid_and_arrays(teacher, tmp_path):
+    grid = call("sample", f"--workdir={teacher}", "--num=5", f"--out={tmp_path}/grid.png", "--columns=3")
+    assert grid.returncode == 0, grid.stderr
+    assert Image.open(tmp_path / "grid.png").size[0] > 3 * 8
+    arrays = call(
+        "sample", f"--workdir={teacher}", "--num=5", f"--out={tmp_path}/x.npz", "--steps=2", "--label=1"
+    )
+    assert arrays.returncode == 0, arrays.stderr
+    assert "2 steps of addim" in arrays.stdout
+    with np.load(tmp_path / "x.npz") as content:
+        assert content["arr_0"].shape == (5, 8, 8, 3)
+        np.testing.assert_array_equal(content["arr_1"], 1)
+
+
+def test_sample_refuses_an_unknown_class(teacher, tmp_path):
+    result = call("sample", f"--workdir={teacher}", f"--out={tmp_path}/x.png", "--label=2")
+    assert result.returncode == 2
+    assert "--label=2 is not one of the 2 classes: 0 even, 1 odd" in result.stderr

@@ -1,0 +1,131 @@
+"""Sampling from a trained run: reproducible whatever the batch and the devices."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import mcm_jax
+from mcm_jax import runs, trainer
+from mcm_jax.errors import InputError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def run(teacher):
+    return runs.load_run(teacher)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_data, teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("student")
+    assert trainer.train(tiny.config(tiny_data, "cd", teacher), workdir)
+    return runs.load_run(workdir)
+
+
+def assert_nearly_equal(a, b):
+    """At most one grey level in 0.1% of the pixels: what the last bits of XLA's CPU results may move."""
+    difference = np.abs(a.astype(int) - b.astype(int))
+    assert difference.max() <= 1
+    assert np.mean(difference > 0) <= 0.001
+
+
+def test_three_lines(teacher):
+    run = mcm_jax.load(teacher)
+    images, labels = run.sample(5)
+    assert images.shape == (5, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert labels.shape == (5,)
+
+
+def test_same_seed_same_images(run):
+    a, labels_a = run.sample(20, seed=3)
+    b, labels_b = run.sample(20, seed=3)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(labels_a, labels_b)
+    assert not np.array_equal(a, run.sample(20, seed=4)[0])
+
+
+def test_an_image_depends_on_its_number_only(run):
+    whole, labels = run.sample(40)
+    part, part_labels = run.sample(11, first=29)
+    assert_nearly_equal(whole[29:], part)
+    np.testing.assert_array_equal(labels[29:], part_labels)
+
+
+@pytest.mark.parametrize("batch_per_device", [1, 3, 16])
+def test_any_batch_size(run, batch_per_device):
+    assert_nearly_equal(run.sample(40)[0], run.sample(40, batch_per_device=batch_per_device)[0])
+
+
+@pytest.mark.multi_device
+def test_any_device_count(run):
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    params = jax.device_put(jax.device_get(run.params), jax.devices()[0])
+    alone = runs.Run(run.config, run.dataset, mesh=mesh, params=params, checkpoint_step=4)
+    assert_nearly_equal(run.sample(40)[0], alone.sample(40)[0])
+
+
+def test_a_student_takes_its_own_steps(student):
+    assert student.sampling_record()["steps"] == 2
+    assert student.sampling_record()["sampler"] == "ddim"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student.sample(2)
+
+
+def test_a_student_warns_of_other_steps(student):
+    with pytest.warns(UserWarning, match="trained for 2 steps and is asked for 3"):
+        student.sample(2, steps=3)
+
+
+def test_a_teacher_takes_any_steps_and_sampler(run):
+    images = [run.sample(4, steps=n, sampler=s)[0] for n, s in ((3, "ddim"), (3, "addim"), (7, "addim"))]
+    assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[1], images[2])
+
+
+def test_labels_can_be_chosen(run):
+    zero, labels = run.sample(8, labels=np.zeros(8, np.int32))
+    one, _ = run.sample(8, labels=np.ones(8, np.int32))
+    np.testing.assert_array_equal(labels, 0)
+    assert not np.array_equal(zero, one)
+
+
+def test_raw_and_averaged_parameters_differ(teacher):
+    raw = runs.load_run(teacher, parameters="raw")
+    assert not np.array_equal(
+        raw.params["conv_in"]["kernel"], runs.load_run(teacher).params["conv_in"]["kernel"]
+    )
+
+
+def test_an_earlier_checkpoint(teacher):
+    early = runs.load_run(teacher, checkpoint_step=2)
+    assert early.checkpoint_step == 2
+    assert runs.load_run(teacher).checkpoint_step == 4
+    with pytest.raises(InputError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+        runs.load_run(teacher, checkpoint_step=3)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"is not a run \(run.json is missing\)"):
+        runs.load_run(tmp_path)
+
+
+def test_a_damaged_run(teacher, tmp_path):
+    (tmp_path / "run.json").write_text((teacher / "run.json").read_text()[:-20])
+    with pytest.raises(InputError, match=r"run.json is damaged"):
+        runs.load_run(tmp_path)
+
+
+def test_the_runs_images(run):
+    images, labels = run.images("train")
+    assert len(images) == len(labels) == run.dataset.num_examples["train"]
+
+
+def test_untrained_is_gray_noise(run):
+    """v_hat = 0 before the first update; another network than the trained one."""
+    images, _ = run.untrained().sample(8)
+    assert not np.array_equal(images, run.sample(8)[0])

@@ -1,0 +1,316 @@
+"""Whole runs: continued, distilled, interrupted, and refused."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mcm_jax import configuration, experiment, runs, trainer
+from mcm_jax.data import pipeline
+from mcm_jax.errors import InputError
+from mcm_jax.training import sharding, step
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.loop import NonFiniteError
+from tests import tiny
+
+
+def params_of(workdir, parameters="raw"):
+    return jax.device_get(runs.load_run(workdir, parameters=parameters).params)
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def checkpoint_steps(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.all_steps()
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
+def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path):
+    """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were."""
+    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    assert trainer.train(config, tmp_path / "whole")
+    config.training.num_steps = 2
+    assert trainer.train(config, tmp_path / "parts")
+    config.training.num_steps = 4
+    assert trainer.train(config, tmp_path / "parts")
+    for parameters in ("raw", "ema"):
+        whole, parts = (params_of(tmp_path / name, parameters) for name in ("whole", "parts"))
+        assert_equal_trees(whole, parts)
+    assert not np.array_equal(
+        params_of(tmp_path / "whole")["conv_in"]["kernel"],
+        params_of(tmp_path / "whole", "ema")["conv_in"]["kernel"],
+    )
+
+
+def test_a_finished_run_says_so(teacher, tiny_data, capsys):
+    assert trainer.train(tiny.config(tiny_data), teacher)
+    assert "is finished: all its 4 updates are done" in capsys.readouterr().out
+
+
+def test_a_student_starts_from_the_averaged_teacher(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.training.num_steps = 1
+    config.optimizer.learning_rate = 0.0
+    assert trainer.train(config, tmp_path / "student")
+    assert_equal_trees(params_of(tmp_path / "student"), params_of(teacher, "ema"))
+
+
+def test_a_teacher_is_never_saved_again(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    items = {path.name for path in (tmp_path / "student/checkpoints/1").iterdir() if path.is_dir()}
+    assert items == {"params", "ema_params", "opt_state", "step", "data"}
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.update(num_steps=5, checkpoint_every_steps=1, keep_checkpoints=2)
+    assert trainer.train(config, tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [4, 5]
+
+
+def test_a_grid_is_drawn_for_people(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.sample_every_steps = 4
+    assert trainer.train(config, tmp_path / "run")
+    assert (tmp_path / "run/samples/step_0000004.png").stat().st_size > 1000
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 2
+    assert trainer.train(config, tmp_path / "run")
+    # Not the same run any more: written into its file, as only a mistake in the code could do it.
+    config.training.num_steps = 20
+    config.optimizer.learning_rate = 1e30
+    file = tmp_path / "run/run.json"
+    content = json.loads(file.read_text())
+    content["config"]["optimizer"]["learning_rate"] = 1e30
+    file.write_text(json.dumps(content))
+    with pytest.raises(NonFiniteError, match=r"update \d+ is not finite.*the last good one is \d+"):
+        trainer.train(config, tmp_path / "run")
+    for parameters in ("raw", "ema"):
+        leaves = jax.tree.leaves(params_of(tmp_path / "run", parameters))
+        assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+
+
+@pytest.mark.multi_device
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
+def test_eight_devices_train_the_real_objectives_like_one(objective, shape, tiny_data, teacher):
+    results = []
+    for data, fsdp in ((1, 1), shape):
+        devices = jax.devices()[: data * fsdp]
+        mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+        results.append(three_updates(objective, mesh, tiny_data, teacher))
+    # Sums over the batch in another order; three updates of 1e-3 each move a parameter by up to 3e-3.
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4)
+    for a, b in zip(*(jax.tree.leaves(params) for _, params in results), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def three_updates(objective, mesh, tiny_data, teacher):
+    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    # Adam's tiny epsilon would turn the rounding of a gradient that is zero (the bias of the keys' norm has
+    # none, softmax is blind to it) into an update of full size.
+    config.optimizer.update(learning_rate=1e-3, eps=1e-5)
+    config = configuration.validate(config)
+    network = experiment.build_network(config, num_classes=2)
+    optimizer = experiment.build_optimizer(config)
+    params = jax.device_get(runs.load_run(teacher).params)
+    init = functools.partial(step.init_state, optimizer=optimizer)
+    shardings = sharding.params_sharding(mesh, jax.eval_shape(init, params))
+    state = jax.jit(init, out_shardings=shardings)(params)
+    distil = objective == "cd"
+    train_step = step.make_train_step(
+        experiment.build_loss_fn(config, network, mesh=mesh),
+        optimizer,
+        mesh=mesh,
+        state_sharding=shardings,
+        teacher_sharding=shardings.params if distil else None,
+        ema_decay=0.9,
+        seed=0,
+    )
+    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
+    batches = pipeline.train_batches(source, batch_size=16, seed=0, flip=True)
+    teacher_params = jax.device_put(params, shardings.params) if distil else None
+    losses = []
+    for _ in range(3):
+        batch = sharding.global_batch(mesh, next(batches))
+        state, metrics = train_step(state, teacher_params, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+# Programs, killed and interrupted.
+
+
+def start_training(tiny_data, workdir, num_steps):
+    """A teacher's training as a process of its own, on one device."""
+    code = f"""
+import sys
+from pathlib import Path
+from mcm_jax import trainer
+from tests import tiny
+config = tiny.config(Path({str(tiny_data)!r}))
+config.training.update(num_steps={num_steps}, checkpoint_every_steps=3)
+sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
+    num_steps = 400
+    whole = start_training(tiny_data, tmp_path / "whole", num_steps)
+    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    rng = np.random.default_rng()
+    print("seed of the moments:", rng.bit_generator.seed_seq.entropy)
+    for _ in range(2):
+        process = start_training(tiny_data, tmp_path / "killed", num_steps)
+        for line in process.stdout:
+            if re.match(r"step \d+/", line):
+                break
+        time.sleep(rng.uniform(0.0, 1.5))
+        process.kill()
+        process.wait()
+    last = start_training(tiny_data, tmp_path / "killed", num_steps)
+    output = last.stdout.read()
+    assert last.wait(timeout=300) == 0, output
+    for parameters in ("raw", "ema"):
+        assert_equal_trees(*(params_of(tmp_path / name, parameters) for name in ("whole", "killed")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_first(number, tiny_data, tmp_path):
+    process = start_training(tiny_data, tmp_path / "run", 100_000)
+    for line in process.stdout:
+        if re.match(r"step 2\d/", line):
+            break
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 130, process.stdout.read()
+    process.stdout.read()
+    assert checkpoint_steps(tmp_path / "run")[-1] >= 20
+
+
+# Bad input, before anything is compiled.
+
+
+@pytest.fixture
+def no_compilation(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was compiled before the input was checked")
+
+    monkeypatch.setattr(step, "make_train_step", refuse)
+    monkeypatch.setattr(Checkpoints, "save", refuse)
+
+
+def changed(config, **fields):
+    with config.unlocked():
+        for name, value in fields.items():
+            section, _, field = name.rpartition("__")
+            (config[section] if section else config)[field] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "gan"}, "config.objective='gan' must be one of diffusion, cd, ct"),
+        ({"model__width": 3}, "config.model.width is not a setting"),
+        ({"model__widths": (8,)}, "config.model.widths=(8,) has not one entry"),
+        ({"model__head_width": 5}, "config.model.head_width=5 does not divide"),
+        ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+        ({"data__resolution": 7}, "config.data.resolution=7 can't be halved 1 times"),
+        ({"data__resolution": 16}, "folder/tiny at resolution 16 is not in"),
+        ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
+        ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
+        ({"teacher_checkpoint": "x"}, "has no meaning for a diffusion teacher"),
+        ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
+        (
+            {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": 2},
+            "/none is not a run",
+        ),
+    ],
+)
+def test_bad_config(fields, message, tiny_data, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data), **fields)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        trainer.train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__embedding_width": 32}, "its embedding_width is 16, this run's 32"),
+        ({"schedule__noise_resolution_low": 4}, "its noise_resolution_low is None, this run's 4"),
+        ({"consistency__student_steps": None}, "config.consistency.student_steps is not set"),
+        ({"model__blocks": (1, 3)}, "its stages is"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data, "cd", teacher), **fields)
+    with pytest.raises(InputError, match=re.escape(message)):
+        trainer.train(config, tmp_path / "run")
+
+
+def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):
+    tiny.prepare_folder(tmp_path, resolution=16)
+    config = changed(tiny.config(tmp_path / "data", "cd", teacher), data__resolution=16)
+    with pytest.raises(InputError, match="its resolution is 8, this run's 16"):
+        trainer.train(config, tmp_path / "run")
+
+
+def test_a_student_is_no_teacher(tiny_data, teacher, tmp_path, monkeypatch):
+    config = tiny.config(tiny_data, "ct", teacher)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    with pytest.raises(InputError, match="is a ct student"):
+        trainer.train(tiny.config(tiny_data, "cd", tmp_path / "student"), tmp_path / "run")
+
+
+def test_another_runs_workdir(tiny_data, teacher, no_compilation):
+    config = changed(tiny.config(tiny_data), optimizer__learning_rate=0.5)
+    with pytest.raises(
+        InputError, match=r"holds a run with config.optimizer.learning_rate=0.01, now it is 0.5"
+    ):
+        trainer.train(config, teacher)
+    assert checkpoint_steps(teacher) == [2, 4]
+
+
+def test_a_workdir_that_can_not_be_made(tiny_data, tmp_path, no_compilation):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can't be written"):
+        trainer.train(tiny.config(tiny_data), tmp_path / "file" / "run")
+
+
+def test_a_full_workdir(tiny_data, tmp_path, monkeypatch, no_compilation):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(InputError, match="two checkpoints need"):
+        trainer.train(tiny.config(tiny_data), tmp_path / "run")

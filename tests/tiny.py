@@ -1,0 +1,49 @@
+"""A tiny data set and config that trains in a second, for every test that needs a real run."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mcm_jax import configuration, prepare
+
+
+def prepare_folder(directory: Path, *, resolution: int = 8, count: int = 40) -> Path:
+    """Prepares folder/tiny in directory/data: two classes of random images; returns the data_dir."""
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        path = directory / "images" / ("even" if n % 2 == 0 else "odd") / f"{n:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (2, 2, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(pixels).save(path)
+    data_dir = directory / "data"
+    plan = prepare.plan(
+        dataset="folder", resolution=resolution, manual_dir=str(directory / "images"), name="tiny"
+    )
+    prepare.prepare(plan, data_dir=data_dir, overwrite=False)
+    return data_dir
+
+
+def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
+    """A ConfigDict whose train step compiles in seconds."""
+    result = configuration.default_config()
+    result.objective = objective
+    result.teacher_checkpoint = None if teacher is None else str(teacher)
+    result.data.update(dataset="folder/tiny", data_dir=str(data_dir), resolution=8)
+    result.model.update(
+        kinds=("resnet", "transformer"),
+        widths=(8, 16),
+        blocks=(1, 2),
+        dropouts=(0.1, 0.1),
+        embedding_width=16,
+        head_width=8,
+        mlp_factor=2,
+    )
+    result.optimizer.update(learning_rate=1e-2, ema_decay=0.9)
+    result.training.update(
+        num_steps=4, batch_size=16, log_every_steps=1, checkpoint_every_steps=2, sample_every_steps=0
+    )
+    result.sampling.update(teacher_steps=4, batch_per_device=2)
+    if objective != "diffusion":
+        result.consistency.update(student_steps=2, anneal_steps=4)
+    return result
