@@ -26,7 +26,7 @@ for argument in "$@"; do
 done
 started=$SECONDS
 mcm_environment
-# One cache for all: the programs of two students differ, those of two seeds don't.
+# One cache of compiled programs for all of them, so that a second start is fast.
 export MCM_COMPILATION_CACHE="${MCM_COMPILATION_CACHE:-$runs/xla_cache}"
 config=configs/openmoji.py
 here="$runs/seed$seed"

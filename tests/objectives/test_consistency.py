@@ -242,3 +242,41 @@ def test_the_perfect_prediction_has_no_diffusion_loss():
 
     # Division by sigma of down to 5e-4 amplifies float32's rounding.
     assert diffusion_loss(perfect, X, COND, KEY, schedule=SCHEDULE).max() < 1e-4
+
+
+def numpy_x_hat(theta, z_t, logsnr):
+    """x_hat of `linear_model(theta)` for one example of class 0, in float64."""
+    alpha, sigma = reference.alpha_sigma(logsnr)
+    return alpha * z_t - sigma * theta * z_t * np.cos(logsnr / 8)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_whole_loss_equals_algorithm_1_in_float64(distilled):
+    """Every line of Algorithm 1 for the same draws: what f sees at s, x_var's fraction, the weight."""
+    theta, theta_teacher, xvar_frac, epsilon = 0.3, 0.2, 0.4, 1e-2
+    actual = loss(
+        theta,
+        teacher=linear_model(theta_teacher) if distilled else None,
+        xvar_frac=xvar_frac,
+        huber_epsilon=epsilon,
+        loss_weight="snr_plus_one",
+    )
+    key_times, key_eps, _ = jax.random.split(KEY, 3)
+    times = segments.draw_times(key_times, batch_size=8, student_steps=4, steps_per_segment=jnp.int32(16))
+    noise = np.asarray(jax.random.normal(key_eps, SHAPE), np.float64)
+    assert not np.all(times.is_last)
+    for n in range(8):
+        t, s, step = (float(SCHEDULE(time[n])) for time in (times.t, times.s, times.t_step))
+        x = np.asarray(X[n], np.float64)
+        alpha, sigma = reference.alpha_sigma(t)
+        z_t = alpha * x + sigma * noise[n]
+        x_teacher = numpy_x_hat(theta_teacher, z_t, t) if distilled else x
+        x_var = xvar_frac * np.mean((x_teacher - x) ** 2)
+        x_ref = numpy_x_hat(theta, reference.addim(x_teacher, z_t, t, s, x_var), s)
+        if times.is_last[n]:
+            x_target = reference.inv_ddim(reference.addim(x_teacher, z_t, t, s, x_var), z_t, t, step)
+        else:
+            x_target = reference.consistency_target(x_teacher, x_ref, z_t, t, s, step, x_var)
+        m = np.mean((x_target - numpy_x_hat(theta, z_t, t)) ** 2)
+        expected = (1 + np.exp(t)) * (np.sqrt(m + epsilon**2) - epsilon)
+        np.testing.assert_allclose(actual[n], expected, rtol=1e-3)
