@@ -39,6 +39,4 @@ mcm_environment() {
     [ -n "${MCM_DRY_RUN:-}" ] || printf '%s\n' "$wanted" >"$stamp"
   fi
   export PATH="$venv/bin:$PATH"
-  # TensorFlow only writes event files here; its start-up notices help nobody.
-  export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import ml_collections
 from absl import app, flags, logging
 
+from mcm_jax import host
 from mcm_jax.errors import InputError
 
 
@@ -16,8 +17,10 @@ def run(main: Callable[[], None]) -> None:
     Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault); 2 bad input,
     told in one line on stderr; 130 interrupted by Ctrl-C.
     """
+    host.tune()
     # TensorFlow, which writes TensorBoard's files, greets on stderr otherwise. Before anything imports it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         app.run(lambda _: _guarded(main), flags_parser=_parse_flags)
     except InputError as error:

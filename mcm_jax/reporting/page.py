@@ -1,0 +1,283 @@
+"""The report: one HTML page with everything inside, and the same tables as Markdown."""
+
+import base64
+import dataclasses
+import html
+from collections.abc import Sequence
+
+from mcm_jax.reporting import plots, results, tables
+from mcm_jax.reporting.results import NEAREST, Collection, Estimate, Group, Result
+from mcm_jax.reporting.tables import Bound
+
+TITLE = "Multistep consistency models: measured distances"
+MEASURED_HERE = (
+    "All numbers are measurements of the runs named below, made where those runs were made. None is taken "
+    "from a paper, and none compares with a published number."
+)
+METRIC = (
+    "The Frechet distance compares mean and covariance of the features that an ImageNet classifier "
+    "(EfficientNet-Lite0) computes of the samples with those of the training images. 0 means the same mean "
+    "and covariance; lower is better. It orders models of one data set; it says nothing beside a distance on "
+    "other features, of other images, or of another number of samples: few samples score higher, so the "
+    "number is part of its name."
+)
+ERRORS = (
+    "± is one standard error of the mean over n training seeds; a number without it is a single training. "
+    "Student steps are network calls an image."
+)
+SINGULAR = (
+    "There are fewer images than features on one side, so that a covariance is singular: compare only with "
+    "distances of the same counts."
+)
+OPENMOJI = (
+    "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. Licence: CC "
+    "BY-SA 4.0 (creativecommons.org/licenses/by-sa/4.0). They were drawn from the colour font and reduced in "
+    "size for training; the pictures here are samples of networks trained on them."
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --line: rgb(128 128 128 / 35%); --soft: rgb(128 128 128 / 12%); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
+h2 { font-size: 1.3rem; margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1.05rem; margin-top: 1.8rem; }
+.small { font-size: .85rem; opacity: .8; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+thead th { font-size: .85rem; opacity: .8; }
+tbody th { font-weight: 500; }
+tbody td { white-space: nowrap; }
+.runs { font-size: .85rem; }
+.runs td:last-child { white-space: normal; min-width: 14rem; }
+@media (max-width: 40rem) { tbody td { white-space: normal; } th, td { padding-right: .6rem; } }
+figure { margin: 0; }
+.plot { background: #fff; border-radius: .5rem; max-width: 40rem; margin: 1rem 0; }
+.plot img { display: block; width: 100%; }
+.grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
+.grids img { display: block; width: 100%; image-rendering: pixelated; }
+figcaption { font-size: .85rem; margin-bottom: .25rem; }
+details { margin: 1rem 0; }
+summary { cursor: pointer; }
+.missing { background: var(--soft); padding: 2rem 1rem; font-size: .85rem; overflow-wrap: anywhere; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One metric of a group: a cell for each estimate, and what to hold them against."""
+
+    metric: str
+    estimates: tuple[Estimate, ...]
+    bounds: tuple[Bound, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A group's distances, that of all samples first, and its distance to the nearest training image."""
+
+    group: Group
+    distances: tuple[Measured, ...]
+    nearest: Measured | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """All that the report says."""
+
+    collection: Collection
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(collection: Collection) -> Content:
+    """Groups and averages the results."""
+    groups, notes = results.group(collection)
+    sections = []
+    for group in groups:
+        distances = []
+        for metric in group.distances:
+            estimates, left_out = results.estimates(group, metric, collection.runs)
+            notes += left_out
+            bounds = tables.distance_bounds(group, metric)
+            distances.append(Measured(metric, tuple(estimates), tuple(bounds)))
+        estimates, _ = results.estimates(group, NEAREST, collection.runs)
+        nearest = Measured(NEAREST, tuple(estimates), tuple(tables.nearest_bounds(group)))
+        sections.append(Section(group, tuple(distances), nearest if estimates else None))
+    return Content(collection, tuple(sections), tuple(dict.fromkeys([*collection.notes, *notes])))
+
+
+def markdown(content: Content) -> str:
+    """The tables with what is needed to read them."""
+    lines = [f"# {TITLE}", "", MEASURED_HERE, ERRORS, ""]
+    for section in content.sections:
+        group = section.group
+        lines += [f"## {tables.markdown_text(tables.heading(group.conditions))}", ""]
+        lines += [tables.markdown_text(tables.conditions_text(group)), ""]
+        for measured in _all_measured(section):
+            lines += [tables.metric_text(group, measured.metric), ""]
+            lines += [tables.markdown_table(tables.results_table(measured.estimates)), ""]
+            lines += [f"- {bound.sentence}" for bound in measured.bounds]
+            lines += [""] if measured.bounds else []
+        lines += [SINGULAR, ""] if group.rank_deficient else []
+    lines += [OPENMOJI, ""] if _shows_openmoji(content.collection) else []
+    lines += [f"Note: {tables.markdown_text(note)}" for note in content.notes]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def page(content: Content) -> str:
+    """The whole page; it needs nothing from outside, and its policy forbids the browser to fetch anything."""
+    body = [
+        f"<h1>{_text(TITLE)}</h1>",
+        f"<p>{_text(MEASURED_HERE)}</p>",
+        f"<p>{_text(METRIC)}</p>",
+        f"<p>{_text(ERRORS)}</p>",
+        *(_section(section) for section in content.sections),
+        "<h2>How the runs were made</h2>",
+        f'<div class="runs">{tables.html_table(tables.runs_table(content.collection))}</div>',
+        *_data(content.collection),
+        *_versions(content.collection),
+        *_notes(content.notes),
+    ]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            "style-src 'unsafe-inline'\">",
+            f"<title>{_text(TITLE)}</title>",
+            f"<style>{_STYLE}</style></head><body>",
+            *body,
+            "</body></html>\n",
+        ]
+    )
+
+
+def _all_measured(section: Section) -> list[Measured]:
+    return [*section.distances, *([section.nearest] if section.nearest else [])]
+
+
+def _section(section: Section) -> str:
+    group = section.group
+    parts = [
+        f"<h2>{_text(tables.heading(group.conditions))}</h2>",
+        f'<p class="small">{_text(tables.conditions_text(group))}</p>',
+    ]
+    for measured in section.distances:
+        parts += [_measured(group, measured), _plot(group, measured)]
+    if group.rank_deficient:
+        parts.append(f'<p class="small">{_text(SINGULAR)}</p>')
+    parts.append(_all_grids(group))
+    if section.nearest:
+        parts += ["<h3>New images, or copies?</h3>", _measured(group, section.nearest, titled=False)]
+    return "\n".join(parts)
+
+
+def _measured(group: Group, measured: Measured, *, titled: bool = True) -> str:
+    parts = [f"<h3>{_text(_title(group, measured.metric))}</h3>"] if titled else []
+    parts += [
+        f'<p class="small">{_text(tables.metric_text(group, measured.metric))}</p>',
+        tables.html_table(tables.results_table(measured.estimates)),
+    ]
+    if measured.bounds:
+        items = "".join(f"<li>{_text(bound.sentence)}</li>" for bound in measured.bounds)
+        parts.append(f"<p>To hold these against:</p><ul>{items}</ul>")
+    return "\n".join(parts)
+
+
+def _title(group: Group, metric: str) -> str:
+    count = results.count_of(metric)
+    return "Distance of all samples" if metric == group.distance else f"Distance of the first {count} samples"
+
+
+def _plot(group: Group, measured: Measured) -> str:
+    figure = plots.distance_plot(
+        measured.estimates,
+        measured.bounds,
+        title=f"{_title(group, measured.metric)}, {group.conditions.dataset}",
+        distance=measured.metric,
+    )
+    if figure is None:
+        return ""
+    description = f"{measured.metric} against student steps; the numbers are in the table above"
+    return f'<figure class="plot">{_image(plots.svg(figure), "svg+xml", description)}</figure>'
+
+
+def _all_grids(group: Group) -> str:
+    """The first training seed's pictures side by side, those of the others folded away."""
+    by_seed = results.grids(group)
+    parts = [
+        "<h3>Samples from the same noise</h3>",
+        f"<p>The first samples of sampling seed {group.seeds[0]}: the image at the same place has the same "
+        "noise and the same class in every picture.</p>",
+    ]
+    for n, (seed, members) in enumerate(by_seed.items()):
+        grids = f'<div class="grids">{"".join(_grid(member) for member in members)}</div>'
+        if n == 0:
+            parts.append(grids if len(by_seed) == 1 else f"<p>Training seed {seed}:</p>{grids}")
+        else:
+            parts.append(f"<details><summary>Training seed {seed}</summary>{grids}</details>")
+    return "\n".join(parts)
+
+
+def _grid(result: Result) -> str:
+    how = f"{tables.plural(result.steps, 'step')} of {result.sampler}"
+    if result.objective == "diffusion":
+        what = f"Teacher, {how}"
+    else:
+        what = f"{result.objective.upper()}, {tables.plural(result.student_steps or 0, 'student step')}"
+        if (result.steps, result.sampler) != (result.student_steps, "ddim"):
+            what += f", sampled with {how}"
+    caption = f'<figcaption>{_text(what)} <span class="small">{_text(result.run)}</span></figcaption>'
+    png = results.read_grid(result)
+    if png is None:
+        return f'<figure>{caption}<div class="missing">no picture {_text(result.grid)}</div></figure>'
+    return f"<figure>{caption}{_image(png, 'png', f'samples of {what}')}</figure>"
+
+
+def _data(collection: Collection) -> list[str]:
+    """The data sets, each with its counts, where they come from, and whom they belong to."""
+    parts = ["<h2>Data</h2>"]
+    for dataset, resolution, preprocessing in dict.fromkeys(
+        (r.conditions.dataset, r.conditions.resolution, r.conditions.data_preprocessing)
+        for r in collection.results
+    ):
+        parts.append(f"<p>{_text(dataset)}, {resolution}x{resolution}: {_text(preprocessing)}.</p>")
+    counts = [run.dataset.get("num_examples") for run in collection.runs.values()]
+    for count in [c for n, c in enumerate(counts) if isinstance(c, dict) and c not in counts[:n]]:
+        splits = ", ".join(f"{number} in split {split}" for split, number in count.items())
+        parts.append(f"<p>Images: {_text(splits)}.</p>")
+    if _shows_openmoji(collection):
+        parts.append(f"<p>{_text(OPENMOJI)}</p>")
+    return parts
+
+
+def _versions(collection: Collection) -> list[str]:
+    versions = sorted({item for result in collection.results for item in result.versions.items()})
+    dates = [result.created for result in collection.results]
+    text = ", ".join(f"{name} {version}" for name, version in versions)
+    return [
+        "<h2>Versions</h2>",
+        f"<p>{_text(text)}; evaluated from {min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M}.</p>",
+    ]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    if not notes:
+        return []
+    items = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    return ["<h2>Left out</h2>", f'<ul class="small">{items}</ul>']
+
+
+def _shows_openmoji(collection: Collection) -> bool:
+    return any(result.conditions.dataset == "openmoji" for result in collection.results)
+
+
+def _image(content: bytes, kind: str, description: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{_text(description)}" src="data:image/{kind};base64,{data}">'
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

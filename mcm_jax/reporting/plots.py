@@ -1,0 +1,108 @@
+"""The plot of a distance against student steps."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from mcm_jax.reporting.results import Estimate
+from mcm_jax.reporting.tables import Bound, plural
+
+_STUDENTS = {"cd": ("CD", "#0072b2", "o"), "ct": ("CT", "#d55e00", "s")}
+_TEACHER, _FLOOR, _CEILING = "#333333", "#009e73", "#999999"
+_DASHES = ("--", "-.", ":")
+# Names are text, not formulas; text as outlines looks the same on every machine, and the salt makes equal
+# figures equal files.
+_STYLE = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "mcm_jax"}
+
+
+@matplotlib.rc_context(_STYLE)
+def distance_plot(
+    estimates: Sequence[Estimate], bounds: Sequence[Bound], *, title: str, distance: str
+) -> Figure | None:
+    """CD and CT with error bars of one standard error; the teacher and the bounds as lines.
+
+    Students count as they were trained to be sampled. None where there is no such student.
+    """
+    students = [e for e in estimates if e.as_trained and e.objective in _STUDENTS]
+    if not students:
+        return None
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    handles = _draw_students(axes, students)
+    for n, teacher in enumerate(e for e in estimates if e.objective == "diffusion"):
+        label = f"teacher, {plural(teacher.steps, 'step')} of {teacher.sampler}"
+        handles.append(_line(axes, teacher.mean, teacher.standard_error, _TEACHER, _DASHES[n % 3], label))
+    for bound in bounds:
+        colour = _FLOOR if bound.label.startswith("floor") else _CEILING
+        style = "--" if "mean image" in bound.label else "-"
+        middle, half = (bound.low + bound.high) / 2, (bound.high - bound.low) / 2
+        handles.append(_line(axes, middle, half or None, colour, style, f"{bound.label}: {bound.value}"))
+    values = [e.mean for e in estimates] + [bound.low for bound in bounds]
+    _scale(axes, sorted({e.student_steps for e in students if e.student_steps}), min(values), max(values))
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("student steps (network calls an image)")
+    axes.set_ylabel(f"{distance}\n(lower is better)")
+    axes.grid(alpha=0.25)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def svg(figure: Figure) -> bytes:
+    """The figure as a file; equal figures give equal files."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _draw_students(axes: Axes, students: list[Estimate]) -> list[Any]:
+    handles = []
+    for objective, (label, colour, marker) in _STUDENTS.items():
+        points = sorted((e for e in students if e.objective == objective), key=lambda e: e.student_steps or 0)
+        if not points:
+            continue
+        x = [e.student_steps for e in points]
+        # Several recipes at one number of steps are points: a line would join what does not belong together.
+        line = "-" if len(set(x)) == len(x) else "none"
+        bars = axes.errorbar(
+            x,
+            [e.mean for e in points],
+            yerr=[math.nan if e.standard_error is None else e.standard_error for e in points],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=4,
+            label=label,
+            zorder=3,
+        )
+        handles.append(bars)
+    return handles
+
+
+def _line(axes: Axes, value: float, half_width: float | None, colour: str, style: str, label: str) -> Artist:
+    line = axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
+    if half_width is not None:
+        axes.axhspan(value - half_width, value + half_width, color=colour, alpha=0.15, linewidth=0)
+    return line
+
+
+def _scale(axes: Axes, steps: list[int], low: float, high: float) -> None:
+    """Both axes logarithmic, with plain numbers; distances linear where one is not positive."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, labels=[str(step) for step in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(steps[0] / 1.3, steps[-1] * 1.3)
+    if low <= 0:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Less than a decade apart there is hardly a power of ten to label.
+    minor = FuncFormatter(lambda value, _: f"{value:g}") if high < 20 * low else NullFormatter()
+    axes.yaxis.set_minor_formatter(minor)

@@ -1,0 +1,287 @@
+"""Tables of results, as Markdown and as HTML, and the sentences that make their numbers readable."""
+
+import dataclasses
+import html
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mcm_jax.reporting.results import (
+    DISTANCE,
+    NEAREST,
+    Collection,
+    Conditions,
+    Estimate,
+    Group,
+    Run,
+    bounds,
+    count_of,
+)
+
+_COLUMNS = {"diffusion": "Teacher", "cd": "CD", "ct": "CT"}
+_PARAMETERS = {"ema": "averaged (EMA) parameters", "raw": "parameters of the last update (raw)"}
+_LABELS = {
+    "uniform": "classes drawn uniformly",
+    "train_frequency": "classes drawn as often as in the training set",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A cell is a tuple of lines; the first column names the row."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A floor or ceiling, or a value to hold samples against, with what it means."""
+
+    label: str
+    low: float
+    high: float
+    meaning: str
+
+    @property
+    def value(self) -> str:
+        """'1464' or '1464 to 1470'."""
+        low, high = number(self.low), number(self.high)
+        return low if low == high else f"{low} to {high}"
+
+    @property
+    def sentence(self) -> str:
+        """'Floor (test images), 386.2: ...'."""
+        return f"{self.label[0].upper()}{self.label[1:]}, {self.value}: {self.meaning}"
+
+
+def number(value: float) -> str:
+    """Four to five figures: 476.4, 25.60, 3.142."""
+    return f"{value:.{_decimals(value)}f}"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """'476.4', or '476.4 ± 3.1 (n = 3)' over several training seeds."""
+    if estimate.standard_error is None:
+        return number(estimate.mean)
+    error = f"{estimate.standard_error:.{_decimals(estimate.mean)}f}"
+    return f"{number(estimate.mean)} ± {error} (n = {estimate.count})"
+
+
+def results_table(estimates: Sequence[Estimate]) -> Table:
+    """Rows: student steps, then how the teacher was sampled; columns: teacher, CD and CT, as there are.
+
+    Runs that differ in more than their seed share a cell, each on a line with its name.
+    """
+    objectives = [name for name in _COLUMNS if any(e.objective == name for e in estimates)]
+    students = [e for e in estimates if e.objective != "diffusion"]
+    teachers = [e for e in estimates if e.objective == "diffusion"]
+    students.sort(key=lambda e: (e.student_steps, not e.as_trained, e.steps, e.sampler))
+    teachers.sort(key=lambda e: (e.steps, e.sampler))
+    rows = []
+    for label in dict.fromkeys(row_label(e) for e in [*students, *teachers]):
+        in_row = [e for e in estimates if row_label(e) == label]
+        cells = [_cell([e for e in in_row if e.objective == objective]) for objective in objectives]
+        rows.append(((label,), *cells))
+    return Table(("Student steps", *(_COLUMNS[name] for name in objectives)), tuple(rows))
+
+
+def row_label(estimate: Estimate) -> str:
+    """'4', '4, sampled with 8 steps of ddim', or 'teacher, 64 steps of addim'."""
+    how = f"{plural(estimate.steps, 'step')} of {estimate.sampler}"
+    if estimate.objective == "diffusion":
+        return f"teacher, {how}"
+    student_steps = str(estimate.student_steps)
+    return student_steps if estimate.as_trained else f"{student_steps}, sampled with {how}"
+
+
+def heading(conditions: Conditions) -> str:
+    """What was evaluated, in a few words."""
+    c = conditions
+    return (
+        f"{c.dataset} {c.resolution}x{c.resolution}, {plural(c.num_samples, 'sample')}, "
+        f"{c.parameters} parameters"
+    )
+
+
+def conditions_text(group: Group) -> str:
+    """Everything that the group's results have in common; results that differ in it are in another table."""
+    c = group.conditions
+    parts = [
+        f"{plural(c.num_samples, 'sample')} each, with the {_PARAMETERS.get(c.parameters, c.parameters)}",
+        f"sampling {'seed' if len(group.seeds) == 1 else 'seeds'} {', '.join(map(str, group.seeds))}",
+        _LABELS.get(c.label_rule, c.label_rule),
+        *([f"guidance {c.guidance:g}"] if c.guidance else []),
+        f"against the {c.reference_count} images of split {c.reference_split} "
+        f"(reference {c.reference_sha256[:12]})",
+        f"{c.features_network} features ({c.features_sha256[:12]}) at "
+        f"{c.input_resolution}x{c.input_resolution} pixels",
+    ]
+    return "; ".join(parts) + "."
+
+
+def distance_bounds(group: Group, metric: str) -> list[Bound]:
+    """The floors and ceilings beside one distance; a floor only beside a distance of as many images.
+
+    Fewer images score higher, so that a floor of fewer images would be none.
+    """
+    found = []
+    for name, (low, high) in bounds(group).items():
+        count = count_of(name)
+        if name == f"mean_image_{DISTANCE}":
+            label = "ceiling (mean image)"
+            meaning = "the mean training image, repeated. Whoever scores no better has no model."
+        elif name == f"untrained_network_{DISTANCE}_{count}":
+            label = "ceiling (untrained network)"
+            meaning = (
+                f"{count} samples of the same networks before their first update, where training starts."
+            )
+        elif name == f"test_images_{DISTANCE}_{count}" and count == count_of(metric):
+            label = "floor (test images)"
+            meaning = (
+                f"{count} test images in place of samples: real images that no network was trained on. "
+                f"About the best there is with {count} images."
+            )
+        else:
+            continue
+        found.append(Bound(label, low, high, meaning))
+    return sorted(found, key=lambda bound: bound.low)
+
+
+def nearest_bounds(group: Group) -> list[Bound]:
+    """The test images' distance to their nearest training image."""
+    meaning = (
+        "the mean for images that no network was trained on. Samples at about this value are as far from the "
+        "training images as new images are; samples far below it are copies of training images."
+    )
+    return [
+        Bound("test images", low, high, meaning)
+        for name, (low, high) in bounds(group).items()
+        if name == f"test_images_{NEAREST}"
+    ]
+
+
+def runs_table(collection: Collection) -> Table:
+    """How each evaluated run was trained, from its run.json; a dash where that is not known."""
+    rows = []
+    for name in dict.fromkeys(result.run for result in collection.results):
+        results = [result for result in collection.results if result.run == name]
+        first, run = results[0], collection.runs.get(name, Run({}, {}))
+        kind = _COLUMNS[first.objective]
+        if first.student_steps is not None:
+            kind += f", {plural(first.student_steps, 'step')}"
+        checkpoint_step = max(result.checkpoint_step for result in results)
+        cells = (name, kind, str(first.training_seed), *_training(run, checkpoint_step))
+        rows.append(tuple((cell,) for cell in cells))
+    head = ("Run", "Kind", "Seed", "Updates", "Batch", "Learning rate", "EMA decay", "Started from", "Notes")
+    return Table(head, tuple(rows))
+
+
+def _training(run: Run, checkpoint_step: int) -> tuple[str, ...]:
+    """Updates, batch, learning rate, EMA decay, teacher, and what is particular to the kind."""
+    training, optimizer = _settings(run, "training"), _settings(run, "optimizer")
+    rate = str(optimizer.get("learning_rate", "–"))
+    if optimizer.get("warmup_steps"):
+        rate += f", warm-up {optimizer['warmup_steps']}"
+    if optimizer.get("decay") not in (None, "constant"):
+        rate += f", {optimizer['decay']} decay"
+    return (
+        f"{checkpoint_step} of {training.get('num_steps', '–')}",
+        str(training.get("batch_size", "–")),
+        rate,
+        str(optimizer.get("ema_decay", "–")),
+        str(run.config.get("teacher_checkpoint") or "–"),
+        _particulars(run),
+    )
+
+
+def _particulars(run: Run) -> str:
+    consistency, widths = _settings(run, "consistency"), _settings(run, "model").get("widths")
+    parts = [f"widths {'-'.join(map(str, widths))}"] if isinstance(widths, list) else []
+    if run.config.get("objective") in ("cd", "ct") and consistency:
+        parts.append(
+            f"teacher grid {_plain(consistency.get('teacher_steps_first'))} to "
+            f"{_plain(consistency.get('teacher_steps_last'))} steps over "
+            f"{_plain(consistency.get('anneal_steps'))} updates"
+        )
+    if run.config.get("objective") == "cd" and "teacher_step" in consistency:
+        parts.append(f"teacher's step {consistency['teacher_step']}")
+    return "; ".join(parts) or "–"
+
+
+def _settings(run: Run, section: str) -> dict[str, Any]:
+    content = run.config.get(section)
+    return content if isinstance(content, dict) else {}
+
+
+def _plain(value: Any) -> str:
+    """64 for 64.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def metric_text(group: Group, metric: str) -> str:
+    """What the numbers of a table are."""
+    if metric == NEAREST:
+        return "Feature distance from a sample to its nearest training image, mean over the samples."
+    count = count_of(metric)
+    which = (
+        "all samples"
+        if metric == group.distance
+        else f"the first {count} samples, as many as the images of the floor"
+    )
+    return f"Frechet distance {metric}, of {which}; lower is better."
+
+
+def markdown_table(table: Table) -> str:
+    """Cells padded, so that it reads well as plain text too."""
+    lines = [[_markdown_cell((text,)) for text in table.head]]
+    lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def html_table(table: Table) -> str:
+    """In a box of its own that scrolls where the screen is too narrow."""
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.head)
+    rows = []
+    for label, *cells in table.rows:
+        values = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
+        rows.append(f'<tr><th scope="row">{_html_cell(label)}</th>{values}</tr>')
+    body = "\n".join(rows)
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def markdown_text(text: str) -> str:
+    """Text with Markdown's and HTML's own characters escaped, on one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", text)
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 step', '2 steps'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _decimals(value: float) -> int:
+    return 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+
+
+def _cell(estimates: list[Estimate]) -> tuple[str, ...]:
+    if len(estimates) == 1:
+        return (estimate_text(estimates[0]),)
+    return tuple(f"{estimate_text(e)} [{', '.join(e.runs)}]" for e in estimates)
+
+
+def _markdown_cell(lines: tuple[str, ...]) -> str:
+    return "<br>".join(markdown_text(line) for line in lines)
+
+
+def _html_cell(lines: tuple[str, ...]) -> str:
+    return "<br>".join(html.escape(line) for line in lines)

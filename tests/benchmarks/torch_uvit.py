@@ -1,0 +1,207 @@
+"""UViT of SPEC 6 once more, in PyTorch eager: the yardstick, and an independent check, of our own.
+
+Written from SPEC 6 in PyTorch's idiom, with the forms that PyTorch runs fastest on CPUs: images are
+channels_last, attention is one fused call. Only what a benchmark needs: float32, no dropout.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcm_jax.models.uvit import Stage, UViTSpec
+
+# flax.nnx's default; PyTorch's is 1e-5.
+NORM_EPSILON = 1e-6
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of NCHW; no copy where the memory is channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResNetBlock(nn.Module):
+    def __init__(self, width: int, spec: UViTSpec):
+        super().__init__()
+        self.norm_1 = ChannelNorm(width, NORM_EPSILON)
+        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Linear(spec.embedding_width, 2 * width)
+        self.norm_2 = ChannelNorm(width, NORM_EPSILON)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_2(h) * (1 + scale) + shift
+        return x + self.conv_2(F.silu(h))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, spec: UViTSpec):
+        super().__init__()
+        self.head_width = spec.head_width
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q = nn.LayerNorm(spec.head_width, NORM_EPSILON)
+        self.norm_k = nn.LayerNorm(spec.head_width, NORM_EPSILON)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+        q, k = self.norm_q(q), self.norm_k(k)
+        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(h.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, spec: UViTSpec):
+        super().__init__()
+        hidden = spec.mlp_factor * width
+        self.norm_mlp = nn.LayerNorm(width, NORM_EPSILON, bias=False)
+        self.mlp_in = nn.Linear(width, hidden)
+        self.modulation = nn.Linear(spec.embedding_width, 2 * hidden)
+        self.mlp_out = nn.Linear(hidden, width)
+        self.norm_attention = nn.LayerNorm(width, NORM_EPSILON, bias=False)
+        self.attention = SelfAttention(width, spec)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = F.silu(self.mlp_in(self.norm_mlp(x)))
+        scale, shift = self.modulation(emb)[:, None].chunk(2, dim=-1)
+        x = x + self.mlp_out(h * (1 + scale) + shift)
+        return x + self.attention(self.norm_attention(x))
+
+
+class ResNetStage(nn.Module):
+    def __init__(self, stage: Stage, spec: UViTSpec):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResNetBlock(stage.width, spec) for _ in range(stage.blocks))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, emb)
+        return x
+
+
+class TransformerStage(nn.Module):
+    def __init__(self, stage: Stage, spec: UViTSpec, side: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(side * side, stage.width))
+        blocks = (TransformerBlock(stage.width, spec) for _ in range(stage.blocks))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        batch, width, height, _ = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(batch, -1, width) + self.position
+        for block in self.blocks:
+            x = block(x, emb)
+        return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+class Conditioning(nn.Module):
+    def __init__(self, spec: UViTSpec):
+        super().__init__()
+        self.scale = spec.noise_scale
+        self.dense_1 = nn.Linear(spec.embedding_width, spec.embedding_width)
+        self.dense_2 = nn.Linear(spec.embedding_width, spec.embedding_width)
+        self.classes = nn.Embedding(spec.num_classes + 1, spec.embedding_width)
+
+    def forward(self, logsnr: Tensor, label: Tensor) -> Tensor:
+        if self.scale == "arctan":
+            position = 2000 / math.pi * torch.arctan(torch.exp(-logsnr / 2))
+        else:
+            position = 1000 * (15 - logsnr) / 30
+        half = self.dense_1.in_features // 2
+        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half) / half)
+        angles = position[:, None] * frequencies
+        h = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return self.dense_2(F.silu(self.dense_1(h))) + self.classes(label)
+
+
+class UViT(nn.Module):
+    """(z_t [B, C, H, W], log-SNR [B], label [B]) -> v_hat [B, C, H, W]."""
+
+    def __init__(self, spec: UViTSpec):
+        super().__init__()
+        if spec.resnet_norm != "layer" or spec.dtype != "float32":
+            raise ValueError("the benchmark knows resnet_norm='layer', dtype='float32' only")
+        *outer, middle = spec.stages
+        widths = [stage.width for stage in spec.stages]
+
+        def make_stage(stage: Stage, level: int) -> nn.Module:
+            if stage.kind == "resnet":
+                return ResNetStage(stage, spec)
+            return TransformerStage(stage, spec, spec.resolution // 2**level)
+
+        def make_stages() -> nn.ModuleList:
+            return nn.ModuleList(make_stage(stage, level) for level, stage in enumerate(outer))
+
+        self.has_skip = [stage.kind == "resnet" for stage in outer]
+        self.conditioning = Conditioning(spec)
+        self.conv_in = nn.Conv2d(spec.channels, widths[0], 3, padding=1)
+        self.down_stages = make_stages()
+        self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 1) for i in range(len(outer)))
+        self.middle = make_stage(middle, len(outer))
+        self.up = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in range(len(outer)))
+        self.up_stages = make_stages()
+        self.norm_out = ChannelNorm(widths[0], NORM_EPSILON)
+        self.conv_out = nn.Conv2d(widths[0], spec.channels, 3, padding=1)
+
+    def forward(self, z_t: Tensor, logsnr_t: Tensor, label: Tensor) -> Tensor:
+        emb = F.silu(self.conditioning(logsnr_t, label))
+        h, skips = self.conv_in(z_t), []
+        for stage, down in zip(self.down_stages, self.down, strict=True):
+            skips.append(stage(h, emb))
+            h = down(F.avg_pool2d(skips[-1], 2))
+        h = self.middle(h, emb)
+        for level in reversed(range(len(skips))):
+            h = F.interpolate(self.up[level](h), scale_factor=2, mode="nearest")
+            if self.has_skip[level]:
+                h = (h + skips[level]) / math.sqrt(2)
+            h = self.up_stages[level](h, emb)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def to_torch_layout(arrays: Mapping[str, np.ndarray], model: nn.Module) -> dict[str, Tensor]:
+    """Our parameters (or gradients) under PyTorch's names, shapes and order of axes.
+
+    Args:
+      arrays: 'middle.blocks.mlp_in.kernel' -> array; stacked transformer blocks lead with their axis.
+      model: the UViT that names and shapes are wanted for.
+
+    Raises:
+      ValueError: an array is missing, left over or of another size.
+    """
+    used, tensors = set(), {}
+    for name, parameter in model.named_parameters():
+        array, path = _find(arrays, name)
+        used.add(path)
+        if array.ndim == 2 and path.endswith("kernel"):
+            array = array.T.reshape(parameter.shape)
+        elif array.ndim == 4:
+            array = array.transpose(3, 2, 0, 1)
+        if array.shape != tuple(parameter.shape):
+            raise ValueError(f"{path} has shape {array.shape}, not {tuple(parameter.shape)}")
+        tensors[name] = torch.tensor(array)
+    if left := set(arrays) - used:
+        raise ValueError(f"no counterpart in PyTorch: {sorted(left)}")
+    return tensors
+
+
+def _find(arrays: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, str]:
+    """The array of a PyTorch parameter and its path: alone, or slice i of blocks that are stacked."""
+    for leaf in ("weight", "position", "bias"):
+        if not name.endswith(leaf):
+            continue
+        stem = name.removesuffix(leaf)
+        for ours in {"weight": ("kernel", "scale", "embedding")}.get(leaf, (leaf,)):
+            if (path := stem + ours) in arrays:
+                return arrays[path], path
+            before, separator, after = path.partition(".blocks.")
+            index, _, rest = after.partition(".")
+            if separator and (stacked := f"{before}.blocks.{rest}") in arrays:
+                return arrays[stacked][int(index)], stacked
+    raise ValueError(f"our network has no counterpart of {name}")

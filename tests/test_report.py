@@ -1,0 +1,92 @@
+"""The program: what it writes, prints, and says to bad input."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mcm_jax import report as program
+from mcm_jax.errors import InputError
+from tests.reporting.made_up import TEACHER, record, write
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mcm_jax.report", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write(tmp_path / "runs" / "smoke" / "teacher", record(466.0, **TEACHER))
+    write(tmp_path / "runs" / "smoke" / "cd4", record(500.0))
+    return tmp_path / "runs"
+
+
+def test_the_program_writes_the_page_and_prints_the_table(runs):
+    done = run(f"--runs={runs}")
+    assert done.returncode == 0
+    table, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    assert (runs / "report.md").read_text() == table
+    assert "| 4                          |         | 500.0 |" in table
+    assert last == f"The page, with plots and samples: {runs / 'report.html'}"
+    assert (runs / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert f"note: {'smoke/cd4'} has no run.json" in done.stderr
+    assert sorted(path.name for path in runs.iterdir()) == ["report.html", "report.md", "smoke"]
+
+
+def test_out_names_the_page_and_is_made(runs, tmp_path):
+    assert program.report(runs, tmp_path / "new" / "results.html")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.html", "results.md"]
+
+
+def test_the_same_results_make_the_same_page(runs, tmp_path):
+    for name in ("a", "b"):
+        program.report(runs, tmp_path / f"{name}.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    damaged = tmp_path / "damaged"
+    path = write(damaged / "cd4", record())
+    path.write_text("nonsense\n" + path.read_text())
+    for arguments, said in [
+        ((f"--runs={tmp_path / 'missing'}",), "no such directory"),
+        ((f"--runs={tmp_path / 'empty'}",), "no results"),
+        ((f"--runs={damaged}",), f"{path}:1 is damaged"),
+        ((f"--runs={runs}", f"--out={tmp_path / 'report.pdf'}"), "must end in .html"),
+        ((f"--runs={runs}", f"--out={tmp_path / 'file' / 'report.html'}"), "cannot write there"),
+        ((), "--runs"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 2, arguments
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert said in done.stderr
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    out.write_text("the old page")
+
+    def full(self, text, encoding=None):
+        with open(self, "w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        program.report(runs, out)
+    monkeypatch.undo()
+    assert out.read_text() == "the old page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "runs"]
+
+
+def test_it_starts_without_jax_and_tensorflow():
+    code = (
+        "import sys, mcm_jax.report, mcm_jax.reporting.page; "
+        "print(sorted({'jax', 'tensorflow', 'flax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
