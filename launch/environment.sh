@@ -2,8 +2,8 @@
 #
 #   mcm_environment EXTRA...    installs mcm_jax with these extras of setup.cfg, at pinned versions
 #
-# PYTHON=python3.12 chooses the interpreter (3.11 or newer); MCM_ACCELERATOR=gpu or tpu the variant of JAX;
-# MCM_DRY_RUN=1 prints what would be run.
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer), MCM_VENV=DIR another place for the environment,
+# MCM_ACCELERATOR=gpu or tpu the variant of JAX; MCM_DRY_RUN=1 prints what would be run.
 
 mcm_run() {
   if [ -n "${MCM_DRY_RUN:-}" ]; then
@@ -14,7 +14,7 @@ mcm_run() {
 }
 
 mcm_environment() {
-  local extras="$*" python="${PYTHON:-python3}" venv="$PWD/.venv" stamp wanted
+  local extras="$*" python="${PYTHON:-python3}" venv="${MCM_VENV:-$PWD/.venv}" stamp wanted
   case "${MCM_ACCELERATOR:-cpu}" in
     cpu) export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" ;;
     gpu | tpu) extras="$extras $MCM_ACCELERATOR" ;;

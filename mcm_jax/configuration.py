@@ -196,12 +196,12 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     config.sampling.update(teacher_steps=32, batch_per_device=64)
     if words == {"teacher"}:
         config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
-        config.training.update(num_steps=1500, sample_every_steps=500)
+        config.training.update(num_steps=1000, sample_every_steps=500)
         return config
     (config.objective,) = words
-    config.consistency.update(student_steps=numbers["steps"], anneal_steps=200)
+    config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
     config.optimizer.learning_rate = 3e-4
-    config.training.update(num_steps=300, sample_every_steps=150)
+    config.training.update(num_steps=250, sample_every_steps=250)
     return config
 
 

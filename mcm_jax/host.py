@@ -1,6 +1,6 @@
 """Settings of the process that make XLA's CPU back end faster; without effect on accelerators.
 
-Measured on two cores with the train step of configs/openmoji.py, jax 0.10.2; see the README's section on speed
+Measured on two cores with the train step of configs/openmoji.py and jax 0.10.2; see the README on speed
 and tests/benchmarks/torch_train_step.py.
 """
 

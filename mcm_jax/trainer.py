@@ -74,14 +74,14 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         )
         from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
 
-        draw = functools.partial(_draw_grid, config, dataset, mesh)
+        preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
         with RunObserver(
             workdir,
             first_step=done,
             num_steps=config.training.num_steps,
             batch_size=config.training.batch_size,
             log_every_steps=config.training.log_every_steps,
-            draw=draw,
+            draw=functools.partial(_draw_grid, preview),
         ) as observer:
             return loop.train(
                 state,
@@ -192,10 +192,11 @@ def _cadence(config: Config) -> loop.Cadence:
     )
 
 
-def _draw_grid(config: Config, dataset: DatasetInfo, mesh: Mesh, params: Any) -> np.ndarray:
+def _draw_grid(preview: Run, params: Any) -> np.ndarray:
+    """A grid of samples of `params`; `preview` keeps its compiled sampler from one grid to the next."""
+    preview.params = params
     with jax.transfer_guard("allow"):
-        run = Run(config, dataset, mesh=mesh, params=params, checkpoint_step=0)
-        images, _ = run.sample(_GRID_IMAGES)
+        images, _ = preview.sample(_GRID_IMAGES)
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
 
 

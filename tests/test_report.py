@@ -68,7 +68,8 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
 
 def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
     out = tmp_path / "report.html"
-    out.write_text("the old page")
+    for old in (out, out.with_suffix(".md")):
+        old.write_text("the old one")
 
     def full(self, text, encoding=None):
         with open(self, "w") as file:
@@ -79,8 +80,8 @@ def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left"):
         program.report(runs, out)
     monkeypatch.undo()
-    assert out.read_text() == "the old page"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "runs"]
+    assert out.read_text() == out.with_suffix(".md").read_text() == "the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "runs"]
 
 
 def test_it_starts_without_jax_and_tensorflow():

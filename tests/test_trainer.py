@@ -168,7 +168,7 @@ from pathlib import Path
 from mcm_jax import trainer
 from tests import tiny
 config = tiny.config(Path({str(tiny_data)!r}))
-config.training.update(num_steps={num_steps}, checkpoint_every_steps=3)
+config.training.update(num_steps={num_steps}, checkpoint_every_steps=10)
 sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
@@ -184,7 +184,7 @@ sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
-    num_steps = 400
+    num_steps = 120
     whole = start_training(tiny_data, tmp_path / "whole", num_steps)
     assert whole.wait(timeout=300) == 0, whole.stdout.read()
     rng = np.random.default_rng()
@@ -194,7 +194,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
         for line in process.stdout:
             if re.match(r"step \d+/", line):
                 break
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, 1.0))
         process.kill()
         process.wait()
     last = start_training(tiny_data, tmp_path / "killed", num_steps)

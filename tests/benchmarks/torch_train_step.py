@@ -8,8 +8,8 @@ mcm_jax.models.uvit), then our jitted step and PyTorch's take turns. A step is: 
 v-loss, gradients, global clip, Adam, averaged parameters. Prints a table and, last, one line of JSON;
 a ratio above 1 means that PyTorch is faster.
 
-JAX runs as the environment says (launch/environment.sh sets XLA_FLAGS and MALLOC_*); the JSON repeats
-it. Needs an idle machine: PyTorch's threads spin and suffer most where cores are shared. There
+Both run in one process with the settings of mcm_jax.host, as every program does; the JSON repeats the
+environment. Needs an idle machine: PyTorch's threads spin and suffer most where cores are shared. There
 set OMP_WAIT_POLICY=passive and read the CPU milliseconds.
 """
 

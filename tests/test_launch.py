@@ -1,0 +1,56 @@
+"""The launchers' dry runs: what they would do, without doing it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def dry_run(script, *arguments, **variables):
+    # Without the .venv of this checkout, as on a fresh machine.
+    environment = {**os.environ, "MCM_DRY_RUN": "1", "MCM_VENV": "/nonexistent/.venv", **variables}
+    environment.pop("MCM_COMPILATION_CACHE", None)
+    return subprocess.run(
+        ["bash", ROOT / "launch" / script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("accelerator", "extra"), [("cpu", "."), ("gpu", ".[gpu]"), ("tpu", ".[tpu]")])
+def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
+    result = dry_run("smoke.sh", MCM_ACCELERATOR=accelerator)
+    assert result.returncode == 0, result.stderr
+    commands = [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
+    assert "-m venv /nonexistent/.venv" in commands[0]
+    assert commands[1].endswith(f"--constraint launch/constraints.txt --editable {extra}")
+    programs = [command.split()[2] for command in commands[2:]]
+    assert programs == ["mcm_jax.prepare", *["mcm_jax.train"] * 5, "mcm_jax.evaluate", "mcm_jax.report"]
+    rows = [command.split("openmoji.py:")[1].split()[0] for command in commands if ".train" in command]
+    assert rows == ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=1", "ct,steps=4"]
+
+
+def test_test_runs_every_check():
+    result = dry_run("test.sh")
+    assert result.returncode == 0, result.stderr
+    for check in ("ruff check", "ruff format", "lint-imports", "python -m pytest", "-m multi_device"):
+        assert check in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "message"),
+    [
+        ({"MCM_ACCELERATOR": "quantum"}, [], "MCM_ACCELERATOR=quantum must be cpu, gpu or tpu"),
+        ({"PYTHON": "/nonexistent/python"}, [], "is not Python 3.11 or newer"),
+        ({}, ["--speed=7"], "--speed=7 is not an option"),
+    ],
+)
+def test_bad_input(variables, arguments, message):
+    result = dry_run("smoke.sh", *arguments, **variables)
+    assert result.returncode == 2
+    assert message in result.stderr
