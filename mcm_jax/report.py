@@ -3,7 +3,7 @@
     python -m mcm_jax.report --runs=runs
 
 reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (self-contained: pictures
-inside) and `runs/report.md` beside it, and prints the table.
+inside), `runs/report.md` and `runs/report.png` (samples side by side) beside it, and prints the table.
 """
 
 import os
@@ -18,7 +18,7 @@ from mcm_jax.reporting import results
 
 
 def report(runs: Path, out: Path | None = None) -> str:
-    """Writes the page to `out` and the Markdown beside it, and returns the Markdown.
+    """Writes the page to `out`, the Markdown and a picture of samples beside it; returns the Markdown.
 
     out: default report.html in `runs`.
 
@@ -35,17 +35,20 @@ def report(runs: Path, out: Path | None = None) -> str:
     markdown = page.markdown(content)
     write(out.with_suffix(".md"), markdown)
     write(out, page.page(content))
+    picture = page.picture(content)
+    if picture is not None:
+        write(out.with_suffix(".png"), picture)
     for note in content.notes:
         print(f"note: {note}", file=sys.stderr)
     return markdown
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Writes the file in one go: `path` holds its old content or all of the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(temporary, path)
     except OSError as error:
         if temporary.exists():

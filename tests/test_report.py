@@ -32,12 +32,16 @@ def test_the_program_writes_the_page_and_prints_the_table(runs):
     assert last == f"The page, with plots and samples: {runs / 'report.html'}"
     assert (runs / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert f"note: {'smoke/cd4'} has no run.json" in done.stderr
-    assert sorted(path.name for path in runs.iterdir()) == ["report.html", "report.md", "smoke"]
+    assert sorted(path.name for path in runs.iterdir()) == ["report.html", "report.md", "report.png", "smoke"]
 
 
 def test_out_names_the_page_and_is_made(runs, tmp_path):
     assert program.report(runs, tmp_path / "new" / "results.html")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.html", "results.md"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "results.html",
+        "results.md",
+        "results.png",
+    ]
 
 
 def test_the_same_results_make_the_same_page(runs, tmp_path):
@@ -71,12 +75,12 @@ def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
     for old in (out, out.with_suffix(".md")):
         old.write_text("the old one")
 
-    def full(self, text, encoding=None):
-        with open(self, "w") as file:
-            file.write(text[:10])
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(InputError, match="No space left"):
         program.report(runs, out)
     monkeypatch.undo()

@@ -221,14 +221,25 @@ def _all_grids(group: Group) -> str:
     return "\n".join(parts)
 
 
-def _grid(result: Result) -> str:
+def picture(content: Content) -> bytes | None:
+    """A PNG of the first group's samples side by side, of its first training seed; None without any."""
+    members = next(iter(results.grids(content.sections[0].group).values()), [])
+    pictures = [(_what(member), png) for member in members if (png := results.read_grid(member)) is not None]
+    return plots.side_by_side(pictures) if pictures else None
+
+
+def _what(result: Result) -> str:
     how = f"{tables.plural(result.steps, 'step')} of {result.sampler}"
     if result.objective == "diffusion":
-        what = f"Teacher, {how}"
-    else:
-        what = f"{result.objective.upper()}, {tables.plural(result.student_steps or 0, 'student step')}"
-        if (result.steps, result.sampler) != (result.student_steps, "ddim"):
-            what += f", sampled with {how}"
+        return f"Teacher, {how}"
+    what = f"{result.objective.upper()}, {tables.plural(result.student_steps or 0, 'student step')}"
+    if (result.steps, result.sampler) != (result.student_steps, "ddim"):
+        what += f", sampled with {how}"
+    return what
+
+
+def _grid(result: Result) -> str:
+    what = _what(result)
     caption = f'<figcaption>{_text(what)} <span class="small">{_text(result.run)}</span></figcaption>'
     png = results.read_grid(result)
     if png is None:

@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from PIL import Image
 
 from mcm_jax.reporting.results import Estimate
 from mcm_jax.reporting.tables import Bound, plural
@@ -59,6 +60,20 @@ def svg(figure: Figure) -> bytes:
     """The figure as a file; equal figures give equal files."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+@matplotlib.rc_context(_STYLE)
+def side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:
+    """One PNG of the top half of every (caption, PNG), a column each."""
+    images = [(caption, Image.open(io.BytesIO(png)).convert("RGB")) for caption, png in pictures]
+    figure = Figure(figsize=(2.6 * len(images), 1.7), layout="constrained", dpi=130)
+    for axes, (caption, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
+        axes.imshow(image.crop((0, 0, image.width, image.height // 2)), interpolation="nearest")
+        axes.set_title(caption, fontsize=9)
+        axes.set_axis_off()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
     return content.getvalue()
 
 

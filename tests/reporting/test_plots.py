@@ -1,6 +1,9 @@
 """The plot's points, bars and lines."""
 
+import io
+
 import numpy as np
+from PIL import Image
 
 from mcm_jax.reporting import plots
 from mcm_jax.reporting.tables import Bound
@@ -74,3 +77,12 @@ def test_distances_of_zero_are_drawn():
 def test_equal_figures_are_equal_files():
     first, second = (plots.svg(draw([estimate(error=1.0, count=2)], [FLOOR])) for _ in range(2))
     assert first == second
+
+
+def test_pictures_side_by_side_are_a_column_each():
+    png = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(png, format="PNG")
+    widths = [
+        Image.open(io.BytesIO(plots.side_by_side([("a", png.getvalue())] * count))).width for count in (1, 3)
+    ]
+    assert widths[1] == 3 * widths[0]
