@@ -4,7 +4,7 @@
     cd,steps=S       S-step multistep consistency distillation of it
     ct,steps=S       S-step multistep consistency training, started from it
 
-No row of the paper's tables: 16x16 emoji, 2 million parameters, minutes on two cores, all by
+No row of the paper's tables: 16x16 emoji, 1.6 million parameters, minutes on two cores, all by
 `bash launch/smoke.sh`. One row alone:
 
     python -m mcm_jax.prepare --dataset=openmoji --resolution=16

@@ -31,7 +31,7 @@ mcm_environment() {
   stamp="$venv/installed-${extras:-base}"
   wanted=$(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)
   if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-    [ -x "$venv/bin/python" ] || mcm_run "$python" -m venv "$venv" || return 1
+    [ -x "$venv/bin/pip" ] || mcm_run "$python" -m venv "$venv" || return 1
     echo "installing mcm_jax${extras:+[$extras]} into .venv (a minute or two, once)"
     mcm_run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint launch/constraints.txt --editable ".${extras:+[$extras]}" || return 1

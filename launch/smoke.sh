@@ -47,6 +47,7 @@ echo "== evaluation"
 mcm_run python -m mcm_jax.evaluate --workdir="$workdirs" --num=1024 --untrained_num=256
 mcm_run python -m mcm_jax.report --runs="$runs"
 
+[ -z "${MCM_DRY_RUN:-}" ] || exit 0
 minutes=$(((SECONDS - started + 59) / 60))
 cat <<EOF
 

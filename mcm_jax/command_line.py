@@ -10,6 +10,18 @@ from absl import app, flags, logging
 from mcm_jax import host
 from mcm_jax.errors import InputError
 
+# What the code of a config file, or a value for one of its fields, can raise.
+_CONFIG_FILE_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main()`; the only way in for every program.
@@ -59,12 +71,19 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
-        raise InputError(_one_line(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"bad --config: {_one_line(error)}") from error
+        raise _input_error_within(error) or InputError(_one_line(error)) from error
+    except _CONFIG_FILE_ERRORS as error:
+        raise _input_error_within(error) or InputError(f"bad --config: {_one_line(error)}") from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: every option is a flag, see --help")
     return rest
+
+
+def _input_error_within(error: BaseException | None) -> InputError | None:
+    """The `InputError` of a config file, which ml_collections and absl wrap in errors of their own."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _one_line(error: Exception) -> str:

@@ -98,11 +98,11 @@ class OptimizerConfig:
     """Adam, its learning rate, and the averaged parameters."""
 
     learning_rate: float = _field(1e-4, "peak learning rate of Adam (open)", low=0)
-    warmup_steps: int = _field(0, "updates of linear warm-up from 0", low=0)
+    warmup_steps: int = _field(0, "updates of linear warm-up, the first at peak / warmup_steps", low=0)
     decay: Literal["constant", "linear"] = _field("constant", "after the warm-up; linear ends at 0")
-    b1: float = _field(0.9, "Adam's b1 (open)", low=0, high=1)
-    b2: float = _field(0.99, "Adam's b2 (open)", low=0, high=1)
-    eps: float = _field(1e-12, "Adam's epsilon (open)", low=0)
+    b1: float = _field(0.9, "Adam's b1 (open)", low=0, high=0.999999)
+    b2: float = _field(0.99, "Adam's b2 (open)", low=0, high=0.999999)
+    eps: float = _field(1e-12, "Adam's epsilon (open)", low=1e-30)
     clip_norm: float = _field(1.0, "largest global norm of the gradient (open)", low=1e-30)
     ema_decay: float = _field(0.9999, "decay of the averaged parameters (open)", low=0, high=1)
 
@@ -144,7 +144,7 @@ class Config:
     """One run. `objective` selects what is minimised."""
 
     objective: Objective = _field("diffusion", "diffusion (the teacher), cd (distil) or ct (train)")
-    seed: int = _field(0, "base of all randomness in training", low=0)
+    seed: int = _field(0, "base of all randomness in training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = _field(
         None, "workdir of the teacher that cd and ct start from and that cd distils"
     )
@@ -267,6 +267,13 @@ def _check_model(config: Config) -> None:
                 f"config.model.head_width={model.head_width} does not divide the transformer width "
                 f"{width} in config.model.widths={model.widths!r}"
             )
+    if model.resnet_norm == "group":
+        for kind, width in zip(model.kinds, model.widths, strict=True):
+            if kind == "resnet" and (width < 4 or width % min(32, width // 4)):
+                raise InputError(
+                    f"config.model.resnet_norm='group' can't divide the width {width} of a ResNet stage into "
+                    f"{max(1, min(32, width // 4))} groups; take a multiple of 128 or a power of two"
+                )
     if model.embedding_width % 2:
         raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")
     if config.mesh.data == 0:

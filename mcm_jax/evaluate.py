@@ -31,7 +31,7 @@ SAMPLERS = ("ddim", "addim")
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 RESULTS = Path("evaluation") / "results.jsonl"
 _TRAINING_ONLY = ("objective", "teacher_checkpoint", "consistency", "optimizer", "training", "mesh")
-# Samples held at a time: bounds memory at any --num, and is a multiple of any sampler's batch.
+# Samples held at a time: bounds memory at any --num.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 # Smallest side a sample is drawn at in the grid.
@@ -68,6 +68,8 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     load = functools.partial(load_run, checkpoint_step=options.checkpoint_step, data_dir=options.data_dir)
     kinds = PARAMETERS[options.parameters]
     runs = [(kind, load(workdir, parameters=kind)) for workdir in options.workdirs for kind in kinds]
+    for _, run in runs:
+        run.check_data()
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
     records = []
@@ -75,7 +77,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
         print(f"{run.workdir}: sampling {options.num} images with its {kind} parameters", flush=True)
         record = evaluate_run(run, options, extractor, cache, parameters=kind)
         append_line(Path(run.workdir) / RESULTS, record)
-        print(table(record), flush=True)
+        print(table(record, Path(run.workdir)), flush=True)
         records.append(record)
     return records
 
@@ -226,8 +228,8 @@ _MEANINGS = (
 )
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record's numbers, a line each with what it means."""
+def table(record: dict[str, Any], workdir: Path) -> str:
+    """The record's numbers, a line each with what it means, and where they were written."""
     student = f", {record['student_steps']} student steps" if record["student_steps"] is not None else ""
     lines = [
         f"{record['workdir']}: {record['objective']}{student}, step {record['checkpoint_step']}, "
@@ -244,7 +246,7 @@ def table(record: dict[str, Any]) -> str:
     lines.append(
         f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
     )
-    lines.append(f"  {Path(record['workdir']) / RESULTS}, {Path(record['workdir']) / record['grid']}")
+    lines.append(f"  {workdir / RESULTS}, {workdir / record['grid']}")
     return "\n".join(lines)
 
 
@@ -265,7 +267,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
     flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's own.", lower_bound=1)
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
-    flags.DEFINE_integer("seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
+    )
     flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
     flags.DEFINE_integer("checkpoint_step", None, "Default: the last one.", lower_bound=0)
     flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")

@@ -17,6 +17,7 @@ from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_uint8
+from mcm_jax.errors import InputError
 from mcm_jax.training import sharding
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 
@@ -105,6 +106,9 @@ class Run:
         indices = np.arange(first, first + num, dtype=np.int32)
         if labels is None:
             labels = self._labels(seed, indices)
+        labels = np.asarray(labels, np.int32)
+        if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
+            raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
         images = np.empty((num, *self._image_shape), np.uint8)
         run = self._compiled_sampler(steps, sampler)
         key = jax.device_put(jax.random.key(seed), sharding.replicated(self.mesh))
@@ -112,13 +116,13 @@ class Run:
             part = slice(start, min(start + batch, num))
             padded = (
                 _padded(indices[part], batch),
-                _padded(np.asarray(labels, np.int32)[part], batch),
+                _padded(labels[part], batch),
             )
             on_mesh = [jax.device_put(a, sharding.batch_sharding(self.mesh)) for a in padded]
             images[part] = jax.device_get(run(self.params, key, *on_mesh))[: part.stop - start]
             if progress is not None:
                 progress(part.stop - start)
-        return images, np.asarray(labels, np.int32)
+        return images, labels
 
     def untrained(self) -> "Run":
         """The same run before its first update, with fresh parameters."""
@@ -127,7 +131,8 @@ class Run:
         return Run(self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0)
 
     def images(self, split: str) -> tuple[Images, Labels]:
-        """All images and labels of a split of the run's data set."""
+        """All images and labels of a split of the run's data set; see `check_data`."""
+        self.check_data()
         source = pipeline.open_split(
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
@@ -135,6 +140,19 @@ class Run:
             split=split,
         )
         return pipeline.load_arrays(source)
+
+    def check_data(self) -> None:
+        """Raises InputError unless the run's data set is there, with the images it was trained on."""
+        now = pipeline.describe(
+            data_dir=self.config.data.data_dir,
+            dataset=self.dataset.dataset,
+            resolution=self.dataset.resolution,
+        )
+        if now.fingerprints != self.dataset.fingerprints:
+            raise InputError(
+                f"{now.path} holds other images than the run was trained on (their hashes differ); prepare "
+                "the same images again, or name their directory with --data_dir"
+            )
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:

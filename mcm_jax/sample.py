@@ -4,7 +4,7 @@ python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
 python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz
 """
 
-import sys
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ _OUT = flags.DEFINE_string(
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Network calls an image; default: the run's own.", lower_bound=1)
 _SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: the run's own.")
-_SEED = flags.DEFINE_integer("seed", 0, "Image n depends on (seed, n) only.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
+)
 _LABEL = flags.DEFINE_integer("label", None, "Class of all images; default: drawn.", lower_bound=0)
 _PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or last parameters.")
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
@@ -41,6 +43,8 @@ def main() -> None:
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise InputError(f"--out={out}: {out.parent} can't be written; choose another directory")
     from mcm_jax import runs  # Slow to import: --help and bad flags need not wait for it.
 
     run = runs.load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
@@ -54,7 +58,9 @@ def main() -> None:
         labels = np.full(_NUM.value, _LABEL.value, np.int32)
     images, labels = _sample(run, labels)
     if out.suffix == ".npz":
-        np.savez(out, images, labels)
+        partial = out.with_name(f".{out.name}.{os.getpid()}.npz")
+        np.savez(partial, images, labels)
+        partial.replace(out)
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
@@ -66,10 +72,11 @@ def _sample(run: Any, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray
     from rich.console import Console
     from rich.progress import Progress
 
-    with warnings.catch_warnings(record=True) as caught, Progress(console=Console(stderr=True)) as bar:
-        warnings.simplefilter("always", UserWarning)
+    console = Console(stderr=True)
+    with warnings.catch_warnings(), Progress(console=console) as bar:
+        warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", soft_wrap=True)
         task = bar.add_task("sampling", total=_NUM.value)
-        result = run.sample(
+        return run.sample(
             _NUM.value,
             seed=_SEED.value,
             steps=_STEPS.value,
@@ -78,9 +85,6 @@ def _sample(run: Any, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray
             batch_per_device=_BATCH.value,
             progress=lambda count: bar.advance(task, count),
         )
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return result
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     config = configuration.validate(raw_config)
+    if _is_finished(config, workdir):
+        print(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
+        return True
     dataset = pipeline.describe(
         data_dir=config.data.data_dir,
         dataset=config.data.dataset,
@@ -52,12 +55,10 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     abstract = jax.eval_shape(lambda key: step.init_state(network.init(key), optimizer), jax.random.key(0))
     if config.teacher_checkpoint is not None:
         check_teacher(config, dataset, network)
-    workdirs.claim(workdir, config, dataset, state_bytes=_num_bytes(abstract))
+    room = (config.training.keep_checkpoints + 1) * _num_bytes(abstract)
+    workdirs.claim(workdir, config, dataset, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
-        if done >= config.training.num_steps:
-            print(f"{workdir} is finished: all its {done} updates are done")
-            return True
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         batches = _train_batches(config)
         state, teacher_params, shardings = _start(
@@ -95,19 +96,33 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
             )
 
 
+def _is_finished(config: Config, workdir: Path) -> bool:
+    """Whether nothing is left to do: asked first, so that neither data nor teacher nor room is needed."""
+    if not workdirs.is_run(workdir):
+        return False
+    workdirs.check_same(workdir, config)
+    with Checkpoints(workdir) as checkpoints:
+        return (checkpoints.latest_step() or 0) >= config.training.num_steps
+
+
 def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> None:
     """Raises InputError unless config.teacher_checkpoint is a diffusion run that fits this one."""
     path = config.teacher_checkpoint
     try:
         teacher_config, teacher_data = workdirs.read(Path(path))
         with Checkpoints(Path(path)) as checkpoints:
-            checkpoints.require()
+            done = checkpoints.require()[-1]
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
     if teacher_config.objective != "diffusion":
         raise InputError(
             f"config.teacher_checkpoint={path} is a {teacher_config.objective} student; name the workdir "
             "of a diffusion teacher"
+        )
+    if done < teacher_config.training.num_steps:
+        raise InputError(
+            f"config.teacher_checkpoint={path} has {done} of its {teacher_config.training.num_steps} "
+            "updates; finish the teacher first: its student must find the same one at every start"
         )
     if teacher_data.class_names != dataset.class_names:
         raise InputError(

@@ -1,6 +1,6 @@
 """What a run's directory holds besides checkpoints: its config and its data set's description.
 
-run.json      config and data set, written once when the run starts
+run.json      config and data set, written when the run starts or continues
 checkpoints/  see training.checkpoints
 samples/      a grid of samples every now and then
 evaluation/   results and their grids
@@ -38,11 +38,18 @@ _FREE = {
 }
 
 
-def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, state_bytes: int) -> None:
+def is_run(workdir: Path) -> bool:
+    """Whether a run was ever started there."""
+    return (workdir / RUN_FILE).exists()
+
+
+def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, needed_bytes: int) -> None:
     """Makes `workdir` this run's, or makes sure that it is the run that continues there.
 
+    Settings that may change (where the data lies, how to sample) are kept as they are now.
+
     Args:
-      state_bytes: size of one checkpoint; room for two is asked for.
+      needed_bytes: what the checkpoints will take at most.
 
     Raises:
       InputError: the directory can't be written, has no room, or holds another run.
@@ -56,17 +63,16 @@ def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, state_bytes: i
             f"--workdir={workdir} can't be written ({error.strerror}); choose another directory"
         ) from error
     free = shutil.disk_usage(workdir).free
-    if free < 2 * state_bytes:
+    if free < needed_bytes:
         raise InputError(
-            f"--workdir={workdir} has {free / 1e9:.1f} GB free and two checkpoints need "
-            f"{2 * state_bytes / 1e9:.1f} GB; make room or choose another directory"
+            f"--workdir={workdir} has {free / 1e9:.3f} GB free and its checkpoints need "
+            f"{needed_bytes / 1e9:.3f} GB; make room or choose another directory"
         )
-    if (workdir / RUN_FILE).exists():
-        _check_same(workdir, config, dataset)
+    if is_run(workdir):
+        check_same(workdir, config, dataset)
     elif (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
-    else:
-        _write(workdir, config, dataset)
+    _write(workdir, config, dataset)
 
 
 def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, DatasetInfo]:
@@ -113,7 +119,8 @@ def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
     partial.replace(workdir / RUN_FILE)
 
 
-def _check_same(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
+def check_same(workdir: Path, config: Config, dataset: DatasetInfo | None = None) -> None:
+    """Raises InputError if the run in `workdir` has another config, or other images than `dataset`."""
     saved_config, saved_dataset = read(workdir)
     saved, now = _flat(dataclasses.asdict(saved_config)), _flat(dataclasses.asdict(config))
     free = _FREE
@@ -121,12 +128,16 @@ def _check_same(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
         # A longer run is the same run, unless the learning rate's decay depends on its length.
         free = _FREE | {"training.num_steps"}
     for name, value in now.items():
-        if value != saved[name] and name not in free:
+        if name == "teacher_checkpoint" and value is not None and saved[name] is not None:
+            same = Path(value).resolve() == Path(saved[name]).resolve()
+        else:
+            same = value == saved[name]
+        if not same and name not in free:
             raise InputError(
                 f"--workdir={workdir} holds a run with config.{name}={saved[name]!r}, now it is "
                 f"{value!r}; rerun with the same config to continue it, or choose another directory"
             )
-    if saved_dataset.fingerprints != dataset.fingerprints:
+    if dataset is not None and saved_dataset.fingerprints != dataset.fingerprints:
         raise InputError(
             f"--workdir={workdir} was trained on other images than those in {dataset.path} "
             f"(their hashes differ); choose another directory"

@@ -63,7 +63,7 @@ def test_every_setting_is_documented():
     [
         ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim"),
         ("consistency", "huber_epsilon", 0.0, "must be at least 1e-30"),
-        ("optimizer", "b1", 1.5, "must be at most 1"),
+        ("optimizer", "b1", 1.5, "must be at most 0.999999"),
         ("model", "kinds", ("resnet", "resnet", "mlp"), "'mlp' must be one of resnet, transformer"),
         ("model", "dtype", "float16", "must be one of float32, bfloat16"),
         ("model", "embedding_width", 31, "must be even"),

@@ -59,6 +59,7 @@ def test_bad_input_is_one_line_and_exit_code_2(program, arguments, message):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+    assert "Traceback" not in lines[0]
 
 
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "prepare", "report"])

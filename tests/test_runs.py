@@ -1,5 +1,6 @@
 """Sampling from a trained run: reproducible whatever the batch and the devices."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -129,3 +130,17 @@ def test_untrained_is_gray_noise(run):
     """v_hat = 0 before the first update; another network than the trained one."""
     images, _ = run.untrained().sample(8)
     assert not np.array_equal(images, run.sample(8)[0])
+
+
+@pytest.mark.parametrize("labels", [np.zeros(3, np.int32), np.full(4, 2), np.full(4, -1)])
+def test_labels_that_are_none(run, labels):
+    with pytest.raises(InputError, match="labels must be 4 classes from 0 to 1"):
+        run.sample(4, labels=labels)
+
+
+def test_other_images_than_it_was_trained_on(run):
+    fingerprints = {**run.dataset.fingerprints, "train": "0" * 64}
+    dataset = dataclasses.replace(run.dataset, fingerprints=fingerprints)
+    other = runs.Run(run.config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    with pytest.raises(InputError, match="holds other images than the run was trained on"):
+        other.images("train")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,38 @@ def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_pa
 def test_a_finished_run_says_so(teacher, tiny_data, capsys):
     assert trainer.train(tiny.config(tiny_data), teacher)
     assert "is finished: all its 4 updates are done" in capsys.readouterr().out
+
+
+def test_a_finished_run_needs_nothing_any_more(tiny_data, teacher, tmp_path, capsys):
+    """Neither its data nor, for a student, its teacher."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    config = tiny.config(tiny_data, "ct", tmp_path / "teacher")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    shutil.rmtree(tmp_path / "teacher")
+    config.data.data_dir = "/none"
+    assert trainer.train(config, tmp_path / "student")
+    assert "is finished: all its 1 updates are done" in capsys.readouterr().out
+
+
+def test_settings_that_may_change_are_kept_as_they_are_now(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "run")
+    config.training.num_steps = 2
+    config.sampling.teacher_steps = 3
+    assert trainer.train(config, tmp_path / "run")
+    assert runs.load_run(tmp_path / "run").sampling_record()["steps"] == 3
+
+
+def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilation):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    file = tmp_path / "teacher/run.json"
+    content = json.loads(file.read_text())
+    content["config"]["training"]["num_steps"] = 9
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has 4 of its 9 updates; finish the teacher first"):
+        trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
 
 
 def test_a_student_starts_from_the_averaged_teacher(tiny_data, teacher, tmp_path):
@@ -312,5 +345,5 @@ def test_a_workdir_that_can_not_be_made(tiny_data, tmp_path, no_compilation):
 
 def test_a_full_workdir(tiny_data, tmp_path, monkeypatch, no_compilation):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(InputError, match="two checkpoints need"):
+    with pytest.raises(InputError, match="its checkpoints need"):
         trainer.train(tiny.config(tiny_data), tmp_path / "run")

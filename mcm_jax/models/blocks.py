@@ -34,7 +34,7 @@ class ResNetBlock(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """`norm` is not in the paper: layer norm over channels (ours), or group norm of 32 groups."""
+        """`norm` is not in the paper: layer norm over channels (ours), or group norm of at most 32 groups."""
 
         def make_norm() -> nnx.Module:
             if norm == "layer":
