@@ -8,7 +8,7 @@ import optax
 def learning_rate_schedule(
     *, peak: float, warmup_steps: int, decay: Literal["constant", "linear"], num_steps: int
 ) -> optax.Schedule:
-    """From peak / warmup_steps linearly to `peak` in warmup_steps updates, then constant or to 0 at num_steps."""
+    """Linear from peak / warmup_steps to `peak`, then constant or linear to 0 at num_steps."""
     after = num_steps - warmup_steps
     tail = (
         optax.constant_schedule(peak)
