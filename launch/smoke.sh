@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job in small: 16x16 OpenMoji; a diffusion teacher; CD and CT students of 1 and 4 steps from it;
-# all evaluated; one table and one page. About 12 minutes on 2 cores, installation included.
+# all evaluated; one table and one page. About 13 minutes on 2 cores, installation included.
 #
 #   bash launch/smoke.sh                          runs/smoke, training seed 0
 #   bash launch/smoke.sh --runs=DIR --seed=1      another directory, another training seed
