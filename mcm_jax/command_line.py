@@ -80,10 +80,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:
-    """The `InputError` of a config file, which ml_collections and absl wrap in errors of their own."""
-    while error is not None and not isinstance(error, InputError):
+    """The innermost `InputError`: a config file's own, which ml_collections wraps, even in its type."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, InputError) else found
         error = error.__cause__ or error.__context__
-    return error
+    return found
 
 
 def _one_line(error: Exception) -> str:
