@@ -42,3 +42,28 @@ def consistency_target(x_teacher, x_ref, z_t, t, s, step, x_var):
     """Algorithm 1 literally: aDDIM to s, DDIM to t_step, invDDIM back to an x at t."""
     z_s = addim(x_teacher, z_t, t, s, x_var)
     return inv_ddim(ddim(x_ref, z_s, s, step), z_t, t, step)
+
+
+def heun(z_s, eps_t, eps_s, z_t, t, s):
+    """From ybar = z / alpha and sbar = sigma / alpha; z_s is not used: Heun starts again at z_t."""
+    del z_s
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
+    return a_s * (z_t / a_t + (s_s / a_s - s_t / a_t) * (eps_t + eps_s) / 2)
+
+
+def ddpm(x, z_t, noise, t, s):
+    """The mean and variance of q(z_s | z_t, x) by Bayes' rule from q(z_t | z_s) and q(z_s | x)."""
+    (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
+    a_ts = a_t / a_s
+    var_ts = s_t**2 - a_ts**2 * s_s**2
+    precision = a_ts**2 / var_ts + 1 / s_s**2
+    mean = (a_ts * z_t / var_ts + a_s * x / s_s**2) / precision
+    return mean + math.sqrt(1 / precision) * noise
+
+
+def noisy_ddim(x, z_t, noise, t, s, x_var):
+    return ddim(x + math.sqrt(x_var) * noise, z_t, t, s)
+
+
+def pseudo_huber(x_diff, epsilon):
+    return math.sqrt(np.mean(x_diff**2) + epsilon**2) - epsilon

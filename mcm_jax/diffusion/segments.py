@@ -57,3 +57,14 @@ def draw_times(
         t_step=start / grid_steps,
         is_last=n_rel == 1,
     )
+
+
+def draw_halves(
+    key: PRNGKey, *, batch_size: int, student_steps: int
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """(t, m, s): a student step t -> s, step ~ U{0..S-1}, and its middle, where two teacher steps meet.
+
+    s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S, formed from integers (2202.00512).
+    """
+    start = 2 * jax.random.randint(key, (batch_size,), 0, student_steps)
+    return tuple((start + n) / jnp.float32(2 * student_steps) for n in (2, 1, 0))

@@ -67,3 +67,21 @@ def test_every_schedule_falls(low, high, end_points):
     logsnr = np.asarray(schedule(T[::10]), np.float64)
     assert np.all(np.isfinite(logsnr))
     assert logsnr[0] > logsnr[-1]
+
+
+def test_uniform_grid():
+    """t = 1, 1 - 1/N, ..., 1/N, divided in float64: the float32 nearest to each."""
+    schedule = schedules.cosine()
+    for num_steps in (1, 3, 7, 1280):
+        t = [np.float32(n / num_steps) for n in range(num_steps, 0, -1)]
+        np.testing.assert_array_equal(schedules.uniform_grid(schedule, num_steps), schedule(jnp.array(t)))
+
+
+@pytest.mark.parametrize("num_steps", [2, 18, 256])
+def test_karras_grid(num_steps):
+    logsnr = schedules.karras_grid(num_steps)
+    for i in range(num_steps):
+        sigma = (80 ** (1 / 7) + i / (num_steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        # sigma / alpha of a variance preserving process is exp(-lambda / 2).
+        np.testing.assert_allclose(logsnr[i], -2 * np.log(sigma), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(schedules.karras_grid(1), [-2 * np.log(80)], rtol=1e-6)

@@ -59,3 +59,17 @@ def test_times_are_uniform():
     assert counts[0] == 0
     # 1000 expected in each of 12 cells, standard deviation 30.
     np.testing.assert_allclose(counts[1:], 1000, atol=150)
+
+
+@pytest.mark.parametrize("student_steps", [1, 4, 512])
+def test_halves_are_a_step_and_its_middle(student_steps):
+    t, m, s = segments.draw_halves(jax.random.key(0), batch_size=4096, student_steps=student_steps)
+    n = np.rint(np.asarray(t, np.float64) * student_steps).astype(int)
+    assert n.min() >= 1 and n.max() == student_steps
+    # Formed from integers: the float32 nearest to each fraction.
+    np.testing.assert_array_equal(t, (n / student_steps).astype(np.float32))
+    np.testing.assert_array_equal(m, ((2 * n - 1) / (2 * student_steps)).astype(np.float32))
+    np.testing.assert_array_equal(s, ((n - 1) / student_steps).astype(np.float32))
+    if student_steps == 4:
+        # 1024 expected each, standard deviation 28.
+        np.testing.assert_allclose(np.bincount(n)[1:], 1024, atol=120)

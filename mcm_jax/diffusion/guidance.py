@@ -1,0 +1,30 @@
+"""Classifier-free guidance (Ho & Salimans 2022; SPEC 3)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mcm_jax.diffusion.network import ModelFn
+
+
+def guide(
+    conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], *, guidance: float
+) -> Float[Array, "B ..."]:
+    """x_cond + g (x_cond - x_uncond); g = 0 is no guidance. The same for v and eps, which are linear in x."""
+    return conditional + guidance * (conditional - unconditional)
+
+
+def guided(model_fn: ModelFn, *, guidance: float, null_class: int) -> ModelFn:
+    """The guided prediction as a network of two calls; null_class is the label that says 'any class'."""
+
+    def guided_fn(
+        z_t: Float[Array, "B ..."],
+        logsnr_t: Float[Array, "B"],
+        cond: Int[Array, "B"],
+        key: jax.Array | None,
+    ) -> Float[Array, "B ..."]:
+        v_cond = model_fn(z_t, logsnr_t, cond, key)
+        v_uncond = model_fn(z_t, logsnr_t, jnp.full_like(cond, null_class), key)
+        return guide(v_cond, v_uncond, guidance=guidance)
+
+    return guided_fn
