@@ -9,21 +9,29 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
 from ml_collections import config_dict
 
-from mcm_jax.diffusion.schedules import EndPoints
+from mcm_jax.diffusion.schedules import EndPoints, Grid
 from mcm_jax.errors import InputError
 from mcm_jax.models.blocks import Norm
 from mcm_jax.models.embeddings import NoiseScale
 from mcm_jax.models.uvit import StageKind
-from mcm_jax.objectives.consistency import LossWeight, TeacherStep
-from mcm_jax.sampling import Sampler
+from mcm_jax.objectives.consistency import TeacherStep
+from mcm_jax.objectives.diffusion import LevelWeights
+from mcm_jax.objectives.distances import LossWeight, Reduction
+from mcm_jax.sampling import Clip, Sampler, XVar
 
-Objective = Literal["diffusion", "cd", "ct"]
+Objective = Literal["diffusion", "cd", "ct", "tract", "progressive", "guidance"]
 LabelRule = Literal["uniform", "train_frequency"]
+TargetNetwork = Literal["student", "ema"]
+
+# Models of all of time, sampled with any number of steps; the others are students of a fixed number.
+DIFFUSION_MODELS = ("diffusion", "guidance")
+STAGED = ("tract", "progressive")
 
 
 def _field(default: Any, doc: str, *, low: int | float | None = None, high: int | float | None = None) -> Any:
@@ -77,19 +85,52 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyConfig:
-    """Multistep consistency (SPEC 4); no meaning for diffusion."""
+class DiffusionConfig:
+    """The diffusion teacher's objective (SPEC 5); no meaning for the others."""
 
-    student_steps: int | None = _field(None, "S: network calls of the student's sampler", low=1)
+    levels: tuple[int, ...] = _field(
+        (), "sides in pixels of the multiscale loss, e.g. (128, 64); (): the plain v-loss", low=1
+    )
+    level_weights: LevelWeights = _field(
+        "reciprocal", "weights of the levels (open; ours: 1/r, normalised to sum 1)"
+    )
+    label_dropout: float = _field(
+        0.0, "share of labels replaced by 'any class'; 0.1 where guidance is used (open)", low=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyConfig:
+    """Multistep consistency (SPEC 4) and the staged methods (SPEC 5); no meaning for diffusion.
+
+    tract and progressive read stages, loss_weight, teacher_step, xvar_frac, later_xvar_frac and target_decay.
+    """
+
+    student_steps: int | None = _field(None, "cd, ct: S, network calls of the student's sampler", low=1)
+    stages: tuple[int, ...] = _field(
+        (),
+        "tract, progressive: steps of the teacher, then of each stage's student, e.g. (1024, 32, 1)",
+        low=1,
+    )
     teacher_steps_first: float = _field(64.0, "N_teacher at the first update", low=1)
     teacher_steps_last: float = _field(1280.0, "N_teacher at the end of the annealing", low=1)
     anneal_steps: int = _field(100_000, "updates from first to last, exponentially", low=1)
     teacher_step: TeacherStep = _field("addim", "integrator of the teacher's step")
     xvar_frac: float = _field(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
+    later_xvar_frac: float = _field(
+        0.0, "progressive: xvar_frac after the first stage (open; its teacher carries the adjustment)", low=0
+    )
     huber_epsilon: float = _field(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
+    huber_reduction: Reduction = _field("mean", "of the squares in the distance (open; see pseudo_huber)")
     loss_weight: LossWeight = _field(
         "sqrt_snr_plus_one",
         "w_t (open; with the unsquared distance the root makes it the distance in v)",
+    )
+    target_network: TargetNetwork = _field(
+        "student", "whose x_ref: the student's own, or that of its averaged parameters"
+    )
+    target_decay: float = _field(
+        0.95, "decay of the target network's average, bias-corrected; TRACT's is 0.5", low=0, high=0.999999
     )
 
 
@@ -131,8 +172,18 @@ class MeshConfig:
 class SamplingConfig:
     """How the run is sampled where nothing else is asked for."""
 
-    sampler: Sampler = _field("addim", "a teacher's sampler; students always take ddim")
+    sampler: Sampler = _field("addim", "a teacher's sampler; students take ddim")
     teacher_steps: int = _field(512, "steps of the teacher's sampler", low=1)
+    noise_grid: Grid = _field(
+        "schedule", "a teacher's noise levels: uniform in t, or karras; students: schedule"
+    )
+    x_var: XVar = _field(
+        "analytic", "of addim and noisy_ddim: 0.1 / (2 + SNR), or measured on training images"
+    )
+    x_var_eta: float = _field(0.75, "eta: measured x_var = eta ||x - x_hat||^2 / d", low=0)
+    x_var_images: int = _field(1024, "training images that x_var is measured on, at most", low=1)
+    guidance: float = _field(0.0, "g of a teacher's samples; x_hat + g (x_hat - x_hat of any class)", low=0)
+    clip: Clip = _field("last", "clip x_hat to [-1, 1] in the last step or in every one (open)")
     label_rule: LabelRule = _field(
         "uniform", "how classes are drawn (open; uniform is SPEC 7's, train_frequency the data's)"
     )
@@ -143,19 +194,53 @@ class SamplingConfig:
 class Config:
     """One run. `objective` selects what is minimised."""
 
-    objective: Objective = _field("diffusion", "diffusion (the teacher), cd (distil) or ct (train)")
+    objective: Objective = _field(
+        "diffusion",
+        "diffusion (the teacher), cd or ct (consistency, distilled or trained), tract, progressive, guidance",
+    )
     seed: int = _field(0, "base of all randomness in training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = _field(
-        None, "workdir of the teacher that cd and ct start from and that cd distils"
+        None, "workdir of the diffusion model that all other objectives start from and all but ct distil"
+    )
+    teacher_guidance: float = _field(
+        0.0, "cd, guidance: g of the teacher's prediction; 0: none (open for cd: see objectives)", low=0
     )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     consistency: ConsistencyConfig = dataclasses.field(default_factory=ConsistencyConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    @property
+    def student_steps(self) -> int | None:
+        """The only step count that this run's model is trained for; None for a model of all of time."""
+        if self.objective in DIFFUSION_MODELS:
+            return None
+        return self.consistency.stages[-1] if self.objective in STAGED else self.consistency.student_steps
+
+
+def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:
+    """The runs, one after the other, that `config` in `workdir` stands for.
+
+    One, itself, unless it has several stages: then each is a run of its own in workdir/steps_N with the run
+    before as its teacher, so that it resumes, is sampled and is evaluated like any other.
+    """
+    stages = config.consistency.stages
+    if config.objective not in STAGED or len(stages) == 2:
+        return [(workdir, config)]
+    result, teacher, xvar_frac = [], config.teacher_checkpoint, config.consistency.xvar_frac
+    for pair in zip(stages, stages[1:], strict=False):
+        consistency = dataclasses.replace(config.consistency, stages=pair, xvar_frac=xvar_frac)
+        stage_workdir = workdir / f"steps_{pair[1]}"
+        result.append(
+            (stage_workdir, dataclasses.replace(config, consistency=consistency, teacher_checkpoint=teacher))
+        )
+        teacher, xvar_frac = str(stage_workdir), config.consistency.later_xvar_frac
+    return result
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -177,7 +262,10 @@ def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
 
 
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
-    """A network and a training that two CPU cores hold: row "teacher", "cd,steps=S" or "ct,steps=S".
+    """A network and a training that two CPU cores hold.
+
+    Rows: "teacher", "cd,steps=S", "ct,steps=S", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or
+    to "steps=S"), and "guidance".
 
     Not the paper's settings but the paper's system in small: fewer updates need a higher learning rate, a
     faster annealing and a shorter average.
@@ -186,22 +274,45 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
       InputError: another row.
     """
     words, numbers = parse_row(row)
-    systems = {"teacher": set(), "cd": {"steps"}, "ct": {"steps"}}
-    if len(words) != 1 or not words <= set(systems) or set(numbers) != systems[min(words)]:
-        raise InputError(f"there is no config row {row!r}: use teacher, cd,steps=S or ct,steps=S")
+    # Which numbers a system must have, and which it may.
+    systems = {
+        "teacher": ((), ()),
+        "cd": (("steps",), ()),
+        "ct": (("steps",), ()),
+        "tract": ((), ()),
+        "progressive": ((), ("steps",)),
+        "guidance": ((), ()),
+    }
+    (system,) = words if len(words) == 1 else ("",)
+    needed, allowed = systems.get(system, ((), ()))
+    if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
+        raise InputError(
+            f"there is no config row {row!r}: use teacher, cd,steps=S, ct,steps=S, tract, progressive or "
+            "guidance"
+        )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
     config.optimizer.update(decay="linear", ema_decay=0.99)
     config.training.update(batch_size=64, log_every_steps=50, checkpoint_every_steps=250)
     config.sampling.update(teacher_steps=32, batch_per_device=64)
-    if words == {"teacher"}:
+    if system == "teacher":
         config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
         config.training.update(num_steps=1000, sample_every_steps=500)
         return config
-    (config.objective,) = words
-    config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+    config.objective = system
     config.optimizer.learning_rate = 3e-4
     config.training.update(num_steps=250, sample_every_steps=250)
+    if system in ("cd", "ct"):
+        config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+    elif system == "tract":
+        config.consistency.update(stages=(64, 8, 1), loss_weight="max_snr_one", target_decay=0.5)
+    elif system == "progressive":
+        last = numbers.get("steps", 1)
+        config.consistency.update(
+            stages=tuple(64 >> n for n in range(7) if 64 >> n >= last), loss_weight="max_snr_one"
+        )
+    else:
+        config.teacher_guidance = 1.0
     return config
 
 
@@ -228,23 +339,59 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     result = _read(Config, raw, prefix="")
     _check_model(result)
-    if result.objective != "diffusion":
-        if result.teacher_checkpoint is None:
-            raise InputError(
-                f"config.teacher_checkpoint is not set: {result.objective} starts from a trained "
-                "teacher; name the teacher's workdir with --config.teacher_checkpoint=DIR"
-            )
-        if result.consistency.student_steps is None:
-            raise InputError(
-                "config.consistency.student_steps is not set: name the student's number of steps, "
-                "for example with 'cd,steps=4' behind the config file"
-            )
-    elif result.teacher_checkpoint is not None:
+    _check_objective(result)
+    return result
+
+
+def _check_objective(config: Config) -> None:
+    objective, settings = config.objective, config.consistency
+    if objective != "diffusion" and config.teacher_checkpoint is None:
         raise InputError(
-            f"config.teacher_checkpoint={result.teacher_checkpoint!r} has no meaning for a diffusion "
+            f"config.teacher_checkpoint is not set: {objective} starts from a trained "
+            "teacher; name the teacher's workdir with --config.teacher_checkpoint=DIR"
+        )
+    if objective == "diffusion" and config.teacher_checkpoint is not None:
+        raise InputError(
+            f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no meaning for a diffusion "
             "teacher, which starts from nothing; leave it out"
         )
-    return result
+    if objective in ("cd", "ct") and settings.student_steps is None:
+        raise InputError(
+            "config.consistency.student_steps is not set: name the student's number of steps, "
+            "for example with 'cd,steps=4' behind the config file"
+        )
+    if objective in STAGED:
+        _check_stages(config)
+    if config.teacher_guidance > 0 and objective not in ("cd", "guidance"):
+        raise InputError(
+            f"config.teacher_guidance={config.teacher_guidance} means nothing to {objective}, which "
+            "distils no guided teacher; leave it at 0, or make guidance the objective first"
+        )
+    for side in config.diffusion.levels:
+        if config.data.resolution % side:
+            raise InputError(
+                f"config.diffusion.levels={config.diffusion.levels!r}: {side} does not divide "
+                f"config.data.resolution={config.data.resolution}"
+            )
+
+
+def _check_stages(config: Config) -> None:
+    stages = config.consistency.stages
+    if len(stages) < 2:
+        raise InputError(
+            f"config.consistency.stages={stages!r}: {config.objective} needs the teacher's steps and those "
+            "of one student or more, for example (1024, 32, 1)"
+        )
+    for before, after in zip(stages, stages[1:], strict=False):
+        if config.objective == "progressive" and before != 2 * after:
+            raise InputError(
+                f"config.consistency.stages={stages!r}: progressive halves, {before} -> {before // 2}"
+            )
+        if before <= after or before % after:
+            raise InputError(
+                f"config.consistency.stages={stages!r}: {after} steps are no whole segments of {before}; "
+                "take a smaller divisor"
+            )
 
 
 def _check_model(config: Config) -> None:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import time
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ import numpy as np
 from absl import flags
 
 from mcm_jax import command_line
+from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, protocol
 from mcm_jax.evaluation.references import Cache, Reference, require_writable
 from mcm_jax.pictures import image_grid, save_png
+from mcm_jax.sampling import Sampler, XVar
 
-SAMPLERS = ("ddim", "addim")
+SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 RESULTS = Path("evaluation") / "results.jsonl"
 _TRAINING_ONLY = ("objective", "teacher_checkpoint", "consistency", "optimizer", "training", "mesh")
@@ -40,12 +43,15 @@ _GRID_TILE = 48
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The flags, see `define_flags`. None for steps, sampler, checkpoint_step, data_dir: as the run says."""
+    """The flags, see `define_flags`. None: as the run says."""
 
     workdirs: tuple[Path, ...]
     num: int = 2048
     steps: int | None = None
     sampler: str | None = None
+    noise_grid: str | None = None
+    x_var: str | None = None
+    guidance: float | None = None
     seed: int = 0
     parameters: str = "ema"
     checkpoint_step: int | None = None
@@ -53,6 +59,12 @@ class Options:
     input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
     cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The settings of the sampler, for `runs.Run.sample`."""
+        names = ("steps", "sampler", "noise_grid", "x_var", "guidance")
+        return {name: getattr(self, name) for name in names}
 
 
 def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
@@ -70,6 +82,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     runs = [(kind, load(workdir, parameters=kind)) for workdir in options.workdirs for kind in kinds]
     for _, run in runs:
         run.check_data()
+        run.sampling_record(**options.how)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
     records = []
@@ -86,7 +99,7 @@ def evaluate_run(
     run: Any, options: Options, extractor: efficientnet.Extractor, cache: Cache, *, parameters: str
 ) -> dict[str, Any]:
     """Samples one run and scores the samples; returns the record and draws the grid it names."""
-    sampling = run.sampling_record(options.steps, options.sampler)
+    sampling = run.sampling_record(**options.how)
     reference = _reference(run, "train", extractor, cache)
     test = _reference(run, "test", extractor, cache) if run.dataset.num_examples.get("test", 0) >= 2 else None
     samples = _Samples(run, options)
@@ -102,7 +115,7 @@ def evaluate_run(
         untrained_num=min(options.untrained_num, options.num),
         untrained_identity=_untrained_identity(run, options, sampling),
     )
-    sampler = f"{sampling['sampler']}{sampling['steps']}"
+    sampler = _file_name(sampling)
     name = f"samples_step{run.checkpoint_step}_{parameters}_{sampler}_seed{options.seed}.png"
     grid = RESULTS.parent / name
     scale = -(-_GRID_TILE // samples.first.shape[1])
@@ -125,6 +138,16 @@ def evaluate_run(
     }
 
 
+def _file_name(sampling: dict[str, Any]) -> str:
+    """What tells samples of one run and seed apart; the usual settings are left out."""
+    name = f"{sampling['sampler']}{sampling['steps']}"
+    if sampling["noise_grid"] != "schedule":
+        name += f"_{sampling['noise_grid']}"
+    if sampling["x_var"] == "measured":
+        name += "_measured"
+    return name + (f"_g{sampling['guidance']:g}" if sampling["guidance"] else "")
+
+
 class _Samples:
     """The run's samples in blocks; remembers the first few and the time it took."""
 
@@ -138,9 +161,7 @@ class _Samples:
         for first in range(0, options.num, _BLOCK):
             start = time.monotonic()
             count = min(_BLOCK, options.num - first)
-            images, _ = self._run.sample(
-                count, seed=options.seed, steps=options.steps, sampler=options.sampler, first=first
-            )
+            images, _ = self._run.sample(count, seed=options.seed, first=first, **options.how)
             self.seconds += time.monotonic() - start
             if first == 0:
                 self.first = images[:_GRID_IMAGES].copy()
@@ -175,7 +196,7 @@ def _reference(run: Any, split: str, extractor: efficientnet.Extractor, cache: C
 
 def _untrained_images(run: Any, options: Options) -> np.ndarray:
     num = min(options.untrained_num, options.num)
-    images, _ = run.untrained().sample(num, seed=options.seed, steps=options.steps, sampler=options.sampler)
+    images, _ = run.untrained().sample(num, seed=options.seed, **options.how)
     return images
 
 
@@ -197,8 +218,12 @@ def _check(options: Options) -> None:
         raise InputError(f"--num={options.num}: a Frechet distance needs at least 2 samples; 2048 is usual")
     if options.steps is not None and options.steps < 1:
         raise InputError(f"--steps={options.steps}: sampling takes at least 1 step")
-    if options.sampler is not None and options.sampler not in SAMPLERS:
-        raise InputError(f"--sampler={options.sampler}: it is one of {', '.join(SAMPLERS)}")
+    for name, choices in (("sampler", SAMPLERS), ("noise_grid", NOISE_GRIDS), ("x_var", X_VARS)):
+        value = getattr(options, name)
+        if value is not None and value not in choices:
+            raise InputError(f"--{name}={value}: it is one of {', '.join(choices)}")
+    if options.guidance is not None and not options.guidance >= 0:
+        raise InputError(f"--guidance={options.guidance}: 0 is none, larger is more; it can't be negative")
     if options.parameters not in PARAMETERS:
         raise InputError(f"--parameters={options.parameters}: it is one of {', '.join(PARAMETERS)}")
 
@@ -267,6 +292,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
     flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's own.", lower_bound=1)
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
+    flags.DEFINE_enum("noise_grid", None, NOISE_GRIDS, "Noise levels; default: the run's own.")
+    flags.DEFINE_enum(
+        "x_var", None, X_VARS, "Variance of addim and noisy_ddim; measured: on training images, once."
+    )
+    flags.DEFINE_float("guidance", None, "g, 0 is none; default: the run's own.", lower_bound=0)
     flags.DEFINE_integer(
         "seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
     )

@@ -1,11 +1,13 @@
 """From a config to the parts of a run: network, schedule, objective, optimizer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from mcm_jax.configuration import Config
 from mcm_jax.diffusion import schedules, segments
@@ -15,6 +17,9 @@ from mcm_jax.models.network import Network
 from mcm_jax.models.uvit import Stage, UViTSpec
 from mcm_jax.objectives.consistency import consistency_loss
 from mcm_jax.objectives.diffusion import diffusion_loss
+from mcm_jax.objectives.guidance import guidance_loss
+from mcm_jax.objectives.progressive import progressive_loss
+from mcm_jax.objectives.tract import tract_loss
 from mcm_jax.training import optimizer, sharding, step
 
 CHANNELS = 3
@@ -57,8 +62,7 @@ def build_schedule(config: Config) -> Schedule:
 
 
 def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
-    """(params, teacher_params, batch, key, train_step) -> loss of every example."""
-    schedule = build_schedule(config)
+    """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
     over_batch = sharding.batch_sharding(mesh)
 
     def bind(params: Any) -> ModelFn:
@@ -68,17 +72,51 @@ def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossF
             network.apply(params, constrain(z_t), logsnr_t, cond, key)
         )
 
-    def diffusion(params, teacher_params, batch, key, train_step):
-        del teacher_params, train_step
-        return diffusion_loss(bind(params), batch["image"], batch["label"], key, schedule=schedule)
+    objective = build_objective(config, null_class=network.null_class)
 
-    def consistency(params, teacher_params, batch, key, train_step):
-        settings = config.consistency
-        return consistency_loss(
+    def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+        return objective(
             bind(params),
-            bind(teacher_params) if config.objective == "cd" else None,
+            None if teacher_params is None else bind(teacher_params),
+            None if target_params is None else bind(target_params),
             batch["image"],
             batch["label"],
+            key,
+            train_step,
+        )
+
+    return loss_fn
+
+
+# (model_fn, teacher_fn, target_fn, x, cond, key, train_step) -> loss of every example; functions that the
+# objective has no use for may be None.
+ObjectiveFn = Callable[..., Float[Array, "B"]]
+
+
+def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
+    """What config.objective minimises, as a function of networks and a batch; null_class: 'any class'."""
+    settings, schedule = config.consistency, build_schedule(config)
+
+    def diffusion(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
+        del teacher_fn, target_fn, train_step
+        return diffusion_loss(
+            model_fn,
+            x,
+            cond,
+            key,
+            schedule=schedule,
+            label_dropout=config.diffusion.label_dropout,
+            null_class=null_class,
+            levels=config.diffusion.levels,
+            level_weights=config.diffusion.level_weights,
+        )
+
+    def consistency(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
+        return consistency_loss(
+            model_fn,
+            teacher_fn,
+            x,
+            cond,
             key,
             schedule=schedule,
             student_steps=settings.student_steps,
@@ -88,13 +126,80 @@ def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossF
                 last=settings.teacher_steps_last,
                 anneal_steps=settings.anneal_steps,
             ),
+            target_fn=target_fn,
             teacher_step=settings.teacher_step,
             xvar_frac=settings.xvar_frac,
+            teacher_guidance=config.teacher_guidance,
+            null_class=null_class,
             huber_epsilon=settings.huber_epsilon,
+            reduction=settings.huber_reduction,
             loss_weight=settings.loss_weight,
         )
 
-    return diffusion if config.objective == "diffusion" else consistency
+    def tract(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
+        del train_step
+        return tract_loss(
+            model_fn,
+            teacher_fn,
+            target_fn,
+            x,
+            cond,
+            key,
+            schedule=schedule,
+            student_steps=settings.stages[1],
+            teacher_steps=settings.stages[0],
+            loss_weight=settings.loss_weight,
+        )
+
+    def progressive(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
+        del target_fn, train_step
+        return progressive_loss(
+            model_fn,
+            teacher_fn,
+            x,
+            cond,
+            key,
+            schedule=schedule,
+            student_steps=settings.stages[1],
+            teacher_step=settings.teacher_step,
+            xvar_frac=settings.xvar_frac,
+            loss_weight=settings.loss_weight,
+        )
+
+    def guidance(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
+        del target_fn, train_step
+        return guidance_loss(
+            model_fn,
+            teacher_fn,
+            x,
+            cond,
+            key,
+            schedule=schedule,
+            teacher_guidance=config.teacher_guidance,
+            null_class=null_class,
+        )
+
+    return {
+        "diffusion": diffusion,
+        "cd": consistency,
+        "ct": consistency,
+        "tract": tract,
+        "progressive": progressive,
+        "guidance": guidance,
+    }[config.objective]
+
+
+def distils(config: Config) -> bool:
+    """Whether the objective calls a teacher while it trains."""
+    return config.objective not in ("diffusion", "ct")
+
+
+def target_decay(config: Config) -> float | None:
+    """Decay of the target network's average; None where x_ref is the student's own."""
+    averaged = config.objective == "tract" or (
+        config.objective in ("cd", "ct") and config.consistency.target_network == "ema"
+    )
+    return config.consistency.target_decay if averaged else None
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:

@@ -1,6 +1,8 @@
 """A trained run, ready to sample from: what `mcm_jax.load` returns."""
 
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mcm_jax import experiment, sampling, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
-from mcm_jax.data.pixels import to_uint8
+from mcm_jax.data.pixels import to_float, to_uint8
+from mcm_jax.diffusion import schedules
+from mcm_jax.diffusion.guidance import guided
 from mcm_jax.errors import InputError
 from mcm_jax.training import sharding
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 
 Images = UInt8[np.ndarray, "N r r 3"]
 Labels = Int[np.ndarray, "N"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are made: the settings of SamplingConfig, resolved for one run."""
+
+    steps: int
+    sampler: str
+    noise_grid: str
+    x_var: str | None  # None where the sampler takes no variance
+    guidance: float
+    clip: str
 
 
 class Run:
@@ -36,24 +52,31 @@ class Run:
         mesh: Mesh,
         params: Any,
         checkpoint_step: int,
+        parameters: Parameters = "ema",
         workdir: Path | None = None,
     ):
-        """params may lie anywhere on the mesh; checkpoint_step: updates done to get them."""
+        """params may lie anywhere on the mesh; checkpoint_step: updates done to get them.
+
+        parameters: which of the checkpoint's they are.
+        workdir: where measured variances are kept; None: nowhere.
+        """
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.workdir = params, checkpoint_step, workdir
+        self.parameters = parameters
         self.network = experiment.build_network(config, num_classes=dataset.num_classes)
         self.schedule = experiment.build_schedule(config)
-        self._compiled: dict[tuple[int, str], Callable[..., Any]] = {}
+        self._compiled: dict[Sampling, Callable[..., Any]] = {}
+        self._x_var: dict[Sampling, Float[Array, N]] = {}
 
     @property
     def objective(self) -> str:
-        """diffusion, cd or ct."""
+        """What the run minimised, see configuration.Objective."""
         return self.config.objective
 
     @property
     def student_steps(self) -> int | None:
-        """The step count that a student was trained for; None for a teacher."""
-        return None if self.objective == "diffusion" else self.config.consistency.student_steps
+        """The step count that a student was trained for; None for a model of all of time."""
+        return self.config.student_steps
 
     @property
     def seed(self) -> int:
@@ -65,39 +88,79 @@ class Run:
         """How classes are drawn when none are given."""
         return self.config.sampling.label_rule
 
-    def sampling_record(self, steps: int | None = None, sampler: str | None = None) -> dict[str, Any]:
-        """What `sample` does with these arguments, defaults filled in."""
-        steps, sampler = self._resolve(steps, sampler)
-        return {"steps": steps, "sampler": sampler, "label_rule": self.label_rule, "guidance": 0.0}
+    def sampling(
+        self,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        noise_grid: str | None = None,
+        x_var: str | None = None,
+        guidance: float | None = None,
+    ) -> Sampling:
+        """What `sample` does with these arguments, defaults filled in.
+
+        A student's defaults are its own step count, DDIM, the schedule's grid and no guidance.
+
+        Raises:
+          InputError: guidance, of a network that was trained without label dropout.
+        """
+        settings = self.config.sampling
+        if self.student_steps is not None:
+            settings = dataclasses.replace(
+                settings,
+                teacher_steps=self.student_steps,
+                sampler="ddim",
+                noise_grid="schedule",
+                guidance=0.0,
+            )
+        sampler = sampler or settings.sampler
+        guidance = settings.guidance if guidance is None else guidance
+        if guidance > 0 and not (self.objective == "diffusion" and self.config.diffusion.label_dropout > 0):
+            raise InputError(
+                f"guidance {guidance} needs a diffusion model that knows 'any class', trained with "
+                "config.diffusion.label_dropout above 0, and this is none; sample it with guidance 0"
+            )
+        return Sampling(
+            steps=steps or settings.teacher_steps,
+            sampler=sampler,
+            noise_grid=noise_grid or settings.noise_grid,
+            x_var=(x_var or settings.x_var) if sampler in ("addim", "noisy_ddim") else None,
+            guidance=guidance,
+            clip=settings.clip,
+        )
+
+    def sampling_record(self, **how: Any) -> dict[str, Any]:
+        """`sampling` for a result: with the label rule and the number of network calls an image."""
+        how = self.sampling(**how)
+        calls = sampling.network_calls(how.sampler, how.steps) * (2 if how.guidance else 1)
+        return {**dataclasses.asdict(how), "label_rule": self.label_rule, "network_calls": calls}
 
     def sample(
         self,
         num: int,
         *,
         seed: int = 0,
-        steps: int | None = None,
-        sampler: str | None = None,
         labels: Labels | None = None,
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
+        **how: Any,
     ) -> tuple[Images, Labels]:
         """Samples images first, ..., first + num - 1 of `seed`, with their class labels.
 
-        Image n depends on (seed, n), its label and the arguments `steps` and `sampler` only. Every device
+        Image n depends on (seed, n), its label and the settings in `how` only. Every device
         works on one fixed batch, padded if need be; XLA's results for another batch_per_device differ
         in the last bits, which moves at most one pixel in a thousand by one grey level.
 
         Args:
-          steps: network calls; default: a student's own, config.sampling.teacher_steps for a teacher.
-          sampler: "ddim" or "addim"; default: "ddim" for a student, config.sampling's for a teacher.
           labels: class of each image; drawn by config.sampling.label_rule if None.
           progress: called with the number of images each time some are done.
+          how: steps, sampler, noise_grid, x_var, guidance; see `sampling` for the defaults.
         """
-        steps, sampler = self._resolve(steps, sampler)
-        if self.student_steps not in (None, steps):
+        how = self.sampling(**how)
+        if self.student_steps not in (None, how.steps):
             warnings.warn(
-                f"this student was trained for {self.student_steps} steps and is asked for {steps}; "
+                f"this student was trained for {self.student_steps} steps and is asked for {how.steps}; "
                 "expect worse images",
                 stacklevel=2,
             )
@@ -110,8 +173,9 @@ class Run:
         if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
             raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
         images = np.empty((num, *self._image_shape), np.uint8)
-        run = self._compiled_sampler(steps, sampler)
-        key = jax.device_put(jax.random.key(seed), sharding.replicated(self.mesh))
+        run = self._compiled_sampler(how)
+        replicated = sharding.replicated(self.mesh)
+        key, x_var = jax.device_put((jax.random.key(seed), self.x_var(how)), replicated)
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             padded = (
@@ -119,7 +183,7 @@ class Run:
                 _padded(labels[part], batch),
             )
             on_mesh = [jax.device_put(a, sharding.batch_sharding(self.mesh)) for a in padded]
-            images[part] = jax.device_get(run(self.params, key, *on_mesh))[: part.stop - start]
+            images[part] = jax.device_get(run(self.params, key, x_var, *on_mesh))[: part.stop - start]
             if progress is not None:
                 progress(part.stop - start)
         return images, labels
@@ -159,12 +223,6 @@ class Run:
         resolution = self.config.data.resolution
         return (resolution, resolution, experiment.CHANNELS)
 
-    def _resolve(self, steps: int | None, sampler: str | None) -> tuple[int, str]:
-        settings = self.config.sampling
-        if self.student_steps is None:
-            return steps or settings.teacher_steps, sampler or settings.sampler
-        return steps or self.student_steps, sampler or "ddim"
-
     def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
         uniform = self.label_rule == "uniform"
@@ -172,25 +230,82 @@ class Run:
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
-    def _compiled_sampler(self, steps: int, sampler: str) -> Callable[..., Array]:
-        if (steps, sampler) not in self._compiled:
+    def _grid(self, how: Sampling) -> Float[Array, "N"]:
+        if how.noise_grid == "karras":
+            return schedules.karras_grid(how.steps)
+        return schedules.uniform_grid(self.schedule, how.steps)
 
-            def run(params: Any, key: Array, indices: Array, labels: Array) -> Array:
-                z_1 = sampling.initial_noise(sampling.image_keys(key, indices), self._image_shape)
+    def _compiled_sampler(self, how: Sampling) -> Callable[..., Array]:
+        if how not in self._compiled:
+            logsnr = self._grid(how)
+
+            def run(params: Any, key: Array, x_var: Any, indices: Array, labels: Array) -> Array:
+                keys = sampling.image_keys(key, indices)
                 model_fn = functools.partial(self.network.apply, params)
+                if how.guidance > 0:
+                    model_fn = guided(model_fn, guidance=how.guidance, null_class=self.network.null_class)
                 x = sampling.sample(
                     model_fn,
-                    z_1,
+                    sampling.initial_noise(keys, self._image_shape),
                     labels,
-                    schedule=self.schedule,
-                    num_steps=steps,
-                    sampler=sampler,
+                    keys,
+                    logsnr=logsnr,
+                    sampler=how.sampler,
+                    x_var=x_var,
+                    clip=how.clip,
                 )
                 return to_uint8(x)
 
             over_batch = sharding.batch_sharding(self.mesh)
-            self._compiled[steps, sampler] = jax.jit(run, out_shardings=over_batch)
-        return self._compiled[steps, sampler]
+            self._compiled[how] = jax.jit(run, out_shardings=over_batch)
+        return self._compiled[how]
+
+    def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
+        """Variance per pixel of x given z_t at every point of the grid of `how`; None: the analytic one.
+
+        A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over the first training images
+        (SPEC 3b), measured when it is first asked for and kept in the workdir.
+        """
+        if how.x_var != "measured":
+            return None
+        if how not in self._x_var:
+            path = self._x_var_path(how)
+            if path is not None and path.exists():
+                mean = json.loads(path.read_text())["mean_square_error"]
+            else:
+                mean = self._measure_x_var(how)
+                if path is not None:
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(json.dumps({"mean_square_error": mean}) + "\n")
+            self._x_var[how] = self.config.sampling.x_var_eta * jnp.asarray(mean, jnp.float32)
+        return self._x_var[how]
+
+    def _x_var_path(self, how: Sampling) -> Path | None:
+        if self.workdir is None:
+            return None
+        of = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
+        return Path(self.workdir) / "x_var" / f"{of}_images{self.config.sampling.x_var_images}.json"
+
+    def _measure_x_var(self, how: Sampling) -> list[float]:
+        images, labels = self.images("train")
+        num = min(len(images), self.config.sampling.x_var_images)
+        batch = self.config.sampling.batch_per_device * self.mesh.size
+        logsnr, key = self._grid(how), jax.random.key(0)
+
+        @jax.jit
+        def errors(params: Any, indices: Array, images: Array, labels: Array) -> Array:
+            keys = sampling.image_keys(key, indices)
+            model_fn = functools.partial(self.network.apply, params)
+            return sampling.measure_x_var(model_fn, to_float(images), labels, keys, logsnr=logsnr)
+
+        total = np.zeros(how.steps)
+        for start in range(0, num, batch):
+            part = slice(start, min(start + batch, num))
+            padded = [_padded(array[part], batch) for array in (np.arange(num), images, labels)]
+            on_mesh = [jax.device_put(a, sharding.batch_sharding(self.mesh)) for a in padded]
+            values = np.asarray(errors(self.params, *on_mesh), np.float64)
+            total += values[:, : part.stop - start].sum(axis=1)
+        return list(total / num)
 
 
 def load_run(
@@ -219,9 +334,17 @@ def load_run(
     with Checkpoints(workdir) as saved:
         params = saved.restore_params(abstract, shardings, parameters=parameters, step=checkpoint_step)
         step = saved.latest_step() if checkpoint_step is None else checkpoint_step
-    return Run(config, dataset, mesh=mesh, params=params, checkpoint_step=step, workdir=workdir)
+    return Run(
+        config,
+        dataset,
+        mesh=mesh,
+        params=params,
+        checkpoint_step=step,
+        parameters=parameters,
+        workdir=workdir,
+    )
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
     """`array` with its last entry repeated up to `size`."""
-    return np.pad(array, (0, size - len(array)), mode="edge")
+    return np.pad(array, [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)], mode="edge")

@@ -25,7 +25,22 @@ _OUT = flags.DEFINE_string(
 )
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Network calls an image; default: the run's own.", lower_bound=1)
-_SAMPLER = flags.DEFINE_enum("sampler", None, ["ddim", "addim"], "Default: the run's own.")
+_SAMPLER = flags.DEFINE_enum(
+    "sampler",
+    None,
+    ["ddim", "addim", "noisy_ddim", "ddpm", "heun"],
+    "Default: the run's own. heun calls the network twice a step but for the last.",
+)
+_NOISE_GRID = flags.DEFINE_enum(
+    "noise_grid", None, ["schedule", "karras"], "Noise levels; default: the run's own."
+)
+_X_VAR = flags.DEFINE_enum(
+    "x_var",
+    None,
+    ["analytic", "measured"],
+    "Variance of addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
+)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "g, 0 is none; default: the run's own.", lower_bound=0)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -64,7 +79,7 @@ def main() -> None:
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
-    record = run.sampling_record(_STEPS.value, _SAMPLER.value)
+    record = run.sampling_record(**_how())
     print(f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}: {out}")
 
 
@@ -79,12 +94,22 @@ def _sample(run: Any, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray
         return run.sample(
             _NUM.value,
             seed=_SEED.value,
-            steps=_STEPS.value,
-            sampler=_SAMPLER.value,
             labels=labels,
             batch_per_device=_BATCH.value,
             progress=lambda count: bar.advance(task, count),
+            **_how(),
         )
+
+
+def _how() -> dict[str, Any]:
+    flags_of = {
+        "steps": _STEPS,
+        "sampler": _SAMPLER,
+        "noise_grid": _NOISE_GRID,
+        "x_var": _X_VAR,
+        "guidance": _GUIDANCE,
+    }
+    return {name: flag.value for name, flag in flags_of.items()}
 
 
 if __name__ == "__main__":

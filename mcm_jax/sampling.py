@@ -4,14 +4,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process, steps
 from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.diffusion.schedules import Schedule
 
-Sampler = Literal["ddim", "addim"]
+Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
+XVar = Literal["analytic", "measured"]
+Clip = Literal["last", "every"]
+
+# What is folded into an image's key for each of its draws; the steps' noise follows after.
+_NOISE, _LABEL, _MEASUREMENT, _STEPS = range(4)
 
 
 def image_keys(key: jax.Array, image_indices: Int[Array, "B"]) -> jax.Array:
@@ -19,56 +22,112 @@ def image_keys(key: jax.Array, image_indices: Int[Array, "B"]) -> jax.Array:
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_indices)
 
 
+def _normal(keys: jax.Array, purpose: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), shape))(keys)
+
+
 def initial_noise(keys: jax.Array, image_shape: tuple[int, ...]) -> Float[Array, "B ..."]:
     """z_1 ~ N(0, I), each image from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), image_shape))(keys)
+    return _normal(keys, _NOISE, image_shape)
 
 
 def draw_labels(keys: jax.Array, class_probabilities: Float[Array, "classes"]) -> Int[Array, "B"]:
     """A class for each image from its own key."""
     logits = jnp.log(class_probabilities)
-    return jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, 1), logits))(keys)
+    return jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, _LABEL), logits))(keys)
+
+
+def network_calls(sampler: Sampler, num_steps: int) -> int:
+    """Function evaluations of `sample` on a grid of num_steps points: Heun takes two a step but the last."""
+    return 2 * num_steps - 1 if sampler == "heun" else num_steps
 
 
 def sample(
     model_fn: ModelFn,
     z_1: Float[Array, "B ..."],
     cond: Int[Array, "B"],
+    keys: jax.Array,
     *,
-    schedule: Schedule,
-    num_steps: int,
+    logsnr: Float[Array, "N"],
     sampler: Sampler = "ddim",
+    x_var: Float[Array, "N"] | None = None,
+    clip: Clip = "last",
 ) -> Float[Array, "B ..."]:
-    """Integrates z_1 over t = 1, 1 - 1/N, ..., 1/N, s = t - 1/N; returns the last x_hat in [-1, 1].
+    """Integrates z_1 from logsnr[0] to logsnr[N - 1]; returns the x_hat found there, clipped to [-1, 1].
 
-    The last step returns x_hat and not z_0, in which a shifted schedule leaves noise of up to a grey
-    level. Not in the paper: clipping x_hat in every step; we clip the last only.
+    The last step returns x_hat and not z_0, in which a shifted schedule leaves noise of up to a grey level.
 
     Args:
-      model_fn: teacher or student; called num_steps times, without dropout.
+      model_fn: teacher or student, guided or not; see `network_calls` for how often it is called, always
+        without dropout.
       z_1: standard normal noise.
       cond: class labels.
-      schedule: the one the network was trained with.
-      num_steps: N; a student's own S, any N >= 1 for a teacher.
-      sampler: "ddim", or "addim" with the analytic x_var (for a teacher: a student carries the
-        adjustment already).
+      keys: one key an image, for the noise of noisy_ddim and ddpm.
+      logsnr: where the network is called, ascending: `schedules.uniform_grid` or `schedules.karras_grid`.
+      sampler: students take "ddim": they carry aDDIM's adjustment already.
+      x_var: variance per pixel of x given z_t at every point of the grid, for addim and noisy_ddim; None:
+        the analytic one. It is the conditional prediction's, whatever the guidance.
+      clip: not in the paper: clip x_hat in every step ("every") or in the last (ours).
     """
-    # The grid is made outside of the compiled loop, where a time would not be rounded to float32.
-    grid = np.arange(num_steps, -1, -1, dtype=np.float64) / num_steps
-    logsnr = schedule(jnp.asarray(grid, jnp.float32))
-    batch = z_1.shape[:1]
+    num_steps, batch = logsnr.shape[0], z_1.shape[:1]
+    x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
 
-    def x_hat_at(z_t: Float[Array, "B ..."], logsnr_t: Float[Array, "B"]) -> Float[Array, "B ..."]:
-        return process.x_from_v(model_fn(z_t, logsnr_t, cond, None), z_t, logsnr_t=logsnr_t)
+    def predict(
+        z_t: Float[Array, "B ..."], logsnr_t: Float[Array, "B"]
+    ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+        v_hat = model_fn(z_t, logsnr_t, cond, None)
+        x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
+        if clip == "last":
+            return x_hat, process.eps_from_v(v_hat, z_t, logsnr_t=logsnr_t)
+        x_hat = jnp.clip(x_hat, -1.0, 1.0)
+        return x_hat, process.eps_from_x(x_hat, z_t, logsnr_t=logsnr_t)
 
     def step(i: Int[Array, ""], z_t: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-        logsnr_t, logsnr_s = (jnp.broadcast_to(logsnr[n], batch) for n in (i, i + 1))
-        x_hat = x_hat_at(z_t, logsnr_t)
+        logsnr_t, logsnr_s, x_var_t = (
+            jnp.broadcast_to(value, batch) for value in (logsnr[i], logsnr[i + 1], x_var[i])
+        )
+        times = {"logsnr_t": logsnr_t, "logsnr_s": logsnr_s}
+        x_hat, eps_hat = predict(z_t, logsnr_t)
         if sampler == "addim":
-            x_var = steps.analytic_x_var(logsnr_t)
-            return steps.addim(x_hat, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s, x_var=x_var)
-        return steps.ddim(x_hat, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+            return steps.addim(x_hat, z_t, x_var=x_var_t, **times)
+        if sampler in ("noisy_ddim", "ddpm"):
+            noise = _normal(keys, _STEPS + i, z_t.shape[1:])
+            if sampler == "ddpm":
+                return steps.ddpm(x_hat, z_t, noise, **times)
+            return steps.noisy_ddim(x_hat, z_t, noise, x_var=x_var_t, **times)
+        z_s = steps.ddim(x_hat, z_t, **times)
+        if sampler == "ddim":
+            return z_s
+        _, eps_hat_s = predict(z_s, logsnr_s)
+        return steps.heun(z_s, eps_hat, eps_hat_s, **times)
 
     z_t = jax.lax.fori_loop(0, num_steps - 1, step, z_1)
-    x_hat = x_hat_at(z_t, jnp.broadcast_to(logsnr[num_steps - 1], batch))
+    x_hat, _ = predict(z_t, jnp.broadcast_to(logsnr[num_steps - 1], batch))
     return jnp.clip(x_hat, -1.0, 1.0)
+
+
+def measure_x_var(
+    model_fn: ModelFn,
+    x: Float[Array, "B ..."],
+    cond: Int[Array, "B"],
+    keys: jax.Array,
+    *,
+    logsnr: Float[Array, "N"],
+) -> Float[Array, "N B"]:
+    """||x - x_hat(z_t)||^2 / d at every point of a sampler's grid, for clean images x (SPEC 3b).
+
+    aDDIM's measured x_var is eta times the mean of this over data, eta = 0.75.
+
+    Args:
+      model_fn: the conditional, unguided network.
+      keys: one key an image, for the noise in z_t.
+    """
+    eps = _normal(keys, _MEASUREMENT, x.shape[1:])
+
+    def at(logsnr_t: Float[Array, ""]) -> Float[Array, "B"]:
+        logsnr_t = jnp.broadcast_to(logsnr_t, x.shape[:1])
+        z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
+        v_hat = model_fn(z_t, logsnr_t, cond, None)
+        return process.mean_square(x - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t))
+
+    return jax.lax.map(at, logsnr)

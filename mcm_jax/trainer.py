@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from mcm_jax import configuration, experiment, workdirs
@@ -29,7 +29,7 @@ _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 
 
 def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
-    """Trains in `workdir`, from its newest checkpoint if there is one.
+    """Trains in `workdir`, from its newest checkpoint if there is one; several stages one after the other.
 
     Returns:
       Whether the run is finished; False: it was interrupted, after saving.
@@ -39,7 +39,18 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         and with everything saved left as it is.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
-    config = configuration.validate(raw_config)
+    stages = configuration.stage_configs(configuration.validate(raw_config), workdir)
+    for stage_workdir, config in stages:
+        if len(stages) > 1:
+            before, after = config.consistency.stages
+            print(f"== stage {before} -> {after}: {stage_workdir}", flush=True)
+        if not _train_run(config, stage_workdir):
+            return False
+    return True
+
+
+def _train_run(config: Config, workdir: Path) -> bool:
+    """One stage, or all there is; returns and raises as `train`."""
     if _is_finished(config, workdir):
         print(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
         return True
@@ -52,7 +63,9 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     sharding.check_batch(mesh, batch_size=config.training.batch_size)
     network = experiment.build_network(config, num_classes=dataset.num_classes)
     optimizer = experiment.build_optimizer(config)
-    abstract = jax.eval_shape(lambda key: step.init_state(network.init(key), optimizer), jax.random.key(0))
+    target_decay = experiment.target_decay(config)
+    init_state = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
+    abstract = jax.eval_shape(lambda key: init_state(network.init(key)), jax.random.key(0))
     if config.teacher_checkpoint is not None:
         check_teacher(config, dataset, network)
     room = (config.training.keep_checkpoints + 1) * _num_bytes(abstract)
@@ -62,7 +75,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         batches = _train_batches(config)
         state, teacher_params, shardings = _start(
-            config, network, optimizer, abstract, mesh, checkpoints, batches
+            config, network, init_state, abstract, mesh, checkpoints, batches
         )
         train_step = step.make_train_step(
             experiment.build_loss_fn(config, network, mesh=mesh),
@@ -71,6 +84,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
             state_sharding=shardings,
             teacher_sharding=None if teacher_params is None else shardings.params,
             ema_decay=config.optimizer.ema_decay,
+            target_decay=target_decay,
             seed=config.seed,
         )
         from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
@@ -106,7 +120,7 @@ def _is_finished(config: Config, workdir: Path) -> bool:
 
 
 def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> None:
-    """Raises InputError unless config.teacher_checkpoint is a diffusion run that fits this one."""
+    """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
     path = config.teacher_checkpoint
     try:
         teacher_config, teacher_data = workdirs.read(Path(path))
@@ -114,10 +128,11 @@ def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> Non
             done = checkpoints.require()[-1]
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
-    if teacher_config.objective != "diffusion":
+    _check_teacher_steps(config, teacher_config)
+    if config.teacher_guidance > 0 and teacher_config.diffusion.label_dropout == 0:
         raise InputError(
-            f"config.teacher_checkpoint={path} is a {teacher_config.objective} student; name the workdir "
-            "of a diffusion teacher"
+            f"config.teacher_guidance={config.teacher_guidance}: config.teacher_checkpoint={path} was "
+            "trained with config.diffusion.label_dropout=0 and knows no 'any class'; train one with 0.1"
         )
     if done < teacher_config.training.num_steps:
         raise InputError(
@@ -145,6 +160,24 @@ def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> Non
                 )
 
 
+def _check_teacher_steps(config: Config, teacher: Config) -> None:
+    """A diffusion model can teach any student, a student of N steps only the next stage of its own method."""
+    path, steps = config.teacher_checkpoint, teacher.student_steps
+    if steps is None:
+        return
+    if teacher.objective != config.objective or config.objective not in configuration.STAGED:
+        raise InputError(
+            f"config.teacher_checkpoint={path} is a {teacher.objective} student; name the workdir "
+            "of a diffusion teacher"
+        )
+    if steps != config.consistency.stages[0]:
+        raise InputError(
+            f"config.teacher_checkpoint={path} is a student of {steps} steps and "
+            f"config.consistency.stages={config.consistency.stages!r} wants a teacher of "
+            f"{config.consistency.stages[0]}; start the stages at {steps}"
+        )
+
+
 def _architecture(spec: UViTSpec) -> UViTSpec:
     """What parameters depend on: not the dropout, not the precision of the activations."""
     stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in spec.stages)
@@ -169,7 +202,7 @@ def _train_batches(config: Config) -> grain.DatasetIterator:
 def _start(
     config: Config,
     network: Network,
-    optimizer: optax.GradientTransformation,
+    init_state: Callable[[Any], TrainState],
     abstract: TrainState,
     mesh: Mesh,
     checkpoints: Checkpoints,
@@ -183,19 +216,19 @@ def _start(
     shardings = sharding.params_sharding(mesh, abstract)
     continuing = checkpoints.latest_step() is not None
     teacher_params = None
-    if config.objective == "cd" or (config.objective == "ct" and not continuing):
+    distils = experiment.distils(config)
+    if distils or (config.objective == "ct" and not continuing):
         with Checkpoints(Path(config.teacher_checkpoint)) as teacher:
             teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
         print(f"continuing at update {int(state.step)}", flush=True)
     elif teacher_params is not None:
-        init = functools.partial(step.init_state, optimizer=optimizer)
-        state = jax.jit(init, out_shardings=shardings)(teacher_params)
+        state = jax.jit(init_state, out_shardings=shardings)(teacher_params)
     else:
-        init = jax.jit(lambda key: step.init_state(network.init(key), optimizer), out_shardings=shardings)
+        init = jax.jit(lambda key: init_state(network.init(key)), out_shardings=shardings)
         state = init(experiment.init_key(config.seed))
-    return state, teacher_params if config.objective == "cd" else None, shardings
+    return state, teacher_params if distils else None, shardings
 
 
 def _cadence(config: Config) -> loop.Cadence:

@@ -31,6 +31,12 @@ _FREE = {
     "sampling.teacher_steps",
     "sampling.label_rule",
     "sampling.batch_per_device",
+    "sampling.noise_grid",
+    "sampling.x_var",
+    "sampling.x_var_eta",
+    "sampling.x_var_images",
+    "sampling.guidance",
+    "sampling.clip",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
@@ -95,6 +101,9 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
             }
         )
     except FileNotFoundError:
+        stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
+        if stages:
+            raise InputError(f"{workdir} holds the stages {stages} of a run; name one of these") from None
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error

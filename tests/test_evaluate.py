@@ -58,20 +58,35 @@ class FakeRun:
         self.asked = [] if asked is None else asked
         self.low = 0 if parameters == "ema" else 100
 
-    def sample(self, num, seed=0, steps=None, sampler=None, first=0, progress=None):
-        self.asked.append(("sample", self.low, num, seed, steps, sampler, first))
+    def sample(
+        self,
+        num,
+        seed=0,
+        first=0,
+        progress=None,
+        steps=None,
+        sampler=None,
+        noise_grid=None,
+        x_var=None,
+        guidance=None,
+    ):
+        self.asked.append(("sample", self.low, num, seed, steps, sampler, noise_grid, x_var, guidance, first))
         images = [
             np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
             for n in range(num)
         ]
         return np.array(images, np.uint8), np.zeros(num, np.int32)
 
-    def sampling_record(self, steps, sampler):
+    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance):
         return {
             "steps": steps or 4,
             "sampler": sampler or "ddim",
+            "noise_grid": noise_grid or "schedule",
+            "x_var": x_var,
+            "guidance": guidance or 0.0,
+            "clip": "last",
             "label_rule": self.label_rule,
-            "guidance": 0.0,
+            "network_calls": steps or 4,
         }
 
     def untrained(self):
@@ -141,6 +156,10 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "steps": 4,
         "sampler": "ddim",
         "guidance": 0.0,
+        "noise_grid": "schedule",
+        "x_var": None,
+        "clip": "last",
+        "network_calls": 4,
         "num_samples": 40,
         "rank_deficient": True,
         "grid": "evaluation/samples_step300_ema_ddim4_seed0.png",
@@ -186,12 +205,24 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     monkeypatch.setattr(program, "_BLOCK", 16)
     load = Loader()
     changed = dataclasses.replace(
-        options, seed=5, steps=8, sampler="addim", checkpoint_step=200, data_dir="/data", untrained_num=0
+        options,
+        seed=5,
+        steps=8,
+        sampler="addim",
+        noise_grid="karras",
+        x_var="measured",
+        guidance=0.5,
+        checkpoint_step=200,
+        data_dir="/data",
+        untrained_num=0,
     )
     (parts,) = program.evaluate(changed, load)
     assert load.calls == [("teacher", "ema", 200, "/data")]
     samples = [call for call in load.runs[0].asked if call[0] == "sample"]
-    expected = [("sample", 0, num, 5, 8, "addim", first) for num, first in ((16, 0), (16, 16), (8, 32))]
+    expected = [
+        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, first)
+        for num, first in ((16, 0), (16, 16), (8, 32))
+    ]
     assert samples == expected
     monkeypatch.setattr(program, "_BLOCK", 1000)
     (whole,) = program.evaluate(changed, Loader())
@@ -217,7 +248,7 @@ def test_the_second_evaluation_computes_only_its_samples(options):
     program.evaluate(options, Loader())
     load = Loader()
     program.evaluate(options, load)
-    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, 0)]
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
 
 
 def test_results_are_added_and_never_lost(options, workdirs):
@@ -254,6 +285,9 @@ def test_the_table_names_each_number(options, capsys):
         ({"num": 1}, "--num=1"),
         ({"steps": 0}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
+        ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
+        ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
+        ({"guidance": -1.0}, "--guidance=-1.0: 0 is none"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
@@ -318,3 +352,10 @@ def test_the_program_exits_with_2_on_bad_flags(arguments, message):
     )
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_files_tell_unusual_samplers_apart():
+    usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
+    unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
+    assert program._file_name(usual) == "ddim4"
+    assert program._file_name(unusual) == "addim4_karras_measured_g0.5"

@@ -1,15 +1,20 @@
 """Sampling from a trained run: reproducible whatever the batch and the devices."""
 
 import dataclasses
+import functools
+import shutil
+import typing
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 import mcm_jax
-from mcm_jax import runs, trainer
+from mcm_jax import runs, sampling, trainer
+from mcm_jax.diffusion import process
 from mcm_jax.errors import InputError
 from tests import tiny
 
@@ -86,6 +91,89 @@ def test_a_teacher_takes_any_steps_and_sampler(run):
     images = [run.sample(4, steps=n, sampler=s)[0] for n, s in ((3, "ddim"), (3, "addim"), (7, "addim"))]
     assert not np.array_equal(images[0], images[1])
     assert not np.array_equal(images[1], images[2])
+
+
+def test_measured_variance(tiny_data, teacher, tmp_path):
+    """eta times the mean squared error on the first training images, measured once and kept."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    run = runs.load_run(tmp_path / "teacher")
+    settings = dataclasses.replace(run.config.sampling, x_var_images=10, x_var_eta=0.5)
+    run.config = dataclasses.replace(run.config, sampling=settings)
+    how = run.sampling(steps=3, sampler="addim", x_var="measured")
+    x_var = run.x_var(how)
+    images, labels = run.images("train")
+    keys = sampling.image_keys(jax.random.key(0), jnp.arange(10))
+    errors = sampling.measure_x_var(
+        functools.partial(run.network.apply, run.params),
+        jnp.asarray(images[:10], jnp.float32) / 127.5 - 1,
+        jnp.asarray(labels[:10]),
+        keys,
+        logsnr=run.schedule(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
+    )
+    np.testing.assert_allclose(x_var, 0.5 * np.mean(errors, axis=1), rtol=1e-4)
+    analytic, measured = (
+        run.sample(4, steps=3, sampler="addim", x_var=kind)[0] for kind in ("analytic", "measured")
+    )
+    assert not np.array_equal(analytic, measured)
+    again = runs.load_run(tmp_path / "teacher", data_dir="/none")
+    again.config = dataclasses.replace(again.config, sampling=settings)
+    np.testing.assert_array_equal(again.x_var(how), x_var)
+
+
+def test_the_variance_that_was_kept_is_another_checkpoints(tiny_data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    loaded = [
+        runs.load_run(tmp_path / "teacher"),
+        runs.load_run(tmp_path / "teacher", parameters="raw"),
+        runs.load_run(tmp_path / "teacher", checkpoint_step=2),
+    ]
+    values = [
+        tuple(np.asarray(run.x_var(run.sampling(steps=steps, x_var="measured", noise_grid=grid))))
+        for run in loaded
+        for steps in (1, 2)
+        for grid in ("schedule", "karras")
+    ]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
+@pytest.mark.parametrize("noise_grid", ["schedule", "karras"])
+def test_a_teacher_takes_every_sampler_on_every_grid(run, sampler, noise_grid):
+    record = run.sampling_record(steps=3, sampler=sampler, noise_grid=noise_grid)
+    assert record["network_calls"] == (5 if sampler == "heun" else 3)
+    assert record["x_var"] == ("analytic" if sampler in ("addim", "noisy_ddim") else None)
+    images, _ = run.sample(3, steps=3, sampler=sampler, noise_grid=noise_grid)
+    part, _ = run.sample(1, first=2, steps=3, sampler=sampler, noise_grid=noise_grid)
+    # Also the noise in the steps is the image's own.
+    assert_nearly_equal(images[2:], part)
+    usual, _ = run.sample(3, steps=3, sampler="ddim")
+    assert np.array_equal(images, usual) == ((sampler, noise_grid) == ("ddim", "schedule"))
+
+
+def test_guidance(run, student):
+    """x_hat + g (x_hat - x_hat of 'any class'), for a diffusion model that knows any class."""
+    diffusion = dataclasses.replace(run.config.diffusion, label_dropout=0.1)
+    config = dataclasses.replace(run.config, diffusion=diffusion)
+    knows = runs.Run(config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    record = knows.sampling_record(steps=1, guidance=0.5)
+    assert record["guidance"] == 0.5 and record["network_calls"] == 2
+    labels = np.array([0, 1, 1, 0], np.int32)
+    images, _ = knows.sample(4, steps=1, guidance=0.5, labels=labels)
+    keys = sampling.image_keys(jax.random.key(0), jnp.arange(4))
+    z_1 = sampling.initial_noise(keys, (8, 8, 3))
+    logsnr = jnp.full(4, run.schedule(jnp.float32(1.0)))
+    x_cond, x_any = (
+        np.asarray(
+            process.x_from_v(run.network.apply(run.params, z_1, logsnr, c, None), z_1, logsnr_t=logsnr)
+        )
+        for c in (jnp.asarray(labels), jnp.full(4, 2))
+    )
+    expected = np.clip((x_cond + 0.5 * (x_cond - x_any) + 1) * 127.5, 0, 255)
+    # Rounding, and a last bit before it.
+    assert np.abs(images - expected).max() < 0.51
+    for other in (run, student):
+        with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model that knows 'any class'"):
+            other.sample(1, guidance=1.0)
 
 
 def test_labels_can_be_chosen(run):

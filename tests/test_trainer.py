@@ -38,9 +38,12 @@ def checkpoint_steps(workdir):
         return checkpoints.all_steps()
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "tract"])
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path):
-    """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were."""
+    """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
+
+    TRACT's target network is an average of its own, saved with the rest.
+    """
     config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
     assert trainer.train(config, tmp_path / "whole")
     config.training.num_steps = 2
@@ -101,12 +104,130 @@ def test_a_student_starts_from_the_averaged_teacher(tiny_data, teacher, tmp_path
     assert_equal_trees(params_of(tmp_path / "student"), params_of(teacher, "ema"))
 
 
+@pytest.fixture(scope="module")
+def staged(tiny_data, teacher, tmp_path_factory):
+    """workdir of a progressive distillation 4 -> 2 -> 1 of two updates a stage."""
+    workdir = tmp_path_factory.mktemp("staged") / "progressive"
+    assert trainer.train(progressive(tiny_data, teacher), workdir)
+    return workdir
+
+
+def progressive(tiny_data, teacher):
+    config = tiny.config(tiny_data, "progressive", teacher)
+    config.consistency.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
+    config.training.num_steps = 2
+    return config
+
+
+def test_every_stage_is_a_run_of_its_own(staged, teacher):
+    """Started from the last, sampled with its own step count; the adjustment only in the first."""
+    first, second = (runs.load_run(staged / name) for name in ("steps_2", "steps_1"))
+    assert (first.student_steps, second.student_steps) == (2, 1)
+    assert first.sampling_record()["steps"] == 2
+    assert first.config.teacher_checkpoint == str(teacher)
+    assert second.config.teacher_checkpoint == str(staged / "steps_2")
+    assert first.config.consistency.stages == (4, 2) and second.config.consistency.stages == (2, 1)
+    assert first.config.consistency.xvar_frac == 0.5 and second.config.consistency.xvar_frac == 0.25
+
+
+def test_a_stage_starts_from_the_last_one(tiny_data, teacher, staged, tmp_path):
+    config = progressive(tiny_data, staged / "steps_2")
+    config.consistency.stages = (2, 1)
+    config.training.num_steps = 1
+    config.optimizer.learning_rate = 0.0
+    assert trainer.train(config, tmp_path / "student")
+    assert_equal_trees(params_of(tmp_path / "student"), params_of(staged / "steps_2", "ema"))
+
+
+def test_stages_go_on_inside_a_stage(tiny_data, teacher, staged, tmp_path, capsys):
+    """The first stage finished and the second half done: only what is left is done, with the same result."""
+    config = progressive(tiny_data, teacher)
+    shutil.copytree(staged / "steps_2", tmp_path / "steps_2")
+    config.consistency.stages = (2, 1)
+    config.consistency.xvar_frac = 0.25
+    config.teacher_checkpoint = str(tmp_path / "steps_2")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "steps_1")
+    capsys.readouterr()
+    assert trainer.train(progressive(tiny_data, teacher), tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'steps_2'} is finished" in printed and "continuing at update 1" in printed
+    assert_equal_trees(params_of(tmp_path / "steps_1"), params_of(staged / "steps_1"))
+
+
+def test_an_interrupted_stage_is_the_last(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_train_run", lambda config, workdir: False)
+    assert not trainer.train(progressive(tiny_data, teacher), tmp_path)
+
+
+def test_stages_are_no_run_to_sample(staged):
+    with pytest.raises(InputError, match=r"holds the stages steps_1, steps_2 of a run; name one"):
+        runs.load_run(staged)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"consistency__stages": (4, 3)}, "progressive halves, 4 -> 2"),
+        ({"consistency__stages": (4,)}, "needs the teacher's steps and those of one student"),
+        ({"objective": "tract", "consistency__stages": (4, 3)}, "3 steps are no whole segments of 4"),
+        ({"objective": "tract", "consistency__stages": (2, 4)}, "4 steps are no whole segments of 2"),
+        ({"teacher_guidance": 1.0}, "config.teacher_guidance=1.0 means nothing to progressive"),
+        ({"objective": "guidance", "teacher_guidance": 1.0}, "knows no 'any class'; train one with 0.1"),
+        ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
+    ],
+)
+def test_bad_stages_and_guidance(fields, message, tiny_data, teacher, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data, "progressive", teacher), **fields)
+    with pytest.raises(InputError, match=re.escape(message)):
+        trainer.train(config, tmp_path / "run")
+
+
+def test_a_student_teaches_only_the_next_stage(tiny_data, staged, tmp_path, no_compilation):
+    config = progressive(tiny_data, staged / "steps_2")
+    with pytest.raises(InputError, match=r"is a student of 2 steps and .* wants a teacher of 4"):
+        trainer.train(config, tmp_path / "run")
+    for objective in ("cd", "tract"):
+        with pytest.raises(InputError, match="is a progressive student; name the workdir of a diffusion"):
+            trainer.train(tiny.config(tiny_data, objective, staged / "steps_2"), tmp_path / "run")
+
+
+def test_guidance_is_distilled_and_then_distilled_from(tiny_data, tmp_path):
+    """The chain of the paper's text to image: teacher with label dropout, guidance, then CD of that."""
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 1
+    config.diffusion.label_dropout = 0.5
+    assert trainer.train(config, tmp_path / "teacher")
+    config = tiny.config(tiny_data, "guidance", tmp_path / "teacher")
+    config.training.num_steps = 1
+    config.teacher_guidance = 1.0
+    assert trainer.train(config, tmp_path / "guided")
+    guided = runs.load_run(tmp_path / "guided")
+    assert guided.student_steps is None
+    config = tiny.config(tiny_data, "cd", tmp_path / "guided")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    config = tiny.config(tiny_data, "cd", tmp_path / "teacher")
+    config.training.num_steps = 1
+    config.teacher_guidance = 1.0
+    assert trainer.train(config, tmp_path / "guided_student")
+
+
 def test_a_teacher_is_never_saved_again(tiny_data, teacher, tmp_path):
     config = tiny.config(tiny_data, "cd", teacher)
     config.training.num_steps = 1
     assert trainer.train(config, tmp_path / "student")
     items = {path.name for path in (tmp_path / "student/checkpoints/1").iterdir() if path.is_dir()}
     assert items == {"params", "ema_params", "opt_state", "step", "data"}
+
+
+def test_a_target_network_is_saved_where_there_is_one(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.consistency.target_network = "ema"
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    items = {path.name for path in (tmp_path / "student/checkpoints/1").iterdir() if path.is_dir()}
+    assert items == {"params", "ema_params", "target_params", "opt_state", "step", "data"}
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_data, tmp_path):
@@ -166,7 +287,8 @@ def three_updates(objective, mesh, tiny_data, teacher):
     network = experiment.build_network(config, num_classes=2)
     optimizer = experiment.build_optimizer(config)
     params = jax.device_get(runs.load_run(teacher).params)
-    init = functools.partial(step.init_state, optimizer=optimizer)
+    target_decay = experiment.target_decay(config)
+    init = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
     shardings = sharding.params_sharding(mesh, jax.eval_shape(init, params))
     state = jax.jit(init, out_shardings=shardings)(params)
     distil = objective == "cd"
@@ -177,6 +299,7 @@ def three_updates(objective, mesh, tiny_data, teacher):
         state_sharding=shardings,
         teacher_sharding=shardings.params if distil else None,
         ema_decay=0.9,
+        target_decay=target_decay,
         seed=0,
     )
     source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
@@ -273,7 +396,10 @@ def changed(config, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objective": "gan"}, "config.objective='gan' must be one of diffusion, cd, ct"),
+        (
+            {"objective": "gan"},
+            "config.objective='gan' must be one of diffusion, cd, ct, tract, progressive, guidance",
+        ),
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8,)}, "config.model.widths=(8,) has not one entry"),
         ({"model__head_width": 5}, "config.model.head_width=5 does not divide"),

@@ -44,6 +44,8 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
         num_steps=4, batch_size=16, log_every_steps=1, checkpoint_every_steps=2, sample_every_steps=0
     )
     result.sampling.update(teacher_steps=4, batch_per_device=2)
-    if objective != "diffusion":
+    if objective in ("cd", "ct"):
         result.consistency.update(student_steps=2, anneal_steps=4)
+    elif objective in ("tract", "progressive"):
+        result.consistency.update(stages=(4, 2), loss_weight="max_snr_one")
     return result

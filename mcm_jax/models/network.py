@@ -18,6 +18,11 @@ class Network:
 
     spec: UViTSpec
 
+    @property
+    def null_class(self) -> int:
+        """The label that stands for 'any class'."""
+        return self.spec.num_classes
+
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters. Traceable: use it under jit or eval_shape."""
         return nnx.to_pure_dict(nnx.state(UViT(self.spec, rngs=nnx.Rngs(params=key)), nnx.Param))

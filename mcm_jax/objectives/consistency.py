@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mcm_jax.diffusion import process, segments, steps
+from mcm_jax.diffusion import guidance, process, segments, steps
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
 
-LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one"]
 TeacherStep = Literal["addim", "ddim"]
 
 
@@ -30,9 +30,14 @@ def consistency_loss(
     schedule: Schedule,
     student_steps: int,
     teacher_steps: Float[Array, ""],
+    target_fn: ModelFn | None = None,
     teacher_step: TeacherStep = "addim",
     xvar_frac: float = 0.75,
+    teacher_guidance: float = 0.0,
+    null_class: int = -1,
+    distance_kind: Distance = "huber",
     huber_epsilon: float = 1e-4,
+    reduction: Reduction = "mean",
     loss_weight: LossWeight = "sqrt_snr_plus_one",
 ) -> Float[Array, "B"]:
     """w_t huber(x_target - f(z_t, t)), one value an example (MCM Algorithm 1).
@@ -45,10 +50,11 @@ def consistency_loss(
       key: times, noise and dropout; both calls of the student share the dropout's.
       student_steps: S, the network calls of the student's sampler; 1 is a plain consistency model.
       teacher_steps: N_teacher(i), see `segments.annealed_teacher_steps`; may be traced.
-      teacher_step: the integrator of the teacher's step from t to s.
-      xvar_frac: aDDIM's x_var = xvar_frac ||x_teacher - x||^2 / d, per example.
-      huber_epsilon: see `pseudo_huber`.
-      loss_weight: see `weight`.
+      target_fn: the network of x_ref, for example the student's averaged parameters; None: f itself.
+      teacher_step, xvar_frac: see `teacher_x`.
+      teacher_guidance, null_class: see `teacher_prediction`.
+      distance_kind, huber_epsilon, reduction: see `distances.distance`.
+      loss_weight: see `distances.weight`.
     """
     key_times, key_eps, key_dropout = jax.random.split(key, 3)
     n_per = segments.steps_per_segment(teacher_steps, student_steps=student_steps)
@@ -59,23 +65,24 @@ def consistency_loss(
     eps = jax.random.normal(key_eps, x.shape)
     z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
 
-    if teacher_fn is None:
-        x_teacher = x
-    else:
-        v_teacher = teacher_fn(z_t, logsnr_t, cond, None)
-        x_teacher = process.x_from_v(v_teacher, z_t, logsnr_t=logsnr_t)
-    if teacher_step == "addim":
-        x_var = xvar_frac * process.mean_square(x_teacher - x)
-        x_step = steps.addim_x(x_teacher, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s, x_var=x_var)
-    else:
-        x_step = x_teacher
+    x_teacher, x_cond = x, x
+    if teacher_fn is not None:
+        x_teacher, x_cond = teacher_prediction(
+            teacher_fn, z_t, cond, logsnr_t=logsnr_t, teacher_guidance=teacher_guidance, null_class=null_class
+        )
+    x_step = teacher_x(
+        x_teacher,
+        z_t,
+        x_var=xvar_frac * process.mean_square(x_cond - x),
+        logsnr_t=logsnr_t,
+        logsnr_s=logsnr_s,
+        teacher_step=teacher_step,
+    )
     z_s = steps.ddim(x_step, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
 
-    def f(z: Float[Array, "B ..."], logsnr: Float[Array, "B"]) -> Float[Array, "B ..."]:
-        return process.x_from_v(model_fn(z, logsnr, cond, key_dropout), z, logsnr_t=logsnr)
-
     # The target is a constant: the gradient flows through f(z_t, t) alone.
-    x_ref = jax.lax.stop_gradient(f(z_s, logsnr_s))
+    v_ref = (target_fn or model_fn)(z_s, logsnr_s, cond, key_dropout)
+    x_ref = jax.lax.stop_gradient(process.x_from_v(v_ref, z_s, logsnr_t=logsnr_s))
     x_target = consistency_target(
         x_step,
         x_ref,
@@ -84,8 +91,54 @@ def consistency_loss(
         logsnr_step=logsnr_step,
         is_last=times.is_last,
     )
-    x_diff = x_target - f(z_t, logsnr_t)
-    return weight(logsnr_t, kind=loss_weight) * pseudo_huber(x_diff, epsilon=huber_epsilon)
+    v_hat = model_fn(z_t, logsnr_t, cond, key_dropout)
+    x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
+    return weight(logsnr_t, kind=loss_weight) * distance(
+        x_diff, kind=distance_kind, huber_epsilon=huber_epsilon, reduction=reduction
+    )
+
+
+def teacher_prediction(
+    teacher_fn: ModelFn,
+    z_t: Float[Array, "B ..."],
+    cond: Int[Array, "B"],
+    *,
+    logsnr_t: Float[Array, "B"],
+    teacher_guidance: float,
+    null_class: int,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """(guided, conditional) x_hat of the teacher, without dropout; the same where teacher_guidance = 0.
+
+    Guidance costs a second call. Not in the paper: where guidance enters; ours: the step is taken with the
+    guided prediction, while aDDIM's x_var is that of the conditional one (SPEC 3).
+    """
+    v_cond = teacher_fn(z_t, logsnr_t, cond, None)
+    x_cond = process.x_from_v(v_cond, z_t, logsnr_t=logsnr_t)
+    if teacher_guidance == 0:
+        return x_cond, x_cond
+    v_uncond = teacher_fn(z_t, logsnr_t, jnp.full_like(cond, null_class), None)
+    x_uncond = process.x_from_v(v_uncond, z_t, logsnr_t=logsnr_t)
+    return guidance.guide(x_cond, x_uncond, guidance=teacher_guidance), x_cond
+
+
+def teacher_x(
+    x_teacher: Float[Array, "B ..."],
+    z_t: Float[Array, "B ..."],
+    *,
+    x_var: Float[Array, "B"],
+    logsnr_t: Float[Array, "B"],
+    logsnr_s: Float[Array, "B"],
+    teacher_step: TeacherStep,
+) -> Float[Array, "B ..."]:
+    """The x that carries the teacher's step from t to s.
+
+    Args:
+      x_var: aDDIM's, in training xvar_frac ||x_teacher - x||^2 / d per example (SPEC 3a).
+      teacher_step: the integrator; any deterministic one is the DDIM step of some x.
+    """
+    if teacher_step == "ddim":
+        return x_teacher
+    return steps.addim_x(x_teacher, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s, x_var=x_var)
 
 
 def consistency_target(
@@ -108,27 +161,5 @@ def consistency_target(
       logsnr_t, logsnr_s, logsnr_step: log-SNR at t, s and t_step, t_step <= s < t.
       is_last: whether s = t_step.
     """
-    w = jnp.expm1((logsnr_s - logsnr_step) / 2) / jnp.expm1((logsnr_t - logsnr_step) / 2)
-    w = process.over_pixels(w, x_ref)
-    return jnp.where(process.over_pixels(is_last, x_ref), x_step, (1 - w) * x_step + w * x_ref)
-
-
-def pseudo_huber(x_diff: Float[Array, "B ..."], *, epsilon: float) -> Float[Array, "B"]:
-    """sqrt(m + epsilon^2) - epsilon of m = ||x_diff||^2 / d, per example.
-
-    Small epsilon: the unsquared distance; large: the squared one, scaled. Not in the paper: sum or
-    mean over d; we chose the mean because only then is epsilon = 1 the "scaled squared l2 loss" that
-    the paper calls it. Computed without the difference, which cancels in float32 for small m.
-    """
-    mean_square = process.mean_square(x_diff)
-    return mean_square / (jnp.sqrt(mean_square + epsilon**2) + epsilon)
-
-
-def weight(logsnr_t: Float[Array, "B"], *, kind: LossWeight) -> Float[Array, "B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's "for instance") or its square root.
-
-    Times the squared distance in x, SNR + 1 is the squared distance in v; for the unsquared distance of
-    a small huber_epsilon it is sqrt(SNR + 1) that does so.
-    """
-    snr_plus_one = 1 + jnp.exp(logsnr_t)
-    return snr_plus_one if kind == "snr_plus_one" else jnp.sqrt(snr_plus_one)
+    x_target = steps.composed_x(x_step, x_ref, logsnr_t=logsnr_t, logsnr_m=logsnr_s, logsnr_s=logsnr_step)
+    return jnp.where(process.over_pixels(is_last, x_ref), x_step, x_target)

@@ -17,6 +17,7 @@ from mcm_jax.training.state import TrainState
 
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
+_TREES = ("params", "ema_params", "target_params", "opt_state")
 
 
 class Checkpoints:
@@ -31,7 +32,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
-            item_names=("step", "params", "ema_params", "opt_state", "data"),
+            item_names=("step", *_TREES, "data"),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -58,9 +59,7 @@ class Checkpoints:
         """Starts saving in the background; complete or absent, never half. A step is saved once."""
         if step == self._manager.latest_step():
             return
-        items = {
-            name: ocp.args.StandardSave(value) for name, value in state._asdict().items() if name != "step"
-        }
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         items["step"] = ocp.args.JsonSave({"step": step})
         items["data"] = grain.checkpoint.CheckpointSave(data)
         # Orbax copies to the host by transfers that the loop's guard takes for mistakes.
@@ -73,16 +72,13 @@ class Checkpoints:
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest state, laid out by `shardings`; sets `data` to where it was."""
-        targets = _with_shardings(abstract, shardings)._asdict()
-        step = targets.pop("step")
-        items = {name: ocp.args.StandardRestore(value) for name, value in targets.items()}
+        targets = _with_shardings(abstract, shardings)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
         items["data"] = grain.checkpoint.CheckpointRestore(data)
         latest = self.latest_step()
         restored = self._manager.restore(latest, args=ocp.args.Composite(**items))
-        return TrainState(
-            step=jax.device_put(np.int32(latest), step.sharding),
-            **{name: restored[name] for name in targets},
-        )
+        trees = {name: restored[name] for name in _trees(targets)}
+        return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
 
     def restore_params(
         self, abstract: Any, shardings: Any, *, parameters: Parameters, step: int | None = None
@@ -99,6 +95,11 @@ class Checkpoints:
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
         return self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The parts that are saved as trees of arrays; a target network only where there is one."""
+    return {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
 
 
 def _with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -1,5 +1,6 @@
 """One update: loss, gradient, Adam, averaged parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +13,24 @@ from jaxtyping import Array, Float
 from mcm_jax.training import sharding
 from mcm_jax.training.state import TrainState
 
-# (params, teacher_params, batch, key, step) -> loss of every example
-LossFn = Callable[[Any, Any, dict[str, Array], Array, Array], Float[Array, "B"]]
+# (params, teacher_params, target_params, batch, key, step) -> loss of every example
+LossFn = Callable[[Any, Any, Any, dict[str, Array], Array, Array], Float[Array, "B"]]
 Metrics = dict[str, Float[Array, ""]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state before the first update, averaging from `params` on; traceable."""
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, *, target_decay: float | None = None
+) -> TrainState:
+    """A state before the first update, averaging from `params` on; traceable.
+
+    target_decay: see `make_train_step`; with one, the target network starts as the student.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # A copy: both are donated to the step, and one buffer can be donated once.
         ema_params=jax.tree.map(jnp.copy, params),
+        target_params=None if target_decay is None else jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
     )
 
@@ -36,12 +43,17 @@ def make_train_step(
     state_sharding: TrainState,
     teacher_sharding: Any,
     ema_decay: float,
+    target_decay: float | None = None,
     seed: int,
 ) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
     """(state, teacher_params, batch) -> (state, metrics), jitted, with the state donated.
 
     The randomness of update i is fold_in(key(seed), i). Metrics: the loss averaged over the batch, the
     gradient's global norm before clipping.
+
+    Args:
+      ema_decay: of the averaged parameters, which are what is sampled.
+      target_decay: of the target network's bias-corrected average, see `debiased_decay`; None: there is none.
     """
 
     def train_step(
@@ -50,14 +62,19 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def mean_loss(params: Any) -> Float[Array, ""]:
-            return jnp.mean(loss_fn(params, teacher_params, batch, key, state.step))
+            losses = loss_fn(params, teacher_params, state.target_params, batch, key, state.step)
+            return jnp.mean(losses)
 
         loss, gradient = jax.value_and_grad(mean_loss)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        target_params = None
+        if target_decay is not None:
+            new = 1 - debiased_decay(target_decay, state.step + 1)
+            target_params = optax.incremental_update(params, state.target_params, new)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        return TrainState(state.step + 1, params, ema_params, target_params, opt_state), metrics
 
     return jax.jit(
         train_step,
@@ -65,3 +82,16 @@ def make_train_step(
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def debiased_decay(decay: float, update: Array) -> Float[Array, ""]:
+    """m (1 - m^(k-1)) / (1 - m^k): the decay of update k >= 1 that makes an average bias-corrected.
+
+    The average is then sum_j m^(k-j) theta_j / sum_j m^(k-j) over the parameters after updates 1..k, whatever
+    it was before the first.
+    """
+    if decay == 0:
+        return jnp.zeros(())
+    k = update.astype(jnp.float32)
+    # By expm1, since m^k is close to one for a slow average.
+    return decay * jnp.expm1((k - 1) * math.log(decay)) / jnp.expm1(k * math.log(decay))

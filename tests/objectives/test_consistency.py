@@ -1,4 +1,5 @@
 import functools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,7 +10,6 @@ import pytest
 
 from mcm_jax.diffusion import process, schedules, segments, steps
 from mcm_jax.objectives import consistency
-from mcm_jax.objectives.diffusion import diffusion_loss
 from tests import reference
 
 SCHEDULE = schedules.cosine()
@@ -29,11 +29,17 @@ def linear_model(theta):
     return model_fn
 
 
+def perfect(z_t, logsnr_t, cond, key):
+    """v of x_hat = X."""
+    del cond, key
+    alpha, sigma = (process.over_pixels(f(logsnr_t), z_t) for f in (process.alpha, process.sigma))
+    return (alpha * z_t - X) / sigma
+
+
 def loss(theta, *, teacher=None, key=KEY, x=X, **options):
     options = {"student_steps": 4, "teacher_steps": jnp.float32(64), **options}
-    return consistency.consistency_loss(
-        linear_model(theta), teacher, x, COND, key, schedule=SCHEDULE, **options
-    )
+    options = {"schedule": SCHEDULE, **options}
+    return consistency.consistency_loss(linear_model(theta), teacher, x, COND, key, **options)
 
 
 @hypothesis.given(
@@ -141,8 +147,8 @@ def test_the_gradient_flows_through_f_at_t_alone():
     np.testing.assert_allclose(jax.grad(lambda p: loss(p).mean())(theta), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("teacher", "calls"), [(False, 2), (True, 3)])
-def test_network_evaluations(teacher, calls):
+@pytest.mark.parametrize(("teacher", "guidance", "calls"), [(False, 0.0, 2), (True, 0.0, 3), (True, 1.5, 4)])
+def test_network_evaluations(teacher, guidance, calls):
     count = []
 
     def model_fn(z_t, logsnr_t, cond, key):
@@ -158,12 +164,56 @@ def test_network_evaluations(teacher, calls):
         schedule=SCHEDULE,
         student_steps=4,
         teacher_steps=jnp.float32(64),
+        teacher_guidance=guidance,
     )
     assert len(count) == calls
     # Both of the student's calls share the dropout's randomness; the teacher has none.
     student = [key for key in count if key is not None]
     assert len(student) == 2
     np.testing.assert_array_equal(jax.random.key_data(student[0]), jax.random.key_data(student[1]))
+
+
+def test_the_target_network_is_what_speaks_at_s():
+    """Given as a function of its own, it replaces the student in x_ref and nowhere else."""
+    seen = {"student": [], "target": []}
+
+    def spy(name, theta):
+        def model_fn(z_t, logsnr_t, cond, key):
+            seen[name].append((logsnr_t, key))
+            return linear_model(theta)(z_t, logsnr_t, cond, key)
+
+        return model_fn
+
+    options = {"schedule": SCHEDULE, "student_steps": 2, "teacher_steps": jnp.float32(16)}
+    separate = consistency.consistency_loss(
+        spy("student", 0.3), None, X, COND, KEY, target_fn=spy("target", 0.3), **options
+    )
+    np.testing.assert_array_equal(separate, loss(0.3, **options))
+    (at_t, key_t), (at_s, key_s) = seen["student"][0], seen["target"][0]
+    assert len(seen["student"]) == len(seen["target"]) == 1
+    assert np.all(np.asarray(at_s) > np.asarray(at_t))
+    np.testing.assert_array_equal(jax.random.key_data(key_t), jax.random.key_data(key_s))
+    other = consistency.consistency_loss(
+        linear_model(0.3), None, X, COND, KEY, target_fn=linear_model(0.1), **options
+    )
+    assert not np.allclose(other, separate)
+
+
+def test_no_gradient_through_a_target_network_or_teacher():
+    def total(theta):
+        return consistency.consistency_loss(
+            linear_model(0.3),
+            linear_model(0.2),
+            X,
+            COND,
+            KEY,
+            target_fn=linear_model(theta),
+            schedule=SCHEDULE,
+            student_steps=2,
+            teacher_steps=jnp.float32(16),
+        ).sum()
+
+    assert jax.grad(total)(0.1) == 0
 
 
 @pytest.mark.parametrize("teacher", [None, linear_model(0.2)])
@@ -176,12 +226,6 @@ def test_examples_do_not_influence_each_other(teacher):
 
 def test_a_perfect_teacher_is_consistency_training():
     """With x_teacher = x, x_var vanishes and CD is CT."""
-
-    def perfect(z_t, logsnr_t, cond, key):
-        del cond, key
-        alpha, sigma = (process.over_pixels(f(logsnr_t), z_t) for f in (process.alpha, process.sigma))
-        return (alpha * z_t - X) / sigma
-
     # v has 1 / sigma in it: x comes back to 1e-6 relative, amplified where sigma is small.
     np.testing.assert_allclose(loss(0.3, teacher=perfect), loss(0.3), rtol=5e-3)
 
@@ -191,57 +235,6 @@ def test_ddim_teacher_is_addim_without_variance():
     ddim = loss(0.3, teacher=teacher, teacher_step="ddim")
     np.testing.assert_array_equal(ddim, loss(0.3, teacher=teacher, xvar_frac=0.0))
     assert not np.allclose(ddim, loss(0.3, teacher=teacher))
-
-
-@hypothesis.given(st.floats(1e-6, 10), st.sampled_from([1e-4, 1e-2, 1.0]))
-def test_pseudo_huber_equals_float64(scale, epsilon):
-    x_diff = scale * jax.random.normal(KEY, SHAPE)
-    m = np.mean(np.asarray(x_diff, np.float64) ** 2, axis=(1, 2, 3))
-    np.testing.assert_allclose(
-        consistency.pseudo_huber(x_diff, epsilon=epsilon),
-        np.sqrt(m + epsilon**2) - epsilon,
-        # float64's own difference cancels to 1e-16 of epsilon.
-        rtol=3e-6,
-        atol=2e-16,
-    )
-
-
-def test_pseudo_huber_gradient_is_finite_at_zero():
-    gradient = jax.grad(lambda d: consistency.pseudo_huber(d, epsilon=1e-4).sum())(jnp.zeros(SHAPE))
-    np.testing.assert_array_equal(gradient, 0)
-
-
-def test_weights():
-    logsnr = jnp.array([-15.0, 0.0, 4.0])
-    expected = 1 + np.exp([-15.0, 0.0, 4.0])
-    np.testing.assert_allclose(consistency.weight(logsnr, kind="snr_plus_one"), expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        consistency.weight(logsnr, kind="sqrt_snr_plus_one"), np.sqrt(expected), rtol=1e-6
-    )
-
-
-def test_diffusion_loss_of_the_best_constant():
-    """v_hat = 0: the expected v-loss is E[alpha^2 + sigma^2 x^2] = 1/2 + mean(x^2) / 2 over t ~ U."""
-    x = jnp.tile(X, (512, 1, 1, 1))
-    values = diffusion_loss(linear_model(0.0), x, jnp.zeros(len(x), jnp.int32), KEY, schedule=SCHEDULE)
-    # 4096 examples with standard deviation 0.3: standard error 0.005.
-    np.testing.assert_allclose(values.mean(), 0.5 + 0.5 * jnp.mean(X**2), atol=0.02)
-
-
-def test_diffusion_examples_do_not_influence_each_other():
-    function = functools.partial(diffusion_loss, linear_model(0.3), schedule=SCHEDULE)
-    whole, disturbed = function(X, COND, KEY), function(X.at[1:].multiply(-1), COND, KEY)
-    np.testing.assert_array_equal(whole[0], disturbed[0])
-
-
-def test_the_perfect_prediction_has_no_diffusion_loss():
-    def perfect(z_t, logsnr_t, cond, key):
-        del cond, key
-        alpha, sigma = (process.over_pixels(f(logsnr_t), z_t) for f in (process.alpha, process.sigma))
-        return (alpha * z_t - X) / sigma
-
-    # Division by sigma of down to 5e-4 amplifies float32's rounding.
-    assert diffusion_loss(perfect, X, COND, KEY, schedule=SCHEDULE).max() < 1e-4
 
 
 def numpy_x_hat(theta, z_t, logsnr):
@@ -279,4 +272,36 @@ def test_the_whole_loss_equals_algorithm_1_in_float64(distilled):
             x_target = reference.consistency_target(x_teacher, x_ref, z_t, t, s, step, x_var)
         m = np.mean((x_target - numpy_x_hat(theta, z_t, t)) ** 2)
         expected = (1 + np.exp(t)) * (np.sqrt(m + epsilon**2) - epsilon)
+        np.testing.assert_allclose(actual[n], expected, rtol=1e-3)
+
+
+def conditional_model(z_t, logsnr_t, cond, key):
+    """Class 0 and 'any class' (9) have quite different opinions."""
+    return linear_model(0.2)(z_t, logsnr_t, jnp.where(cond == 9, 3, cond), key)
+
+
+def test_the_guided_teacher_in_float64():
+    """x_teacher = x_cond + g (x_cond - x_any), while x_var is of the conditional prediction (SPEC 3)."""
+    g, xvar_frac = 0.7, 0.4
+    actual = loss(0.3, teacher=conditional_model, teacher_guidance=g, null_class=9, xvar_frac=xvar_frac)
+    key_times, key_eps, _ = jax.random.split(KEY, 3)
+    times = segments.draw_times(key_times, batch_size=8, student_steps=4, steps_per_segment=jnp.int32(16))
+    noise = np.asarray(jax.random.normal(key_eps, SHAPE), np.float64)
+    for n in range(8):
+        t, s, step = (float(SCHEDULE(time[n])) for time in (times.t, times.s, times.t_step))
+        x = np.asarray(X[n], np.float64)
+        alpha, sigma = reference.alpha_sigma(t)
+        z_t = alpha * x + sigma * noise[n]
+        x_cond = numpy_x_hat(0.2, z_t, t)
+        x_any = alpha * z_t - sigma * 0.2 * z_t * (np.cos(t / 8) + 3)
+        x_guided = x_cond + g * (x_cond - x_any)
+        x_var = xvar_frac * np.mean((x_cond - x) ** 2)
+        x_ref = numpy_x_hat(0.3, reference.addim(x_guided, z_t, t, s, x_var), s)
+        if times.is_last[n]:
+            x_target = reference.inv_ddim(reference.addim(x_guided, z_t, t, s, x_var), z_t, t, step)
+        else:
+            x_target = reference.consistency_target(x_guided, x_ref, z_t, t, s, step, x_var)
+        expected = math.sqrt(1 + np.exp(t)) * reference.pseudo_huber(
+            x_target - numpy_x_hat(0.3, z_t, t), 1e-4
+        )
         np.testing.assert_allclose(actual[n], expected, rtol=1e-3)

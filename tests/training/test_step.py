@@ -23,8 +23,8 @@ def init_params():
     return {"w": jax.random.normal(jax.random.key(0), (256, 64)) / 16, "b": jnp.zeros(64)}
 
 
-def loss_fn(params, teacher_params, batch, key, train_step):
-    del teacher_params, train_step
+def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+    del teacher_params, target_params, train_step
     noise = jax.random.normal(key, batch["image"].shape)
     prediction = (batch["image"] + 0.1 * noise) @ params["w"] + params["b"]
     return jnp.mean((prediction - batch["label"][:, None]) ** 2, axis=1)
@@ -41,9 +41,9 @@ def batches(count):
     ]
 
 
-def run(mesh, *, updates=3, ema_decay=0.9, seed=0, loss=loss_fn, optimizer=None):
+def run(mesh, *, updates=3, ema_decay=0.9, target_decay=None, seed=0, loss=loss_fn, optimizer=None):
     optimizer = optimizer or optax.adam(1e-2)
-    init = functools.partial(step.init_state, optimizer=optimizer)
+    init = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
     abstract = jax.eval_shape(lambda: init(init_params()))
     shardings = sharding.params_sharding(mesh, abstract)
     state = jax.jit(init, out_shardings=shardings)(init_params())
@@ -54,6 +54,7 @@ def run(mesh, *, updates=3, ema_decay=0.9, seed=0, loss=loss_fn, optimizer=None)
         state_sharding=shardings,
         teacher_sharding=None,
         ema_decay=ema_decay,
+        target_decay=target_decay,
         seed=seed,
     )
     losses = []
@@ -88,7 +89,7 @@ def test_update_equals_optax_by_hand():
     opt_state, ema = optimizer.init(params), params
     for i, batch in enumerate(batches(3)):
         key = jax.random.fold_in(jax.random.key(5), i)
-        gradient = jax.grad(lambda p, b=batch, k=key: loss_fn(p, None, b, k, 0).mean())(params)
+        gradient = jax.grad(lambda p, b=batch, k=key: loss_fn(p, None, None, b, k, 0).mean())(params)
         updates, opt_state = optimizer.update(gradient, opt_state)
         params = jax.tree.map(jnp.add, params, updates)
         ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
@@ -104,9 +105,9 @@ def test_one_compilation_for_the_whole_run():
     """Nothing depends on the step in Python: the step is an array."""
     traces = []
 
-    def counted(params, teacher_params, batch, key, train_step):
+    def counted(params, teacher_params, target_params, batch, key, train_step):
         traces.append(train_step)
-        return loss_fn(params, teacher_params, batch, key, train_step) * (1 + train_step)
+        return loss_fn(params, teacher_params, target_params, batch, key, train_step) * (1 + train_step)
 
     run(mesh_of(1, 1), updates=4, loss=counted)
     assert len(traces) == 1
@@ -122,3 +123,36 @@ def test_a_batch_that_can_not_be_divided():
 def test_a_mesh_that_does_not_cover_the_devices():
     with pytest.raises(InputError, match=r"data=3 x fsdp=2 is not the 8 devices"):
         sharding.make_mesh(data=3, fsdp=2)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.9999])
+def test_the_target_average_is_bias_corrected(decay):
+    """sum_j m^(k-j) theta_j / sum_j m^(k-j) of the parameters after each update, and nothing of the first."""
+    optimizer = optax.adam(1e-2)
+    history = []
+
+    def watch(params, teacher_params, target_params, batch, key, train_step):
+        return loss_fn(params, teacher_params, None, batch, key, train_step)
+
+    for updates in (1, 2, 3):
+        state, _ = run(mesh_of(1, 1), updates=updates, loss=watch, optimizer=optimizer, target_decay=decay)
+        history.append(np.asarray(state.params["w"], np.float64))
+    weights = np.array([decay ** (3 - j) for j in (1, 2, 3)])
+    expected = np.tensordot(weights / weights.sum(), history, 1)
+    np.testing.assert_allclose(state.target_params["w"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_sees_the_target_network():
+    """At the first update it is the student itself, later the average."""
+
+    def of_target(params, teacher_params, target_params, batch, key, train_step):
+        gap = jnp.sum(jnp.abs(params["w"] - target_params["w"]))
+        return loss_fn(params, None, None, batch, key, train_step) * 0 + gap
+
+    def slow(params, teacher_params, target_params, batch, key, train_step):
+        gap = jax.lax.stop_gradient(of_target(params, None, target_params, batch, key, train_step))
+        return loss_fn(params, None, None, batch, key, train_step) * 1e-3 + gap
+
+    _, losses = run(mesh_of(1, 1), loss=slow, target_decay=0.9)
+    # After one update the bias-corrected average is the student; after two it lags behind.
+    assert losses[0] < 0.1 and losses[1] < 0.1 and losses[2] > 1

@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcm_jax.diffusion import schedules
+from mcm_jax.objectives.consistency import consistency_loss
+from mcm_jax.objectives.tract import tract_loss
+from tests.objectives.test_consistency import COND, KEY, X, linear_model
+
+SCHEDULE = schedules.cosine()
+
+
+def loss(theta, *, target=None, weight="max_snr_one", student_steps=4, teacher_steps=64):
+    return tract_loss(
+        linear_model(theta),
+        linear_model(0.2),
+        linear_model(theta) if target is None else target,
+        X,
+        COND,
+        KEY,
+        schedule=SCHEDULE,
+        student_steps=student_steps,
+        teacher_steps=teacher_steps,
+        loss_weight=weight,
+    )
+
+
+def test_one_phase_without_momentum_is_distillation_with_a_constant_grid():
+    """For the same distance, weight and DDIM step: loss and gradient (the target being the student's own)."""
+
+    def distillation(theta):
+        return consistency_loss(
+            linear_model(theta),
+            linear_model(0.2),
+            X,
+            COND,
+            KEY,
+            schedule=SCHEDULE,
+            student_steps=4,
+            teacher_steps=jnp.float32(64),
+            teacher_step="ddim",
+            distance_kind="squared",
+            loss_weight="snr_plus_one",
+        )
+
+    def tract(theta):
+        target = linear_model(jax.lax.stop_gradient(theta))
+        return loss(theta, target=target, weight="snr_plus_one")
+
+    np.testing.assert_array_equal(tract(0.3), distillation(0.3))
+    a, b = (jax.grad(lambda theta, f=f: f(theta).mean())(0.3) for f in (tract, distillation))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_its_own_weight():
+    """max(SNR, 1) over SNR + 1 is between 1/2, where SNR = 1, and 1."""
+    ratio = np.asarray(loss(0.3) / loss(0.3, weight="snr_plus_one"))
+    assert np.all((ratio >= 0.5 - 1e-6) & (ratio <= 1 + 1e-6))
+    assert ratio.std() > 0.01
+
+
+def test_the_target_network_is_used():
+    assert not np.allclose(loss(0.3, target=linear_model(0.1)), loss(0.3))
+
+
+def test_three_network_evaluations():
+    calls = []
+
+    def counted(name):
+        def model_fn(z_t, logsnr_t, cond, key):
+            calls.append(name)
+            return linear_model(0.1)(z_t, logsnr_t, cond, key)
+
+        return model_fn
+
+    tract_loss(
+        counted("student"),
+        counted("teacher"),
+        counted("target"),
+        X,
+        COND,
+        KEY,
+        schedule=SCHEDULE,
+        student_steps=1,
+        teacher_steps=32,
+    )
+    assert sorted(calls) == ["student", "target", "teacher"]
