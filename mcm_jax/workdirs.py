@@ -85,15 +85,7 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
     try:
         content = json.loads(path.read_text())
         config = configuration.validate(content["config"])
-        fields = content["dataset"]
-        dataset = DatasetInfo(
-            **{
-                **fields,
-                "class_names": tuple(fields["class_names"]),
-                "class_counts": {k: tuple(v) for k, v in fields["class_counts"].items()},
-                "path": Path(fields["path"]),
-            }
-        )
+        dataset = DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"]))
     except FileNotFoundError:
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
