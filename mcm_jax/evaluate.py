@@ -24,7 +24,8 @@ from absl import flags
 from mcm_jax import command_line
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, protocol
-from mcm_jax.evaluation.references import Cache, Reference, require_writable
+from mcm_jax.evaluation.references import Cache, Reference
+from mcm_jax.files import require_writable
 from mcm_jax.pictures import image_grid, save_png
 
 SAMPLERS = ("ddim", "addim")

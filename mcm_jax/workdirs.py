@@ -11,11 +11,10 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from mcm_jax import configuration
+from mcm_jax import configuration, files
 from mcm_jax.configuration import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
@@ -54,14 +53,7 @@ def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, needed_bytes: 
     Raises:
       InputError: the directory can't be written, has no room, or holds another run.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir} can't be written ({error.strerror}); choose another directory"
-        ) from error
+    files.require_writable(workdir, "--workdir")
     free = shutil.disk_usage(workdir).free
     if free < needed_bytes:
         raise InputError(
@@ -105,10 +97,7 @@ def compilation_cache(workdir: Path) -> Path:
 
 def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
     content = {"config": dataclasses.asdict(config), "dataset": dataclasses.asdict(dataset)}
-    partial = workdir / f".{RUN_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    # In one step: a run that dies here leaves no half file behind.
-    partial.replace(workdir / RUN_FILE)
+    files.write_whole(workdir / RUN_FILE, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def check_same(workdir: Path, config: Config, dataset: DatasetInfo | None = None) -> None:
