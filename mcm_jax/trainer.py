@@ -40,7 +40,9 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     config = configuration.validate(raw_config)
-    if _is_finished(config, workdir):
+    trained_on = workdirs.started(workdir, config)
+    # Asked first, so that neither data nor teacher nor room is needed where nothing is left to do.
+    if trained_on is not None and _is_finished(config, workdir):
         print(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
         return True
     dataset = pipeline.describe(
@@ -56,7 +58,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     if config.teacher_checkpoint is not None:
         check_teacher(config, dataset, network)
     room = (config.training.keep_checkpoints + 1) * _num_bytes(abstract)
-    workdirs.claim(workdir, config, dataset, needed_bytes=room)
+    workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
@@ -97,10 +99,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 
 def _is_finished(config: Config, workdir: Path) -> bool:
-    """Whether nothing is left to do: asked first, so that neither data nor teacher nor room is needed."""
-    if not workdirs.is_run(workdir):
-        return False
-    workdirs.check_same(workdir, config)
+    """Whether the run that was started in `workdir` has nothing left to do."""
     with Checkpoints(workdir) as checkpoints:
         return (checkpoints.latest_step() or 0) >= config.training.num_steps
 
