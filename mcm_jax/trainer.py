@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +53,17 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     )
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     sharding.check_batch(mesh, batch_size=config.training.batch_size)
-    network = experiment.build_network(config, num_classes=dataset.num_classes)
-    optimizer = experiment.build_optimizer(config)
-    abstract = jax.eval_shape(lambda key: step.init_state(network.init(key), optimizer), jax.random.key(0))
+    parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
     if config.teacher_checkpoint is not None:
-        check_teacher(config, dataset, network)
-    room = (config.training.keep_checkpoints + 1) * _num_bytes(abstract)
+        check_teacher(config, dataset, parts.network)
+    room = (config.training.keep_checkpoints + 1) * _num_bytes(parts.abstract)
     workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
-        batches = _train_batches(config)
-        state, teacher_params, shardings = _start(
-            config, network, optimizer, abstract, mesh, checkpoints, batches
-        )
-        train_step = step.make_train_step(
-            experiment.build_loss_fn(config, network, mesh=mesh),
-            optimizer,
-            mesh=mesh,
-            state_sharding=shardings,
-            teacher_sharding=None if teacher_params is None else shardings.params,
-            ema_decay=config.optimizer.ema_decay,
-            seed=config.seed,
-        )
+        batches = train_batches(config)
+        state, teacher_params = _start(parts, checkpoints, batches)
+        train_step = parts.train_step()
         from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
 
         preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
@@ -96,6 +85,59 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
                 checkpoints=checkpoints,
                 observer=observer,
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
+
+    config: Config
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformation
+    abstract: TrainState  # shapes and dtypes of a state
+    shardings: TrainState  # where its arrays lie
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A state with fresh parameters."""
+        return self._jit(lambda key: self._state(self.network.init(key)))(key)
+
+    def init_from(self, params: Any) -> TrainState:
+        """A state with these parameters, as before its first update."""
+        return self._jit(self._state)(params)
+
+    def train_step(self) -> step.TrainStep:
+        """One update; cd's takes the teacher's parameters, laid out like the student's."""
+        return step.make_train_step(
+            experiment.build_loss_fn(self.config, self.network, mesh=self.mesh),
+            self.optimizer,
+            mesh=self.mesh,
+            state_sharding=self.shardings,
+            teacher_sharding=self.shardings.params if self.config.objective == "cd" else None,
+            ema_decay=self.config.optimizer.ema_decay,
+            seed=self.config.seed,
+        )
+
+    def _state(self, params: Any) -> TrainState:
+        return step.init_state(params, self.optimizer)
+
+    def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
+        return jax.jit(init, out_shardings=self.shardings)
+
+
+def build(config: Config, *, num_classes: int, mesh: Mesh) -> Parts:
+    """The parts that the config describes."""
+    network = experiment.build_network(config, num_classes=num_classes)
+    optimizer = experiment.build_optimizer(config)
+    abstract = jax.eval_shape(lambda key: step.init_state(network.init(key), optimizer), jax.random.key(0))
+    return Parts(
+        config=config,
+        mesh=mesh,
+        network=network,
+        optimizer=optimizer,
+        abstract=abstract,
+        shardings=sharding.params_sharding(mesh, abstract),
+    )
 
 
 def _is_finished(config: Config, workdir: Path) -> bool:
@@ -150,7 +192,8 @@ def _architecture(spec: UViTSpec) -> UViTSpec:
     return dataclasses.replace(spec, stages=stages, dtype="float32")
 
 
-def _train_batches(config: Config) -> grain.DatasetIterator:
+def train_batches(config: Config) -> grain.DatasetIterator:
+    """This process's batches of the training images, from the first on."""
     data = config.data
     source = pipeline.open_split(
         data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
@@ -165,21 +208,13 @@ def _train_batches(config: Config) -> grain.DatasetIterator:
     )
 
 
-def _start(
-    config: Config,
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    batches: grain.DatasetIterator,
-) -> tuple[TrainState, Any, TrainState]:
-    """(state, teacher's parameters where distillation needs them, shardings of a state).
+def _start(parts: Parts, checkpoints: Checkpoints, batches: grain.DatasetIterator) -> tuple[TrainState, Any]:
+    """(state, teacher's parameters where distillation needs them).
 
     The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
     the teacher's averaged ones.
     """
-    shardings = sharding.params_sharding(mesh, abstract)
+    config, abstract, shardings = parts.config, parts.abstract, parts.shardings
     continuing = checkpoints.latest_step() is not None
     teacher_params = None
     if config.objective == "cd" or (config.objective == "ct" and not continuing):
@@ -189,12 +224,10 @@ def _start(
         state = checkpoints.restore(abstract, shardings, batches)
         print(f"continuing at update {int(state.step)}", flush=True)
     elif teacher_params is not None:
-        init = functools.partial(step.init_state, optimizer=optimizer)
-        state = jax.jit(init, out_shardings=shardings)(teacher_params)
+        state = parts.init_from(teacher_params)
     else:
-        init = jax.jit(lambda key: step.init_state(network.init(key), optimizer), out_shardings=shardings)
-        state = init(experiment.init_key(config.seed))
-    return state, teacher_params if config.objective == "cd" else None, shardings
+        state = parts.init(experiment.init_key(config.seed))
+    return state, teacher_params if config.objective == "cd" else None
 
 
 def _cadence(config: Config) -> loop.Cadence:

@@ -1,6 +1,5 @@
 """Whole runs: continued, distilled, interrupted, and refused."""
 
-import functools
 import json
 import os
 import re
@@ -16,8 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import configuration, experiment, runs, trainer
-from mcm_jax.data import pipeline
+from mcm_jax import configuration, runs, trainer
 from mcm_jax.errors import InputError
 from mcm_jax.training import sharding, step
 from mcm_jax.training.checkpoints import Checkpoints
@@ -163,25 +161,11 @@ def three_updates(objective, mesh, tiny_data, teacher):
     # none, softmax is blind to it) into an update of full size.
     config.optimizer.update(learning_rate=1e-3, eps=1e-5)
     config = configuration.validate(config)
-    network = experiment.build_network(config, num_classes=2)
-    optimizer = experiment.build_optimizer(config)
+    parts = trainer.build(config, num_classes=2, mesh=mesh)
     params = jax.device_get(runs.load_run(teacher).params)
-    init = functools.partial(step.init_state, optimizer=optimizer)
-    shardings = sharding.params_sharding(mesh, jax.eval_shape(init, params))
-    state = jax.jit(init, out_shardings=shardings)(params)
-    distil = objective == "cd"
-    train_step = step.make_train_step(
-        experiment.build_loss_fn(config, network, mesh=mesh),
-        optimizer,
-        mesh=mesh,
-        state_sharding=shardings,
-        teacher_sharding=shardings.params if distil else None,
-        ema_decay=0.9,
-        seed=0,
-    )
-    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
-    batches = pipeline.train_batches(source, batch_size=16, seed=0, flip=True)
-    teacher_params = jax.device_put(params, shardings.params) if distil else None
+    state, train_step = parts.init_from(params), parts.train_step()
+    teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
+    batches = trainer.train_batches(config)
     losses = []
     for _ in range(3):
         batch = sharding.global_batch(mesh, next(batches))
