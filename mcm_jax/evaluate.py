@@ -8,6 +8,7 @@ numbers mean. Several workdirs in one call share the compiled feature network an
 
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import json
@@ -217,7 +218,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         written = file.write(line)
         os.fsync(file.fileno())
     if written != len(line):
-        raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
 
 
 _MEANINGS = (

@@ -77,5 +77,17 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def full_disk_within(error: BaseException | None) -> OSError | None:
+    """What says that the disk is full among `error` and what led to it; None where nothing does."""
+    while error is not None:
+        if isinstance(error, OSError) and is_full(error):
+            return error
+        # Libraries in C++ (Orbax's TensorStore, TensorFlow) tell of it in the text of errors of their own.
+        if (words := os.strerror(errno.ENOSPC)) in str(error):
+            return OSError(errno.ENOSPC, words)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)

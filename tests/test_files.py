@@ -103,3 +103,22 @@ def test_a_directory_on_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: io.FileIO("/dev/full", "w"))
     with pytest.raises(InputError, match="cannot write there"):
         files.require_writable(tmp_path, "--dir")
+
+
+def chain(*errors):
+    """The last of these errors, each raised while the one before was handled."""
+    for before, error in zip(errors, errors[1:], strict=False):
+        error.__context__ = before
+    return errors[-1]
+
+
+def test_a_full_disk_is_found_in_what_led_to_an_error():
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    assert files.full_disk_within(chain(full, ValueError("closed"), RuntimeError("closed"))) is full
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = full
+    assert files.full_disk_within(chain(ValueError("x"), wrapped)) is full
+    told = files.full_disk_within(ValueError("RESOURCE_EXHAUSTED: No space left on device [28]"))
+    assert files.is_full(told) and told.strerror == "No space left on device" and told.filename is None
+    assert files.full_disk_within(chain(ValueError("x"), OSError(errno.EIO, "Input/output error"))) is None
+    assert files.full_disk_within(None) is None

@@ -1,5 +1,6 @@
 """Whole runs: continued, distilled, interrupted, and refused."""
 
+import errno
 import json
 import os
 import re
@@ -138,6 +139,26 @@ def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tm
     for parameters in ("raw", "ema"):
         leaves = jax.tree.leaves(params_of(tmp_path / "run", parameters))
         assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+
+
+def test_a_disk_that_fills_leaves_the_checkpoints_and_the_run_goes_on(
+    tiny_data, teacher, tmp_path, monkeypatch
+):
+    """What the line on a full disk says of checkpoints, see test_command_line, is so."""
+
+    def full(self, state, data, *, step):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.directory / "4"))
+        save(self, state, data, step=step)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    assert trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert_equal_trees(params_of(tmp_path / "run"), params_of(teacher))
 
 
 @pytest.mark.multi_device
