@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import ml_collections
 from absl import app, flags, logging
 
-from mcm_jax import host
+from mcm_jax import files, host
 from mcm_jax.errors import InputError
 
 # What the code of a config file, or a value for one of its fields, can raise.
@@ -22,12 +22,15 @@ _CONFIG_FILE_ERRORS = (
     ValueError,
 )
 
+# Flags that name where a program writes, the one that most is written to first.
+_PLACES = ("out", "workdir")
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main()`; the only way in for every program.
 
-    Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault); 2 bad input,
-    told in one line on stderr; 130 interrupted by Ctrl-C.
+    Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault, or in one line: the disk
+    is full); 2 bad input, told in one line on stderr; 130 interrupted by Ctrl-C.
     """
     host.tune()
     # TensorFlow, which writes TensorBoard's files, greets on stderr otherwise. Before anything imports it.
@@ -51,8 +54,9 @@ def loaded_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
 
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        # Orbax tells every checkpoint in dozens of lines; --verbosity=0 shows them.
-        logging.set_verbosity(logging.ERROR)
+        # Orbax tells every checkpoint in dozens of lines, and every error that it raises too. --verbosity=0
+        # shows them.
+        logging.set_verbosity(logging.FATAL)
     try:
         main()
     except InputError as error:
@@ -60,6 +64,16 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        full = files.full_disk_within(error)
+        if full is None:
+            raise
+        print(
+            f"error: {full.strerror}: {full.filename or _place()}; make room and run the same command again "
+            "(what was written before still stands, checkpoints too)",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -86,6 +100,12 @@ def _input_error_within(error: BaseException | None) -> InputError | None:
         found = error if isinstance(error, InputError) else found
         error = error.__cause__ or error.__context__
     return found
+
+
+def _place() -> str:
+    """Where the program writes, as its user said it."""
+    given = [flags.FLAGS[name].serialize() for name in _PLACES if name in flags.FLAGS]
+    return next((f"below {flag}" for flag in given if flag), "the current directory")
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ numbers mean. Several workdirs in one call share the compiled feature network an
 
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import json
@@ -26,7 +27,8 @@ from mcm_jax import command_line
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, protocol
-from mcm_jax.evaluation.references import Cache, Reference, require_writable
+from mcm_jax.evaluation.references import Cache, Reference
+from mcm_jax.files import require_writable
 from mcm_jax.pictures import image_grid, save_png
 from mcm_jax.sampling import Sampler, XVar
 
@@ -241,7 +243,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         written = file.write(line)
         os.fsync(file.fileno())
     if written != len(line):
-        raise OSError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
 
 
 _MEANINGS = (

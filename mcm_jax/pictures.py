@@ -1,8 +1,6 @@
 """Grids of images, as arrays and as PNG files."""
 
-import contextlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mcm_jax.errors import InputError
+from mcm_jax.files import write_asked_for
 
 _WHITE = 255
 
@@ -39,21 +38,7 @@ def image_grid(
 
 
 def save_png(image: UInt8[np.ndarray, "H W 3"], path: str | Path) -> None:
-    """Writes the PNG in one go: `path` never holds half a picture. Its directory is made if need be.
-
-    Raises InputError where it cannot be written.
-    """
-    path = Path(path)
+    """Writes the PNG as `files.write_asked_for` does: whole or not at all."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, format="PNG")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(
-            f"{path}: cannot write the picture ({error.strerror}); choose another path"
-        ) from error
+    write_asked_for(path, content.getvalue())

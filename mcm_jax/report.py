@@ -6,7 +6,6 @@ reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (s
 inside), `runs/report.md` and `runs/report.png` (samples side by side) beside it, and prints the table.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from absl import flags
 
 from mcm_jax import command_line
 from mcm_jax.errors import InputError
+from mcm_jax.files import write_asked_for
 from mcm_jax.reporting import results
 
 
@@ -33,27 +33,14 @@ def report(runs: Path, out: Path | None = None) -> str:
 
     content = page.prepare(collection)
     markdown = page.markdown(content)
-    write(out.with_suffix(".md"), markdown)
-    write(out, page.page(content))
+    write_asked_for(out.with_suffix(".md"), markdown)
+    write_asked_for(out, page.page(content))
     picture = page.picture(content)
     if picture is not None:
-        write(out.with_suffix(".png"), picture)
+        write_asked_for(out.with_suffix(".png"), picture)
     for note in content.notes:
         print(f"note: {note}", file=sys.stderr)
     return markdown
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes the file in one go: `path` holds its old content or all of the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
 
 
 def define_flags() -> None:

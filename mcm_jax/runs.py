@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mcm_jax import experiment, sampling, workdirs
+from mcm_jax import experiment, files, sampling, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
@@ -275,8 +275,7 @@ class Run:
             else:
                 mean = self._measure_x_var(how)
                 if path is not None:
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_text(json.dumps({"mean_square_error": mean}) + "\n")
+                    files.write_whole(path, json.dumps({"mean_square_error": mean}) + "\n")
             self._x_var[how] = self.config.sampling.x_var_eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
 

@@ -14,6 +14,7 @@ from absl import flags
 
 from mcm_jax import command_line
 from mcm_jax.errors import InputError
+from mcm_jax.files import write_asked_for
 from mcm_jax.pictures import image_grid, save_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -73,9 +74,7 @@ def main() -> None:
         labels = np.full(_NUM.value, _LABEL.value, np.int32)
     images, labels = _sample(run, labels)
     if out.suffix == ".npz":
-        partial = out.with_name(f".{out.name}.{os.getpid()}.npz")
-        np.savez(partial, images, labels)
-        partial.replace(out)
+        write_asked_for(out, lambda file: np.savez(file, images, labels))
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)

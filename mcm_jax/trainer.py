@@ -51,7 +51,9 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 def _train_run(config: Config, workdir: Path) -> bool:
     """One stage, or all there is; returns and raises as `train`."""
-    if _is_finished(config, workdir):
+    trained_on = workdirs.started(workdir, config)
+    # Asked first, so that neither data nor teacher nor room is needed where nothing is left to do.
+    if trained_on is not None and _is_finished(config, workdir):
         print(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
         return True
     dataset = pipeline.describe(
@@ -61,32 +63,17 @@ def _train_run(config: Config, workdir: Path) -> bool:
     )
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     sharding.check_batch(mesh, batch_size=config.training.batch_size)
-    network = experiment.build_network(config, num_classes=dataset.num_classes)
-    optimizer = experiment.build_optimizer(config)
-    target_decay = experiment.target_decay(config)
-    init_state = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
-    abstract = jax.eval_shape(lambda key: init_state(network.init(key)), jax.random.key(0))
+    parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
     if config.teacher_checkpoint is not None:
-        check_teacher(config, dataset, network)
-    room = (config.training.keep_checkpoints + 1) * _num_bytes(abstract)
-    workdirs.claim(workdir, config, dataset, needed_bytes=room)
+        check_teacher(config, dataset, parts.network)
+    room = (config.training.keep_checkpoints + 1) * _num_bytes(parts.abstract)
+    workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
-        batches = _train_batches(config)
-        state, teacher_params, shardings = _start(
-            config, network, init_state, abstract, mesh, checkpoints, batches
-        )
-        train_step = step.make_train_step(
-            experiment.build_loss_fn(config, network, mesh=mesh),
-            optimizer,
-            mesh=mesh,
-            state_sharding=shardings,
-            teacher_sharding=None if teacher_params is None else shardings.params,
-            ema_decay=config.optimizer.ema_decay,
-            target_decay=target_decay,
-            seed=config.seed,
-        )
+        batches = train_batches(config)
+        state, teacher_params = _start(parts, checkpoints, batches)
+        train_step = parts.train_step()
         from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
 
         preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
@@ -110,11 +97,68 @@ def _train_run(config: Config, workdir: Path) -> bool:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
+
+    config: Config
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformation
+    abstract: TrainState  # shapes and dtypes of a state
+    shardings: TrainState  # where its arrays lie
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A state with fresh parameters."""
+        return self._jit(lambda key: self._state(self.network.init(key)))(key)
+
+    def init_from(self, params: Any) -> TrainState:
+        """A state with these parameters, as before its first update."""
+        return self._jit(self._state)(params)
+
+    def train_step(self) -> step.TrainStep:
+        """One update; with the teacher's parameters, where it distils, laid out like the student's."""
+        return step.make_train_step(
+            experiment.build_loss_fn(self.config, self.network, mesh=self.mesh),
+            self.optimizer,
+            mesh=self.mesh,
+            state_sharding=self.shardings,
+            teacher_sharding=self.shardings.params if experiment.distils(self.config) else None,
+            ema_decay=self.config.optimizer.ema_decay,
+            target_decay=experiment.target_decay(self.config),
+            seed=self.config.seed,
+        )
+
+    def _state(self, params: Any) -> TrainState:
+        return _init_state(self.config, params, self.optimizer)
+
+    def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
+        return jax.jit(init, out_shardings=self.shardings)
+
+
+def build(config: Config, *, num_classes: int, mesh: Mesh) -> Parts:
+    """The parts that the config describes."""
+    network = experiment.build_network(config, num_classes=num_classes)
+    optimizer = experiment.build_optimizer(config)
+    abstract = jax.eval_shape(
+        lambda key: _init_state(config, network.init(key), optimizer), jax.random.key(0)
+    )
+    return Parts(
+        config=config,
+        mesh=mesh,
+        network=network,
+        optimizer=optimizer,
+        abstract=abstract,
+        shardings=sharding.params_sharding(mesh, abstract),
+    )
+
+
+def _init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return step.init_state(params, optimizer, target_decay=experiment.target_decay(config))
+
+
 def _is_finished(config: Config, workdir: Path) -> bool:
-    """Whether nothing is left to do: asked first, so that neither data nor teacher nor room is needed."""
-    if not workdirs.is_run(workdir):
-        return False
-    workdirs.check_same(workdir, config)
+    """Whether the run that was started in `workdir` has nothing left to do."""
     with Checkpoints(workdir) as checkpoints:
         return (checkpoints.latest_step() or 0) >= config.training.num_steps
 
@@ -184,7 +228,8 @@ def _architecture(spec: UViTSpec) -> UViTSpec:
     return dataclasses.replace(spec, stages=stages, dtype="float32")
 
 
-def _train_batches(config: Config) -> grain.DatasetIterator:
+def train_batches(config: Config) -> grain.DatasetIterator:
+    """This process's batches of the training images, from the first on."""
     data = config.data
     source = pipeline.open_split(
         data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
@@ -199,21 +244,13 @@ def _train_batches(config: Config) -> grain.DatasetIterator:
     )
 
 
-def _start(
-    config: Config,
-    network: Network,
-    init_state: Callable[[Any], TrainState],
-    abstract: TrainState,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    batches: grain.DatasetIterator,
-) -> tuple[TrainState, Any, TrainState]:
-    """(state, teacher's parameters where distillation needs them, shardings of a state).
+def _start(parts: Parts, checkpoints: Checkpoints, batches: grain.DatasetIterator) -> tuple[TrainState, Any]:
+    """(state, teacher's parameters where distillation needs them).
 
     The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
     the teacher's averaged ones.
     """
-    shardings = sharding.params_sharding(mesh, abstract)
+    config, abstract, shardings = parts.config, parts.abstract, parts.shardings
     continuing = checkpoints.latest_step() is not None
     teacher_params = None
     distils = experiment.distils(config)
@@ -224,11 +261,10 @@ def _start(
         state = checkpoints.restore(abstract, shardings, batches)
         print(f"continuing at update {int(state.step)}", flush=True)
     elif teacher_params is not None:
-        state = jax.jit(init_state, out_shardings=shardings)(teacher_params)
+        state = parts.init_from(teacher_params)
     else:
-        init = jax.jit(lambda key: init_state(network.init(key)), out_shardings=shardings)
-        state = init(experiment.init_key(config.seed))
-    return state, teacher_params if distils else None, shardings
+        state = parts.init(experiment.init_key(config.seed))
+    return state, teacher_params if distils else None
 
 
 def _cadence(config: Config) -> loop.Cadence:

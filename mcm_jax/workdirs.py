@@ -11,11 +11,10 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from mcm_jax import configuration
+from mcm_jax import configuration, files
 from mcm_jax.configuration import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
@@ -44,40 +43,47 @@ _FREE = {
 }
 
 
-def is_run(workdir: Path) -> bool:
-    """Whether a run was ever started there."""
-    return (workdir / RUN_FILE).exists()
+def started(workdir: Path, config: Config) -> DatasetInfo | None:
+    """The data set of the run that was started in `workdir` with this config; None if none was.
+
+    Raises:
+      InputError: the run there has another config, or its file is damaged.
+    """
+    if not (workdir / RUN_FILE).exists():
+        return None
+    saved_config, dataset = read(workdir)
+    _check_same(workdir, config, saved_config)
+    return dataset
 
 
-def claim(workdir: Path, config: Config, dataset: DatasetInfo, *, needed_bytes: int) -> None:
-    """Makes `workdir` this run's, or makes sure that it is the run that continues there.
+def claim(
+    workdir: Path, config: Config, dataset: DatasetInfo, *, trained_on: DatasetInfo | None, needed_bytes: int
+) -> None:
+    """Makes `workdir` this run's, or makes sure that it goes on there with the same images.
 
     Settings that may change (where the data lies, how to sample) are kept as they are now.
 
     Args:
+      trained_on: what `started` said.
       needed_bytes: what the checkpoints will take at most.
 
     Raises:
-      InputError: the directory can't be written, has no room, or holds another run.
+      InputError: the directory can't be written, has no room, or was trained on other images.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise InputError(
-            f"--workdir={workdir} can't be written ({error.strerror}); choose another directory"
-        ) from error
+    files.require_writable(workdir, "--workdir")
     free = shutil.disk_usage(workdir).free
     if free < needed_bytes:
         raise InputError(
             f"--workdir={workdir} has {free / 1e9:.3f} GB free and its checkpoints need "
             f"{needed_bytes / 1e9:.3f} GB; make room or choose another directory"
         )
-    if is_run(workdir):
-        check_same(workdir, config, dataset)
-    elif (workdir / "checkpoints").exists():
+    if trained_on is None and (workdir / "checkpoints").exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
+    if trained_on is not None and trained_on.fingerprints != dataset.fingerprints:
+        raise InputError(
+            f"--workdir={workdir} was trained on other images than those in {dataset.path} "
+            f"(their hashes differ); choose another directory"
+        )
     _write(workdir, config, dataset)
 
 
@@ -91,15 +97,7 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
     try:
         content = json.loads(path.read_text())
         config = configuration.validate(content["config"])
-        fields = content["dataset"]
-        dataset = DatasetInfo(
-            **{
-                **fields,
-                "class_names": tuple(fields["class_names"]),
-                "class_counts": {k: tuple(v) for k, v in fields["class_counts"].items()},
-                "path": Path(fields["path"]),
-            }
-        )
+        dataset = DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"]))
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
         if stages:
@@ -122,15 +120,11 @@ def compilation_cache(workdir: Path) -> Path:
 
 def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
     content = {"config": dataclasses.asdict(config), "dataset": dataclasses.asdict(dataset)}
-    partial = workdir / f".{RUN_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    # In one step: a run that dies here leaves no half file behind.
-    partial.replace(workdir / RUN_FILE)
+    files.write_whole(workdir / RUN_FILE, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def check_same(workdir: Path, config: Config, dataset: DatasetInfo | None = None) -> None:
-    """Raises InputError if the run in `workdir` has another config, or other images than `dataset`."""
-    saved_config, saved_dataset = read(workdir)
+def _check_same(workdir: Path, config: Config, saved_config: Config) -> None:
+    """Raises InputError if the saved config is another one than `config`."""
     saved, now = _flat(dataclasses.asdict(saved_config)), _flat(dataclasses.asdict(config))
     free = _FREE
     if config.optimizer.decay == "constant":
@@ -146,11 +140,6 @@ def check_same(workdir: Path, config: Config, dataset: DatasetInfo | None = None
                 f"--workdir={workdir} holds a run with config.{name}={saved[name]!r}, now it is "
                 f"{value!r}; rerun with the same config to continue it, or choose another directory"
             )
-    if dataset is not None and saved_dataset.fingerprints != dataset.fingerprints:
-        raise InputError(
-            f"--workdir={workdir} was trained on other images than those in {dataset.path} "
-            f"(their hashes differ); choose another directory"
-        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,5 +38,5 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(InputError, match="0 images"):
         image_grid(np.zeros((0, 2, 2, 3), np.uint8), 4)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write the picture"):
+    with pytest.raises(InputError, match=r"x.png: cannot write there .*choose another path"):
         save_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "file" / "x.png")

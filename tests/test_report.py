@@ -1,5 +1,6 @@
 """The program: what it writes, prints, and says to bad input."""
 
+import errno
 import subprocess
 import sys
 
@@ -75,13 +76,11 @@ def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
     for old in (out, out.with_suffix(".md")):
         old.write_text("the old one")
 
-    def full(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:10])
-        raise OSError(28, "No space left on device")
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(InputError, match="No space left"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(InputError, match="Input/output error"):
         program.report(runs, out)
     monkeypatch.undo()
     assert out.read_text() == out.with_suffix(".md").read_text() == "the old one"

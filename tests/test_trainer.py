@@ -1,6 +1,6 @@
 """Whole runs: continued, distilled, interrupted, and refused."""
 
-import functools
+import errno
 import json
 import os
 import re
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import configuration, experiment, runs, trainer
-from mcm_jax.data import pipeline
+from mcm_jax import configuration, runs, trainer
 from mcm_jax.errors import InputError
 from mcm_jax.training import sharding, step
 from mcm_jax.training.checkpoints import Checkpoints
@@ -263,6 +262,26 @@ def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tm
         assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
 
 
+def test_a_disk_that_fills_leaves_the_checkpoints_and_the_run_goes_on(
+    tiny_data, teacher, tmp_path, monkeypatch
+):
+    """What the line on a full disk says of checkpoints, see test_command_line, is so."""
+
+    def full(self, state, data, *, step):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.directory / "4"))
+        save(self, state, data, step=step)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    assert trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert_equal_trees(params_of(tmp_path / "run"), params_of(teacher))
+
+
 @pytest.mark.multi_device
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 @pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
@@ -284,27 +303,11 @@ def three_updates(objective, mesh, tiny_data, teacher):
     # none, softmax is blind to it) into an update of full size.
     config.optimizer.update(learning_rate=1e-3, eps=1e-5)
     config = configuration.validate(config)
-    network = experiment.build_network(config, num_classes=2)
-    optimizer = experiment.build_optimizer(config)
+    parts = trainer.build(config, num_classes=2, mesh=mesh)
     params = jax.device_get(runs.load_run(teacher).params)
-    target_decay = experiment.target_decay(config)
-    init = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
-    shardings = sharding.params_sharding(mesh, jax.eval_shape(init, params))
-    state = jax.jit(init, out_shardings=shardings)(params)
-    distil = objective == "cd"
-    train_step = step.make_train_step(
-        experiment.build_loss_fn(config, network, mesh=mesh),
-        optimizer,
-        mesh=mesh,
-        state_sharding=shardings,
-        teacher_sharding=shardings.params if distil else None,
-        ema_decay=0.9,
-        target_decay=target_decay,
-        seed=0,
-    )
-    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
-    batches = pipeline.train_batches(source, batch_size=16, seed=0, flip=True)
-    teacher_params = jax.device_put(params, shardings.params) if distil else None
+    state, train_step = parts.init_from(params), parts.train_step()
+    teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
+    batches = trainer.train_batches(config)
     losses = []
     for _ in range(3):
         batch = sharding.global_batch(mesh, next(batches))
@@ -465,7 +468,7 @@ def test_another_runs_workdir(tiny_data, teacher, no_compilation):
 
 def test_a_workdir_that_can_not_be_made(tiny_data, tmp_path, no_compilation):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(InputError, match=r"--workdir=.*cannot write there .*choose another directory"):
         trainer.train(tiny.config(tiny_data), tmp_path / "file" / "run")
 
 

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -42,6 +43,17 @@ class DatasetInfo:
     preprocessing: str
     source: str
     path: Path
+
+    @classmethod
+    def from_json(cls, fields: Any, *, path: Path) -> "DatasetInfo":
+        """The description that `dataclasses.asdict` and JSON made `fields` of, for the data at `path`.
+
+        Raises:
+          AttributeError, KeyError, TypeError: the file held something else.
+        """
+        counts = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
+        changed = {"class_names": tuple(fields["class_names"]), "class_counts": counts, "path": path}
+        return cls(**{**fields, **changed})
 
     @property
     def num_classes(self) -> int:
@@ -115,10 +127,7 @@ def read_summary(directory: Path) -> DatasetInfo:
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     try:
-        fields = json.loads(text)
-        fields["class_names"] = tuple(fields["class_names"])
-        fields["class_counts"] = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
-        return DatasetInfo(**fields, path=directory)
+        return DatasetInfo.from_json(json.loads(text), path=directory)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {error}") from error
 

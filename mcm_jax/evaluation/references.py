@@ -3,19 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.efficientnet import FEATURES, Extractor
 from mcm_jax.evaluation.metrics import Moments
+from mcm_jax.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or in efficientnet.py change.
 VERSION = 1
@@ -76,7 +74,7 @@ class Cache:
         arrays = {"mean": reference.mean, "cov": reference.cov, "count": np.int64(reference.count)}
         if reference.features is not None:
             arrays["features"] = reference.features
-        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         return reference
 
     def numbers(
@@ -88,8 +86,8 @@ class Cache:
         if kept is not None:
             return kept
         numbers = compute()
-        text = json.dumps({"numbers": numbers, "sha256": content_hash(numbers)}, allow_nan=False)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        content = {"numbers": numbers, "sha256": content_hash(numbers)}
+        write_whole(path, json.dumps(content, allow_nan=False))
         return numbers
 
 
@@ -97,32 +95,6 @@ def content_hash(fields: Mapping[str, Any]) -> str:
     """sha256 of the fields as canonical JSON."""
     text = json.dumps(dict(fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def require_writable(directory: Path, name: str) -> None:
-    """Makes the directory if need be and writes a file into it, or raises InputError naming it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{name}={directory}: cannot write there ({error.strerror}); choose another"
-        ) from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`path` holds either its old content or all of the new one, whenever the process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path, load: Callable[[], Any]) -> Any | None:

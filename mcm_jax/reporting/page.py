@@ -5,8 +5,9 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
-from mcm_jax.reporting import plots, results, tables
-from mcm_jax.reporting.results import NEAREST, Collection, Estimate, Group, Result
+from mcm_jax.reporting import averages, plots, results, tables
+from mcm_jax.reporting.averages import Estimate, Group
+from mcm_jax.reporting.results import NEAREST, Collection, Result
 from mcm_jax.reporting.tables import Bound
 
 TITLE = "Multistep consistency models: measured distances"
@@ -92,16 +93,16 @@ class Content:
 
 def prepare(collection: Collection) -> Content:
     """Groups and averages the results."""
-    groups, notes = results.group(collection)
+    groups, notes = averages.group(collection)
     sections = []
     for group in groups:
         distances = []
         for metric in group.distances:
-            estimates, left_out = results.estimates(group, metric, collection.runs)
+            estimates, left_out = averages.estimates(group, metric, collection.runs)
             notes += left_out
             bounds = tables.distance_bounds(group, metric)
             distances.append(Measured(metric, tuple(estimates), tuple(bounds)))
-        estimates, _ = results.estimates(group, NEAREST, collection.runs)
+        estimates, _ = averages.estimates(group, NEAREST, collection.runs)
         nearest = Measured(NEAREST, tuple(estimates), tuple(tables.nearest_bounds(group)))
         sections.append(Section(group, tuple(distances), nearest if estimates else None))
     return Content(collection, tuple(sections), tuple(dict.fromkeys([*collection.notes, *notes])))
@@ -187,7 +188,7 @@ def _measured(group: Group, measured: Measured, *, titled: bool = True) -> str:
 
 
 def _title(group: Group, metric: str) -> str:
-    count = results.count_of(metric)
+    count = averages.count_of(metric)
     return "Distance of all samples" if metric == group.distance else f"Distance of the first {count} samples"
 
 
@@ -206,7 +207,7 @@ def _plot(group: Group, measured: Measured) -> str:
 
 def _all_grids(group: Group) -> str:
     """The first training seed's pictures side by side, those of the others folded away."""
-    by_seed = results.grids(group)
+    by_seed = averages.grids(group)
     parts = [
         "<h3>Samples from the same noise</h3>",
         f"<p>The first samples of sampling seed {group.seeds[0]}: the image at the same place has the same "
@@ -223,7 +224,7 @@ def _all_grids(group: Group) -> str:
 
 def picture(content: Content) -> bytes | None:
     """A PNG of the first group's samples side by side, of its first training seed; None without any."""
-    members = next(iter(results.grids(content.sections[0].group).values()), [])
+    members = next(iter(averages.grids(content.sections[0].group).values()), [])
     pictures = [(_what(member), png) for member in members if (png := results.read_grid(member)) is not None]
     return plots.side_by_side(pictures) if pictures else None
 

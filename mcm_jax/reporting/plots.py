@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
-from mcm_jax.reporting.results import Estimate
+from mcm_jax.reporting.averages import Estimate
 from mcm_jax.reporting.tables import Bound, plural
 
 _STUDENTS = {"cd": ("CD", "#0072b2", "o"), "ct": ("CT", "#d55e00", "s")}

@@ -6,17 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mcm_jax.reporting.results import (
-    DISTANCE,
-    NEAREST,
-    Collection,
-    Conditions,
-    Estimate,
-    Group,
-    Run,
-    bounds,
-    count_of,
-)
+from mcm_jax.reporting.averages import Estimate, Group, bounds, count_of
+from mcm_jax.reporting.results import DISTANCE, NEAREST, Collection, Conditions, Run
 
 _COLUMNS = {"diffusion": "Teacher", "cd": "CD", "ct": "CT"}
 _PARAMETERS = {"ema": "averaged (EMA) parameters", "raw": "parameters of the last update (raw)"}

@@ -16,6 +16,8 @@ from mcm_jax.training.state import TrainState
 # (params, teacher_params, target_params, batch, key, step) -> loss of every example
 LossFn = Callable[[Any, Any, Any, dict[str, Array], Array, Array], Float[Array, "B"]]
 Metrics = dict[str, Float[Array, ""]]
+# (state, teacher_params, batch) -> (state, metrics)
+TrainStep = Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -45,8 +47,8 @@ def make_train_step(
     ema_decay: float,
     target_decay: float | None = None,
     seed: int,
-) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """(state, teacher_params, batch) -> (state, metrics), jitted, with the state donated.
+) -> TrainStep:
+    """The update, jitted, with the state donated.
 
     The randomness of update i is fold_in(key(seed), i). Metrics: the loss averaged over the batch, the
     gradient's global norm before clipping.

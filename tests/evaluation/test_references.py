@@ -168,16 +168,3 @@ def test_an_unwritable_cache_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--cache_dir=.*file"):
         Cache(tmp_path / "file" / "cache")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        references.write_atomically(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

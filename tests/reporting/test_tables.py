@@ -2,8 +2,8 @@
 
 import pytest
 
-from mcm_jax.reporting import results, tables
-from mcm_jax.reporting.results import Estimate
+from mcm_jax.reporting import averages, results, tables
+from mcm_jax.reporting.averages import Estimate
 from tests.reporting.made_up import TEACHER, config, record, write
 
 
@@ -22,7 +22,7 @@ def estimate(objective="cd", steps=4, mean=480.0, error=None, count=1, runs=("ru
 
 
 def only_group(runs):
-    (group,), _ = results.group(results.collect(runs))
+    (group,), _ = averages.group(results.collect(runs))
     return group
 
 

@@ -1,0 +1,93 @@
+"""Files written whole or not at all, and directories asked beforehand whether they can be written."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from mcm_jax.errors import InputError
+
+Content = bytes | str | Callable[[BinaryIO], object]
+
+
+def write_whole(path: str | Path, content: Content) -> None:
+    """`path` holds either its old content or all of the new one, whenever the process dies.
+
+    Its directory is made if need be.
+
+    Args:
+      content: what to write (text as UTF-8), or what writes it into an open file.
+
+    Raises:
+      OSError: naming `path`, which is as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            # A failed write does not say by itself which file it was.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write_asked_for(path: str | Path, content: Content) -> None:
+    """`write_whole` where the user chose the path.
+
+    Raises:
+      InputError: the path is no place to write to.
+      OSError: the disk is full, which no choice of the user's was wrong about.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise InputError(f"{path}: cannot write there ({_reason(error)}); choose another path") from error
+
+
+def require_writable(directory: Path, name: str) -> None:
+    """Makes the directory if need be and writes a file into it, or raises InputError naming it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise InputError(
+            f"{name}={directory}: cannot write there ({_reason(error)}); choose another directory"
+        ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that the disk is full, or the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk_within(error: BaseException | None) -> OSError | None:
+    """What says that the disk is full among `error` and what led to it; None where nothing does."""
+    while error is not None:
+        if isinstance(error, OSError) and is_full(error):
+            return error
+        # Libraries in C++ (Orbax's TensorStore, TensorFlow) tell of it in the text of errors of their own.
+        if (words := os.strerror(errno.ENOSPC)) in str(error):
+            return OSError(errno.ENOSPC, words)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
