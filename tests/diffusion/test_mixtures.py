@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.optimize
 import scipy.special
 import scipy.stats
 
@@ -22,7 +23,8 @@ from tests import reference
 COVARIANCE = np.array([[0.30, 0.10, -0.05], [0.10, 0.08, 0.02], [-0.05, 0.02, 0.05]])
 MIXTURES = {
     "two_components": mixtures.two_components(),
-    "plane": mixtures.random_mixture(3, dimension=2, components=2),
+    # Of a seed whose basis is a rotation by a general angle: that of a reflection is its own transpose.
+    "plane": mixtures.random_mixture(6, dimension=2, components=2),
     "gaussian": mixtures.gaussian(np.array([0.3, -0.2, 0.1]), COVARIANCE),
 }
 LOGSNR = np.linspace(-16, 16, 17)
@@ -343,12 +345,14 @@ def test_gaussian_has_its_moments():
     np.testing.assert_allclose(covariance, COVARIANCE, atol=1e-15)
 
 
-def test_a_singular_gaussian_stays_on_its_line():
-    direction = np.array([0.6, 0.8])
+@pytest.mark.parametrize("direction", [[0.6, 0.8], [0.0, 1.0], [0.28, 0.96], [-0.8, 0.6]])
+def test_a_singular_gaussian_stays_on_its_line(direction):
+    """Its zero eigenvalue comes out as zero, above, and below."""
+    direction = np.array(direction)
     mixture = mixtures.gaussian(0.1 * direction, np.outer(direction, direction))
     z_t = jnp.array([[1.0, 0.5], [-0.3, 2.0]])
     x_hat = denoise(mixture, z_t, logsnr_t=jnp.array([0.0, 5.0]))
-    np.testing.assert_allclose(x_hat @ np.array([0.8, -0.6]), 0, atol=1e-6)
+    np.testing.assert_allclose(x_hat @ np.array([direction[1], -direction[0]]), 0, atol=1e-6)
     assert np.all(np.isfinite(flow(mixture, z_t, -15.0, 15.0)))
     # All distance is along the line, and that of the points to N(0.1, 1).
     points = np.array([[-0.9], [0.0], [0.8]])
@@ -358,6 +362,22 @@ def test_a_singular_gaussian_stays_on_its_line():
         mixtures.marginal_wasserstein(line, points),
         atol=1e-12,
     )
+
+
+def test_components_of_weight_zero_are_absent():
+    line = mixtures.gaussian(np.array([0.1]), np.array([[0.04]]))
+    padded = line._replace(
+        weights=np.array([[0.0, 1.0]]), means=np.array([[9.0, 0.1]]), stds=np.array([[0.01, 0.2]])
+    )
+    z_t, logsnr_t = jnp.array([[0.5], [0.1]]), jnp.array([0.0, 3.0])
+    for function in (denoise, posterior_variance):
+        expected = function(line, z_t, logsnr_t=logsnr_t)
+        np.testing.assert_allclose(function(padded, z_t, logsnr_t=logsnr_t), expected, rtol=1e-6)
+    np.testing.assert_allclose(flow(padded, z_t, 1.0, 4.0), flow(line, z_t, 1.0, 4.0), atol=1e-6)
+    x = mixtures.sample(padded, jax.random.key(0), 100)
+    assert np.all(np.abs(x) < 2)
+    distance = mixtures.marginal_wasserstein(padded, x)
+    np.testing.assert_allclose(distance, mixtures.marginal_wasserstein(line, x), atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -424,18 +444,23 @@ def test_distance_of_gaussian_cells_is_closed_form(shift, scale, count):
 
 
 def test_distance_sums_quadratures_over_the_basis():
-    """int (x_i - u)^2 dF(u) with x_i the point whose cell u's quantile lies in; x in any order."""
-    mixture = MIXTURES["plane"]
-    points = np.random.default_rng(0).normal(size=(9, 2))
-    u = np.linspace(-4, 4, 400_001)
+    """sum_i int (x_i - u)^2 dF(u) over the cell of u between the quantiles (i - 1) / N and i / N."""
+    mixture, count = MIXTURES["plane"], 9
+    points = np.random.default_rng(0).normal(size=(count, 2))
     expected = 0.0
-    for i in range(2):
-        below, _, density = cdf_and_density(mixture, u[:, None] * mixture.basis[:, i])
-        cell = np.minimum((below[:, i] * len(points)).astype(int), len(points) - 1)
-        ordered = np.sort(points @ mixture.basis[:, i])
-        expected += np.sum((ordered[cell] - u) ** 2 * density[:, i]) * (u[1] - u[0])
-    # The grid of 2e-5 misplaces the ends of eight cells.
-    np.testing.assert_allclose(mixtures.marginal_wasserstein(mixture, points), expected, rtol=1e-4)
+    for direction, weights, means, stds in zip(mixture.basis.T, *mixture[1:], strict=True):
+
+        def cdf(u, weights=weights, means=means, stds=stds):
+            return weights @ scipy.special.ndtr((u - means) / stds)
+
+        def cost(u, x, weights=weights, means=means, stds=stds):
+            return (x - u) ** 2 * (weights @ scipy.stats.norm.pdf(u, means, stds))
+
+        edges = [scipy.optimize.brentq(lambda u, p=n / count: cdf(u) - p, -4, 4) for n in range(1, count)]
+        for x, *cell in zip(np.sort(points @ direction), [-4, *edges], [*edges, 4], strict=True):
+            expected += scipy.integrate.quad(cost, *cell, args=(x,), epsabs=1e-14)[0]
+    # Beyond 4 there is less than 1e-30; the edges' own errors, 1e-12 in brentq, count squared.
+    np.testing.assert_allclose(mixtures.marginal_wasserstein(mixture, points), expected, rtol=1e-12)
 
 
 def test_distance_of_exact_samples_is_the_documented_floor():
