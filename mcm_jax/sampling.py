@@ -11,7 +11,7 @@ from mcm_jax.diffusion.network import ModelFn
 
 Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
 XVar = Literal["analytic", "measured"]
-Clip = Literal["last", "every"]
+Clip = Literal["last", "every", "never"]
 
 # What is folded into an image's key for each of its draws; the steps' noise follows after.
 _NOISE, _LABEL, _MEASUREMENT, _STEPS = range(4)
@@ -53,7 +53,7 @@ def sample(
     x_var: Float[Array, "N"] | None = None,
     clip: Clip = "last",
 ) -> Float[Array, "B ..."]:
-    """Integrates z_1 from logsnr[0] to logsnr[N - 1]; returns the x_hat found there, clipped to [-1, 1].
+    """Integrates z_1 from logsnr[0] to logsnr[N - 1]; returns the x_hat found there.
 
     The last step returns x_hat and not z_0, in which a shifted schedule leaves noise of up to a grey level.
 
@@ -67,7 +67,8 @@ def sample(
       sampler: students take "ddim": they carry aDDIM's adjustment already.
       x_var: variance per pixel of x given z_t at every point of the grid, for addim and noisy_ddim; None:
         the analytic one. It is the conditional prediction's, whatever the guidance.
-      clip: not in the paper: clip x_hat in every step ("every") or in the last (ours).
+      clip: not in the paper: clip x_hat in every step ("every") or in the last (ours); "never" is for data
+        that lie outside of [-1, 1].
     """
     num_steps, batch = logsnr.shape[0], z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
@@ -77,7 +78,7 @@ def sample(
     ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
         v_hat = model_fn(z_t, logsnr_t, cond, None)
         x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
-        if clip == "last":
+        if clip != "every":
             return x_hat, process.eps_from_v(v_hat, z_t, logsnr_t=logsnr_t)
         x_hat = jnp.clip(x_hat, -1.0, 1.0)
         return x_hat, process.eps_from_x(x_hat, z_t, logsnr_t=logsnr_t)
@@ -103,7 +104,7 @@ def sample(
 
     z_t = jax.lax.fori_loop(0, num_steps - 1, step, z_1)
     x_hat, _ = predict(z_t, jnp.broadcast_to(logsnr[num_steps - 1], batch))
-    return jnp.clip(x_hat, -1.0, 1.0)
+    return x_hat if clip == "never" else jnp.clip(x_hat, -1.0, 1.0)
 
 
 def measure_x_var(

@@ -174,8 +174,9 @@ def test_samples_are_clipped():
         del logsnr_t, cond, key
         return -100 * z_t
 
-    x = run(large, 3)
-    assert jnp.max(jnp.abs(x)) == 1
+    assert jnp.max(jnp.abs(run(large, 3))) == 1
+    assert jnp.max(jnp.abs(run(large, 3, clip="every"))) == 1
+    assert jnp.max(jnp.abs(run(large, 3, clip="never"))) > 1
 
 
 @pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))

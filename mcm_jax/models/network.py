@@ -1,22 +1,29 @@
-"""A UViT as two pure functions over a plain dict of parameters."""
+"""A Flax NNX module as two pure functions over a plain dict of parameters."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.models.uvit import UViT, UViTSpec
-
 Params = dict[str, Any]
+
+
+class Spec(Protocol):
+    """Every size of a network: `uvit.UViTSpec` for images, `mlp.MLPSpec` for vectors."""
+
+    num_classes: int
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module, called with (z_t, logsnr_t, label, key)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     """init(key) -> parameters; apply(parameters, z_t, logsnr_t, label, key) -> v_hat."""
 
-    spec: UViTSpec
+    spec: Any  # a Spec
 
     @property
     def null_class(self) -> int:
@@ -25,17 +32,17 @@ class Network:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters. Traceable: use it under jit or eval_shape."""
-        return nnx.to_pure_dict(nnx.state(UViT(self.spec, rngs=nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self.spec.build(nnx.Rngs(params=key)), nnx.Param))
 
     def apply(
         self,
         params: Params,
-        z_t: Float[Array, "B H W C"],
+        z_t: Float[Array, "B ..."],
         logsnr_t: Float[Array, "B"],
         label: Int[Array, "B"],
         key: jax.Array | None,
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B ..."]:
         """v_hat(z_t, lambda_t, label); `key` is dropout's, None switches it off."""
-        model = nnx.eval_shape(lambda: UViT(self.spec, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: self.spec.build(nnx.Rngs(0)))
         nnx.update(model, params)
         return model(z_t, logsnr_t, label, key)

@@ -45,6 +45,10 @@ class UViTSpec:
     noise_scale: NoiseScale
     dtype: Literal["float32", "bfloat16"]
 
+    def build(self, rngs: nnx.Rngs) -> "UViT":
+        """The network of these sizes."""
+        return UViT(self, rngs=rngs)
+
 
 class ResNetStage(nnx.Module):
     """ResNet blocks in a row."""

@@ -48,7 +48,25 @@ def make_train_step(
     target_decay: float | None = None,
     seed: int,
 ) -> TrainStep:
-    """The update, jitted, with the state donated.
+    """`make_update`, jitted on a mesh, with the state donated."""
+    update = make_update(loss_fn, optimizer, ema_decay=ema_decay, target_decay=target_decay, seed=seed)
+    return jax.jit(
+        update,
+        in_shardings=(state_sharding, teacher_sharding, sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_update(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    target_decay: float | None = None,
+    seed: int,
+) -> TrainStep:
+    """(state, teacher_params, batch) -> (state, metrics); a pure function, for jit or scan.
 
     The randomness of update i is fold_in(key(seed), i). Metrics: the loss averaged over the batch, the
     gradient's global norm before clipping.
@@ -58,9 +76,7 @@ def make_train_step(
       target_decay: of the target network's bias-corrected average, see `debiased_decay`; None: there is none.
     """
 
-    def train_step(
-        state: TrainState, teacher_params: Any, batch: dict[str, Array]
-    ) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, teacher_params: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def mean_loss(params: Any) -> Float[Array, ""]:
@@ -78,12 +94,7 @@ def make_train_step(
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema_params, target_params, opt_state), metrics
 
-    return jax.jit(
-        train_step,
-        in_shardings=(state_sharding, teacher_sharding, sharding.batch_sharding(mesh)),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    return update
 
 
 def debiased_decay(decay: float, update: Array) -> Float[Array, ""]:

@@ -1,0 +1,123 @@
+"""Training and sampling on a closed-form mixture: every objective, with an exact teacher or a trained one."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mcm_jax import experiment, sampling
+from mcm_jax.configuration import Config
+from mcm_jax.diffusion import mixtures, schedules
+from mcm_jax.diffusion.mixtures import Mixture
+from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.models.mlp import MLPSpec
+from mcm_jax.models.network import Network, Params
+from mcm_jax.training import step
+
+# Apart from the keys of the updates, which are fold_in(key(seed), 0), 1, ...
+_DATA = 2**31 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorRun:
+    """A network for vectors with its averaged parameters, as one config trained it."""
+
+    config: Config
+    network: Network
+    params: Params
+
+    @property
+    def model_fn(self) -> ModelFn:
+        """v_hat of the averaged parameters."""
+        return functools.partial(self.network.apply, self.params)
+
+
+def train(
+    config: Config,
+    spec: MLPSpec,
+    mixture: Mixture,
+    *,
+    start: Params | None = None,
+    teacher: Params | None = None,
+) -> VectorRun:
+    """All of config.training.num_steps updates in one compiled loop, each on fresh draws of the mixture.
+
+    Args:
+      config: objective, consistency, schedule, optimizer, training.batch_size and seed are read.
+      start: parameters to start from, fresh ones if None.
+      teacher: the parameters of a trained teacher; None: the mixture's exact denoiser.
+    """
+    network = Network(spec)
+    objective = experiment.build_objective(config, null_class=network.null_class)
+    exact = mixtures.model_fn(mixture)
+
+    def bind(params: Params) -> ModelFn:
+        return functools.partial(network.apply, params)
+
+    def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+        teacher_fn = None
+        if experiment.distils(config):
+            teacher_fn = exact if teacher_params is None else bind(teacher_params)
+        target_fn = None if target_params is None else bind(target_params)
+        x, label = batch["image"], batch["label"]
+        return objective(bind(params), teacher_fn, target_fn, x, label, key, train_step)
+
+    optimizer = experiment.build_optimizer(config)
+    target_decay = experiment.target_decay(config)
+    update = step.make_update(
+        loss_fn,
+        optimizer,
+        ema_decay=config.optimizer.ema_decay,
+        target_decay=target_decay,
+        seed=config.seed,
+    )
+    batch_size = config.training.batch_size
+    data_key = jax.random.fold_in(jax.random.key(config.seed), _DATA)
+
+    @jax.jit
+    def run(start: Params, teacher: Params | None) -> Params:
+        def one(state, n):
+            x = mixtures.sample(mixture, jax.random.fold_in(data_key, n), batch_size)
+            batch = {"image": x, "label": jnp.zeros(batch_size, jnp.int32)}
+            state, metrics = update(state, teacher, batch)
+            return state, metrics["loss"]
+
+        state = step.init_state(start, optimizer, target_decay=target_decay)
+        state, losses = jax.lax.scan(one, state, jnp.arange(config.training.num_steps))
+        return state.ema_params, losses
+
+    if start is None:
+        start = network.init(experiment.init_key(config.seed))
+    params, losses = run(start, teacher)
+    if not bool(jnp.all(jnp.isfinite(losses))):
+        raise FloatingPointError(f"the loss of {config.objective} is not finite")
+    return VectorRun(config, network, params)
+
+
+def sample(
+    model_fn: ModelFn,
+    dimension: int,
+    num: int,
+    *,
+    seed: int,
+    num_steps: int,
+    sampler: sampling.Sampler = "ddim",
+    schedule: schedules.Schedule | None = None,
+    x_var: Float[Array, "N"] | None = None,
+) -> Float[Array, "num dimension"]:
+    """`num` samples on the uniform grid of `schedule` (the plain cosine if None), unclipped."""
+    logsnr = schedules.uniform_grid(schedule or schedules.cosine(), num_steps)
+
+    @jax.jit
+    def run() -> Any:
+        keys = sampling.image_keys(jax.random.key(seed), jnp.arange(num))
+        z_1 = sampling.initial_noise(keys, (dimension,))
+        cond = jnp.zeros(num, jnp.int32)
+        return sampling.sample(
+            model_fn, z_1, cond, keys, logsnr=logsnr, sampler=sampler, x_var=x_var, clip="never"
+        )
+
+    return run()
