@@ -40,8 +40,14 @@ SOURCES = ("mcm_jax/diffusion/*.py", "mcm_jax/objectives/*.py", "mcm_jax/samplin
 TESTS = ("tests/diffusion/test_*.py", "tests/objectives/test_*.py", "tests/test_sampling.py")
 EQUIVALENT = "tests/equivalent_mutants.toml"
 
+# Imported by the parent, because they take seconds: what the tests and the modules under test import.
 LIBRARIES = (
-    *("beartype", "flax.nnx", "grain", "hypothesis.extra.numpy", "jax.numpy", "ml_collections", "pytest"),
+    "beartype",
+    "flax.nnx",
+    "grain",
+    "hypothesis.extra.numpy",
+    "jax",
+    "pytest",
     "tensorflow_datasets",
 )
 # A mutant counts as hanging after this many times what the tests take without a mutation, plus a minute.
@@ -57,7 +63,7 @@ class Outcome:
 
 
 class FirstFailure:
-    """The pytest plugin of a child: notes which test failed, and leaves its example as it was found."""
+    """A child's pytest plugin: notes which test failed; hypothesis need not simplify its example."""
 
     def __init__(self, note: Path):
         self.note = note
@@ -97,6 +103,8 @@ def run_tests(directory: Path, mutant: Mutant | None, root: Path, limit_seconds:
         shutil.copy(root / part, directory)
     if mutant:
         (directory / mutant.path).write_text(mutant.source)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mcm_jax", "tests")]:
+        del sys.modules[name]
     sys.path.insert(0, str(directory))
     sys.dont_write_bytecode = True
     os.chdir(directory)
@@ -107,7 +115,7 @@ def run_tests(directory: Path, mutant: Mutant | None, root: Path, limit_seconds:
 def run(
     mutants: list[Mutant | None], *, root: Path, processes: int = 1, limit_seconds: int = 3600
 ) -> Iterator[Outcome]:
-    """The outcomes in the order in which they come, of so many children at a time."""
+    """Runs the tests against each mutant, so many at a time; the outcomes in the order in which they come."""
     fork, waiting, running = multiprocessing.get_context("fork"), list(reversed(mutants)), {}
     with tempfile.TemporaryDirectory() as scratch:
         while waiting or running:
@@ -128,14 +136,12 @@ def run(
 
 
 def warm_up(cache: str) -> None:
-    """Imports what a child would otherwise import for seconds, with the settings that JAX reads then."""
+    """Imports the libraries, with the settings that JAX reads at its import."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for library in LIBRARIES:
         importlib.import_module(library)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-        del sys.modules[name]  # a child has its own copy
 
 
 def equivalents(root: Path) -> set[Mutant]:

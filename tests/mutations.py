@@ -182,7 +182,7 @@ def gradient(place: Place) -> Iterator[ast.expr]:
 
 
 def axis(place: Place) -> Iterator[ast.expr]:
-    """A reduction over everything, which changes the shape, and one over the batch too, which does not."""
+    """The axis dropped, which changes the shape; the mean over the batch too, which does not."""
     match place.node:
         case ast.Call(function, arguments, keywords) if any(k.arg == "axis" for k in keywords):
             yield ast.Call(function, arguments, [k for k in keywords if k.arg != "axis"])
@@ -199,7 +199,7 @@ def mean(place: Place) -> Iterator[ast.expr]:
 
 
 def constant(place: Place) -> Iterator[ast.expr]:
-    """n + 1 and n / 2; for an integer n + 1 and 2 n, or n - 1 for 0 and 1; True for False."""
+    """n + 1, and n / 2 of a float, 2 n of an integer (n - 1 of 0 and 1); False for True."""
     value = getattr(place.node, "value", None) if isinstance(place.node, ast.Constant) else None
     if isinstance(value, bool):
         yield ast.Constant(not value)
@@ -232,6 +232,8 @@ KINDS: dict[str, Callable[[Place], Iterator[ast.expr]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
+    """What is changed where; two are equal wherever the lines have moved to."""
+
     path: str
     function: str
     kind: str
@@ -249,17 +251,15 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
     tree = ast.parse(source)
     mutants = {ast.unparse(tree): None}
     for place in places(tree):
+        context, line = place.context, place.node.lineno
+        before = ast.unparse(context or place.node)
         for kind, mutate in KINDS.items():
             if kind == "gradient" and not path.startswith(DIFFERENTIATED):
                 continue
-            before, function, line = (
-                ast.unparse(place.context or place.node),
-                place.function,
-                place.node.lineno,
-            )
             for node in mutate(place):
                 place.put(node)
-                after, text = ast.unparse(place.context or node), ast.unparse(tree)
+                after, text = ast.unparse(context or node), ast.unparse(tree)
                 place.put(place.node)
-                mutants.setdefault(text, Mutant(path, function, kind, before, after, line, text + EPILOGUE))
+                mutant = Mutant(path, place.function, kind, before, after, line, text + EPILOGUE)
+                mutants.setdefault(text, mutant)
     return sorted(filter(None, mutants.values()), key=lambda mutant: mutant.line)
