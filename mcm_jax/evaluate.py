@@ -8,11 +8,8 @@ numbers mean. Several workdirs in one call share the compiled feature network an
 
 import dataclasses
 import datetime
-import errno
 import functools
 import importlib.metadata
-import json
-import os
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -28,7 +25,7 @@ from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, protocol
 from mcm_jax.evaluation.references import Cache, Reference
-from mcm_jax.files import require_writable
+from mcm_jax.files import append_line, require_writable
 from mcm_jax.pictures import image_grid, save_png
 from mcm_jax.sampling import Sampler, XVar
 
@@ -228,22 +225,6 @@ def _check(options: Options) -> None:
         raise InputError(f"--guidance={options.guidance}: 0 is none, larger is more; it can't be negative")
     if options.parameters not in PARAMETERS:
         raise InputError(f"--parameters={options.parameters}: it is one of {', '.join(PARAMETERS)}")
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line in a single write, so that lines of two processes never mix and earlier ones stay.
-
-    A last line that was cut off by a crash is left as it is, on a line of its own.
-    """
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    with open(path, "a+b", buffering=0) as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        written = file.write(line)
-        os.fsync(file.fileno())
-    if written != len(line):
-        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
 
 
 _MEANINGS = (

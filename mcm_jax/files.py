@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mcm_jax.errors import InputError
 
@@ -58,6 +59,22 @@ def write_asked_for(path: str | Path, content: Content) -> None:
         if is_full(error):
             raise
         raise InputError(f"{path}: cannot write there ({_reason(error)}); choose another path") from error
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line in a single write, so that lines of two processes never mix and earlier ones stay.
+
+    A last line that was cut off by a crash is left as it is, on a line of its own.
+    """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        written = file.write(line)
+        os.fsync(file.fileno())
+    if written != len(line):
+        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
 
 
 def require_writable(directory: Path, name: str) -> None:

@@ -10,6 +10,7 @@ import grain
 import jax
 import ml_collections
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from mcm_jax import configuration, experiment, workdirs

@@ -262,13 +262,6 @@ def test_results_are_added_and_never_lost(options, workdirs):
     assert json.loads(found[2])["metrics"] == json.loads(found[3])["metrics"]
 
 
-def test_a_number_that_is_none_is_not_written(tmp_path):
-    path = tmp_path / "results.jsonl"
-    with pytest.raises(ValueError):
-        program.append_line(path, {"metrics": {"fd": float("nan")}})
-    assert not path.exists()
-
-
 def test_the_table_names_each_number(options, capsys):
     (record,) = program.evaluate(options, Loader())
     printed = capsys.readouterr().out

@@ -122,3 +122,10 @@ def test_a_full_disk_is_found_in_what_led_to_an_error():
     assert files.is_full(told) and told.strerror == "No space left on device" and told.filename is None
     assert files.full_disk_within(chain(ValueError("x"), OSError(errno.EIO, "Input/output error"))) is None
     assert files.full_disk_within(None) is None
+
+
+def test_a_number_that_is_none_is_not_added(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError):
+        files.append_line(path, {"metrics": {"fd": float("nan")}})
+    assert not path.exists()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Measures which of the paper's findings hold on two small problems: a closed-form mixture (exact teacher, exact
+# distance) and 16x16 OpenMoji (trained teacher, proxy distance). Up to 90 minutes a problem on 2 cores.
+#
+#   bash launch/findings.sh                           runs/findings, 3 seeds
+#   bash launch/findings.sh --quick                   everything in short: shows that it runs, under 15 minutes
+#   bash launch/findings.sh --choices                 also the choices that the paper leaves open
+#   bash launch/findings.sh --settings=mixture --out=DIR --seeds=5
+#
+# The same command continues where an earlier one stopped. Arguments go to `python -m mcm_jax.findings`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+mcm_environment
+out=runs/findings
+for argument in "$@"; do
+  case "$argument" in
+    --quick) out=runs/findings_quick ;;
+  esac
+done
+mcm_run python -m mcm_jax.findings --out="$out" "$@"

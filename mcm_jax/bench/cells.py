@@ -1,0 +1,102 @@
+"""Cells: small runs whose results are stored as they end, so that a bench resumes."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mcm_jax.errors import InputError
+from mcm_jax.files import append_line
+
+Values = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run and how it is sampled.
+
+    `overrides` are fields of the config that differ from the setting's, as ("consistency.xvar_frac", 0.0).
+    """
+
+    setting: str
+    system: str  # an objective, or "exact": the closed-form denoiser, which nobody trains
+    steps: int  # of the student, or of the sampler of a model of all of time
+    seed: int
+    overrides: tuple[tuple[str, Any], ...] = ()
+    sampler: str = "ddim"
+
+    @property
+    def label(self) -> str:
+        """One word for each thing that tells it from other cells, for people and for directories."""
+        changed = [f"{name.rsplit('.', 1)[-1]}={value}" for name, value in self.overrides]
+        sampler = [] if self.sampler == "ddim" else [self.sampler]
+        return " ".join([self.setting, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
+
+
+class Store:
+    """A JSON-lines file of finished cells."""
+
+    def __init__(self, path: Path):
+        """Raises InputError if there is a file that is none of ours."""
+        self.path = path
+        self._values: dict[Cell, Values] = {}
+        self.seconds: dict[Cell, float] = {}
+        if not path.exists():
+            return
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # Cut off by a crash: its cell is measured again.
+            try:
+                fields = record["cell"]
+                overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
+                cell = Cell(overrides=overrides, **fields)
+                values, seconds = dict(record["values"]), float(record["seconds"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}:{number} is no result of the bench ({error}); remove it") from error
+            self._values[cell], self.seconds[cell] = values, seconds
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell in self._values
+
+    def __getitem__(self, cell: Cell) -> Values:
+        return self._values[cell]
+
+    def add(self, cell: Cell, values: Values, *, seconds: float) -> None:
+        """Stores one more; complete or absent in the file."""
+        record = {
+            "cell": dataclasses.asdict(cell),
+            "values": values,
+            "seconds": round(seconds, 2),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.path, record)
+        self._values[cell], self.seconds[cell] = values, seconds
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def run(cells: Iterable[Cell], store: Store, measure: Callable[[Cell], Values]) -> None:
+    """Measures every cell that the store lacks, in the order given; tells each as it ends."""
+    cells = list(dict.fromkeys(cells))
+    left = [cell for cell in cells if cell not in store]
+    if len(left) < len(cells):
+        print(f"{len(cells) - len(left)} of {len(cells)} cells are done already", flush=True)
+    started = time.monotonic()
+    for number, cell in enumerate(left, start=1):
+        start = time.monotonic()
+        values = measure(cell)
+        store.add(cell, values, seconds=time.monotonic() - start)
+        spent = time.monotonic() - started
+        told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        minutes = spent / number * (len(left) - number) / 60
+        print(f"{number}/{len(left)}  {cell.label}: {told}  ({minutes:.0f} min left)", flush=True)

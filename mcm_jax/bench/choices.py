@@ -1,0 +1,70 @@
+"""The choices that the paper leaves open, each against its default on the same bench (SPEC 2, 4)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mcm_jax.bench.cells import Cell, Store
+from mcm_jax.bench.findings import Measured, Overrides, measure
+
+# Where a choice is measured: CD with few and with many steps.
+STUDENT_STEPS = (1, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An alternative to a default, as fields of the config."""
+
+    name: str
+    overrides: Overrides
+
+
+# A student's learning rate, and half of the resolution that a schedule is shifted to: a mixture counts as 32.
+_LEARNING_RATES = {"mixture": 5e-4, "openmoji": 3e-4}
+_HALF_RESOLUTIONS = {"mixture": 16, "openmoji": 8}
+
+
+def choices(setting: str) -> tuple[Choice, ...]:
+    """All of them, for a setting's own learning rate and resolution."""
+    learning_rate, half = _LEARNING_RATES[setting], _HALF_RESOLUTIONS[setting]
+    return (
+        Choice("loss weight SNR + 1", (("consistency.loss_weight", "snr_plus_one"),)),
+        Choice("loss weight max(SNR, 1)", (("consistency.loss_weight", "max_snr_one"),)),
+        Choice("sum in the Huber distance", (("consistency.huber_reduction", "sum"),)),
+        Choice("Huber epsilon 1", (("consistency.huber_epsilon", 1.0),)),
+        Choice("target network: average, decay 0.95", (("consistency.target_network", "ema"),)),
+        Choice("dropout 0.1", (("model.dropouts", (0.1, 0.1, 0.1)),)),
+        Choice("learning rate / 3", (("optimizer.learning_rate", learning_rate / 3),)),
+        Choice("learning rate x 3", (("optimizer.learning_rate", learning_rate * 3),)),
+        Choice("schedule shifted by half, ends moved", _shift(half, "moved")),
+        Choice("schedule shifted by half, ends kept", _shift(half, "kept")),
+    )
+
+
+def _shift(resolution: int, end_points: str) -> Overrides:
+    return (
+        ("schedule.noise_resolution_low", resolution),
+        ("schedule.noise_resolution_high", resolution),
+        ("schedule.end_points", end_points),
+    )
+
+
+def cells_of(setting: str, seeds: Sequence[int]) -> list[Cell]:
+    """Every cell that the choices need, the defaults included."""
+    overrides = [(), *(choice.overrides for choice in choices(setting))]
+    return [
+        Cell(setting, "cd", steps, seed, changed)
+        for seed in seeds
+        for changed in overrides
+        for steps in STUDENT_STEPS
+    ]
+
+
+def measured(choice: Choice, store: Store, setting: str, steps: int, seeds: Sequence[int]) -> Measured | None:
+    """The alternative's distance less the default's, paired; None where a cell is missing."""
+    pairs = [
+        tuple(Cell(setting, "cd", steps, seed, changed) for changed in (choice.overrides, ()))
+        for seed in seeds
+    ]
+    if any(cell not in store for pair in pairs for cell in pair):
+        return None
+    return measure([store[a]["distance"] - store[b]["distance"] for a, b in pairs])

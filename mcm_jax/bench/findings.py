@@ -1,0 +1,229 @@
+"""The paper's eight findings (SPEC 9) as sums of cells whose sign decides, and the rule that decides.
+
+The rule, fixed before anything was run: a contrast 'holds' when its mean over the seeds has the paper's sign
+by more than two standard errors, 'does not hold' when it has the other sign by as much, and is 'undecided'
+otherwise. A finding holds when all of its contrasts do, does not hold when one of them doesn't, and is
+undecided otherwise. All contrasts are written so that the paper's sign is positive, and are paired: cells of
+one seed share their noise, and students their teacher.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from mcm_jax.bench.cells import Cell, Store
+from mcm_jax.reporting import paper
+
+Verdict = Literal["holds", "does not hold", "undecided"]
+Overrides = tuple[tuple[str, float | int | str], ...]
+
+DDIM_TEACHER: Overrides = (("consistency.teacher_step", "ddim"),)
+
+
+def constant(teacher_steps: int) -> Overrides:
+    """N_teacher constant instead of annealed."""
+    return (
+        ("consistency.teacher_steps_first", float(teacher_steps)),
+        ("consistency.teacher_steps_last", float(teacher_steps)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """weight * values[quantity] of the cell of any seed."""
+
+    weight: float
+    system: str
+    steps: int
+    overrides: Overrides = ()
+    sampler: str = "ddim"
+    quantity: str = "distance"
+
+    def cell(self, setting: str, seed: int) -> Cell:
+        """The cell of one setting and seed."""
+        return Cell(setting, self.system, self.steps, seed, self.overrides, self.sampler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A sum that is positive if the paper is right; `published`: the same sum of the paper's FIDs."""
+
+    name: str
+    terms: tuple[Term, ...]
+    published: float | None = None
+
+    def values(self, store: Store, setting: str, seeds: Sequence[int]) -> list[float]:
+        """The sum for each of the seeds."""
+        return [
+            sum(term.weight * store[term.cell(setting, seed)][term.quantity] for term in self.terms)
+            for seed in seeds
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One of the eight, in words and as contrasts."""
+
+    number: int
+    statement: str
+    contrasts: tuple[Contrast, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the seeds say of a contrast."""
+
+    mean: float
+    standard_error: float
+    verdict: Verdict
+
+    @property
+    def detectable(self) -> float:
+        """The smallest difference that these seeds could have decided."""
+        return 2 * self.standard_error
+
+
+def measure(values: Sequence[float]) -> Measured:
+    """Applies the rule to a contrast's values, one a seed; at least two."""
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    if abs(mean) <= 2 * error:
+        return Measured(mean, error, "undecided")
+    return Measured(mean, error, "holds" if mean > 0 else "does not hold")
+
+
+def verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """The finding's, from its contrasts'."""
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "undecided" if "undecided" in verdicts else "holds"
+
+
+def findings(
+    *,
+    student_steps: Sequence[int],
+    constants: Sequence[int],
+    constant_student_steps: Sequence[int],
+    sampler_steps: Sequence[int],
+    best_teacher: Term,
+) -> tuple[Finding, ...]:
+    """All eight, for the step counts that a setting affords.
+
+    Args:
+      student_steps: S, ascending, of the first, second, fifth and seventh finding; 1, 2, 4, 8 in the paper.
+      constants, constant_student_steps: the constant N_teacher of the sixth, and at which S.
+      sampler_steps: where aDDIM and DDIM are compared as samplers.
+      best_teacher: what the third finding calls the teacher, in the paper 512 steps of aDDIM.
+    """
+    return (
+        _steps_help(student_steps),
+        _distillation_helps(student_steps),
+        _matches_the_teacher(best_teacher, max(student_steps)),
+        _addim_samples_better(sampler_steps),
+        _addim_teaches_better(student_steps),
+        _annealing_helps(constants, constant_student_steps),
+        _beats_progressive(student_steps),
+        _approaches_diffusion(student_steps),
+    )
+
+
+def _small(system: str) -> Callable[[int], float]:
+    return lambda steps: paper.fid("table1", f"small/imagenet64/{system}", steps)
+
+
+def _steps_help(student_steps: Sequence[int]) -> Finding:
+    contrasts = []
+    for system in ("ct", "cd"):
+        for few, more in zip(student_steps, student_steps[1:], strict=False):
+            terms = (Term(1, system, few), Term(-1, system, more))
+            published = _small(system)(few) - _small(system)(more)
+            contrasts.append(Contrast(f"{system.upper()}, {few} - {more} steps", terms, published))
+    return Finding(1, "The distance falls as student steps grow, for CT and CD", tuple(contrasts))
+
+
+def _distillation_helps(student_steps: Sequence[int]) -> Finding:
+    def gap(steps: int) -> tuple[tuple[Term, ...], float]:
+        return (Term(1, "ct", steps), Term(-1, "cd", steps)), _small("ct")(steps) - _small("cd")(steps)
+
+    contrasts = [Contrast(f"CT - CD, {steps} steps", *gap(steps)) for steps in (1, 2)]
+    last = max(student_steps)
+    (few, published_few), (many, published_many) = gap(1), gap(last)
+    minus = tuple(dataclasses.replace(term, weight=-term.weight) for term in many)
+    closing = Contrast(f"(CT - CD), 1 - {last} steps", few + minus, published_few - published_many)
+    return Finding(2, f"CD beats CT at 1 and 2 steps; the gap closes by {last}", (*contrasts, closing))
+
+
+def _matches_the_teacher(teacher: Term, steps: int) -> Finding:
+    """'Matches' is ours: no more than a tenth above the teacher's distance."""
+    published = 1.1 * paper.tables()["table1"]["diffusion_addim_512"]["small/imagenet64"] - _small("cd")(8)
+    terms = (dataclasses.replace(teacher, weight=1.1), Term(-1, "cd", steps))
+    contrast = Contrast(f"1.1 x teacher - CD, {steps} steps", terms, published)
+    name = f"{steps}-step CD is within 10% of the teacher's {teacher.steps} steps of {teacher.sampler}"
+    return Finding(3, name, (contrast,))
+
+
+def _addim_samples_better(sampler_steps: Sequence[int]) -> Finding:
+    contrasts = [_against_ddim_sampling(steps) for steps in sampler_steps]
+    return Finding(4, "aDDIM beats DDIM as a sampler at moderate step counts", tuple(contrasts))
+
+
+def _against_ddim_sampling(steps: int) -> Contrast:
+    system = "teacher"
+    terms = (Term(1, system, steps), Term(-1, system, steps, sampler="addim"))
+    return Contrast(f"DDIM - aDDIM, {steps} steps", terms)
+
+
+def _addim_teaches_better(student_steps: Sequence[int]) -> Finding:
+    contrasts = []
+    for steps in student_steps:
+        sign = 1 if steps >= 4 else -1
+        terms = (Term(sign, "cd", steps, DDIM_TEACHER), Term(-sign, "cd", steps))
+        published = sign * (paper.fid("table4", "ddim", steps) - paper.fid("table4", "addim", steps))
+        name = "DDIM - aDDIM" if sign > 0 else "aDDIM - DDIM"
+        contrasts.append(Contrast(f"{name}, {steps} steps", terms, published))
+    return Finding(
+        5, "As the teacher's step aDDIM wins from 4 student steps on, DDIM at 1 and 2", tuple(contrasts)
+    )
+
+
+def _annealing_helps(constants: Sequence[int], student_steps: Sequence[int]) -> Finding:
+    contrasts = []
+    for steps in student_steps:
+        for teacher_steps in constants:
+            terms = (Term(1, "cd", steps, constant(teacher_steps)), Term(-1, "cd", steps))
+            annealed = paper.fid("table2", "64->1280", steps)
+            published = paper.fid("table2", str(teacher_steps), steps) - annealed
+            contrasts.append(Contrast(f"{teacher_steps} - annealed, {steps} steps", terms, published))
+    return Finding(6, "Annealing 64 -> 1280 beats every constant N_teacher", tuple(contrasts))
+
+
+def _beats_progressive(student_steps: Sequence[int]) -> Finding:
+    contrasts = []
+    for steps in student_steps:
+        terms = (Term(1, "progressive", steps), Term(-1, "cd", steps))
+        published = paper.fid("table3", "pd", steps) - paper.fid("table3", "cd", steps)
+        contrasts.append(Contrast(f"PD - CD, {steps} steps", terms, published))
+    return Finding(7, "CD beats progressive distillation", tuple(contrasts))
+
+
+def _approaches_diffusion(student_steps: Sequence[int]) -> Finding:
+    few, many, most = min(student_steps), 4, 16
+    contrasts = [
+        Contrast(
+            f"CT from diffusion, {a} - {b} steps",
+            (Term(1, "ct", a, quantity="from_diffusion"), Term(-1, "ct", b, quantity="from_diffusion")),
+        )
+        for a, b in ((few, many), (many, most))
+    ]
+    return Finding(8, "Many-step CT approaches the diffusion model, as a function", tuple(contrasts))
+
+
+def cells_of(chosen: Sequence[Finding], setting: str, seeds: Sequence[int]) -> list[Cell]:
+    """Every cell that the findings need, once, seed by seed, students by ascending steps."""
+    terms = [term for finding in chosen for contrast in finding.contrasts for term in contrast.terms]
+    cells = dict.fromkeys(term.cell(setting, seed) for seed in seeds for term in terms)
+    # Stages of progressive distillation go down: the fewer steps start from the more.
+    down = {"progressive": -1}
+    return sorted(cells, key=lambda c: (c.seed, c.system, down.get(c.system, 1) * c.steps, str(c.overrides)))

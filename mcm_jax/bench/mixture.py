@@ -1,0 +1,187 @@
+"""The bench on a closed-form mixture: exact teacher, exact distance; students are small MLPs.
+
+The distance is mixtures.marginal_wasserstein of 10,000 samples. The data are fresh draws in every update, so
+that nothing can be memorised, and the students' network is too small to be exact: all of them, the diffusion
+model that they start from included, have the same lower end, which is what makes them comparable.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mcm_jax import configuration, experiment
+from mcm_jax.bench import vectors
+from mcm_jax.bench.cells import Cell, Values
+from mcm_jax.bench.findings import Finding, Term, findings
+from mcm_jax.bench.vectors import VectorRun
+from mcm_jax.configuration import Config
+from mcm_jax.diffusion import mixtures, process
+from mcm_jax.diffusion.mixtures import Mixture
+from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.models.mlp import MLPSpec
+
+NUM_SAMPLES = 10_000
+# The first student of progressive distillation has half as many.
+_PROGRESSIVE_FIRST = 64
+# Samples share their noise across cells of a seed, and have none in common with other seeds.
+_SAMPLING_SEED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A mixture, a network and lengths of training."""
+
+    name: str
+    dimension: int
+    width: int = 256
+    blocks: int = 2
+    components: int = 3
+    diffusion_steps: int = 4000
+    student_steps: int = 1500
+    batch_size: int = 256
+
+    def findings(self) -> tuple[Finding, ...]:
+        """The eight; in 2-D the two about aDDIM, whose variance has no meaning there."""
+        chosen = findings(
+            student_steps=(1, 2, 4, 8),
+            constants=(128, 256, 1024),
+            constant_student_steps=(1, 2, 4, 8),
+            sampler_steps=(16, 32, 64),
+            best_teacher=Term(1, "diffusion", 512, sampler="addim"),
+        )
+        return chosen if self.dimension > 2 else tuple(f for f in chosen if f.number in (4, 5))
+
+
+MIXTURE_64D = Setting("mixture", dimension=64)
+MIXTURE_2D = Setting("mixture2d", dimension=2, width=64)
+QUICK = Setting("mixture", dimension=64, diffusion_steps=1000, student_steps=200)
+QUICK_2D = Setting("mixture2d", dimension=2, width=64, diffusion_steps=1000, student_steps=200)
+
+
+class Bench:
+    """Measures cells of one setting; keeps the models that later cells of the same seed start from."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        problem = mixtures.random_mixture(
+            0, dimension=setting.dimension, components=setting.components, mean_square=0.1
+        )
+        self.mixture = Mixture(*(np.asarray(a, np.float32) for a in problem))
+        self._diffusion = functools.lru_cache(maxsize=1)(self._train_diffusion)
+        self._stage = functools.lru_cache(maxsize=1)(self._train_stage)
+
+    def __call__(self, cell: Cell) -> Values:
+        """The distance of the cell's samples; for CT also how far it is from the diffusion model."""
+        config = self._config(cell)
+        if cell.system == "teacher":
+            return {"distance": self._distance(mixtures.model_fn(self.mixture), config, cell)}
+        if cell.system == "diffusion":
+            return {"distance": self._distance(self._diffusion(cell.seed).model_fn, config, cell)}
+        if cell.system == "progressive":
+            return {"distance": self._distance(self._stage(cell.seed, cell.steps).model_fn, config, cell)}
+        start = self._start(cell, config)
+        run = vectors.train(config, self._spec(config), self.mixture, start=start.params)
+        values = {"distance": self._distance(run.model_fn, config, cell)}
+        if cell.system == "ct":
+            schedule = experiment.build_schedule(config)
+            x = mixtures.sample(self.mixture, jax.random.key(cell.seed + _SAMPLING_SEED), NUM_SAMPLES)
+            values["from_diffusion"] = mean_difference(run.model_fn, start.model_fn, x, schedule=schedule)
+        return values
+
+    def _start(self, cell: Cell, config: Config) -> VectorRun:
+        """The diffusion model, of the cell's own schedule where it has one."""
+        own = tuple((name, value) for name, value in cell.overrides if name.startswith("schedule."))
+        return self._diffusion(config.seed, own)
+
+    def _distance(self, model_fn: ModelFn, config: Config, cell: Cell) -> float:
+        x = vectors.sample(
+            model_fn,
+            self.setting.dimension,
+            NUM_SAMPLES,
+            seed=cell.seed + _SAMPLING_SEED,
+            num_steps=cell.steps,
+            sampler=cell.sampler,
+            schedule=experiment.build_schedule(config),
+        )
+        return mixtures.marginal_wasserstein(self.mixture, np.asarray(x))
+
+    def _train_diffusion(self, seed: int, overrides: tuple = ()) -> VectorRun:
+        config = self._config(Cell(self.setting.name, "diffusion", 1, seed, overrides))
+        return vectors.train(config, self._spec(config), self.mixture)
+
+    def _train_stage(self, seed: int, steps: int) -> VectorRun:
+        """The stage of progressive distillation with this many steps, from the one before."""
+        first = 2 * steps == _PROGRESSIVE_FIRST
+        before = self._diffusion(seed) if first else self._stage(seed, 2 * steps)
+        overrides = (("consistency.stages", (2 * steps, steps)),)
+        if not first:
+            # Later teachers carry the adjustment already: configuration.ConsistencyConfig.later_xvar_frac.
+            overrides += (("consistency.xvar_frac", 0.0),)
+        config = self._config(Cell(self.setting.name, "progressive", steps, seed, overrides))
+        return vectors.train(
+            config,
+            self._spec(config),
+            self.mixture,
+            start=before.params,
+            teacher=None if first else before.params,
+        )
+
+    def _spec(self, config: Config) -> MLPSpec:
+        setting = self.setting
+        return MLPSpec(
+            dimension=setting.dimension,
+            width=setting.width,
+            blocks=setting.blocks,
+            dropout=config.model.dropouts[0],
+        )
+
+    def _config(self, cell: Cell) -> Config:
+        config = configuration.default_config()
+        config.seed = cell.seed
+        diffusion = cell.system in ("diffusion", "teacher")
+        num_steps = self.setting.diffusion_steps if diffusion else self.setting.student_steps
+        config.optimizer.update(
+            learning_rate=1e-3 if diffusion else 5e-4,
+            warmup_steps=100 if diffusion else 0,
+            decay="linear",
+            ema_decay=0.99,
+        )
+        config.training.update(num_steps=num_steps, batch_size=self.setting.batch_size)
+        # As in the paper half of the training is annealing.
+        config.consistency.anneal_steps = max(1, num_steps // 2)
+        if not diffusion:
+            config.objective = cell.system
+            config.teacher_checkpoint = "in memory"
+            if cell.system == "progressive":
+                config.consistency.update(stages=(2 * cell.steps, cell.steps), loss_weight="max_snr_one")
+            else:
+                config.consistency.student_steps = cell.steps
+        for name, value in cell.overrides:
+            section, field = name.split(".")
+            config[section][field] = value
+        return configuration.validate(config)
+
+
+def mean_difference(
+    model_fn: ModelFn, other_fn: ModelFn, x: Float[Array, "B ..."], *, schedule: Schedule
+) -> float:
+    """Mean over data, noise and t ~ U(0, 1) of ||x_hat(z_t) - x_hat'(z_t)||^2 / d."""
+
+    @jax.jit
+    def run(x: Float[Array, "B ..."]) -> Float[Array, ""]:
+        key_t, key_eps = jax.random.split(jax.random.key(0))
+        logsnr_t = schedule(jax.random.uniform(key_t, x.shape[:1]))
+        z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
+        cond = jnp.zeros(x.shape[0], jnp.int32)
+        a, b = (
+            process.x_from_v(f(z_t, logsnr_t, cond, None), z_t, logsnr_t=logsnr_t)
+            for f in (model_fn, other_fn)
+        )
+        return jnp.mean(process.mean_square(a - b))
+
+    return float(run(x))

@@ -1,0 +1,154 @@
+"""The bench on 16x16 OpenMoji: a trained teacher and a proxy distance, with the programs' own code.
+
+Every cell is a run of the trainer in a directory of its own, so that it resumes, is sampled and looked at.
+The distance is that of `evaluate`, fd_effnet_lite0_1024: a proxy, not FID.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_collections
+
+from mcm_jax import configuration, evaluate, prepare, runs, trainer
+from mcm_jax.bench.cells import Cell, Values
+from mcm_jax.bench.findings import Finding, Term, findings
+from mcm_jax.bench.mixture import mean_difference
+from mcm_jax.data.pixels import to_float
+
+RESOLUTION = 16
+NUM_SAMPLES = 1024
+METRIC = f"fd_effnet_lite0_{NUM_SAMPLES}"
+# The first student of progressive distillation has half as many.
+_PROGRESSIVE_FIRST = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Lengths of training, and which step counts they leave time for."""
+
+    name: str
+    teacher_updates: int = 1000
+    student_updates: int = 250
+    constants: tuple[int, ...] = (128, 1024)
+    constant_student_steps: tuple[int, ...] = (1, 8)
+    teacher_sampling_steps: int = 512
+
+    def findings(self) -> tuple[Finding, ...]:
+        """The eight."""
+        return findings(
+            student_steps=(1, 2, 4, 8),
+            constants=self.constants,
+            constant_student_steps=self.constant_student_steps,
+            sampler_steps=(16, 32, 64),
+            best_teacher=Term(1, "teacher", self.teacher_sampling_steps, sampler="addim"),
+        )
+
+
+OPENMOJI = Setting("openmoji")
+QUICK = Setting(
+    "openmoji",
+    teacher_updates=100,
+    student_updates=10,
+    constants=(128,),
+    constant_student_steps=(8,),
+    teacher_sampling_steps=64,
+)
+
+
+class Bench:
+    """Measures cells of one setting in runs below `directory`."""
+
+    def __init__(self, setting: Setting, directory: Path, *, data_dir: Path = Path("data")):
+        """Prepares the data set if it is not there. What the programs say goes to directory/log.txt."""
+        self.setting, self.directory, self.data_dir = setting, directory, data_dir
+        plan = prepare.plan(dataset="openmoji", resolution=RESOLUTION)
+        prepare.prepare(plan, data_dir=data_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, cell: Cell) -> Values:
+        """Trains, if that was not done, and evaluates; for CT also how far it is from its teacher."""
+        with open(self.directory / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            return self._measure(cell)
+
+    def _measure(self, cell: Cell) -> Values:
+        workdir = self._workdir(cell)
+        teacher = self._train(Cell(cell.setting, "teacher", 1, cell.seed, _schedule_of(cell)))
+        if cell.system != "teacher":
+            self._train(cell)
+        options = evaluate.Options(
+            workdirs=(workdir,),
+            num=NUM_SAMPLES,
+            steps=cell.steps,
+            sampler=cell.sampler,
+            seed=cell.seed,
+            cache_dir=self.data_dir / "reference_cache",
+            untrained_num=0,
+        )
+        (record,) = evaluate.evaluate(options, runs.load_run)
+        values = {"distance": record["metrics"][METRIC]}
+        if cell.system == "ct":
+            values["from_diffusion"] = _difference(workdir, teacher)
+        return values
+
+    def _train(self, cell: Cell) -> Path:
+        """The workdir that holds the cell's finished model."""
+        workdir = self._workdir(cell)
+        if not trainer.train(self._config(cell), self._root(cell)):
+            raise KeyboardInterrupt
+        return workdir
+
+    def _root(self, cell: Cell) -> Path:
+        name = "_".join(
+            [cell.system, *([str(cell.steps)] if cell.system in ("cd", "ct") else [])]
+            + [f"{field}={value}" for field, value in cell.overrides]
+        )
+        return self.directory / f"seed{cell.seed}" / name
+
+    def _workdir(self, cell: Cell) -> Path:
+        """All stages of progressive distillation are in one directory."""
+        root = self._root(cell)
+        return root / f"steps_{cell.steps}" if cell.system == "progressive" else root
+
+    def _config(self, cell: Cell) -> ml_collections.ConfigDict:
+        row = {"cd": f"cd,steps={cell.steps}", "ct": f"ct,steps={cell.steps}"}.get(cell.system, cell.system)
+        config = configuration.tiny(row, dataset="openmoji", resolution=RESOLUTION)
+        config.data.data_dir = str(self.data_dir)
+        config.seed = cell.seed
+        config.sampling.label_rule = "train_frequency"
+        config.training.update(sample_every_steps=0, checkpoint_every_steps=10_000)
+        config.training.num_steps = self.setting.student_updates
+        if cell.system == "teacher":
+            config.training.num_steps = self.setting.teacher_updates
+        else:
+            teacher = Cell(cell.setting, "teacher", 1, cell.seed, _schedule_of(cell))
+            config.teacher_checkpoint = str(self._workdir(teacher))
+            # As in the paper half of the training is annealing.
+            config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
+        if cell.system == "progressive":
+            stages = [_PROGRESSIVE_FIRST]
+            while stages[-1] > cell.steps:
+                stages.append(stages[-1] // 2)
+            config.consistency.stages = tuple(stages)
+        for name, value in cell.overrides:
+            section, field = name.split(".")
+            config[section][field] = value
+        return config
+
+
+def _schedule_of(cell: Cell) -> tuple:
+    """A teacher has its student's schedule."""
+    return tuple((name, value) for name, value in cell.overrides if name.startswith("schedule."))
+
+
+def _difference(workdir: Path, teacher: Path) -> float:
+    """`mean_difference` of two runs on training images."""
+    student_run, teacher_run = runs.load_run(workdir), runs.load_run(teacher)
+    images, _ = student_run.images("train")
+    student_fn, teacher_fn = (
+        functools.partial(run.network.apply, run.params) for run in (student_run, teacher_run)
+    )
+    x = jnp.asarray(to_float(images[:NUM_SAMPLES]))
+    return mean_difference(student_fn, teacher_fn, x, schedule=student_run.schedule)
