@@ -10,7 +10,7 @@ one seed share their noise, and students their teacher.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mcm_jax.bench.cells import Cell, Store
 from mcm_jax.reporting import paper
 
 Verdict = Literal["holds", "does not hold", "undecided"]
-Overrides = tuple[tuple[str, float | int | str], ...]
+Overrides = tuple[tuple[str, Any], ...]
 
 DDIM_TEACHER: Overrides = (("consistency.teacher_step", "ddim"),)
 
@@ -137,7 +137,7 @@ def _steps_help(student_steps: Sequence[int]) -> Finding:
     contrasts = []
     for system in ("ct", "cd"):
         for few, more in zip(student_steps, student_steps[1:], strict=False):
-            terms = (Term(1, system, few), Term(-1, system, more))
+            terms = (Term(1.0, system, few), Term(-1.0, system, more))
             published = _small(system)(few) - _small(system)(more)
             contrasts.append(Contrast(f"{system.upper()}, {few} - {more} steps", terms, published))
     return Finding(1, "The distance falls as student steps grow, for CT and CD", tuple(contrasts))
@@ -145,7 +145,7 @@ def _steps_help(student_steps: Sequence[int]) -> Finding:
 
 def _distillation_helps(student_steps: Sequence[int]) -> Finding:
     def gap(steps: int) -> tuple[tuple[Term, ...], float]:
-        return (Term(1, "ct", steps), Term(-1, "cd", steps)), _small("ct")(steps) - _small("cd")(steps)
+        return (Term(1.0, "ct", steps), Term(-1.0, "cd", steps)), _small("ct")(steps) - _small("cd")(steps)
 
     contrasts = [Contrast(f"CT - CD, {steps} steps", *gap(steps)) for steps in (1, 2)]
     last = max(student_steps)
@@ -158,7 +158,7 @@ def _distillation_helps(student_steps: Sequence[int]) -> Finding:
 def _matches_the_teacher(teacher: Term, steps: int) -> Finding:
     """'Matches' is ours: no more than a tenth above the teacher's distance."""
     published = 1.1 * paper.tables()["table1"]["diffusion_addim_512"]["small/imagenet64"] - _small("cd")(8)
-    terms = (dataclasses.replace(teacher, weight=1.1), Term(-1, "cd", steps))
+    terms = (dataclasses.replace(teacher, weight=1.1), Term(-1.0, "cd", steps))
     contrast = Contrast(f"1.1 x teacher - CD, {steps} steps", terms, published)
     name = f"{steps}-step CD is within 10% of the teacher's {teacher.steps} steps of {teacher.sampler}"
     return Finding(3, name, (contrast,))
@@ -171,14 +171,14 @@ def _addim_samples_better(sampler_steps: Sequence[int]) -> Finding:
 
 def _against_ddim_sampling(steps: int) -> Contrast:
     system = "teacher"
-    terms = (Term(1, system, steps), Term(-1, system, steps, sampler="addim"))
+    terms = (Term(1.0, system, steps), Term(-1.0, system, steps, sampler="addim"))
     return Contrast(f"DDIM - aDDIM, {steps} steps", terms)
 
 
 def _addim_teaches_better(student_steps: Sequence[int]) -> Finding:
     contrasts = []
     for steps in student_steps:
-        sign = 1 if steps >= 4 else -1
+        sign = 1.0 if steps >= 4 else -1.0
         terms = (Term(sign, "cd", steps, DDIM_TEACHER), Term(-sign, "cd", steps))
         published = sign * (paper.fid("table4", "ddim", steps) - paper.fid("table4", "addim", steps))
         name = "DDIM - aDDIM" if sign > 0 else "aDDIM - DDIM"
@@ -192,7 +192,7 @@ def _annealing_helps(constants: Sequence[int], student_steps: Sequence[int]) -> 
     contrasts = []
     for steps in student_steps:
         for teacher_steps in constants:
-            terms = (Term(1, "cd", steps, constant(teacher_steps)), Term(-1, "cd", steps))
+            terms = (Term(1.0, "cd", steps, constant(teacher_steps)), Term(-1.0, "cd", steps))
             annealed = paper.fid("table2", "64->1280", steps)
             published = paper.fid("table2", str(teacher_steps), steps) - annealed
             contrasts.append(Contrast(f"{teacher_steps} - annealed, {steps} steps", terms, published))
@@ -202,7 +202,7 @@ def _annealing_helps(constants: Sequence[int], student_steps: Sequence[int]) -> 
 def _beats_progressive(student_steps: Sequence[int]) -> Finding:
     contrasts = []
     for steps in student_steps:
-        terms = (Term(1, "progressive", steps), Term(-1, "cd", steps))
+        terms = (Term(1.0, "progressive", steps), Term(-1.0, "cd", steps))
         published = paper.fid("table3", "pd", steps) - paper.fid("table3", "cd", steps)
         contrasts.append(Contrast(f"PD - CD, {steps} steps", terms, published))
     return Finding(7, "CD beats progressive distillation", tuple(contrasts))
@@ -213,7 +213,7 @@ def _approaches_diffusion(student_steps: Sequence[int]) -> Finding:
     contrasts = [
         Contrast(
             f"CT from diffusion, {a} - {b} steps",
-            (Term(1, "ct", a, quantity="from_diffusion"), Term(-1, "ct", b, quantity="from_diffusion")),
+            (Term(1.0, "ct", a, quantity="from_diffusion"), Term(-1.0, "ct", b, quantity="from_diffusion")),
         )
         for a, b in ((few, many), (many, most))
     ]

@@ -26,7 +26,7 @@ from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models.mlp import MLPSpec
 
 NUM_SAMPLES = 10_000
-# The first student of progressive distillation has half as many.
+# Steps of the teacher that progressive distillation starts from.
 _PROGRESSIVE_FIRST = 64
 # Samples share their noise across cells of a seed, and have none in common with other seeds.
 _SAMPLING_SEED = 1000
@@ -52,7 +52,7 @@ class Setting:
             constants=(128, 256, 1024),
             constant_student_steps=(1, 2, 4, 8),
             sampler_steps=(16, 32, 64),
-            best_teacher=Term(1, "diffusion", 512, sampler="addim"),
+            best_teacher=Term(1.0, "diffusion", 512, sampler="addim"),
         )
         return chosen if self.dimension > 2 else tuple(f for f in chosen if f.number in (4, 5))
 

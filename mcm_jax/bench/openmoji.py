@@ -21,8 +21,6 @@ from mcm_jax.data.pixels import to_float
 RESOLUTION = 16
 NUM_SAMPLES = 1024
 METRIC = f"fd_effnet_lite0_{NUM_SAMPLES}"
-# The first student of progressive distillation has half as many.
-_PROGRESSIVE_FIRST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +30,21 @@ class Setting:
     name: str
     teacher_updates: int = 1000
     student_updates: int = 250
+    student_steps: tuple[int, ...] = (1, 2, 4, 8)
     constants: tuple[int, ...] = (128, 1024)
     constant_student_steps: tuple[int, ...] = (1, 8)
+    sampler_steps: tuple[int, ...] = (16, 32, 64)
     teacher_sampling_steps: int = 512
+    progressive_first: int = 64  # steps of the teacher that progressive distillation starts from
 
     def findings(self) -> tuple[Finding, ...]:
         """The eight."""
         return findings(
-            student_steps=(1, 2, 4, 8),
+            student_steps=self.student_steps,
             constants=self.constants,
             constant_student_steps=self.constant_student_steps,
-            sampler_steps=(16, 32, 64),
-            best_teacher=Term(1, "teacher", self.teacher_sampling_steps, sampler="addim"),
+            sampler_steps=self.sampler_steps,
+            best_teacher=Term(1.0, "teacher", self.teacher_sampling_steps, sampler="addim"),
         )
 
 
@@ -51,10 +52,13 @@ OPENMOJI = Setting("openmoji")
 QUICK = Setting(
     "openmoji",
     teacher_updates=100,
-    student_updates=10,
+    student_updates=5,
+    student_steps=(1, 2),
     constants=(128,),
-    constant_student_steps=(8,),
-    teacher_sampling_steps=64,
+    constant_student_steps=(1,),
+    sampler_steps=(16,),
+    teacher_sampling_steps=32,
+    progressive_first=4,
 )
 
 
@@ -128,7 +132,7 @@ class Bench:
             # As in the paper half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
         if cell.system == "progressive":
-            stages = [_PROGRESSIVE_FIRST]
+            stages = [self.setting.progressive_first]
             while stages[-1] > cell.steps:
                 stages.append(stages[-1] // 2)
             config.consistency.stages = tuple(stages)

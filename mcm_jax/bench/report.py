@@ -26,14 +26,14 @@ _DISTANCES = {
 }
 # Okabe and Ito's colours, told apart by everyone; markers say the same.
 _SYSTEMS = (
-    ("CD", Term(1, "cd", 1), "#0072b2", "o"),
-    ("CD, DDIM teacher", Term(1, "cd", 1, DDIM_TEACHER), "#56b4e9", "v"),
-    ("CT", Term(1, "ct", 1), "#d55e00", "s"),
-    ("PD", Term(1, "progressive", 1), "#009e73", "D"),
+    ("CD", Term(1.0, "cd", 1), "#0072b2", "o"),
+    ("CD, DDIM teacher", Term(1.0, "cd", 1, DDIM_TEACHER), "#56b4e9", "v"),
+    ("CT", Term(1.0, "ct", 1), "#d55e00", "s"),
+    ("PD", Term(1.0, "progressive", 1), "#009e73", "D"),
 )
 _SAMPLERS = (
-    ("teacher, DDIM", Term(1, "teacher", 1), "#999999", "v"),
-    ("teacher, aDDIM", Term(1, "teacher", 1, sampler="addim"), "#000000", "o"),
+    ("teacher, DDIM", Term(1.0, "teacher", 1), "#999999", "v"),
+    ("teacher, aDDIM", Term(1.0, "teacher", 1, sampler="addim"), "#000000", "o"),
 )
 
 
@@ -42,9 +42,9 @@ def markdown(store: Store, chosen: Chosen, seeds: Sequence[int], *, quick: bool)
     names = list(chosen)
     lines = [
         f"Seeds: {len(seeds)}. Numbers are measurements, mean ± one standard error over the seeds, of "
-        "differences that are positive if the paper is right; 'paper' is the same difference of its FIDs, on "
-        "a scale of its own. Rule: more than two standard errors above 0 holds, as far below 0 does not hold, "
-        "else undecided.",
+        "differences that are positive if the paper is right; 'paper' is the same difference of its FIDs, "
+        "on a scale of its own. Rule: more than two standard errors above 0 holds, as far below 0 does not "
+        "hold, else undecided.",
         "",
     ]
     if quick:
@@ -175,7 +175,7 @@ def _curve(
     points = []
     for steps in (1, 2, 4, 8, 16, 32, 64, 128, 512):
         cells = [
-            Term(1, term.system, steps, term.overrides, term.sampler).cell(setting, seed) for seed in seeds
+            Term(1.0, term.system, steps, term.overrides, term.sampler).cell(setting, seed) for seed in seeds
         ]
         if all(cell in store for cell in cells):
             measured = measure([store[cell]["distance"] for cell in cells])
