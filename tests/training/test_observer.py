@@ -185,6 +185,7 @@ def test_a_bar_on_a_terminal(writer, clock, tmp_path, monkeypatch, capsys):
 )
 def test_how_long_it_still_takes(rate_seconds, left, writer, clock, tmp_path, capsys):
     with observe(tmp_path, num_steps=61, log_every_steps=1) as run:
+        clock.passes(7.0)  # Compiling is over when the first update is told.
         run.update(1)
         clock.passes(rate_seconds)
         run.metrics(2, {"loss": 1.0})
