@@ -63,11 +63,16 @@ def test_any_batch_size(run, batch_per_device):
 
 
 @pytest.mark.multi_device
-def test_any_device_count(run):
+def test_any_device_count(tiny_data, tmp_path):
+    run = runs.load_run(tiny.made_up_teacher(tiny_data, tmp_path / "teacher"))
+    assert run.mesh.size == 8
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     params = jax.device_put(jax.device_get(run.params), jax.devices()[0])
     alone = runs.Run(run.config, run.dataset, mesh=mesh, params=params, checkpoint_step=4)
-    assert_nearly_equal(run.sample(40)[0], alone.sample(40)[0])
+    images, _ = run.sample(40)
+    assert_nearly_equal(images, alone.sample(40)[0])
+    # Black and white are equal whatever is computed: most pixels are neither.
+    assert np.mean((images > 0) & (images < 255)) > 0.5
 
 
 def test_a_student_takes_its_own_steps(student):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -165,29 +166,73 @@ def test_a_disk_that_fills_leaves_the_checkpoints_and_the_run_goes_on(
     assert_equal_trees(params_of(tmp_path / "run"), params_of(teacher))
 
 
-@pytest.mark.multi_device
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
-def test_eight_devices_train_the_real_objectives_like_one(objective, shape, tiny_data, teacher):
-    results = []
-    for data, fsdp in ((1, 1), shape):
-        devices = jax.devices()[: data * fsdp]
-        mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-        results.append(three_updates(objective, mesh, tiny_data, teacher))
+@pytest.fixture(scope="module")
+def made_up_teacher(tiny_data, tmp_path_factory):
+    return tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, made_up_teacher):
+    """objective -> three updates on one device, computed once for all shapes."""
+    return functools.cache(
+        lambda objective: three_updates(objective, mesh_of(1, 1), tiny_data, made_up_teacher)
+    )
+
+
+def mesh_of(data, fsdp):
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """The tiny network's arrays are all small: as large ones are, they are split over fsdp here."""
+    monkeypatch.setattr(sharding, "_SMALLEST_SHARDED", 64)
+
+
+def assert_trained_alike(params, expected):
     # Sums over the batch in another order; three updates of 1e-3 each move a parameter by up to 3e-3.
-    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4)
-    for a, b in zip(*(jax.tree.leaves(params) for _, params in results), strict=True):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def three_updates(objective, mesh, tiny_data, teacher):
-    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+@pytest.mark.multi_device
+@pytest.mark.parametrize(
+    ("objective", "shape"),
+    # The whole run below is ct's of (8, 1).
+    [("diffusion", (8, 1)), ("diffusion", (2, 4)), ("cd", (8, 1)), ("cd", (2, 4)), ("ct", (2, 4))],
+)
+def test_eight_devices_train_the_real_objectives_like_one(
+    objective, shape, tiny_data, made_up_teacher, alone, split
+):
+    losses, params = three_updates(objective, mesh_of(*shape), tiny_data, made_up_teacher)
+    np.testing.assert_allclose(losses, alone(objective)[0], rtol=1e-4)
+    assert_trained_alike(params, alone(objective)[1])
+
+
+@pytest.mark.multi_device
+def test_a_whole_run_on_eight_devices(tiny_data, made_up_teacher, alone, tmp_path):
+    """From the checkpoint of one device, interrupted, to one that is read again."""
+    config = three_updates_config("ct", tiny_data, made_up_teacher)
+    for num_steps in (1, 3):
+        config.training.num_steps = num_steps
+        assert trainer.train(config, tmp_path / "run")
+    assert_trained_alike(params_of(tmp_path / "run"), alone("ct")[1])
+
+
+def three_updates_config(objective, tiny_data, teacher):
+    config = tiny.made_up_config(tiny_data, objective, None if objective == "diffusion" else teacher)
     # Adam's tiny epsilon would turn the rounding of a gradient that is zero (the bias of the keys' norm has
     # none, softmax is blind to it) into an update of full size.
     config.optimizer.update(learning_rate=1e-3, eps=1e-5)
-    config = configuration.validate(config)
+    return config
+
+
+def three_updates(objective, mesh, tiny_data, teacher):
+    config = configuration.validate(three_updates_config(objective, tiny_data, teacher))
     parts = trainer.build(config, num_classes=2, mesh=mesh)
-    params = jax.device_get(runs.load_run(teacher).params)
+    assert mesh.shape["fsdp"] == 1 or any(not s.is_fully_replicated for s in jax.tree.leaves(parts.shardings))
+    params = params_of(teacher)
     state, train_step = parts.init_from(params), parts.train_step()
     teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
     batches = trainer.train_batches(config)
