@@ -47,7 +47,8 @@ def test_same_seed_same_images(run):
     b, labels_b = run.sample(20, seed=3)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(labels_a, labels_b)
-    assert not np.array_equal(a, run.sample(20, seed=4)[0])
+    # Of other noise, not only of other classes.
+    assert not np.array_equal(a, run.sample(20, seed=4, labels=labels_a)[0])
 
 
 def test_an_image_depends_on_its_number_only(run):
@@ -100,7 +101,7 @@ def test_progress_comes_batch_by_batch(run):
     for options, expected in (({}, [2, 2, 1]), ({"batch_per_device": 3}, [3, 2])):
         done = []
         run.sample(5, progress=done.append, **options)
-        assert done == [count * run.mesh.size for count in expected] or run.mesh.size > 1
+        assert done == expected
 
 
 def test_classes_are_drawn_by_the_rule(run):
