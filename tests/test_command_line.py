@@ -193,6 +193,15 @@ def test_out_is_where_a_program_with_both_writes(arguments, place):
     assert f": below {place}; make room" in error_of(done, 1)
 
 
+def test_a_disk_that_was_full_from_the_start_is_the_users_to_change():
+    main = f"""
+try:
+    raise OSError({errno.ENOSPC}, 'No space left on device', '/data')
+except OSError as error:
+    raise InputError('--data_dir=/data: choose another') from error"""
+    assert error_of(program(main), 2) == "error: --data_dir=/data: choose another"
+
+
 def test_another_failure_of_the_file_system_is_ours():
     done = program(f"raise OSError({errno.EIO}, 'Input/output error', '/runs/x')")
     assert done.returncode == 1 and "Traceback" in done.stderr

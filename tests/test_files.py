@@ -80,6 +80,14 @@ def test_a_place_that_is_none_is_the_users_to_change(tmp_path):
         files.write_asked_for(tmp_path / "file" / "x", "content")
 
 
+def test_a_failure_without_a_number_is_told_by_its_words(tmp_path):
+    def fail(file):
+        raise OSError("the array is too large")
+
+    with pytest.raises(InputError, match=r"/x: cannot write there \(the array is too large\)"):
+        files.write_asked_for(tmp_path / "x", fail)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_not(number, tmp_path, monkeypatch):
     fail_to("fsync", number, monkeypatch)

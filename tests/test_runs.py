@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType
 
 import mcm_jax
-from mcm_jax import runs, sampling, trainer
+from mcm_jax import experiment, runs, sampling, trainer
 from mcm_jax.diffusion import process
 from mcm_jax.errors import InputError
 from tests import tiny
@@ -51,7 +51,8 @@ def test_same_seed_same_images(run):
     b, labels_b = run.sample(20, seed=3)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(labels_a, labels_b)
-    assert not np.array_equal(a, run.sample(20, seed=4)[0])
+    # Of other noise, not only of other classes.
+    assert not np.array_equal(a, run.sample(20, seed=4, labels=labels_a)[0])
 
 
 def test_an_image_depends_on_its_number_only(run):
@@ -67,11 +68,16 @@ def test_any_batch_size(run, batch_per_device):
 
 
 @pytest.mark.multi_device
-def test_any_device_count(run):
+def test_any_device_count(tiny_data, tmp_path):
+    run = runs.load_run(tiny.made_up_teacher(tiny_data, tmp_path / "teacher"))
+    assert run.mesh.size == 8
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     params = jax.device_put(jax.device_get(run.params), jax.devices()[0])
     alone = runs.Run(run.config, run.dataset, mesh=mesh, params=params, checkpoint_step=4)
-    assert_nearly_equal(run.sample(40)[0], alone.sample(40)[0])
+    images, _ = run.sample(40)
+    assert_nearly_equal(images, alone.sample(40)[0])
+    # Black and white are equal whatever is computed: most pixels are neither.
+    assert np.mean((images > 0) & (images < 255)) > 0.5
 
 
 def test_a_student_takes_its_own_steps(student):
@@ -80,6 +86,52 @@ def test_a_student_takes_its_own_steps(student):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student.sample(2)
+
+
+def test_a_student_of_either_kind_knows_its_steps(run, student):
+    for objective, steps in (("diffusion", None), ("cd", 2), ("ct", 2)):
+        config = dataclasses.replace(student.config, objective=objective, seed=5)
+        other = runs.Run(config, run.dataset, mesh=run.mesh, params=None, checkpoint_step=0)
+        assert (other.objective, other.student_steps, other.seed) == (objective, steps, 5)
+
+
+def test_a_teacher_never_warns(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.sample(2, steps=3)
+
+
+def test_progress_comes_batch_by_batch(run):
+    for options, expected in (({}, [2, 2, 1]), ({"batch_per_device": 3}, [3, 2])):
+        done = []
+        run.sample(5, progress=done.append, **options)
+        assert done == expected
+
+
+def test_classes_are_drawn_by_the_rule(run):
+    """Of classes that the training set does not have, none unless uniformly."""
+    dataset = dataclasses.replace(run.dataset, class_counts={"train": (0, 9), "test": (9, 0)})
+    for rule, classes in (("train_frequency", {1}), ("uniform", {0, 1})):
+        sampling = dataclasses.replace(run.config.sampling, label_rule=rule)
+        config = dataclasses.replace(run.config, sampling=sampling)
+        other = runs.Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+        assert set(other.sample(20)[1].tolist()) == classes
+        assert other.sampling_record()["label_rule"] == other.label_rule == rule
+
+
+def test_classes_depend_on_the_seed(run):
+    assert not np.array_equal(run.sample(20, seed=0)[1], run.sample(20, seed=1)[1])
+
+
+def test_a_sampler_is_compiled_once(run, monkeypatch):
+    other = runs.Run(run.config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    calls, sample = [], sampling.sample
+    monkeypatch.setattr(
+        sampling, "sample", lambda *args, **kwargs: calls.append(1) or sample(*args, **kwargs)
+    )
+    for _ in range(2):
+        other.sample(5, steps=3, sampler="ddim")
+    assert calls == [1]
 
 
 def test_a_student_warns_of_other_steps(student):
@@ -191,9 +243,10 @@ def test_raw_and_averaged_parameters_differ(teacher):
 
 
 def test_an_earlier_checkpoint(teacher):
-    early = runs.load_run(teacher, checkpoint_step=2)
-    assert early.checkpoint_step == 2
-    assert runs.load_run(teacher).checkpoint_step == 4
+    early, late = runs.load_run(teacher, checkpoint_step=2), runs.load_run(teacher)
+    assert (early.checkpoint_step, late.checkpoint_step) == (2, 4)
+    assert early.workdir == late.workdir == teacher
+    assert not np.array_equal(early.params["conv_in"]["kernel"], late.params["conv_in"]["kernel"])
     with pytest.raises(InputError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
         runs.load_run(teacher, checkpoint_step=3)
 
@@ -209,15 +262,28 @@ def test_a_damaged_run(teacher, tmp_path):
         runs.load_run(tmp_path)
 
 
-def test_the_runs_images(run):
-    images, labels = run.images("train")
-    assert len(images) == len(labels) == run.dataset.num_examples["train"]
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_runs_images(run, split):
+    images, labels = run.images(split)
+    assert len(images) == len(labels) == run.dataset.num_examples[split]
+
+
+def test_the_data_may_be_elsewhere_now(teacher, tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "elsewhere")
+    run = runs.load_run(teacher, data_dir=str(tmp_path / "elsewhere"))
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="elsewhere"):
+        run.images("train")
 
 
 def test_untrained_is_gray_noise(run):
     """v_hat = 0 before the first update; another network than the trained one."""
-    images, _ = run.untrained().sample(8)
+    untrained = run.untrained()
+    images, _ = untrained.sample(8)
     assert not np.array_equal(images, run.sample(8)[0])
+    assert untrained.checkpoint_step == 0
+    expected = jax.jit(run.network.init)(experiment.init_key(run.seed))
+    jax.tree.map(np.testing.assert_array_equal, untrained.params, expected)
 
 
 @pytest.mark.parametrize("labels", [np.zeros(3, np.int32), np.full(4, 2), np.full(4, -1)])
@@ -226,8 +292,9 @@ def test_labels_that_are_none(run, labels):
         run.sample(4, labels=labels)
 
 
-def test_other_images_than_it_was_trained_on(run):
-    fingerprints = {**run.dataset.fingerprints, "train": "0" * 64}
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_images_than_it_was_trained_on(run, split):
+    fingerprints = {**run.dataset.fingerprints, split: "0" * 64}
     dataset = dataclasses.replace(run.dataset, fingerprints=fingerprints)
     other = runs.Run(run.config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
     with pytest.raises(InputError, match="holds other images than the run was trained on"):

@@ -1,6 +1,9 @@
 """Whole runs: continued, distilled, interrupted, and refused."""
 
+import contextlib
+import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -16,9 +19,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import configuration, runs, trainer
+from mcm_jax import configuration, experiment, runs, trainer, workdirs
+from mcm_jax.data import pipeline
 from mcm_jax.errors import InputError
-from mcm_jax.training import sharding, step
+from mcm_jax.pictures import image_grid
+from mcm_jax.training import loop, observer, sharding, step
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.loop import NonFiniteError
 from tests import tiny
@@ -262,9 +267,7 @@ def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tm
         assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
 
 
-def test_a_disk_that_fills_leaves_the_checkpoints_and_the_run_goes_on(
-    tiny_data, teacher, tmp_path, monkeypatch
-):
+def test_a_run_goes_on_after_its_disk_was_full(tiny_data, teacher, tmp_path, monkeypatch):
     """What the line on a full disk says of checkpoints, see test_command_line, is so."""
 
     def full(self, state, data, *, step):
@@ -282,29 +285,73 @@ def test_a_disk_that_fills_leaves_the_checkpoints_and_the_run_goes_on(
     assert_equal_trees(params_of(tmp_path / "run"), params_of(teacher))
 
 
-@pytest.mark.multi_device
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct"])
-def test_eight_devices_train_the_real_objectives_like_one(objective, shape, tiny_data, teacher):
-    results = []
-    for data, fsdp in ((1, 1), shape):
-        devices = jax.devices()[: data * fsdp]
-        mesh = jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-        results.append(three_updates(objective, mesh, tiny_data, teacher))
+@pytest.fixture(scope="module")
+def made_up_teacher(tiny_data, tmp_path_factory):
+    return tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, made_up_teacher):
+    """objective -> three updates on one device, computed once for all shapes."""
+    return functools.cache(
+        lambda objective: three_updates(objective, mesh_of(1, 1), tiny_data, made_up_teacher)
+    )
+
+
+def mesh_of(data, fsdp):
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """The tiny network's arrays are all small: as large ones are, they are split over fsdp here."""
+    monkeypatch.setattr(sharding, "_SMALLEST_SHARDED", 64)
+
+
+def assert_trained_alike(params, expected):
     # Sums over the batch in another order; three updates of 1e-3 each move a parameter by up to 3e-3.
-    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-4)
-    for a, b in zip(*(jax.tree.leaves(params) for _, params in results), strict=True):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-def three_updates(objective, mesh, tiny_data, teacher):
-    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+@pytest.mark.multi_device
+@pytest.mark.parametrize(
+    ("objective", "shape"),
+    # The whole run below is ct's of (8, 1).
+    [("diffusion", (8, 1)), ("diffusion", (2, 4)), ("cd", (8, 1)), ("cd", (2, 4)), ("ct", (2, 4))],
+)
+def test_eight_devices_train_the_real_objectives_like_one(
+    objective, shape, tiny_data, made_up_teacher, alone, split
+):
+    losses, params = three_updates(objective, mesh_of(*shape), tiny_data, made_up_teacher)
+    np.testing.assert_allclose(losses, alone(objective)[0], rtol=1e-4)
+    assert_trained_alike(params, alone(objective)[1])
+
+
+@pytest.mark.multi_device
+def test_a_whole_run_on_eight_devices(tiny_data, made_up_teacher, alone, tmp_path):
+    """From the checkpoint of one device, interrupted, to one that is read again."""
+    config = three_updates_config("ct", tiny_data, made_up_teacher)
+    for num_steps in (1, 3):
+        config.training.num_steps = num_steps
+        assert trainer.train(config, tmp_path / "run")
+    assert_trained_alike(params_of(tmp_path / "run"), alone("ct")[1])
+
+
+def three_updates_config(objective, tiny_data, teacher):
+    config = tiny.made_up_config(tiny_data, objective, None if objective == "diffusion" else teacher)
     # Adam's tiny epsilon would turn the rounding of a gradient that is zero (the bias of the keys' norm has
     # none, softmax is blind to it) into an update of full size.
     config.optimizer.update(learning_rate=1e-3, eps=1e-5)
-    config = configuration.validate(config)
+    return config
+
+
+def three_updates(objective, mesh, tiny_data, teacher):
+    config = configuration.validate(three_updates_config(objective, tiny_data, teacher))
     parts = trainer.build(config, num_classes=2, mesh=mesh)
-    params = jax.device_get(runs.load_run(teacher).params)
+    assert mesh.shape["fsdp"] == 1 or any(not s.is_fully_replicated for s in jax.tree.leaves(parts.shardings))
+    params = params_of(teacher)
     state, train_step = parts.init_from(params), parts.train_step()
     teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
     batches = trainer.train_batches(config)
@@ -314,6 +361,136 @@ def three_updates(objective, mesh, tiny_data, teacher):
         state, metrics = train_step(state, teacher_params, batch)
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
+
+
+# What the trainer hands to the loop.
+
+
+class Handed(dict):
+    """What was handed over, by name, in place of training; and an observer that does nothing."""
+
+    def train(self, state, teacher_params, train_step, data, **others):
+        self.update(state=state, teacher_params=teacher_params, data=data, **others)
+        return True
+
+    def observe(self, workdir, **settings):
+        self.update(observer_workdir=workdir, **settings)
+        return contextlib.nullcontext()
+
+    def make_train_step(self, loss_fn, optimizer, **settings):
+        self.update(settings)
+        return lambda *_: None
+
+    def claim(self, *arguments, needed_bytes, **others):
+        self.update(needed_bytes=needed_bytes)
+        claim(*arguments, needed_bytes=needed_bytes, **others)
+
+
+claim = workdirs.claim
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    result = Handed()
+    monkeypatch.setattr(loop, "train", result.train)
+    monkeypatch.setattr(step, "make_train_step", result.make_train_step)
+    monkeypatch.setattr(observer, "RunObserver", result.observe)
+    monkeypatch.setattr(workdirs, "claim", result.claim)
+    return result
+
+
+def test_settings_arrive_where_they_belong(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    config.optimizer.ema_decay = 0.75
+    config.training.update(
+        num_steps=70, batch_size=8, log_every_steps=11, checkpoint_every_steps=12, sample_every_steps=13
+    )
+    config.training.keep_checkpoints = 4
+    jax.config.update("jax_compilation_cache_dir", None)
+    trainer.train(config, tmp_path / "run")
+    assert handed["cadence"] == loop.Cadence(70, 12, 13)
+    expected = {"first_step": 0, "num_steps": 70, "batch_size": 8, "log_every_steps": 11}
+    assert handed.items() >= (expected | {"seed": 5, "ema_decay": 0.75}).items()
+    assert handed["observer_workdir"] == tmp_path / "run"
+    # The checkpoints that are kept, and one that is written before the oldest goes.
+    assert handed["needed_bytes"] == 5 * sum(leaf.nbytes for leaf in jax.tree.leaves(handed["state"]))
+    assert jax.config.jax_compilation_cache_dir == os.environ["MCM_COMPILATION_CACHE"]
+
+
+def test_a_fresh_run_starts_where_its_seed_says(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    trainer.train(config, tmp_path / "run")
+    validated = configuration.validate(config)
+    network = experiment.build_network(validated, num_classes=2)
+    expected = jax.jit(network.init)(experiment.init_key(5))
+    assert_equal_trees(handed["state"].params, expected)
+    assert_equal_trees(handed["state"].ema_params, expected)
+    assert int(handed["state"].step) == 0 and handed["teacher_params"] is None
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_batches_are_those_of_the_training_images_and_the_seed(flip, handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    config.data.horizontal_flip = flip
+    trainer.train(config, tmp_path / "run")
+    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
+    expected = pipeline.train_batches(source, batch_size=16, seed=5, flip=flip)
+    for _ in range(3):
+        assert_equal_trees(next(handed["data"]), next(expected))
+
+
+@pytest.mark.parametrize("objective", ["cd", "ct"])
+def test_a_teacher_stays_with_its_student_only_where_it_teaches(
+    objective, handed, tiny_data, teacher, tmp_path
+):
+    trainer.train(tiny.config(tiny_data, objective, teacher), tmp_path / "run")
+    averaged = params_of(teacher, "ema")
+    assert_equal_trees(handed["state"].params, averaged)
+    if objective == "cd":
+        assert_equal_trees(handed["teacher_params"], averaged)
+        assert handed["teacher_sharding"] is handed["state_sharding"].params
+    else:
+        assert handed["teacher_params"] is None and handed["teacher_sharding"] is None
+
+
+def test_a_continued_run_is_told_where_it_is(handed, tiny_data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 9
+    trainer.train(config, tmp_path / "run")
+    assert handed["first_step"] == int(handed["state"].step) == 4
+    assert_equal_trees(handed["state"].params, params_of(teacher))
+
+
+def test_every_grid_is_of_the_parameters_given(handed, tiny_data, teacher, tmp_path):
+    trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    grids = [handed["draw"](params_of(teacher, parameters)) for parameters in ("raw", "ema")]
+    expected = [runs.load_run(teacher, parameters=name).sample(64)[0] for name in ("raw", "ema")]
+    for grid, images in zip(grids, expected, strict=True):
+        np.testing.assert_array_equal(grid, image_grid(images, 8, scale=6))
+    assert not np.array_equal(*grids)
+
+
+def test_other_images_than_before(handed, tiny_data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    tiny.prepare_folder(tmp_path, count=44)
+    config = tiny.config(tmp_path / "data")
+    config.training.num_steps = 9
+    with pytest.raises(InputError, match="was trained on other images"):
+        trainer.train(config, tmp_path / "run")
+    assert "state" not in handed
+
+
+@pytest.mark.multi_device
+def test_a_batch_that_can_not_be_divided_is_told_first(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.batch_size = 12
+    with pytest.raises(InputError, match=r"batch_size=12 can't be divided over 8 devices"):
+        trainer.train(config, tmp_path / "run")
+    assert not handed and not (tmp_path / "run").exists()
 
 
 # Programs, killed and interrupted.
@@ -440,6 +617,24 @@ def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_pa
     config = changed(tiny.config(tiny_data, "cd", teacher), **fields)
     with pytest.raises(InputError, match=re.escape(message)):
         trainer.train(config, tmp_path / "run")
+
+
+def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
+    config = configuration.validate(changed(tiny.config(tiny_data, "cd", teacher), **fields))
+    described = pipeline.describe(data_dir=tiny_data, dataset="folder/tiny", resolution=8)
+    dataset = dataclasses.replace(described, class_names=class_names)
+    trainer.check_teacher(config, dataset, experiment.build_network(config, num_classes=len(class_names)))
+
+
+def test_a_teacher_of_other_classes(tiny_data, teacher):
+    for class_names in (("even", "prime"), ("even", "odd", "prime"), ("odd", "even")):
+        with pytest.raises(InputError, match="take the teacher's data set"):
+            checked(tiny_data, teacher, class_names)
+
+
+@pytest.mark.parametrize("fields", [{}, {"model__dropouts": (0.0, 0.2)}, {"model__dtype": "bfloat16"}])
+def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, tiny_data, teacher):
+    checked(tiny_data, teacher, **fields)
 
 
 def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import grain
+import jax
 import numpy as np
 from PIL import Image
 
-from mcm_jax import configuration, prepare
+from mcm_jax import configuration, experiment, prepare, workdirs
+from mcm_jax.data import pipeline
+from mcm_jax.training import step
+from mcm_jax.training.checkpoints import Checkpoints
 
 
 def prepare_folder(directory: Path, *, resolution: int = 8, count: int = 40) -> Path:
@@ -49,3 +54,26 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     elif objective in ("tract", "progressive"):
         result.consistency.update(stages=(4, 2), loss_weight="max_snr_one")
     return result
+
+
+def made_up_config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
+    """`config`, and still less to compile: one block of each kind."""
+    result = config(data_dir, objective, teacher)
+    result.model.blocks = (1, 1)
+    return result
+
+
+def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
+    """A finished teacher without the training: its parameters are made up, and none is zero as a start's."""
+    settings = configuration.validate(made_up_config(data_dir))
+    dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
+    network = experiment.build_network(settings, num_classes=dataset.num_classes)
+    rng = np.random.default_rng(0)
+    start = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), start)
+    workdirs.claim(workdir, settings, dataset, trained_on=None, needed_bytes=0)
+    state = step.init_state(params, experiment.build_optimizer(settings))
+    data = grain.MapDataset.range(1).to_iter_dataset()
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(state, iter(data), step=settings.training.num_steps)
+    return workdir

@@ -11,5 +11,5 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar, updates done so far
     params: Any
     ema_params: Any
-    target_params: Any  # the target network's, an average of its own; None where there is none
     opt_state: Any
+    target_params: Any = None  # the target network's, an average of its own; None where there is none

@@ -92,7 +92,7 @@ def make_update(
             new = 1 - debiased_decay(target_decay, state.step + 1)
             target_params = optax.incremental_update(params, state.target_params, new)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, ema_params, target_params, opt_state), metrics
+        return TrainState(state.step + 1, params, ema_params, opt_state, target_params), metrics
 
     return update
 

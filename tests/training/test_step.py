@@ -9,7 +9,6 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax.errors import InputError
 from mcm_jax.training import sharding, step
 
 
@@ -111,18 +110,6 @@ def test_one_compilation_for_the_whole_run():
 
     run(mesh_of(1, 1), updates=4, loss=counted)
     assert len(traces) == 1
-
-
-@pytest.mark.multi_device
-def test_a_batch_that_can_not_be_divided():
-    with pytest.raises(InputError, match=r"batch_size=12 .* 8 devices"):
-        sharding.check_batch(mesh_of(8, 1), batch_size=12)
-
-
-@pytest.mark.multi_device
-def test_a_mesh_that_does_not_cover_the_devices():
-    with pytest.raises(InputError, match=r"data=3 x fsdp=2 is not the 8 devices"):
-        sharding.make_mesh(data=3, fsdp=2)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.9999])

@@ -1,0 +1,72 @@
+"""Which device holds what, on made-up meshes of eight; nothing is computed."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from mcm_jax.errors import InputError
+from mcm_jax.training import sharding
+
+pytestmark = pytest.mark.multi_device
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (-1, 8, (1, 8))]
+)
+def test_the_mesh_covers_all_devices(data, fsdp, shape):
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp)
+    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 2), (-1, 3), (-1, 16), (4, 4), (1, 1)])
+def test_a_mesh_that_does_not_cover_the_devices(data, fsdp):
+    given = 8 // fsdp if data == -1 else data
+    with pytest.raises(InputError, match=rf"data={given} x fsdp={fsdp} is not the 8 devices"):
+        sharding.make_mesh(data=data, fsdp=fsdp)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_every_device_has_images_of_its_own(fsdp):
+    mesh = sharding.make_mesh(data=-1, fsdp=fsdp)
+    batch = {"image": np.arange(48.0, dtype=np.float32).reshape(16, 3), "label": np.arange(16)}
+    on_mesh = sharding.global_batch(mesh, batch)
+    for name, array in on_mesh.items():
+        np.testing.assert_array_equal(array, batch[name])
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start)
+        assert [shard.data.shape[0] for shard in shards] == [2] * 8
+        assert [shard.index[0].start for shard in shards] == list(range(0, 16, 2))
+
+
+def test_a_batch_that_can_not_be_divided():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    sharding.check_batch(mesh, batch_size=16)
+    for batch_size in (12, 4, 18):  # 12 and 4 could be divided over data or fsdp alone.
+        with pytest.raises(InputError, match=rf"batch_size={batch_size} .* 8 devices; take a multiple of 8"):
+            sharding.check_batch(mesh, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((128, 128), P("fsdp")),  # 2**14 exactly: no longer small.
+        ((128, 127), P()),
+        ((3, 3, 64, 128), P(None, None, None, "fsdp")),
+        ((3, 3, 128, 64), P(None, None, "fsdp")),
+        ((301, 2, 64), P(None, None, "fsdp")),  # The largest axis that can be divided.
+        ((301, 303), P()),
+        ((2, 2**14), P(None, "fsdp")),
+        ((), P()),
+    ],
+)
+def test_large_parameters_are_split_along_their_largest_axis(shape, spec):
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    leaf = jax.ShapeDtypeStruct(shape, np.float32)
+    found = sharding.params_sharding(mesh, {"w": leaf})["w"]
+    assert found.mesh == mesh
+    assert found.spec == spec
+    whole = sharding.params_sharding(sharding.make_mesh(data=8, fsdp=1), {"w": leaf})["w"]
+    assert whole.is_fully_replicated and sharding.replicated(mesh).is_fully_replicated
