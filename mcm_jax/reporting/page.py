@@ -231,9 +231,9 @@ def picture(content: Content) -> bytes | None:
 
 def _what(result: Result) -> str:
     how = f"{tables.plural(result.steps, 'step')} of {result.sampler}"
-    if result.objective == "diffusion":
-        return f"Teacher, {how}"
-    what = f"{result.objective.upper()}, {tables.plural(result.student_steps or 0, 'student step')}"
+    if result.student_steps is None:
+        return f"{tables.kind(result.objective)}, {how}"
+    what = f"{tables.kind(result.objective)}, {tables.plural(result.student_steps or 0, 'student step')}"
     if (result.steps, result.sampler) != (result.student_steps, "ddim"):
         what += f", sampled with {how}"
     return what

@@ -15,7 +15,12 @@ from PIL import Image
 from mcm_jax.reporting.averages import Estimate
 from mcm_jax.reporting.tables import Bound, plural
 
-_STUDENTS = {"cd": ("CD", "#0072b2", "o"), "ct": ("CT", "#d55e00", "s")}
+_STUDENTS = {
+    "cd": ("CD", "#0072b2", "o"),
+    "ct": ("CT", "#d55e00", "s"),
+    "progressive": ("PD", "#009e73", "D"),
+    "tract": ("TRACT", "#cc79a7", "^"),
+}
 _TEACHER, _FLOOR, _CEILING = "#333333", "#009e73", "#999999"
 _DASHES = ("--", "-.", ":")
 # Names are text, not formulas; text as outlines looks the same on every machine, and the salt makes equal
@@ -27,7 +32,7 @@ _STYLE = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "mcm
 def distance_plot(
     estimates: Sequence[Estimate], bounds: Sequence[Bound], *, title: str, distance: str
 ) -> Figure | None:
-    """CD and CT with error bars of one standard error; the teacher and the bounds as lines.
+    """CD, CT, PD and TRACT with error bars of one standard error; the teacher and the bounds as lines.
 
     Students count as they were trained to be sampled. None where there is no such student.
     """

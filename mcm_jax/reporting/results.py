@@ -14,7 +14,9 @@ RESULTS = Path("evaluation") / "results.jsonl"
 RUN_FILE = "run.json"
 DISTANCE = "fd_effnet_lite0"
 NEAREST = "nearest_neighbour_distance"
-OBJECTIVES = ("diffusion", "cd", "ct")
+OBJECTIVES = ("diffusion", "guidance", "cd", "ct", "progressive", "tract")
+# Models of all of time, sampled with any number of steps.
+_DIFFUSION_MODELS = ("diffusion", "guidance")
 
 # Objects of a config that are looked into; the others are only compared.
 _SECTIONS = ("data", "training")
@@ -52,7 +54,7 @@ class Result:
     student_steps: int | None
     checkpoint_step: int
     steps: int
-    sampler: str
+    sampler: str  # with what is unusual about it
     seed: int
     metrics: dict[str, float]
     bounds: dict[str, float]
@@ -213,10 +215,10 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
         ),
         objective=objective,
         training_seed=fields.whole("training_seed"),
-        student_steps=None if objective == "diffusion" else fields.whole("student_steps"),
+        student_steps=None if objective in _DIFFUSION_MODELS else fields.whole("student_steps"),
         checkpoint_step=fields.whole("checkpoint_step"),
         steps=fields.whole("steps"),
-        sampler=fields.text("sampler"),
+        sampler=_sampler(fields),
         seed=fields.whole("seed"),
         metrics=fields.section("metrics").numbers(),
         bounds=fields.section("bounds").numbers(),
@@ -226,6 +228,17 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
         created=date if date.tzinfo else date.replace(tzinfo=datetime.UTC),
         versions={name: str(version) for name, version in fields.section("versions").content.items()},
     )
+
+
+def _sampler(fields: "_Fields") -> str:
+    """'ddim', and what is unusual about it: 'addim with measured variance on the karras grid'."""
+    text = fields.text("sampler")
+    if fields.content.get("x_var") == "measured":
+        text += " with measured variance"
+    if fields.content.get("clip", "last") == "every":
+        text += ", clipped in every step,"
+    grid = fields.content.get("noise_grid", "schedule")
+    return text if grid == "schedule" else f"{text} on the {grid} grid"
 
 
 class _Fields:

@@ -9,7 +9,14 @@ from typing import Any
 from mcm_jax.reporting.averages import Estimate, Group, bounds, count_of
 from mcm_jax.reporting.results import DISTANCE, NEAREST, Collection, Conditions, Run
 
-_COLUMNS = {"diffusion": "Teacher", "cd": "CD", "ct": "CT"}
+_COLUMNS = {
+    "diffusion": "Teacher",
+    "guidance": "Guidance distilled",
+    "cd": "CD",
+    "ct": "CT",
+    "progressive": "PD",
+    "tract": "TRACT",
+}
 _PARAMETERS = {"ema": "averaged (EMA) parameters", "raw": "parameters of the last update (raw)"}
 _LABELS = {
     "uniform": "classes drawn uniformly",
@@ -46,6 +53,11 @@ class Bound:
         return f"{self.label[0].upper()}{self.label[1:]}, {self.value}: {self.meaning}"
 
 
+def kind(objective: str) -> str:
+    """What people call it: 'Teacher', 'CD', 'PD'."""
+    return _COLUMNS[objective]
+
+
 def number(value: float) -> str:
     """Four to five figures: 476.4, 25.60, 3.142."""
     return f"{value:.{_decimals(value)}f}"
@@ -60,13 +72,13 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def results_table(estimates: Sequence[Estimate]) -> Table:
-    """Rows: student steps, then how the teacher was sampled; columns: teacher, CD and CT, as there are.
+    """Rows: student steps, then how the teacher was sampled; columns: teacher, CD, CT and so on.
 
     Runs that differ in more than their seed share a cell, each on a line with its name.
     """
     objectives = [name for name in _COLUMNS if any(e.objective == name for e in estimates)]
-    students = [e for e in estimates if e.objective != "diffusion"]
-    teachers = [e for e in estimates if e.objective == "diffusion"]
+    students = [e for e in estimates if e.student_steps is not None]
+    teachers = [e for e in estimates if e.student_steps is None]
     students.sort(key=lambda e: (e.student_steps, not e.as_trained, e.steps, e.sampler))
     teachers.sort(key=lambda e: (e.steps, e.sampler))
     rows = []
@@ -80,8 +92,8 @@ def results_table(estimates: Sequence[Estimate]) -> Table:
 def row_label(estimate: Estimate) -> str:
     """'4', '4, sampled with 8 steps of ddim', or 'teacher, 64 steps of addim'."""
     how = f"{plural(estimate.steps, 'step')} of {estimate.sampler}"
-    if estimate.objective == "diffusion":
-        return f"teacher, {how}"
+    if estimate.student_steps is None:
+        return f"{'teacher' if estimate.objective == 'diffusion' else 'guidance distilled'}, {how}"
     student_steps = str(estimate.student_steps)
     return student_steps if estimate.as_trained else f"{student_steps}, sampled with {how}"
 
@@ -158,11 +170,11 @@ def runs_table(collection: Collection) -> Table:
     for name in dict.fromkeys(result.run for result in collection.results):
         results = [result for result in collection.results if result.run == name]
         first, run = results[0], collection.runs.get(name, Run({}, {}))
-        kind = _COLUMNS[first.objective]
+        what = kind(first.objective)
         if first.student_steps is not None:
-            kind += f", {plural(first.student_steps, 'step')}"
+            what += f", {plural(first.student_steps, 'step')}"
         checkpoint_step = max(result.checkpoint_step for result in results)
-        cells = (name, kind, str(first.training_seed), *_training(run, checkpoint_step))
+        cells = (name, what, str(first.training_seed), *_training(run, checkpoint_step))
         rows.append(tuple((cell,) for cell in cells))
     head = ("Run", "Kind", "Seed", "Updates", "Batch", "Learning rate", "EMA decay", "Started from", "Notes")
     return Table(head, tuple(rows))
@@ -195,7 +207,9 @@ def _particulars(run: Run) -> str:
             f"{_plain(consistency.get('teacher_steps_last'))} steps over "
             f"{_plain(consistency.get('anneal_steps'))} updates"
         )
-    if run.config.get("objective") == "cd" and "teacher_step" in consistency:
+    if consistency.get("stages"):
+        parts.append(f"stages {' to '.join(map(str, consistency['stages']))} steps")
+    if run.config.get("objective") in ("cd", "progressive") and "teacher_step" in consistency:
         parts.append(f"teacher's step {consistency['teacher_step']}")
     return "; ".join(parts) or "–"
 

@@ -23,6 +23,10 @@ RECORD = {
     "steps": 4,
     "sampler": "ddim",
     "guidance": 0.0,
+    "noise_grid": "schedule",
+    "x_var": None,
+    "clip": "last",
+    "network_calls": 4,
     "num_samples": 1024,
     "metrics": {
         "fd_effnet_lite0_1024": 480.0,

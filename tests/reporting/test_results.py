@@ -87,7 +87,10 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         ("[1, 2]", "the line is no JSON object"),
         (json.dumps(record(metrics={"x": math.nan})), "NaN is not a number"),
         (json.dumps(record(metrics={"x": 1.5})).replace("1.5", "1e999"), "metrics.x is not finite"),
-        (json.dumps(record(objective="gan")), "objective is 'gan', not one of diffusion, cd, ct"),
+        (
+            json.dumps(record(objective="gan")),
+            "objective is 'gan', not one of diffusion, guidance, cd, ct, progressive, tract",
+        ),
         (json.dumps(record(steps="4")), "steps is '4', not a whole number"),
         (json.dumps(record(seed=True)), "seed is True, not a whole number"),
         (json.dumps(record(seed=-1)), "seed is -1, below zero"),
@@ -122,3 +125,26 @@ def test_nothing_to_report(tmp_path):
         results.collect(tmp_path / "missing")
     with pytest.raises(InputError, match="evaluate a run first"):
         results.collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [
+        ({}, "ddim"),
+        ({"sampler": "addim", "x_var": "analytic", "noise_grid": "schedule", "clip": "last"}, "addim"),
+        ({"sampler": "addim", "x_var": "measured"}, "addim with measured variance"),
+        ({"sampler": "heun", "noise_grid": "karras"}, "heun on the karras grid"),
+        ({"clip": "every", "noise_grid": "karras"}, "ddim, clipped in every step, on the karras grid"),
+    ],
+)
+def test_samplers_that_differ_are_told_apart(changes, sampler, tmp_path):
+    write(tmp_path / "run", record(**changes))
+    (result,) = results.collect(tmp_path).results
+    assert result.sampler == sampler
+
+
+@pytest.mark.parametrize(("objective", "steps"), [("progressive", 4), ("tract", 4), ("guidance", None)])
+def test_every_objective_is_read(objective, steps, tmp_path):
+    write(tmp_path / "run", record(objective=objective, student_steps=steps))
+    (result,) = results.collect(tmp_path).results
+    assert (result.objective, result.student_steps) == (objective, steps)

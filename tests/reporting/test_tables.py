@@ -123,3 +123,22 @@ def test_how_runs_were_trained(tmp_path):
         *("runs/teacher", "widths 32-64; teacher grid 64 to 1280 steps over 400 updates"),
     ]
     assert cells[1] == ["teacher", "Teacher", "0", "500 of –", "–", "–", "–", "–", "–"]
+
+
+def test_the_other_methods_have_columns_and_rows_of_their_own():
+    table = tables.results_table(
+        [
+            estimate("diffusion", 64, 500.0),
+            estimate("guidance", 64, 510.0, student_steps=None, sampler="addim"),
+            estimate("progressive", 4, 520.0),
+            estimate("tract", 1, 530.0),
+        ]
+    )
+    assert table.head == ("Student steps", "Teacher", "Guidance distilled", "PD", "TRACT")
+    labels = [row[0] for row in table.rows]
+    assert labels == [
+        ("1",),
+        ("4",),
+        ("teacher, 64 steps of addim",),
+        ("guidance distilled, 64 steps of addim",),
+    ]
