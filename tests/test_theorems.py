@@ -149,7 +149,7 @@ def test_order_of_convergence_where_the_grid_is_smooth(grid, sampler, order):
     Both grids are: a middle part of the cosine (log-SNR -3.7 to 3.7), and Karras' from sbar = 80 to 0.002.
     """
     errors = [largest_error(SMOOTH_GRIDS[grid](n), sampler) for n in POINTS]
-    # Measured: DDIM 0.991, 0.995 and 0.969, 0.984, Heun 2.022, 2.023 and 2.048, 2.027. The last error of Heun is
+    # Measured: DDIM 0.991, 0.995 and 0.969, 0.984, Heun 2.022, 2.023 and 2.048, 2.027. Heun's last error is
     # 1e-4, of which float32 has 3e-6.
     np.testing.assert_allclose(orders(np.array(POINTS) - 1, errors), order, atol=0.08)
 
@@ -222,8 +222,8 @@ def test_addim_overshoots_on_a_gaussian_by_its_cross_term(seed, t, s_over_t):
     In an eigen-direction of variance v, S^2 = alpha^2 v + sigma^2: the flow takes z_t to z_t S_s / S_t, DDIM
     to z_t Q / S_t^2 with Q = alpha_t alpha_s v + sigma_t sigma_s, and S_s^2 - Q^2 / S_t^2 = k^2 v sigma_t^2 /
     S_t^2 (Lagrange's identity) is k^2 times the posterior variance. So where z_t^2 = S_t^2 in all directions
-    ||z_DDIM||^2 + d z_s_var = ||z_flow||^2. But x_hat = alpha_t v z_t / S_t^2 and eps_hat = sigma_t z_t / S_t^2
-    are not orthogonal: ||z_aDDIM||^2 exceeds it by 2 alpha_s (c - sigma_s) <x_hat, eps_hat> > 0 with
+    ||z_DDIM||^2 + d z_s_var = ||z_flow||^2. But x_hat = alpha_t v z_t / S_t^2 and eps_hat = sigma_t z_t /
+    S_t^2 are not orthogonal: ||z_aDDIM||^2 exceeds it by 2 alpha_s (c - sigma_s) <x_hat, eps_hat> > 0, where
     c^2 = sigma_s^2 + (d / ||eps_hat||^2) z_s_var.
     """
     rng, dimension = np.random.default_rng(seed), 4
@@ -301,12 +301,12 @@ TEACHER_STEPS = np.array([64, 128, 256, 512])
 # Mixture, student steps, examples.
 PROBLEMS = {
     "two components on a line": (mixtures.two_components(), 4, 32),
-    "four dimensions": (mixtures.random_mixture(0, dimension=4, components=3), 2, 16),
+    "four dimensions": (mixtures.random_mixture(0, dimension=4, components=3), 2, 8),
 }
 
 
 def at_every_time(mixture, student_steps, count, theta):
-    """{N_teacher: (loss, d loss / d theta)} at all times of its grid, [S, N_per], the same x and eps at each."""
+    """{N_teacher: (loss, d loss / d theta)} at all times of its grid, [S, N_per], of the same x and eps."""
 
     def mean_loss(theta, mixture, teacher_steps, n_per, start, n_rel):
         grid_steps = n_per * student_steps
@@ -414,7 +414,7 @@ def test_other_students_keep_a_loss_of_order_one(fixed_point):
     # Measured 1.16, 1.10 and 1.27, 1.16.
     assert np.all(gradient > 0) and np.all(np.diff(share) < 0) and 1 < share[-1] < 1.2
     of_it = over_teacher_steps(perfect, np.mean)[0] / loss
-    assert np.all(ratios(of_it) > 2.5) and of_it[-1] < 0.02
+    assert np.all(of_it[:-1] / of_it[1:] > 2.5) and of_it[-1] < 0.02
 
 
 def test_perfect_student_at_drawn_times():
@@ -448,7 +448,6 @@ SCHEDULES = st.builds(
     reduction=st.sampled_from(["mean", "sum"]),
     weight=st.sampled_from(["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one"]),
 )
-@hypothesis.settings(max_examples=40)
 def test_segments_of_one_step_are_diffusion_training(
     seed, student_steps, schedule, kind, epsilon, reduction, weight
 ):
@@ -497,7 +496,7 @@ def test_segments_of_one_step_are_diffusion_training(
             "max_snr_one": max(np.exp(logsnr), 1),
         }[weight]
         slopes.append(w * slope)
-        # x - x_hat cancels to 1e-7 / sigma of itself, sigma > 0.01 on these grids; the log-SNR is within 2e-6.
+        # x - x_hat cancels to 1e-7 / sigma of itself, sigma > 0.01 here; the log-SNR is within 2e-6.
         np.testing.assert_allclose(losses[n], w * distance, rtol=1e-4)
     np.testing.assert_allclose(gradient, np.mean(slopes), rtol=1e-4, atol=1e-4 * np.max(np.abs(slopes)))
 
@@ -548,7 +547,7 @@ def test_progressive_target_is_two_addim_steps(seed, t, m_over_t, s_over_m, xvar
 
 
 def network(params, z_t, logsnr_t, cond, key):
-    """A hidden layer with a noise level, a class and dropout; small, since each test compiles updates of it."""
+    """A hidden layer with a noise level, a class and dropout; small, for each test compiles updates of it."""
     hidden = jnp.tanh(z_t @ params["in"] + params["class"][cond] * jnp.cos(logsnr_t / 8)[:, None])
     if key is not None:
         hidden *= jax.random.bernoulli(key, 0.9, hidden.shape) / 0.9
@@ -616,15 +615,15 @@ def test_tract_of_one_phase_without_momentum_trains_like_distillation():
         *map(jax.tree.leaves, (network_params(0), actual.params, expected.params, slow.params)), strict=True
     ):
         # The same operations; Adam's steps are 1e-2 whatever the gradient's size.
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
         assert np.all(np.abs(a - start).max() > 1e-3)
         gaps.append(np.abs(a - c).max())
     # Momentum is felt from the third update on: the average of two updates' parameters is its target.
-    assert max(gaps) > 1e-3
+    assert max(gaps) > 1e-4
 
 
 def test_one_compilation_while_the_teacher_steps_are_annealed():
-    """N_teacher from 4 to 64 is a number inside of one program: the student is traced twice, its teacher once."""
+    """N_teacher from 4 to 64 is a number in one program: the student is traced twice, its teacher once."""
     _, annealed = build(
         "cd", student_steps=4, teacher_steps_first=4.0, teacher_steps_last=64.0, anneal_steps=4
     )
@@ -668,7 +667,6 @@ def test_objectives_take_examples_one_by_one(name):
     networks = [linear_model(theta) for theta in (0.3, 0.2, 0.25)]
     cond = jnp.arange(len(X)) % 3
 
-    @jax.jit
     def losses(x, cond):
         return objective(*networks, x, cond, KEY, jnp.int32(0))
 
@@ -686,7 +684,7 @@ def test_objectives_take_examples_one_by_one(name):
 
 
 @pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
-@pytest.mark.parametrize("clip", typing.get_args(sampling.Clip))
+@pytest.mark.parametrize("clip", ["last", "every"])
 def test_samplers_take_images_one_by_one(sampler, clip):
     """Permuted noise, labels and keys give the same images in that order; other images change nothing."""
     count = 8
