@@ -147,32 +147,6 @@ def test_the_gradient_flows_through_f_at_t_alone():
     np.testing.assert_allclose(jax.grad(lambda p: loss(p).mean())(theta), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("teacher", "guidance", "calls"), [(False, 0.0, 2), (True, 0.0, 3), (True, 1.5, 4)])
-def test_network_evaluations(teacher, guidance, calls):
-    count = []
-
-    def model_fn(z_t, logsnr_t, cond, key):
-        count.append(key)
-        return linear_model(0.1)(z_t, logsnr_t, cond, key)
-
-    consistency.consistency_loss(
-        model_fn,
-        model_fn if teacher else None,
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=4,
-        teacher_steps=jnp.float32(64),
-        teacher_guidance=guidance,
-    )
-    assert len(count) == calls
-    # Both of the student's calls share the dropout's randomness; the teacher has none.
-    student = [key for key in count if key is not None]
-    assert len(student) == 2
-    np.testing.assert_array_equal(jax.random.key_data(student[0]), jax.random.key_data(student[1]))
-
-
 def test_the_target_network_is_what_speaks_at_s():
     """Given as a function of its own, it replaces the student in x_ref and nowhere else."""
     seen = {"student": [], "target": []}

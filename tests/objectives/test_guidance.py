@@ -60,26 +60,3 @@ def test_examples_do_not_influence_each_other():
     whole, disturbed = loss(linear_model(0.3)), loss(linear_model(0.3), x=X.at[1:].multiply(-0.5))
     np.testing.assert_array_equal(whole[0], disturbed[0])
     assert not np.any(np.asarray(whole[1:]) == np.asarray(disturbed[1:]))
-
-
-def test_three_network_evaluations():
-    calls = []
-
-    def counted(name):
-        def model_fn(z_t, logsnr_t, cond, key):
-            calls.append((name, int(cond[0]), key is None))
-            return z_t
-
-        return model_fn
-
-    guidance_loss(
-        counted("student"),
-        counted("teacher"),
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        teacher_guidance=1.0,
-        null_class=NULL,
-    )
-    assert sorted(calls) == [("student", 0, False), ("teacher", 0, True), ("teacher", NULL, True)]

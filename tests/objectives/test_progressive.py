@@ -84,26 +84,3 @@ def test_examples_do_not_influence_each_other():
     whole, disturbed = loss(0.3), loss(0.3, x=X.at[1:].multiply(-0.5))
     np.testing.assert_array_equal(whole[0], disturbed[0])
     assert not np.any(np.asarray(whole[1:]) == np.asarray(disturbed[1:]))
-
-
-def test_three_network_evaluations():
-    """Two of the teacher without dropout, one of the student with it; the gradient is the student's alone."""
-    calls = []
-
-    def counted(name, theta):
-        def model_fn(z_t, logsnr_t, cond, key):
-            calls.append((name, key is None))
-            return linear_model(theta)(z_t, logsnr_t, cond, key)
-
-        return model_fn
-
-    progressive_loss(
-        counted("student", 0.3),
-        counted("teacher", 0.2),
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=4,
-    )
-    assert sorted(calls) == [("student", False), ("teacher", True), ("teacher", True)]

@@ -61,27 +61,3 @@ def test_its_own_weight():
 
 def test_the_target_network_is_used():
     assert not np.allclose(loss(0.3, target=linear_model(0.1)), loss(0.3))
-
-
-def test_three_network_evaluations():
-    calls = []
-
-    def counted(name):
-        def model_fn(z_t, logsnr_t, cond, key):
-            calls.append(name)
-            return linear_model(0.1)(z_t, logsnr_t, cond, key)
-
-        return model_fn
-
-    tract_loss(
-        counted("student"),
-        counted("teacher"),
-        counted("target"),
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=1,
-        teacher_steps=32,
-    )
-    assert sorted(calls) == ["student", "target", "teacher"]
