@@ -7,7 +7,7 @@ import pytest
 
 from mcm_jax.diffusion import process, schedules
 from mcm_jax.objectives.diffusion import diffusion_loss, multiscale_mean_square
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, perfect
+from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, perfect, quadratic_slope
 
 SCHEDULE = schedules.cosine()
 
@@ -105,3 +105,12 @@ def test_multiscale_by_loops(level_weights):
 def test_the_multiscale_loss_of_the_top_level_is_the_plain_one():
     np.testing.assert_allclose(loss(linear_model(0.3), levels=(4,)), loss(linear_model(0.3)), rtol=1e-6)
     assert not np.allclose(loss(linear_model(0.3), levels=(4, 2)), loss(linear_model(0.3)))
+
+
+@pytest.mark.parametrize("levels", [(), (4, 2)])
+def test_the_gradient_is_that_of_a_quadratic(levels):
+    def of_theta(theta):
+        return loss(linear_model(theta), levels=levels)
+
+    _, slope = jax.jvp(of_theta, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(of_theta, 0.3), rtol=1e-4)

@@ -4,7 +4,16 @@ import numpy as np
 
 from mcm_jax.diffusion import guidance, process, schedules
 from mcm_jax.objectives.guidance import guidance_loss
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, conditional_model, linear_model
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    conditional_model,
+    key_numbers,
+    linear_model,
+    quadratic_slope,
+)
 
 SCHEDULE = schedules.cosine()
 NULL = 9
@@ -67,7 +76,7 @@ def test_three_network_evaluations():
 
     def counted(name):
         def model_fn(z_t, logsnr_t, cond, key):
-            calls.append((name, int(cond[0]), key is None))
+            calls.append((name, int(cond[0]), key_numbers(key)))
             return z_t
 
         return model_fn
@@ -82,4 +91,13 @@ def test_three_network_evaluations():
         teacher_guidance=1.0,
         null_class=NULL,
     )
-    assert sorted(calls) == [("student", 0, False), ("teacher", 0, True), ("teacher", NULL, True)]
+    dropout = key_numbers(jax.random.split(KEY, 3)[2])
+    assert sorted(calls) == [("student", 0, dropout), ("teacher", 0, None), ("teacher", NULL, None)]
+
+
+def test_the_gradient_is_that_of_a_quadratic():
+    def of_theta(theta):
+        return loss(linear_model(theta))
+
+    _, slope = jax.jvp(of_theta, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(of_theta, 0.3), rtol=1e-4)

@@ -5,7 +5,16 @@ import pytest
 from mcm_jax.diffusion import process, schedules, segments, steps
 from mcm_jax.objectives.progressive import progressive_loss
 from tests import reference
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, numpy_x_hat
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    key_numbers,
+    linear_model,
+    numpy_x_hat,
+    quadratic_slope,
+)
 
 SCHEDULE = schedules.cosine()
 
@@ -87,12 +96,12 @@ def test_examples_do_not_influence_each_other():
 
 
 def test_three_network_evaluations():
-    """Two of the teacher without dropout, one of the student with it; the gradient is the student's alone."""
+    """Two of the teacher without dropout, one of the student with it."""
     calls = []
 
     def counted(name, theta):
         def model_fn(z_t, logsnr_t, cond, key):
-            calls.append((name, key is None))
+            calls.append((name, key_numbers(key)))
             return linear_model(theta)(z_t, logsnr_t, cond, key)
 
         return model_fn
@@ -106,4 +115,15 @@ def test_three_network_evaluations():
         schedule=SCHEDULE,
         student_steps=4,
     )
-    assert sorted(calls) == [("student", False), ("teacher", True), ("teacher", True)]
+    dropout = key_numbers(jax.random.split(KEY, 3)[2])
+    assert sorted(calls) == [("student", dropout), ("teacher", None), ("teacher", None)]
+
+
+def test_the_gradient_is_that_of_a_quadratic():
+    _, slope = jax.jvp(loss, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(loss, 0.3), rtol=1e-4)
+
+
+def test_the_defaults():
+    explicit = loss(0.3, teacher_step="addim", xvar_frac=0.75, loss_weight="max_snr_one")
+    np.testing.assert_array_equal(loss(0.3), explicit)
