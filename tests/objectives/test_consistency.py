@@ -330,3 +330,5 @@ def test_the_defaults():
         loss_weight="sqrt_snr_plus_one",
     )
     np.testing.assert_array_equal(loss(0.3, teacher=teacher), explicit)
+    guided = loss(0.3, teacher=teacher, teacher_guidance=1.0)
+    np.testing.assert_array_equal(guided, loss(0.3, teacher=teacher, teacher_guidance=1.0, null_class=-1))

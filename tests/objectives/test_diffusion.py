@@ -60,7 +60,7 @@ def test_the_same_draws_by_hand():
 
 
 def test_label_dropout():
-    """A share of the labels becomes 'any class'; each example by its own coin, t and noise unchanged."""
+    """A share of the labels becomes 'any class', -1 unless named; t and noise are unchanged."""
     cond = jnp.arange(8000) % 5
     seen = []
 
@@ -69,13 +69,15 @@ def test_label_dropout():
         return z_t
 
     x = jnp.zeros((8000, 1, 1, 1))
-    for share in (0.0, 0.1):
-        diffusion_loss(spy, x, cond, KEY, schedule=SCHEDULE, label_dropout=share, null_class=5)
-    (z_without, kept), (z_with, dropped) = seen
+    for options in ({}, {"label_dropout": 0.1, "null_class": 5}, {"label_dropout": 0.1}):
+        loss(spy, x, cond, **options)
+    (z_without, kept), (z_with, dropped), (_, unnamed) = seen
     np.testing.assert_array_equal(kept, cond)
     np.testing.assert_array_equal(z_without, z_with)
-    lost = np.asarray(dropped) == 5
-    np.testing.assert_array_equal(np.asarray(dropped)[~lost], np.asarray(cond)[~lost])
+    # Each example by its own coin, from a key that nothing else uses.
+    lost = jax.random.bernoulli(jax.random.split(KEY, 4)[3], 0.1, (8000,))
+    np.testing.assert_array_equal(dropped, jnp.where(lost, 5, cond))
+    np.testing.assert_array_equal(unnamed, jnp.where(lost, -1, cond))
     # 800 expected, standard deviation 27.
     assert abs(lost.sum() - 800) < 110
 
