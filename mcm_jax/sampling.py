@@ -70,7 +70,7 @@ def sample(
       clip: not in the paper: clip x_hat in every step ("every") or in the last (ours); "never" is for data
         that lie outside of [-1, 1].
     """
-    num_steps, batch = logsnr.shape[0], z_1.shape[:1]
+    num_steps, batch = len(logsnr), z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
 
     def predict(
