@@ -9,7 +9,8 @@ from mcm_jax.diffusion import segments
 
 
 @pytest.mark.parametrize(
-    ("train_step", "expected"), [(0, 64.0), (50_000, np.sqrt(64 * 1280)), (100_000, 1280.0), (10**6, 1280.0)]
+    ("train_step", "expected"),
+    [(-10_000, 64.0), (0, 64.0), (50_000, np.sqrt(64 * 1280)), (100_000, 1280.0), (10**6, 1280.0)],
 )
 def test_annealing_is_exponential_and_clipped(train_step, expected):
     actual = segments.annealed_teacher_steps(
