@@ -70,7 +70,7 @@ def sample(
       clip: not in the paper: clip x_hat in every step ("every") or in the last (ours); "never" is for data
         that lie outside of [-1, 1].
     """
-    num_steps, batch = logsnr.shape[0], z_1.shape[:1]
+    batch = z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
 
     def predict(
@@ -102,8 +102,8 @@ def sample(
         _, eps_hat_s = predict(z_s, logsnr_s)
         return steps.heun(z_s, eps_hat, eps_hat_s, **times)
 
-    z_t = jax.lax.fori_loop(0, num_steps - 1, step, z_1)
-    x_hat, _ = predict(z_t, jnp.broadcast_to(logsnr[num_steps - 1], batch))
+    z_t = jax.lax.fori_loop(0, len(logsnr) - 1, step, z_1)
+    x_hat, _ = predict(z_t, jnp.broadcast_to(logsnr[-1], batch))
     return x_hat if clip == "never" else jnp.clip(x_hat, -1.0, 1.0)
 
 

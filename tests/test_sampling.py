@@ -66,33 +66,36 @@ def test_addim_is_noisier_than_ddim():
 
 
 @pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
-def test_two_steps_by_hand(sampler):
-    """The loop hands the right times, noise and variance to the step."""
-    logsnr = schedules.uniform_grid(SCHEDULE, 2)
-    x_var = jnp.array([0.2, 0.9])
-    t, s = (jnp.full(4, value) for value in logsnr)
+def test_three_steps_by_hand(sampler):
+    """The loop hands the right times, noise and variance to each step."""
+    logsnr, x_var = schedules.uniform_grid(SCHEDULE, 3), jnp.array([0.2, 0.5, 0.9])
+
+    def predict(z, at):
+        v_hat = exact_gaussian(z, at, COND, None)
+        return process.x_from_v(v_hat, z, logsnr_t=at), process.eps_from_v(v_hat, z, logsnr_t=at)
+
     z_t = noise()
-    x_hat = process.x_from_v(exact_gaussian(z_t, t, COND, None), z_t, logsnr_t=t)
-    times = {"logsnr_t": t, "logsnr_s": s}
-    variance = jnp.full(4, 0.2)
-    # The first step's noise is the draw that follows noise, label and measurement.
-    fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 3), (4, 4, 3)))(KEYS)
-    if sampler == "heun":
-        z_s = steps.ddim(x_hat, z_t, **times)
-        eps_t, eps_s = (
-            process.eps_from_v(exact_gaussian(z, at, COND, None), z, logsnr_t=at)
-            for z, at in ((z_t, t), (z_s, s))
+    for i in range(2):
+        t, s, variance = (jnp.full(4, value) for value in (logsnr[i], logsnr[i + 1], x_var[i]))
+        times = {"logsnr_t": t, "logsnr_s": s}
+        x_hat, eps_hat = predict(z_t, t)
+        # The steps' noise is drawn after noise, label and measurement.
+        purpose = 3 + i
+        fresh = jax.vmap(lambda key, n=purpose: jax.random.normal(jax.random.fold_in(key, n), (4, 4, 3)))(
+            KEYS
         )
-        z_s = steps.heun(z_s, eps_t, eps_s, **times)
-    else:
-        z_s = {
-            "ddim": lambda: steps.ddim(x_hat, z_t, **times),
-            "addim": lambda: steps.addim(x_hat, z_t, x_var=variance, **times),
-            "noisy_ddim": lambda: steps.noisy_ddim(x_hat, z_t, fresh, x_var=variance, **times),
-            "ddpm": lambda: steps.ddpm(x_hat, z_t, fresh, **times),
-        }[sampler]()
-    expected = process.x_from_v(exact_gaussian(z_s, s, COND, None), z_s, logsnr_t=s)
-    actual = run(exact_gaussian, 2, sampler=sampler, x_var=x_var)
+        z_s = steps.ddim(x_hat, z_t, **times)
+        if sampler == "addim":
+            z_s = steps.addim(x_hat, z_t, x_var=variance, **times)
+        elif sampler == "noisy_ddim":
+            z_s = steps.noisy_ddim(x_hat, z_t, fresh, x_var=variance, **times)
+        elif sampler == "ddpm":
+            z_s = steps.ddpm(x_hat, z_t, fresh, **times)
+        elif sampler == "heun":
+            z_s = steps.heun(z_s, eps_hat, predict(z_s, s)[1], **times)
+        z_t = z_s
+    expected, _ = predict(z_t, jnp.full(4, logsnr[2]))
+    actual = run(exact_gaussian, 3, sampler=sampler, x_var=x_var)
     np.testing.assert_allclose(actual, jnp.clip(expected, -1, 1), atol=1e-5)
 
 
@@ -146,12 +149,13 @@ def test_noise_is_fresh_in_every_step_and_image(sampler):
 
 def test_clipping_in_every_step():
     """An x_hat outside of [-1, 1] is clipped before the step, with the eps_hat that belongs to it."""
-    logsnr = schedules.uniform_grid(SCHEDULE, 2)
+    # Heun would multiply eps_hat by 700 on a step from t = 1, and take nearly every pixel out of the range.
+    logsnr = jnp.array([-2.0, 2.0])
     t, s = (jnp.full(4, value) for value in logsnr)
 
     def loud(z_t, logsnr_t, cond, key):
-        # Outside of [-1, 1] at t = 1, inside where the samples are read.
-        loudness = process.over_pixels(jnp.where(logsnr_t < -8, 2.0, 0.2), z_t)
+        # Outside of [-1, 1] at t, inside where the samples are read.
+        loudness = process.over_pixels(jnp.where(logsnr_t < 0, 2.0, 0.2), z_t)
         return exact_gaussian(z_t, logsnr_t, cond, key) - loudness * jnp.sin(3 * z_t)
 
     for sampler in ("ddim", "heun"):
@@ -163,10 +167,12 @@ def test_clipping_in_every_step():
             eps_s = process.eps_from_x(x_hat_s, z_s, logsnr_t=s)
             z_s = steps.heun(z_s, eps_t, eps_s, logsnr_t=t, logsnr_s=s)
         expected = jnp.clip(process.x_from_v(loud(z_s, s, COND, None), z_s, logsnr_t=s), -1, 1)
-        actual = run(loud, 2, sampler=sampler, clip="every")
-        # Heun multiplies the rounding of eps_hat by 700 on a step from t = 1.
-        np.testing.assert_allclose(actual, expected, atol=1e-4)
-        assert not np.allclose(actual, run(loud, 2, sampler=sampler), atol=1e-3)
+        every, last = (
+            sampling.sample(loud, noise(), COND, KEYS, logsnr=logsnr, sampler=sampler, clip=clip)
+            for clip in ("every", "last")
+        )
+        np.testing.assert_allclose(every, expected, atol=1e-5)
+        assert jnp.mean(jnp.abs(every - last) > 0.01) > 0.3
 
 
 def test_samples_are_clipped():
@@ -235,3 +241,12 @@ def test_labels_follow_their_probabilities():
     assert counts[1] == 0
     # Standard deviation 45 at most.
     np.testing.assert_allclose(counts, [4000, 0, 2000, 2000], atol=180)
+
+
+def test_noise_and_label_are_independent():
+    """From one key, the label of four equal classes would be the place of the largest of four noises."""
+    keys = sampling.image_keys(jax.random.key(0), jnp.arange(8000))
+    largest = jnp.argmax(sampling.initial_noise(keys, (4,)), axis=1)
+    labels = sampling.draw_labels(keys, jnp.full(4, 0.25))
+    # A quarter by chance, standard deviation 0.005.
+    np.testing.assert_allclose(jnp.mean(largest == labels), 0.25, atol=0.02)

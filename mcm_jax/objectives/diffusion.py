@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Int
 
@@ -38,8 +37,7 @@ def diffusion_loss(
     key_t, key_eps, key_dropout, key_label = jax.random.split(key, 4)
     logsnr_t = schedule(jax.random.uniform(key_t, x.shape[:1]))
     eps = jax.random.normal(key_eps, x.shape)
-    if label_dropout > 0:
-        cond = jnp.where(jax.random.bernoulli(key_label, label_dropout, cond.shape), null_class, cond)
+    cond = jnp.where(jax.random.bernoulli(key_label, label_dropout, cond.shape), null_class, cond)
     z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
     v = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
     error = v - model_fn(z_t, logsnr_t, cond, key_dropout)
@@ -60,6 +58,6 @@ def multiscale_mean_square(
     Args:
       levels: sides r in pixels; each must divide H = W.
     """
-    weights = np.array([1 / r if level_weights == "reciprocal" else 1.0 for r in levels])
-    pooled = (reduce(error, "b (r i) (q j) c -> b r q c", "mean", r=r, q=r) for r in levels)
-    return sum(w * process.mean_square(e) for w, e in zip(weights / weights.sum(), pooled, strict=True))
+    pooled = [reduce(error, "b (r i) (q j) c -> b r q c", "mean", r=r, q=r) for r in levels]
+    weights = jnp.reciprocal(jnp.array(levels, jnp.float32)) if level_weights == "reciprocal" else None
+    return jnp.average(jnp.stack([process.mean_square(e) for e in pooled]), axis=0, weights=weights)

@@ -7,7 +7,7 @@ from mcm_jax.diffusion import process, segments, steps
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.objectives.consistency import TeacherStep, teacher_x
-from mcm_jax.objectives.distances import LossWeight, distance, weight
+from mcm_jax.objectives.distances import LossWeight, weight
 
 
 def progressive_loss(
@@ -57,4 +57,4 @@ def progressive_loss(
     x_target = steps.composed_x(x_first, x_second, logsnr_t=logsnr_t, logsnr_m=logsnr_m, logsnr_s=logsnr_s)
     v_hat = model_fn(z_t, logsnr_t, cond, key_dropout)
     x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
-    return weight(logsnr_t, kind=loss_weight) * distance(x_diff, kind="squared", huber_epsilon=0.0)
+    return weight(logsnr_t, kind=loss_weight) * process.mean_square(x_diff)

@@ -389,6 +389,40 @@ def test_gaussian_refuses_what_is_no_covariance(covariance, message):
         mixtures.gaussian(np.zeros(2), np.array(covariance))
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_gaussian_forgives_rounding(scale):
+    """1e-6 of the largest entry, whatever that is."""
+    for error in (0.8e-6, 1.2e-6):
+        for covariance in (np.array([[1.0, 0.0], [error, 0.25]]), np.diag([1.0, -error])):
+            if error > 1e-6:
+                with pytest.raises(ValueError, match="covariance"):
+                    mixtures.gaussian(np.zeros(2), scale * covariance)
+            else:
+                assert mixtures.gaussian(np.zeros(2), scale * covariance).stds.min() >= 0
+
+
+def test_two_components_has_its_moments():
+    mean, covariance = mixtures.mean_and_covariance(mixtures.two_components())
+    np.testing.assert_allclose(mean, [0.0], atol=1e-15)
+    np.testing.assert_allclose(covariance, [[0.6**2 + 0.1**2]], rtol=1e-14)
+
+
+def test_random_mixture_by_hand():
+    """A seed's draws; means and stds up to the one scale that gives a coordinate its variance."""
+    mixture = mixtures.random_mixture(3, dimension=6, components=2)
+    rng = np.random.default_rng(3)
+    rng.normal(size=(6, 6))
+    weights, means = rng.dirichlet([4.0, 4.0], size=6), rng.normal(size=(6, 2))
+    stds = rng.uniform(0.2, 0.5, size=(6, 2))
+    means = means - np.sum(weights * means, axis=1)[:, None]
+    np.testing.assert_array_equal(mixture.weights, weights)
+    scale = mixture.stds[:, :1] / stds[:, :1]
+    np.testing.assert_allclose(mixture.stds, scale * stds, rtol=1e-14)
+    np.testing.assert_allclose(mixture.means, scale * means, rtol=1e-12)
+    explicit = mixtures.random_mixture(3, dimension=6, components=2, spectral_power=2.0, mean_square=0.25)
+    np.testing.assert_array_equal(mixture.stds, explicit.stds)
+
+
 @pytest.mark.parametrize(("dimension", "components", "power"), [(1, 2, 2.0), (6, 1, 2.0), (48, 3, 1.0)])
 def test_random_mixture_has_the_spectrum_it_promises(dimension, components, power):
     mixture = mixtures.random_mixture(

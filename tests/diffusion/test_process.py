@@ -1,9 +1,12 @@
+import functools
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mcm_jax.diffusion import process
 from tests import reference
@@ -49,3 +52,21 @@ def test_mean_square_is_per_example():
     x = images(0)
     expected = [np.mean(np.square(np.asarray(example, np.float64))) for example in x]
     np.testing.assert_allclose(process.mean_square(x), expected, rtol=1e-6)
+
+
+def test_alpha_sigma_derivatives():
+    """d alpha / d lambda = alpha sigma^2 / 2 and d sigma / d lambda = -sigma alpha^2 / 2."""
+    alpha, sigma = np.array([reference.alpha_sigma(float(logsnr)) for logsnr in LOGSNR]).T
+    np.testing.assert_allclose(jax.vmap(jax.grad(process.alpha))(LOGSNR), alpha * sigma**2 / 2, atol=5e-8)
+    np.testing.assert_allclose(jax.vmap(jax.grad(process.sigma))(LOGSNR), -sigma * alpha**2 / 2, atol=5e-8)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [process.diffuse, process.v_from_x_eps, process.x_from_v, process.eps_from_v, process.eps_from_x],
+)
+def test_conversions_are_linear_and_so_their_own_derivative(convert):
+    convert = functools.partial(convert, logsnr_t=LOGSNR)
+    directions = images(2), images(3)
+    _, derivative = jax.jvp(convert, (images(0), images(1)), directions)
+    np.testing.assert_allclose(derivative, convert(*directions), rtol=1e-5, atol=1e-6)

@@ -9,7 +9,8 @@ from mcm_jax.diffusion import segments
 
 
 @pytest.mark.parametrize(
-    ("train_step", "expected"), [(0, 64.0), (50_000, np.sqrt(64 * 1280)), (100_000, 1280.0), (10**6, 1280.0)]
+    ("train_step", "expected"),
+    [(-10_000, 64.0), (0, 64.0), (50_000, np.sqrt(64 * 1280)), (100_000, 1280.0), (10**6, 1280.0)],
 )
 def test_annealing_is_exponential_and_clipped(train_step, expected):
     actual = segments.annealed_teacher_steps(
@@ -51,13 +52,19 @@ def test_times_lie_on_the_grid(student_steps, n_per, seed):
     np.testing.assert_array_equal(times.is_last, np.asarray(times.s) == np.asarray(times.t_step))
 
 
-def test_times_are_uniform():
+@pytest.mark.parametrize("student_steps", [3, 4])
+def test_times_are_uniform(student_steps):
+    """Also where S = N_per: one key for step and n_rel would make them equal there."""
+    grid = 4 * student_steps
     times = segments.draw_times(
-        jax.random.key(0), batch_size=12_000, student_steps=3, steps_per_segment=jnp.int32(4)
+        jax.random.key(0),
+        batch_size=1000 * grid,
+        student_steps=student_steps,
+        steps_per_segment=jnp.int32(4),
     )
-    counts = np.bincount(np.round(np.asarray(times.t) * 12).astype(int), minlength=13)
+    counts = np.bincount(np.round(np.asarray(times.t) * grid).astype(int), minlength=grid + 1)
     assert counts[0] == 0
-    # 1000 expected in each of 12 cells, standard deviation 30.
+    # 1000 expected in each cell, standard deviation 31.
     np.testing.assert_allclose(counts[1:], 1000, atol=150)
 
 

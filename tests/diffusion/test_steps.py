@@ -134,3 +134,26 @@ def test_analytic_x_var():
     logsnr = jnp.array([-15.0, 0.0, 15.0])
     expected = [0.1 / (2 + np.exp(-15.0)), 0.1 / 3, 0.1 / (2 + np.exp(15.0))]
     np.testing.assert_allclose(steps.analytic_x_var(logsnr), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "inv_ddim", "noisy_ddim", "ddpm", "heun", "composed_x"])
+def test_steps_are_linear_in_images_and_so_their_own_derivative(name):
+    _, _, t, s, x_var = problem(0)
+    extra = {"noisy_ddim": {"x_var": x_var}, "composed_x": {"logsnr_m": (t + s) / 2}}.get(name, {})
+    step = functools.partial(getattr(steps, name), logsnr_t=t, logsnr_s=s, **extra)
+    count = 3 if name in ("noisy_ddim", "ddpm", "heun") else 2
+    images, directions = jax.random.normal(jax.random.key(1), (2, count, *SHAPE))
+    _, derivative = jax.jvp(step, tuple(images), tuple(directions))
+    np.testing.assert_allclose(derivative, step(*directions), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [steps.addim, steps.addim_x])
+def test_addim_follows_eulers_theorem(step):
+    """Images times c, x_var times c^2: c times the step. So its derivative along (x, z, 2 x_var) is it."""
+    x_hat, z_t, t, s, x_var = problem(0)
+
+    def of_three(x_hat, z_t, x_var):
+        return step(x_hat, z_t, logsnr_t=t, logsnr_s=s, x_var=x_var)
+
+    value, derivative = jax.jvp(of_three, (x_hat, z_t, x_var), (x_hat, z_t, 2 * x_var))
+    np.testing.assert_allclose(derivative, value, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,16 @@ def perfect(z_t, logsnr_t, cond, key):
     return (alpha * z_t - X) / sigma
 
 
+def key_numbers(key):
+    """A key as what == compares; None is none."""
+    return None if key is None else jax.random.key_data(key).tolist()
+
+
+def quadratic_slope(function, theta):
+    """The derivative of a quadratic is its central difference, however wide."""
+    return (function(theta + 1) - function(theta - 1)) / 2
+
+
 def loss(theta, *, teacher=None, key=KEY, x=X, **options):
     options = {"student_steps": 4, "teacher_steps": jnp.float32(64), **options}
     options = {"schedule": SCHEDULE, **options}
@@ -145,6 +155,31 @@ def test_the_gradient_flows_through_f_at_t_alone():
     expected = jax.grad(with_constant_target)(theta)
     assert expected != 0
     np.testing.assert_allclose(jax.grad(lambda p: loss(p).mean())(theta), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "guidance", "calls"), [(False, 0.0, 2), (True, 0.0, 3), (True, 1.5, 4)])
+def test_network_evaluations(teacher, guidance, calls):
+    count = []
+
+    def model_fn(z_t, logsnr_t, cond, key):
+        count.append(key)
+        return linear_model(0.1)(z_t, logsnr_t, cond, key)
+
+    consistency.consistency_loss(
+        model_fn,
+        model_fn if teacher else None,
+        X,
+        COND,
+        KEY,
+        schedule=SCHEDULE,
+        student_steps=4,
+        teacher_steps=jnp.float32(64),
+        teacher_guidance=guidance,
+    )
+    assert len(count) == calls
+    # Both of the student's calls share the dropout's randomness, which is its own; the teacher has none.
+    dropout = key_numbers(jax.random.split(KEY, 3)[2])
+    assert [key_numbers(key) for key in count if key is not None] == [dropout, dropout]
 
 
 def test_the_target_network_is_what_speaks_at_s():
@@ -279,3 +314,21 @@ def test_the_guided_teacher_in_float64():
             x_target - numpy_x_hat(0.3, z_t, t), 1e-4
         )
         np.testing.assert_allclose(actual[n], expected, rtol=1e-3)
+
+
+def test_the_defaults():
+    teacher = linear_model(0.2)
+    explicit = loss(
+        0.3,
+        teacher=teacher,
+        teacher_step="addim",
+        xvar_frac=0.75,
+        teacher_guidance=0.0,
+        distance_kind="huber",
+        huber_epsilon=1e-4,
+        reduction="mean",
+        loss_weight="sqrt_snr_plus_one",
+    )
+    np.testing.assert_array_equal(loss(0.3, teacher=teacher), explicit)
+    guided = loss(0.3, teacher=teacher, teacher_guidance=1.0)
+    np.testing.assert_array_equal(guided, loss(0.3, teacher=teacher, teacher_guidance=1.0, null_class=-1))

@@ -7,7 +7,7 @@ import pytest
 
 from mcm_jax.diffusion import process, schedules
 from mcm_jax.objectives.diffusion import diffusion_loss, multiscale_mean_square
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, perfect
+from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, perfect, quadratic_slope
 
 SCHEDULE = schedules.cosine()
 
@@ -60,7 +60,7 @@ def test_the_same_draws_by_hand():
 
 
 def test_label_dropout():
-    """A share of the labels becomes 'any class'; each example by its own coin, t and noise unchanged."""
+    """A share of the labels becomes 'any class', -1 unless named; t and noise are unchanged."""
     cond = jnp.arange(8000) % 5
     seen = []
 
@@ -69,13 +69,15 @@ def test_label_dropout():
         return z_t
 
     x = jnp.zeros((8000, 1, 1, 1))
-    for share in (0.0, 0.1):
-        diffusion_loss(spy, x, cond, KEY, schedule=SCHEDULE, label_dropout=share, null_class=5)
-    (z_without, kept), (z_with, dropped) = seen
+    for options in ({}, {"label_dropout": 0.1, "null_class": 5}, {"label_dropout": 0.1}):
+        loss(spy, x, cond, **options)
+    (z_without, kept), (z_with, dropped), (_, unnamed) = seen
     np.testing.assert_array_equal(kept, cond)
     np.testing.assert_array_equal(z_without, z_with)
-    lost = np.asarray(dropped) == 5
-    np.testing.assert_array_equal(np.asarray(dropped)[~lost], np.asarray(cond)[~lost])
+    # Each example by its own coin, from a key that nothing else uses.
+    lost = jax.random.bernoulli(jax.random.split(KEY, 4)[3], 0.1, (8000,))
+    np.testing.assert_array_equal(dropped, jnp.where(lost, 5, cond))
+    np.testing.assert_array_equal(unnamed, jnp.where(lost, -1, cond))
     # 800 expected, standard deviation 27.
     assert abs(lost.sum() - 800) < 110
 
@@ -105,3 +107,12 @@ def test_multiscale_by_loops(level_weights):
 def test_the_multiscale_loss_of_the_top_level_is_the_plain_one():
     np.testing.assert_allclose(loss(linear_model(0.3), levels=(4,)), loss(linear_model(0.3)), rtol=1e-6)
     assert not np.allclose(loss(linear_model(0.3), levels=(4, 2)), loss(linear_model(0.3)))
+
+
+@pytest.mark.parametrize("levels", [(), (4, 2)])
+def test_the_gradient_is_that_of_a_quadratic(levels):
+    def of_theta(theta):
+        return loss(linear_model(theta), levels=levels)
+
+    _, slope = jax.jvp(of_theta, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(of_theta, 0.3), rtol=1e-4)

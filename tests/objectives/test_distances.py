@@ -26,6 +26,10 @@ def test_pseudo_huber_equals_float64(scale, epsilon):
         rtol=3e-6,
         atol=2e-16,
     )
+    # d / dx: x / (d sqrt(m + epsilon^2)).
+    gradient = jax.grad(lambda x: huber(x, epsilon).sum())(x_diff)
+    expected = np.asarray(x_diff, np.float64) / 48 / np.sqrt(m + epsilon**2)[:, None, None, None]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_pseudo_huber_gradient_is_finite_at_zero():

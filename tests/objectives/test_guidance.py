@@ -4,7 +4,16 @@ import numpy as np
 
 from mcm_jax.diffusion import guidance, process, schedules
 from mcm_jax.objectives.guidance import guidance_loss
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, conditional_model, linear_model
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    conditional_model,
+    key_numbers,
+    linear_model,
+    quadratic_slope,
+)
 
 SCHEDULE = schedules.cosine()
 NULL = 9
@@ -60,3 +69,35 @@ def test_examples_do_not_influence_each_other():
     whole, disturbed = loss(linear_model(0.3)), loss(linear_model(0.3), x=X.at[1:].multiply(-0.5))
     np.testing.assert_array_equal(whole[0], disturbed[0])
     assert not np.any(np.asarray(whole[1:]) == np.asarray(disturbed[1:]))
+
+
+def test_three_network_evaluations():
+    calls = []
+
+    def counted(name):
+        def model_fn(z_t, logsnr_t, cond, key):
+            calls.append((name, int(cond[0]), key_numbers(key)))
+            return z_t
+
+        return model_fn
+
+    guidance_loss(
+        counted("student"),
+        counted("teacher"),
+        X,
+        COND,
+        KEY,
+        schedule=SCHEDULE,
+        teacher_guidance=1.0,
+        null_class=NULL,
+    )
+    dropout = key_numbers(jax.random.split(KEY, 3)[2])
+    assert sorted(calls) == [("student", 0, dropout), ("teacher", 0, None), ("teacher", NULL, None)]
+
+
+def test_the_gradient_is_that_of_a_quadratic():
+    def of_theta(theta):
+        return loss(linear_model(theta))
+
+    _, slope = jax.jvp(of_theta, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(of_theta, 0.3), rtol=1e-4)

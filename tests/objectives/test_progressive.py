@@ -5,7 +5,16 @@ import pytest
 from mcm_jax.diffusion import process, schedules, segments, steps
 from mcm_jax.objectives.progressive import progressive_loss
 from tests import reference
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, numpy_x_hat
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    key_numbers,
+    linear_model,
+    numpy_x_hat,
+    quadratic_slope,
+)
 
 SCHEDULE = schedules.cosine()
 
@@ -84,3 +93,37 @@ def test_examples_do_not_influence_each_other():
     whole, disturbed = loss(0.3), loss(0.3, x=X.at[1:].multiply(-0.5))
     np.testing.assert_array_equal(whole[0], disturbed[0])
     assert not np.any(np.asarray(whole[1:]) == np.asarray(disturbed[1:]))
+
+
+def test_three_network_evaluations():
+    """Two of the teacher without dropout, one of the student with it."""
+    calls = []
+
+    def counted(name, theta):
+        def model_fn(z_t, logsnr_t, cond, key):
+            calls.append((name, key_numbers(key)))
+            return linear_model(theta)(z_t, logsnr_t, cond, key)
+
+        return model_fn
+
+    progressive_loss(
+        counted("student", 0.3),
+        counted("teacher", 0.2),
+        X,
+        COND,
+        KEY,
+        schedule=SCHEDULE,
+        student_steps=4,
+    )
+    dropout = key_numbers(jax.random.split(KEY, 3)[2])
+    assert sorted(calls) == [("student", dropout), ("teacher", None), ("teacher", None)]
+
+
+def test_the_gradient_is_that_of_a_quadratic():
+    _, slope = jax.jvp(loss, (0.3,), (1.0,))
+    np.testing.assert_allclose(slope, quadratic_slope(loss, 0.3), rtol=1e-4)
+
+
+def test_the_defaults():
+    explicit = loss(0.3, teacher_step="addim", xvar_frac=0.75, loss_weight="max_snr_one")
+    np.testing.assert_array_equal(loss(0.3), explicit)
