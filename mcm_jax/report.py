@@ -1,20 +1,33 @@
-"""Writes what was measured as one page and one table.
+"""Writes what was measured as one page and one table, or trains and draws a figure.
 
     python -m mcm_jax.report --runs=runs
 
 reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (self-contained: pictures
 inside), `runs/report.md` and `runs/report.png` (samples side by side) beside it, and prints the table.
+
+    python -m mcm_jax.report --figure=trajectories
+
+needs no runs. In about a minute it trains students of 1, 2 and 4 steps on two Gaussians on a line, draws
+their paths from noise to data beside the exact ones into `trajectories.png`, and prints how far their samples
+are from the data.
 """
 
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from mcm_jax import command_line
 from mcm_jax.errors import InputError
-from mcm_jax.files import write_asked_for
+from mcm_jax.files import require_writable, write_asked_for
 from mcm_jax.reporting import results
+from mcm_jax.reporting.tables import plural
+
+FIGURE_STEPS = (1, 2, 4)
+# Of exact samples, whose distance depends on how many fall to either side.
+_DRAWS = 100
 
 
 def report(runs: Path, out: Path | None = None) -> str:
@@ -43,14 +56,84 @@ def report(runs: Path, out: Path | None = None) -> str:
     return markdown
 
 
+def trajectories_figure(
+    out: Path, *, num_paths: int = 28, num_samples: int = 10_000, num_updates: int = 1500
+) -> str:
+    """Trains the students of FIGURE_STEPS, draws them into `out`; returns what was measured, in one line.
+
+    Args:
+      num_updates: of every student.
+
+    Raises:
+      InputError: no place to write to, found before anything is trained.
+    """
+    if out.suffix != ".png":
+        raise InputError(f"--out={out} must end in .png")
+    if out.is_dir():
+        raise InputError(f"--out={out} is a directory; choose another path")
+    require_writable(out.parent, "the directory of --out")
+    # Slow to import: bad flags need not wait for JAX.
+    from mcm_jax.bench import trajectories
+    from mcm_jax.diffusion import mixtures
+    from mcm_jax.reporting import trajectories as drawing
+
+    mixture, z_1 = mixtures.two_components(), trajectories.starts(num_paths)
+    flow = trajectories.exact(mixture, z_1, num_samples=num_samples)
+    draws = trajectories.exact_distances(mixture, num_samples=num_samples, draws=_DRAWS)
+    floor = f"{np.mean(draws):.4f} ± {np.std(draws):.4f} over {_DRAWS} draws"
+
+    def panel(title, subtitle, found, boundaries):
+        return drawing.Panel(title, subtitle, found.t, found.z, boundaries, found.samples)
+
+    panels, measured = [], []
+    for student_steps in FIGURE_STEPS:
+        title, began = plural(student_steps, "step"), time.monotonic()
+        config = trajectories.student_config(student_steps, num_updates=num_updates)
+        print(f"{title}: training for {num_updates} updates ...", file=sys.stderr, flush=True)
+        found = trajectories.student(mixture, z_1, config=config, num_samples=num_samples)
+        seconds = time.monotonic() - began
+        print(f"{title}: trained and sampled after {seconds:.0f} s", file=sys.stderr, flush=True)
+        subtitle = f"W₂² = {found.distance:.4f} (exact {flow.distance:.4f})"
+        panels.append(panel(title, subtitle, found, np.arange(student_steps + 1) / student_steps))
+        measured.append(f"{title} {found.distance:.4f}")
+    panels.append(panel("diffusion model", f"exact: W₂² = {flow.distance:.4f}", flow, np.array([0.0, 1.0])))
+    t, z = np.linspace(1, 0, 201), np.linspace(-2.7, 2.7, 361)
+    figure = drawing.trajectories_plot(
+        panels,
+        drawing.Marginals(t, z, trajectories.marginals(mixture, t, z)),
+        caption=(
+            f"Grey: exact densities. Outlines: {num_samples:,} samples from the same noise. "
+            "W₂²: their squared Wasserstein distance to the data.\n"
+            f"{num_samples:,} exact samples from other noise have {floor} (mean ± standard deviation)."
+        ),
+    )
+    write_asked_for(out, drawing.png(figure))
+    return (
+        f"Squared Wasserstein distance of {num_samples:,} samples to the data: {', '.join(measured)}, "
+        f"diffusion model {flow.distance:.4f}; exact samples {floor}"
+    )
+
+
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.", required=True)
-    flags.DEFINE_string("out", None, "The page; default: report.html in --runs.")
+    flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.")
+    flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure in place of a page.")
+    flags.DEFINE_string("out", None, "Default: report.html in --runs, or the figure's name with .png.")
+    flags.register_multi_flags_validator(
+        ["runs", "figure"],
+        lambda given: (given["runs"] is None) != (given["figure"] is None),
+        message="give --runs=DIR for a page or --figure=NAME for a figure, one of them",
+    )
 
 
 def main() -> None:
     """Flags in, one call out."""
+    if flags.FLAGS.figure:
+        began = time.monotonic()
+        out = Path(flags.FLAGS.out or f"{flags.FLAGS.figure}.png")
+        print(trajectories_figure(out))
+        print(f"The figure, after {time.monotonic() - began:.0f} s: {out}")
+        return
     runs = Path(flags.FLAGS.runs)
     out = Path(flags.FLAGS.out) if flags.FLAGS.out else runs / "report.html"
     print(report(runs, out))

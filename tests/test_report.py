@@ -1,10 +1,12 @@
 """The program: what it writes, prints, and says to bad input."""
 
 import errno
+import re
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from mcm_jax import report as program
 from mcm_jax.errors import InputError
@@ -64,11 +66,40 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
         ((f"--runs={runs}", f"--out={tmp_path / 'report.pdf'}"), "must end in .html"),
         ((f"--runs={runs}", f"--out={tmp_path / 'file' / 'report.html'}"), "cannot write there"),
         ((), "--runs"),
+        ((f"--runs={runs}", "--figure=trajectories"), "--runs=DIR for a page or --figure=NAME"),
+        (("--figure=table",), "trajectories"),
+        (("--figure=trajectories", f"--out={tmp_path / 'figure.svg'}"), "must end in .png"),
+        (("--figure=trajectories", f"--out={tmp_path / 'file' / 'figure.png'}"), "cannot write there"),
     ]:
         done = run(*arguments)
         assert done.returncode == 2, arguments
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert said in done.stderr
+
+
+def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys):
+    out = tmp_path / "new" / "figure.png"
+    line = program.trajectories_figure(out, num_paths=6, num_samples=200, num_updates=2)
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and picture.width > 2 * picture.height * 0.8
+    assert "\n" not in line
+    number = r"\d+\.\d{4}"
+    assert re.search(
+        f"200 samples .*: 1 step {number}, 2 steps {number}, 4 steps {number}, diffusion model {number}; "
+        f"exact samples {number} ± {number} over 100 draws$",
+        line,
+    )
+    told = capsys.readouterr().err
+    assert [told.count(f"{title}: ") for title in ("1 step", "2 steps", "4 steps")] == [2, 2, 2]
+
+
+def test_no_student_is_trained_for_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("mcm_jax.bench.vectors.train", None)
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for out in ("figure.jpg", "taken.png", "file/figure.png"):
+        with pytest.raises(InputError, match="--out"):
+            program.trajectories_figure(tmp_path / out)
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):

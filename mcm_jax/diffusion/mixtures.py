@@ -7,6 +7,7 @@ distance to a sample are exact, coordinate by coordinate, though x itself has co
 K^d modes. K = 1 is any Gaussian.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -106,6 +107,14 @@ def sample(mixture: Mixture, key: jax.Array, count: int) -> Points:
         for parameter in (mixture.means, mixture.stds)
     )
     return _points(mixture, mean + std * jax.random.normal(key_eps, shape))
+
+
+def log_density(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> PerExample:
+    """log p(z_t) = sum_i log sum_k w_k N(u_i; alpha_t m_k, alpha_t^2 s_k^2 + sigma_t^2), u = basis^T z_t."""
+    means_t, stds_t = _diffused(mixture, logsnr_t)
+    y = (_coordinates(mixture, z_t)[..., None] - means_t) / stds_t
+    log_normal = -jnp.square(y) / 2 - jnp.log(stds_t) - math.log(2 * math.pi) / 2
+    return jnp.sum(jax.nn.logsumexp(log_normal, axis=-1, b=mixture.weights), axis=-1)
 
 
 def denoise(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> Points:

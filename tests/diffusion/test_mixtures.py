@@ -176,6 +176,25 @@ def joint_score(z, logsnr):
     return jax.nn.logsumexp(jnp.stack(log_terms))
 
 
+@every_mixture
+@pytest.mark.parametrize("logsnr", [-6.0, 0.0, 5.0])
+def test_log_density_equals_the_sum_over_all_components(mixture, logsnr):
+    z_t = np.random.default_rng(0).normal(size=(100, len(mixture.means))).astype(np.float32)
+    alpha, sigma = reference.alpha_sigma(logsnr)
+    expected = scipy.special.logsumexp(
+        [
+            np.log(weight)
+            + scipy.stats.multivariate_normal.logpdf(
+                z_t, alpha * mean, alpha**2 * covariance + sigma**2 * np.eye(len(mean))
+            )
+            for weight, mean, covariance in joint(mixture)
+        ],
+        axis=0,
+    )
+    found = mixtures.log_density(mixture, jnp.asarray(z_t), logsnr_t=jnp.full(100, logsnr))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_model_takes_images_and_ignores_classes_and_keys():
     mixture = mixtures.random_mixture(0, dimension=12, components=2)
     z_t, logsnr_t = jax.random.normal(jax.random.key(0), (3, 2, 2, 3)), jnp.array([-3.0, 0.0, 3.0])

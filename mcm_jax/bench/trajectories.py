@@ -1,0 +1,163 @@
+"""Where students of few steps take noise, beside the exact probability flow (after MCM's first figure).
+
+Numbers only, on a mixture of one dimension; `reporting.trajectories` draws them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import ndtri
+
+from mcm_jax import sampling
+from mcm_jax.bench import vectors
+from mcm_jax.configuration import Config, ConsistencyConfig, OptimizerConfig, TrainingConfig
+from mcm_jax.diffusion import mixtures, process, schedules, steps
+from mcm_jax.diffusion.mixtures import Mixture
+from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.models.mlp import MLPSpec
+
+SPEC = MLPSpec(dimension=1, width=64, blocks=2)
+SCHEDULE = schedules.cosine()
+# A student's and the flow's paths have this many points, whatever the number of steps (1, 2 and 4 divide it).
+INTERVALS = 128
+
+
+class Trajectories(NamedTuple):
+    """Paths from noise to data, and how samples that took such paths are distributed."""
+
+    t: Float[np.ndarray, "P"]  # falls from 1 to 0
+    z: Float[np.ndarray, "P N"]  # z_t of every start; in the last row x
+    samples: Float[np.ndarray, "M"]  # x from random noise
+    distance: float  # squared 2-Wasserstein, of the samples to the data
+
+
+def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Config:
+    """CD in one or two thousand updates.
+
+    The teacher's step is DDIM: with the exact denoiser of a line aDDIM overshoots (SPEC 3).
+    """
+    return Config(
+        objective="cd",
+        seed=seed,
+        consistency=ConsistencyConfig(
+            student_steps=student_steps,
+            teacher_steps_first=16.0,
+            teacher_steps_last=128.0,
+            anneal_steps=max(1, num_updates // 2),
+            teacher_step="ddim",
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, decay="linear", ema_decay=0.99),
+        training=TrainingConfig(num_steps=num_updates, batch_size=256),
+    )
+
+
+def starts(count: int) -> Float[np.ndarray, "count"]:
+    """Noise to draw paths from: quantiles of N(0, 1), at (i + 1/2) / count."""
+    return ndtri((np.arange(count) + 0.5) / count).astype(np.float32)
+
+
+def student(
+    mixture: Mixture, z_1: Float[np.ndarray, "N"], *, config: Config, num_samples: int, seed: int = 0
+) -> Trajectories:
+    """Distils the exact denoiser, then samples: from z_1 with the paths, and num_samples times.
+
+    Args:
+      config: as of `student_config`.
+      seed: of the samples' noise; equal seeds are equal noise, in `exact` too.
+    """
+    student_steps = config.consistency.student_steps
+    run = vectors.train(config, SPEC, mixture)
+    z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
+    samples = vectors.sample(
+        run.model_fn, 1, num_samples, seed=seed, num_steps=student_steps, schedule=SCHEDULE
+    )
+    return _trajectories(mixture, z, samples)
+
+
+def exact(mixture: Mixture, z_1: Float[np.ndarray, "N"], *, num_samples: int, seed: int = 0) -> Trajectories:
+    """The probability flow's: what a perfect diffusion model has after ever more and smaller steps."""
+    noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
+
+    @jax.jit
+    def flow(z_1, t):
+        logsnr = SCHEDULE(jnp.stack([jnp.ones_like(t), t]))
+
+        def to(logsnr_t, logsnr_s):
+            return mixtures.probability_flow(
+                mixture,
+                z_1,
+                logsnr_t=jnp.broadcast_to(logsnr_t, len(z_1)),
+                logsnr_s=jnp.broadcast_to(logsnr_s, len(z_1)),
+            )
+
+        return jax.vmap(to)(*logsnr)
+
+    z = flow(jnp.asarray(z_1)[:, None], jnp.asarray(_times(), jnp.float32))
+    # z_0 is x but for noise of 0.0006.
+    samples = flow(noise, jnp.zeros(1))[0]
+    return _trajectories(mixture, z, samples)
+
+
+def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: int) -> Float[Array, "P N d"]:
+    """z_t at INTERVALS + 1 times on a student's way: DDIM steps of x_hat from each call of the network.
+
+    In the view y = z / sigma these are straight lines from one step's boundary to the next. The last row is
+    x_hat itself, as `sampling.sample` returns it (unclipped).
+    """
+    inside = INTERVALS // student_steps
+    batch = z_1.shape[:1]
+    cond = jnp.zeros(batch, jnp.int32)
+
+    @jax.jit
+    def run(z_t):
+        logsnr, rows = SCHEDULE(jnp.asarray(_times(), jnp.float32)), [z_t[None]]
+        for begin in range(0, INTERVALS, inside):
+            logsnr_t = jnp.broadcast_to(logsnr[begin], batch)
+            v_hat = model_fn(z_t, logsnr_t, cond, None)
+            x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
+
+            def to(logsnr_s, z_t=z_t, x_hat=x_hat, logsnr_t=logsnr_t):
+                logsnr_s = jnp.broadcast_to(logsnr_s, batch)
+                return steps.ddim(x_hat, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+
+            rows.append(jax.vmap(to)(logsnr[begin + 1 : begin + inside + 1]))
+            z_t = rows[-1][-1]
+        return jnp.concatenate([*rows[:-1], rows[-1][:-1], x_hat[None]])
+
+    return run(z_1)
+
+
+def marginals(
+    mixture: Mixture, t: Float[np.ndarray, "P"], z: Float[np.ndarray, "Z"]
+) -> Float[np.ndarray, "P Z"]:
+    """p(z_t) at every t and z."""
+
+    @jax.jit
+    def at(t):
+        logsnr_t = jnp.broadcast_to(SCHEDULE(t), z.shape)
+        return jnp.exp(mixtures.log_density(mixture, jnp.asarray(z)[:, None], logsnr_t=logsnr_t))
+
+    return np.asarray(jax.lax.map(at, jnp.asarray(t, jnp.float32)))
+
+
+def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, "draws"]:
+    """The distances of as many exact samples, draw by draw: not 0 (see `mixtures.marginal_wasserstein`)."""
+    draw = jax.jit(lambda key: mixtures.sample(mixture, key, num_samples))
+    keys = jax.random.split(jax.random.key(0), draws)
+    return np.array([mixtures.marginal_wasserstein(mixture, draw(key)) for key in keys])
+
+
+def _times() -> Float[np.ndarray, "P"]:
+    return np.arange(INTERVALS, -1, -1) / INTERVALS
+
+
+def _trajectories(mixture: Mixture, z: Float[Array, "P N d"], samples: Float[Array, "M d"]) -> Trajectories:
+    return Trajectories(
+        t=_times(),
+        z=np.asarray(z)[..., 0],
+        samples=np.asarray(samples)[:, 0],
+        distance=mixtures.marginal_wasserstein(mixture, samples),
+    )
