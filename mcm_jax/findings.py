@@ -22,7 +22,6 @@ from mcm_jax.errors import InputError
 from mcm_jax.files import require_writable, write_whole
 
 SETTINGS = ("mixture", "mixture2d", "openmoji")
-CHOICES = "choices"
 
 
 def run(
@@ -60,8 +59,8 @@ def run(
     # One cache of compiled programs for all cells, so that a second start is fast.
     cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str((out / "xla_cache").absolute()))
     jax.config.update("jax_compilation_cache_dir", cache)
-    store = cells.Store(out / "results.jsonl")
     benches = {name: _bench(name, out, quick=quick) for name in settings}
+    store = cells.Store(out / "results.jsonl", {name: setting for name, (setting, _) in benches.items()})
     for name, (setting, make) in benches.items():
         wanted = findings.cells_of(setting.findings(), name, range(seeds))
         if choices and name != "mixture2d":

@@ -5,7 +5,7 @@ import datetime
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,17 @@ class Cell:
 class Store:
     """A JSON-lines file of finished cells."""
 
-    def __init__(self, path: Path):
-        """Raises InputError if there is a file that is none of ours."""
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """settings: by name; each a dataclass that says how its cells are measured.
+
+        Raises:
+          InputError: the file is none of ours, or has results of another setting of the same name, such as
+            those of a quick run.
+        """
         self.path = path
+        self._settings = {
+            name: json.loads(json.dumps(dataclasses.asdict(setting))) for name, setting in settings.items()
+        }
         self._values: dict[Cell, Values] = {}
         self.seconds: dict[Cell, float] = {}
         if not path.exists():
@@ -56,9 +64,14 @@ class Store:
                 fields = record["cell"]
                 overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
                 cell = Cell(overrides=overrides, **fields)
-                values, seconds = dict(record["values"]), float(record["seconds"])
+                values, seconds, setting = dict(record["values"]), float(record["seconds"]), record["setting"]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}:{number} is no result of the bench ({error}); remove it") from error
+            if setting != self._settings.get(cell.setting, setting):
+                raise InputError(
+                    f"{path}:{number} was measured with {setting}, now it would be "
+                    f"{self._settings[cell.setting]}; choose another --out"
+                )
             self._values[cell], self.seconds[cell] = values, seconds
 
     def __contains__(self, cell: Cell) -> bool:
@@ -71,6 +84,7 @@ class Store:
         """Stores one more; complete or absent in the file."""
         record = {
             "cell": dataclasses.asdict(cell),
+            "setting": self._settings[cell.setting],
             "values": values,
             "seconds": round(seconds, 2),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,5 +1,6 @@
 """Results are stored as they end, and what is stored is not measured again."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,14 @@ from mcm_jax.errors import InputError
 
 A = Cell("mixture", "cd", 4, 0)
 B = Cell("mixture", "cd", 4, 1, (("consistency.xvar_frac", 0.0), ("model.dropouts", (0.1, 0.1))), "addim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    updates: tuple[int, ...] = (10,)
+
+
+SETTINGS = {"mixture": Setting()}
 
 
 def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
@@ -24,10 +33,10 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
 
     path = tmp_path / "new" / "results.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        cells.run([A, B, A], Store(path), measure)
-    cells.run([A, B], Store(path), measure)
+        cells.run([A, B, A], Store(path, SETTINGS), measure)
+    cells.run([A, B], Store(path, SETTINGS), measure)
     assert measured == [A, "died", B]
-    store = Store(path)
+    store = Store(path, SETTINGS)
     assert store[A] == {"distance": 0.1} and store[B] == {"distance": 1.1}
     assert store.seconds[B] >= 0
     assert "1 of 2 cells are done already" in capsys.readouterr().out
@@ -35,20 +44,30 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     path = tmp_path / "results.jsonl"
-    store = Store(path)
+    store = Store(path, SETTINGS)
     store.add(A, {"distance": 1.0}, seconds=1.0)
     store.add(B, {"distance": 2.0}, seconds=1.0)
     path.write_text(path.read_text()[:-30])
-    assert A in Store(path) and B not in Store(path)
+    assert A in Store(path, SETTINGS) and B not in Store(path, SETTINGS)
 
 
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"metrics": 1}) + "\n")
     with pytest.raises(InputError, match=r"results.jsonl:1 is no result of the bench .* remove it"):
-        Store(path)
+        Store(path, SETTINGS)
 
 
 def test_labels_tell_cells_apart():
     assert A.label == "mixture cd 4 seed 0"
     assert B.label == "mixture cd 4 addim xvar_frac=0.0 dropouts=(0.1, 0.1) seed 1"
+
+
+def test_results_of_another_setting_are_not_mixed_in(tmp_path):
+    path = tmp_path / "results.jsonl"
+    Store(path, SETTINGS).add(A, {"distance": 1.0}, seconds=1.0)
+    with pytest.raises(
+        InputError, match=r"measured with .*\[10\].* now it would be .*\[20\].* another --out"
+    ):
+        Store(path, {"mixture": Setting((20,))})
+    assert A in Store(path, {"openmoji": Setting((20,))})

@@ -35,7 +35,7 @@ def cd(steps):
 
 def filled(tmp_path, setting, *, noise=0.0, without=()):
     """A store with the paper's numbers for every cell of a setting."""
-    store = Store(tmp_path / f"{setting}.jsonl")
+    store = Store(tmp_path / f"{setting}.jsonl", SETTINGS)
     rng = np.random.default_rng(0)
     for cell in findings.cells_of(SETTINGS[setting].findings(), setting, SEEDS):
         if cell in without:
@@ -114,7 +114,7 @@ def test_the_plot_is_a_picture(tmp_path):
 
 
 def test_choices_are_compared_with_the_default(tmp_path):
-    store = Store(tmp_path / "results.jsonl")
+    store = Store(tmp_path / "results.jsonl", SETTINGS)
     cells = choices.cells_of("openmoji", SEEDS)
     assert len(set(cells)) == len(cells) == 3 * 2 * 11
     for cell in cells:
@@ -124,7 +124,7 @@ def test_choices_are_compared_with_the_default(tmp_path):
     assert measured["Huber epsilon 1"].mean == 1 and measured["dropout 0.1"].mean == 0
     text = report.markdown(store, {"openmoji": openmoji.OPENMOJI.findings()}, SEEDS, quick=False)
     assert "| Huber epsilon 1 | +1 ± 0 | +1 ± 0 |" in text
-    missing = Store(tmp_path / "empty.jsonl")
+    missing = Store(tmp_path / "empty.jsonl", SETTINGS)
     assert choices.measured(choices.choices("openmoji")[0], missing, "openmoji", 4, SEEDS) is None
 
 

@@ -1,0 +1,78 @@
+"""The program: measures what is missing, reports what there is, refuses what it can't read."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from mcm_jax import findings as program
+from mcm_jax.bench import mixture
+from mcm_jax.errors import InputError
+from tests.test_programs import call
+
+TINY = mixture.Setting(
+    "mixture2d", dimension=2, width=8, blocks=1, diffusion_steps=2, student_steps=2, batch_size=8
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two-dimensional cells of two updates, and only the finding on samplers."""
+
+    class Fewer(mixture.Setting):
+        def findings(self):
+            return tuple(f for f in super().findings() if f.number == 4)
+
+    setting = Fewer(**dataclasses.asdict(TINY))
+    monkeypatch.setattr(mixture, "NUM_SAMPLES", 50)
+    monkeypatch.setattr(
+        program, "_bench", lambda *_, **__: (setting, functools.partial(mixture.Bench, setting))
+    )
+
+
+def test_what_is_stored_is_not_measured_again(tiny, tmp_path, capsys):
+    text = program.run(tmp_path, settings=["mixture2d"], seeds=2)
+    assert "| 4. aDDIM beats DDIM as a sampler" in text and "not measured" not in text
+    assert (tmp_path / "findings.md").read_text() == text
+    assert (tmp_path / "findings.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 6
+    capsys.readouterr()
+    assert program.run(tmp_path, settings=["mixture2d"], seeds=2) == text
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_report_alone_measures_nothing(tiny, tmp_path):
+    text = program.run(tmp_path, settings=["mixture2d"], seeds=2, report_only=True)
+    assert "not measured" in text and not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("system", ["cd", "ct", "progressive", "diffusion"])
+def test_every_system_on_a_mixture(system, monkeypatch):
+    """Trained from the diffusion model of its seed; CT also says how far it went from it."""
+    from mcm_jax.bench.cells import Cell
+
+    monkeypatch.setattr(mixture, "NUM_SAMPLES", 50)
+    monkeypatch.setattr(mixture, "_PROGRESSIVE_FIRST", 4)
+    bench = mixture.Bench(TINY)
+    values = [bench(Cell("mixture2d", system, 2, seed))["distance"] for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+    assert ("from_diffusion" in bench(Cell("mixture2d", system, 2, 0))) == (system == "ct")
+
+
+def test_bad_input_is_one_line(tmp_path):
+    for arguments, said in (
+        (["--settings=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
+        (["--seeds=1"], "seeds"),
+        ([f"--out={tmp_path / 'file' / 'x'}"], "cannot write there"),
+    ):
+        (tmp_path / "file").write_text("")
+        result = call("findings", *arguments)
+        assert result.returncode == 2 and said in result.stderr, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_more_than_one_seed(tmp_path):
+    with pytest.raises(InputError, match="a standard error needs at least 2"):
+        program.run(tmp_path, seeds=1)
