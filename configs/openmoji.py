@@ -3,6 +3,10 @@
     teacher          the diffusion model
     cd,steps=S       S-step multistep consistency distillation of it
     ct,steps=S       S-step multistep consistency training, started from it
+    progressive      progressive distillation of it, 64 -> 32 -> ... -> 1 steps, or to steps=S
+    tract            TRACT, 64 -> 8 -> 1 steps
+    guidance         its guided prediction (weight 1) in one call; it must be trained with
+                     --config.diffusion.label_dropout=0.1
 
 No row of the paper's tables: 16x16 emoji, 1.6 million parameters, minutes on two cores, all by
 `bash launch/smoke.sh`. One row alone:

@@ -12,10 +12,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 mcm_environment
-out=runs/findings
-for argument in "$@"; do
-  case "$argument" in
-    --quick) out=runs/findings_quick ;;
-  esac
-done
-mcm_run python -m mcm_jax.findings --out="$out" "$@"
+mcm_run python -m mcm_jax.findings "$@"

@@ -103,7 +103,8 @@ class DiffusionConfig:
 class ConsistencyConfig:
     """Multistep consistency (SPEC 4) and the staged methods (SPEC 5); no meaning for diffusion.
 
-    tract and progressive read stages, loss_weight, teacher_step, xvar_frac, later_xvar_frac and target_decay.
+    Of them tract reads stages, loss_weight and target_decay, progressive reads stages, loss_weight,
+    teacher_step, xvar_frac and later_xvar_frac.
     """
 
     student_steps: int | None = _field(None, "cd, ct: S, network calls of the student's sampler", low=1)
@@ -122,15 +123,19 @@ class ConsistencyConfig:
     )
     huber_epsilon: float = _field(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
     huber_reduction: Reduction = _field("mean", "of the squares in the distance (open; see pseudo_huber)")
-    loss_weight: LossWeight = _field(
-        "sqrt_snr_plus_one",
-        "w_t (open; with the unsquared distance the root makes it the distance in v)",
+    loss_weight: LossWeight | None = _field(
+        None,
+        "w_t (open); None: sqrt_snr_plus_one for cd and ct, whose unsquared distance the root makes that in "
+        "v; max_snr_one for tract and progressive",
     )
     target_network: TargetNetwork = _field(
         "student", "whose x_ref: the student's own, or that of its averaged parameters"
     )
-    target_decay: float = _field(
-        0.95, "decay of the target network's average, bias-corrected; TRACT's is 0.5", low=0, high=0.999999
+    target_decay: float | None = _field(
+        None,
+        "decay of the target network's average, bias-corrected; None: 0.5 for tract, else 0.95 (open)",
+        low=0,
+        high=0.999999,
     )
 
 
@@ -183,7 +188,7 @@ class SamplingConfig:
     x_var_eta: float = _field(0.75, "eta: measured x_var = eta ||x - x_hat||^2 / d", low=0)
     x_var_images: int = _field(1024, "training images that x_var is measured on, at most", low=1)
     guidance: float = _field(0.0, "g of a teacher's samples; x_hat + g (x_hat - x_hat of any class)", low=0)
-    clip: Clip = _field("last", "clip x_hat to [-1, 1] in the last step or in every one (open)")
+    clip: Clip = _field("last", "clip x_hat to [-1, 1] in the last step, in every one, or never (open)")
     label_rule: LabelRule = _field(
         "uniform", "how classes are drawn (open; uniform is SPEC 7's, train_frequency the data's)"
     )
@@ -214,6 +219,11 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    @property
+    def knows_any_class(self) -> bool:
+        """Whether the model was trained for the label 'any class', which guidance asks."""
+        return self.objective == "diffusion" and self.diffusion.label_dropout > 0
 
     @property
     def student_steps(self) -> int | None:
@@ -256,7 +266,8 @@ def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             value = _to_config_dict(value)
         elif value is None:
-            value = config_dict.placeholder(_without_none(hints[field.name]))
+            hint = _without_none(hints[field.name])
+            value = config_dict.placeholder(str if typing.get_origin(hint) is Literal else hint)
         result[field.name] = value
     return result.lock()
 
@@ -305,12 +316,12 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     if system in ("cd", "ct"):
         config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
     elif system == "tract":
-        config.consistency.update(stages=(64, 8, 1), loss_weight="max_snr_one", target_decay=0.5)
+        config.consistency.stages = (64, 8, 1)
     elif system == "progressive":
         last = numbers.get("steps", 1)
-        config.consistency.update(
-            stages=tuple(64 >> n for n in range(7) if 64 >> n >= last), loss_weight="max_snr_one"
-        )
+        if last not in (1, 2, 4, 8, 16, 32):
+            raise InputError(f"config row {row!r}: steps={last} must be a power of two from 1 to 32")
+        config.consistency.stages = tuple(64 >> n for n in range(7) if 64 >> n >= last)
     else:
         config.teacher_guidance = 1.0
     return config
@@ -362,6 +373,20 @@ def _check_objective(config: Config) -> None:
         )
     if objective in STAGED:
         _check_stages(config)
+    elif settings.stages:
+        raise InputError(
+            f"config.consistency.stages={settings.stages!r} means nothing to {objective}, only to "
+            f"{' and '.join(STAGED)}; leave it out"
+        )
+    if objective == "guidance" and config.teacher_guidance == 0:
+        raise InputError(
+            "config.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
+        )
+    if config.sampling.guidance > 0 and not config.knows_any_class:
+        raise InputError(
+            f"config.sampling.guidance={config.sampling.guidance} needs a diffusion model that knows 'any "
+            "class'; train it with config.diffusion.label_dropout=0.1, or sample it with guidance 0"
+        )
     if config.teacher_guidance > 0 and objective not in ("cd", "guidance"):
         raise InputError(
             f"config.teacher_guidance={config.teacher_guidance} means nothing to {objective}, which "
@@ -377,6 +402,11 @@ def _check_objective(config: Config) -> None:
 
 def _check_stages(config: Config) -> None:
     stages = config.consistency.stages
+    if config.consistency.student_steps is not None:
+        raise InputError(
+            f"config.consistency.student_steps={config.consistency.student_steps} means nothing to "
+            f"{config.objective}, whose steps are config.consistency.stages={stages!r}; leave it out"
+        )
     if len(stages) < 2:
         raise InputError(
             f"config.consistency.stages={stages!r}: {config.objective} needs the teacher's steps and those "
@@ -444,7 +474,7 @@ def _read(kind: type, raw: Mapping[str, Any], *, prefix: str) -> Any:
 
 def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the second is what Literal[...] | None makes
         return None if value is None else _checked(value, _without_none(hint), metadata, name)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -467,5 +497,5 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> A
     return value
 
 
-def _without_none(hint: Any) -> type:
+def _without_none(hint: Any) -> Any:
     return next(kind for kind in typing.get_args(hint) if kind is not type(None))

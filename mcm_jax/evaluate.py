@@ -32,7 +32,10 @@ from mcm_jax.sampling import Sampler, XVar
 SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 RESULTS = Path("evaluation") / "results.jsonl"
-_TRAINING_ONLY = ("objective", "teacher_checkpoint", "consistency", "optimizer", "training", "mesh")
+_TRAINING_ONLY = (
+    *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
+    *("training", "mesh"),
+)
 # Samples held at a time: bounds memory at any --num.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8

@@ -96,6 +96,8 @@ ObjectiveFn = Callable[..., Float[Array, "B"]]
 def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
     """What config.objective minimises, as a function of networks and a batch; null_class: 'any class'."""
     settings, schedule = config.consistency, build_schedule(config)
+    # Where the config names none, every objective has its own default.
+    loss_weight = {} if settings.loss_weight is None else {"loss_weight": settings.loss_weight}
 
     def diffusion(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
         del teacher_fn, target_fn, train_step
@@ -133,7 +135,7 @@ def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
             null_class=null_class,
             huber_epsilon=settings.huber_epsilon,
             reduction=settings.huber_reduction,
-            loss_weight=settings.loss_weight,
+            **loss_weight,
         )
 
     def tract(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
@@ -148,7 +150,7 @@ def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
             schedule=schedule,
             student_steps=settings.stages[1],
             teacher_steps=settings.stages[0],
-            loss_weight=settings.loss_weight,
+            **loss_weight,
         )
 
     def progressive(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
@@ -163,7 +165,7 @@ def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
             student_steps=settings.stages[1],
             teacher_step=settings.teacher_step,
             xvar_frac=settings.xvar_frac,
-            loss_weight=settings.loss_weight,
+            **loss_weight,
         )
 
     def guidance(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
@@ -196,10 +198,12 @@ def distils(config: Config) -> bool:
 
 def target_decay(config: Config) -> float | None:
     """Decay of the target network's average; None where x_ref is the student's own."""
-    averaged = config.objective == "tract" or (
-        config.objective in ("cd", "ct") and config.consistency.target_network == "ema"
-    )
-    return config.consistency.target_decay if averaged else None
+    decay = config.consistency.target_decay
+    if config.objective == "tract":
+        return 0.5 if decay is None else decay
+    if config.objective in ("cd", "ct") and config.consistency.target_network == "ema":
+        return 0.95 if decay is None else decay
+    return None
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """Measures the paper's findings at a scale that two cores hold, and says which of them hold here.
 
-    python -m mcm_jax.findings --out=runs/findings
-    python -m mcm_jax.findings --out=runs/findings_quick --quick
+    python -m mcm_jax.findings
+    python -m mcm_jax.findings --quick
 
 Every finding is a set of differences whose sign the paper tells; the rule that decides stands in
 mcm_jax/bench/findings.py. Results are stored as they end, in OUT/results.jsonl: the same command continues.
@@ -48,9 +48,13 @@ def run(
     """
     if seeds < 2:
         raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
+    if not settings:
+        raise InputError(f"--settings is empty: name some of {', '.join(SETTINGS)}")
     for setting in settings:
         if setting not in SETTINGS:
             raise InputError(f"--settings: {setting} is none of {', '.join(SETTINGS)}")
+    if report_only and not (out / "results.jsonl").is_file():
+        raise InputError(f"--out={out} has no results.jsonl to report; measure first")
     require_writable(out, "--out")
     # Slow to import: --help and bad flags need not wait for it.
     from mcm_jax.bench import cells, findings, report
@@ -61,13 +65,16 @@ def run(
     jax.config.update("jax_compilation_cache_dir", cache)
     benches = {name: _bench(name, out, quick=quick) for name in settings}
     store = cells.Store(out / "results.jsonl", {name: setting for name, (setting, _) in benches.items()})
-    for name, (setting, make) in benches.items():
+    if not report_only:
+        # Bad places for data are found before the first cell.
+        benches = {name: (setting, make()) for name, (setting, make) in benches.items()}
+    for name, (setting, measure) in benches.items():
         wanted = findings.cells_of(setting.findings(), name, range(seeds))
         if choices and name != "mixture2d":
             wanted += open_choices.cells_of(name, range(seeds))
         if not report_only and any(cell not in store for cell in wanted):
             print(f"== {name}: {len(wanted)} cells", flush=True)
-            cells.run(wanted, store, make())
+            cells.run(wanted, store, measure)
     chosen = {name: setting.findings() for name, (setting, _) in benches.items()}
     markdown = report.markdown(store, chosen, range(seeds), quick=quick)
     write_whole(out / "findings.md", markdown)
@@ -91,7 +98,11 @@ def _bench(name: str, out: Path, *, quick: bool) -> tuple[Any, Any]:
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("out", "runs/findings", "Directory of the results; the same one continues.")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Directory of the results; the same one continues. Default: runs/findings, or runs/findings_quick.",
+    )
     flags.DEFINE_list("settings", list(SETTINGS), f"Which of {', '.join(SETTINGS)}.")
     flags.DEFINE_integer("seeds", 3, "How many training seeds.", lower_bound=2)
     flags.DEFINE_bool("quick", False, "Trainings of seconds: shows that everything runs, not what holds.")
@@ -102,7 +113,7 @@ def define_flags() -> None:
 def main() -> None:
     """Flags in, one call out."""
     values = flags.FLAGS
-    out = Path(values.out)
+    out = Path(values.out or ("runs/findings_quick" if values.quick else "runs/findings"))
     markdown = run(
         out,
         settings=values.settings,

@@ -1,5 +1,6 @@
 """A trained run, ready to sample from: what `mcm_jax.load` returns."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -37,6 +38,8 @@ class Sampling:
     sampler: str
     noise_grid: str
     x_var: str | None  # None where the sampler takes no variance
+    x_var_eta: float | None  # these two where it is measured
+    x_var_images: int | None
     guidance: float
     clip: str
 
@@ -102,7 +105,8 @@ class Run:
         A student's defaults are its own step count, DDIM, the schedule's grid and no guidance.
 
         Raises:
-          InputError: guidance, of a network that was trained without label dropout.
+          InputError: guidance, of a network that was trained without label dropout; x_var, of a sampler that
+            takes none.
         """
         settings = self.config.sampling
         if self.student_steps is not None:
@@ -115,16 +119,23 @@ class Run:
             )
         sampler = sampler or settings.sampler
         guidance = settings.guidance if guidance is None else guidance
-        if guidance > 0 and not (self.objective == "diffusion" and self.config.diffusion.label_dropout > 0):
+        if guidance > 0 and not self.config.knows_any_class:
             raise InputError(
                 f"guidance {guidance} needs a diffusion model that knows 'any class', trained with "
                 "config.diffusion.label_dropout above 0, and this is none; sample it with guidance 0"
             )
+        takes_variance = sampler in ("addim", "noisy_ddim")
+        if x_var is not None and not takes_variance:
+            raise InputError(f"x_var={x_var} means nothing to {sampler}; it is for addim and noisy_ddim")
+        x_var = (x_var or settings.x_var) if takes_variance else None
+        measured = x_var == "measured"
         return Sampling(
             steps=steps or settings.teacher_steps,
             sampler=sampler,
             noise_grid=noise_grid or settings.noise_grid,
-            x_var=(x_var or settings.x_var) if sampler in ("addim", "noisy_ddim") else None,
+            x_var=x_var,
+            x_var_eta=settings.x_var_eta if measured else None,
+            x_var_images=settings.x_var_images if measured else None,
             guidance=guidance,
             clip=settings.clip,
         )
@@ -164,6 +175,12 @@ class Run:
                 "expect worse images",
                 stacklevel=2,
             )
+        if self.student_steps is not None and how.noise_grid != "schedule":
+            warnings.warn(
+                f"this student was trained on its schedule's grid and is asked for {how.noise_grid}; "
+                "expect worse images",
+                stacklevel=2,
+            )
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
         indices = np.arange(first, first + num, dtype=np.int32)
@@ -187,6 +204,12 @@ class Run:
             if progress is not None:
                 progress(part.stop - start)
         return images, labels
+
+    def with_params(self, params: Any) -> "Run":
+        """The same run with other parameters and nothing measured on them yet; it keeps what was compiled."""
+        run = copy.copy(self)
+        run.params, run._x_var = params, {}
+        return run
 
     def untrained(self) -> "Run":
         """The same run before its first update, with fresh parameters."""
@@ -276,18 +299,18 @@ class Run:
                 mean = self._measure_x_var(how)
                 if path is not None:
                     files.write_whole(path, json.dumps({"mean_square_error": mean}) + "\n")
-            self._x_var[how] = self.config.sampling.x_var_eta * jnp.asarray(mean, jnp.float32)
+            self._x_var[how] = how.x_var_eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
 
     def _x_var_path(self, how: Sampling) -> Path | None:
         if self.workdir is None:
             return None
         of = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
-        return Path(self.workdir) / "x_var" / f"{of}_images{self.config.sampling.x_var_images}.json"
+        return Path(self.workdir) / "x_var" / f"{of}_images{how.x_var_images}.json"
 
     def _measure_x_var(self, how: Sampling) -> list[float]:
         images, labels = self.images("train")
-        num = min(len(images), self.config.sampling.x_var_images)
+        num = min(len(images), how.x_var_images)
         batch = self.config.sampling.batch_per_device * self.mesh.size
         logsnr, key = self._grid(how), jax.random.key(0)
 

@@ -41,6 +41,11 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     stages = configuration.stage_configs(configuration.validate(raw_config), workdir)
+    if len(stages) > 1 and workdirs.is_run(workdir):
+        raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
+    for stage_workdir, config in stages:
+        # All are asked before the first is trained.
+        workdirs.started(stage_workdir, config)
     for stage_workdir, config in stages:
         if len(stages) > 1:
             before, after = config.consistency.stages
@@ -174,10 +179,10 @@ def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> Non
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
     _check_teacher_steps(config, teacher_config)
-    if config.teacher_guidance > 0 and teacher_config.diffusion.label_dropout == 0:
+    if config.teacher_guidance > 0 and not teacher_config.knows_any_class:
         raise InputError(
-            f"config.teacher_guidance={config.teacher_guidance}: config.teacher_checkpoint={path} was "
-            "trained with config.diffusion.label_dropout=0 and knows no 'any class'; train one with 0.1"
+            f"config.teacher_guidance={config.teacher_guidance}: config.teacher_checkpoint={path} knows no "
+            "'any class'; train a diffusion model with config.diffusion.label_dropout=0.1"
         )
     if done < teacher_config.training.num_steps:
         raise InputError(
@@ -220,6 +225,12 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
             f"config.teacher_checkpoint={path} is a student of {steps} steps and "
             f"config.consistency.stages={config.consistency.stages!r} wants a teacher of "
             f"{config.consistency.stages[0]}; start the stages at {steps}"
+        )
+    settings = config.consistency
+    if config.objective == "progressive" and settings.xvar_frac != settings.later_xvar_frac:
+        raise InputError(
+            f"config.consistency.xvar_frac={settings.xvar_frac}: config.teacher_checkpoint={path} is a "
+            f"student, which carries aDDIM's adjustment; set it to later_xvar_frac={settings.later_xvar_frac}"
         )
 
 
@@ -279,9 +290,8 @@ def _cadence(config: Config) -> loop.Cadence:
 
 def _draw_grid(preview: Run, params: Any) -> np.ndarray:
     """A grid of samples of `params`; `preview` keeps its compiled sampler from one grid to the next."""
-    preview.params = params
     with jax.transfer_guard("allow"):
-        images, _ = preview.sample(_GRID_IMAGES)
+        images, _ = preview.with_params(params).sample(_GRID_IMAGES)
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
 
 

@@ -5,8 +5,9 @@ import functools
 
 import pytest
 
+from mcm_jax import configuration
 from mcm_jax import findings as program
-from mcm_jax.bench import mixture
+from mcm_jax.bench import findings, mixture, openmoji
 from mcm_jax.errors import InputError
 from tests.test_programs import call
 
@@ -44,8 +45,11 @@ def test_what_is_stored_is_not_measured_again(tiny, tmp_path, capsys):
 
 
 def test_the_report_alone_measures_nothing(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"has no results\.jsonl to report"):
+        program.run(tmp_path, settings=["mixture2d"], seeds=2, report_only=True)
+    (tmp_path / "results.jsonl").write_text("")
     text = program.run(tmp_path, settings=["mixture2d"], seeds=2, report_only=True)
-    assert "not measured" in text and not (tmp_path / "results.jsonl").exists()
+    assert "not measured" in text and (tmp_path / "results.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("system", ["cd", "ct", "progressive", "diffusion"])
@@ -65,6 +69,8 @@ def test_bad_input_is_one_line(tmp_path):
     for arguments, said in (
         (["--settings=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
         (["--seeds=1"], "seeds"),
+        (["--settings="], "--settings is empty"),
+        (["--report_only", f"--out={tmp_path / 'none'}"], "has no results.jsonl to report"),
         ([f"--out={tmp_path / 'file' / 'x'}"], "cannot write there"),
     ):
         (tmp_path / "file").write_text("")
@@ -76,3 +82,16 @@ def test_bad_input_is_one_line(tmp_path):
 def test_more_than_one_seed(tmp_path):
     with pytest.raises(InputError, match="a standard error needs at least 2"):
         program.run(tmp_path, seeds=1)
+
+
+@pytest.mark.parametrize("setting", [openmoji.OPENMOJI, openmoji.QUICK])
+def test_every_openmoji_cell_is_looked_for_where_it_is_trained(setting, tmp_path, monkeypatch):
+    """In particular a progressive distillation of one stage, which has no directory for it."""
+    monkeypatch.setattr(openmoji.prepare, "prepare", lambda *_, **__: None)
+    bench = openmoji.Bench(setting, tmp_path)
+    for cell in findings.cells_of(setting.findings(), "openmoji", [0]):
+        config = configuration.validate(bench._config(cell))
+        stages = configuration.stage_configs(config, bench._root(cell))
+        assert bench._workdir(cell) == stages[-1][0]
+        expected = {"teacher": None}.get(cell.system, cell.steps)
+        assert stages[-1][1].student_steps == expected

@@ -152,6 +152,8 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
     settings = dataclasses.replace(run.config.sampling, x_var_images=10, x_var_eta=0.5)
     run.config = dataclasses.replace(run.config, sampling=settings)
     how = run.sampling(steps=3, sampler="addim", x_var="measured")
+    assert (how.x_var_eta, how.x_var_images) == (0.5, 10)
+    assert run.sampling(sampler="addim").x_var_eta is None
     x_var = run.x_var(how)
     images, labels = run.images("train")
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(10))
@@ -170,6 +172,26 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
     again = runs.load_run(tmp_path / "teacher", data_dir="/none")
     again.config = dataclasses.replace(again.config, sampling=settings)
     np.testing.assert_array_equal(again.x_var(how), x_var)
+
+
+def test_other_parameters_have_another_variance(run):
+    """What was measured on the old ones is forgotten, as in the trainer's previews."""
+    how = run.sampling(steps=2, x_var="measured")
+    alone = runs.Run(run.config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    raw = runs.load_run(run.workdir, parameters="raw").params
+    before, other = alone.x_var(how), alone.with_params(raw)
+    assert not np.array_equal(other.x_var(how), before)
+    assert other.params is raw and alone.params is run.params
+
+
+def test_a_variance_for_a_sampler_that_takes_none(run):
+    with pytest.raises(InputError, match="x_var=measured means nothing to ddim"):
+        run.sampling_record(sampler="ddim", x_var="measured")
+
+
+def test_a_student_warns_of_another_grid(student):
+    with pytest.warns(UserWarning, match="trained on its schedule's grid and is asked for karras"):
+        student.sample(2, noise_grid="karras")
 
 
 def test_the_variance_that_was_kept_is_another_checkpoints(tiny_data, teacher, tmp_path):

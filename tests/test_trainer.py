@@ -137,6 +137,9 @@ def test_every_stage_is_a_run_of_its_own(staged, teacher):
 def test_a_stage_starts_from_the_last_one(tiny_data, teacher, staged, tmp_path):
     config = progressive(tiny_data, staged / "steps_2")
     config.consistency.stages = (2, 1)
+    with pytest.raises(InputError, match=r"carries aDDIM's adjustment; set it to later_xvar_frac=0.25"):
+        trainer.train(config, tmp_path / "student")
+    config.consistency.xvar_frac = 0.25
     config.training.num_steps = 1
     config.optimizer.learning_rate = 0.0
     assert trainer.train(config, tmp_path / "student")
@@ -164,6 +167,19 @@ def test_an_interrupted_stage_is_the_last(tiny_data, teacher, tmp_path, monkeypa
     assert not trainer.train(progressive(tiny_data, teacher), tmp_path)
 
 
+def test_all_stages_are_asked_before_the_first_is_trained(
+    tiny_data, teacher, staged, tmp_path, no_compilation
+):
+    shutil.copytree(staged / "steps_1", tmp_path / "steps_1")
+    config = progressive(tiny_data, teacher)
+    config.optimizer.b1 = 0.5
+    with pytest.raises(InputError, match=r"steps_1 holds a run with config.optimizer.b1=0.9"):
+        trainer.train(config, tmp_path)
+    assert not (tmp_path / "steps_2").exists()
+    with pytest.raises(InputError, match="holds a run, not stages of one"):
+        trainer.train(progressive(tiny_data, teacher), teacher)
+
+
 def test_stages_are_no_run_to_sample(staged):
     with pytest.raises(InputError, match=r"holds the stages steps_1, steps_2 of a run; name one"):
         runs.load_run(staged)
@@ -177,7 +193,14 @@ def test_stages_are_no_run_to_sample(staged):
         ({"objective": "tract", "consistency__stages": (4, 3)}, "3 steps are no whole segments of 4"),
         ({"objective": "tract", "consistency__stages": (2, 4)}, "4 steps are no whole segments of 2"),
         ({"teacher_guidance": 1.0}, "config.teacher_guidance=1.0 means nothing to progressive"),
-        ({"objective": "guidance", "teacher_guidance": 1.0}, "knows no 'any class'; train one with 0.1"),
+        (
+            {"objective": "guidance", "teacher_guidance": 1.0, "consistency__stages": ()},
+            "knows no 'any class'; train a diffusion model",
+        ),
+        ({"objective": "guidance", "consistency__stages": ()}, "there is no guidance to distil"),
+        ({"objective": "cd", "consistency__student_steps": 2}, "stages=(4, 2) means nothing to cd"),
+        ({"consistency__student_steps": 2}, "student_steps=2 means nothing to progressive"),
+        ({"sampling__guidance": 1.0}, "config.sampling.guidance=1.0 needs a diffusion model that knows"),
         ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
     ],
 )

@@ -55,7 +55,11 @@ class Store:
         self.seconds: dict[Cell, float] = {}
         if not path.exists():
             return
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError as error:
+            raise InputError(f"{path} can't be read ({error.strerror}); choose another --out") from error
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
@@ -64,7 +68,9 @@ class Store:
                 fields = record["cell"]
                 overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
                 cell = Cell(overrides=overrides, **fields)
-                values, seconds, setting = dict(record["values"]), float(record["seconds"]), record["setting"]
+                values, seconds, setting = record["values"], float(record["seconds"]), record["setting"]
+                values = {name: float(value) for name, value in values.items()}
+                values["distance"]  # all cells have it
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}:{number} is no result of the bench ({error}); remove it") from error
             if setting != self._settings.get(cell.setting, setting):

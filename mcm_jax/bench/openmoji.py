@@ -112,9 +112,9 @@ class Bench:
         return self.directory / f"seed{cell.seed}" / name
 
     def _workdir(self, cell: Cell) -> Path:
-        """All stages of progressive distillation are in one directory."""
-        root = self._root(cell)
-        return root / f"steps_{cell.steps}" if cell.system == "progressive" else root
+        """Where the trainer puts the model: stages of progressive distillation are below one directory."""
+        config = configuration.validate(self._config(cell))
+        return configuration.stage_configs(config, self._root(cell))[-1][0]
 
     def _config(self, cell: Cell) -> ml_collections.ConfigDict:
         row = {"cd": f"cd,steps={cell.steps}", "ct": f"ct,steps={cell.steps}"}.get(cell.system, cell.system)
@@ -128,7 +128,7 @@ class Bench:
             config.training.num_steps = self.setting.teacher_updates
         else:
             teacher = Cell(cell.setting, "teacher", 1, cell.seed, _schedule_of(cell))
-            config.teacher_checkpoint = str(self._workdir(teacher))
+            config.teacher_checkpoint = str(self._root(teacher))
             # As in the paper half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
         if cell.system == "progressive":
@@ -150,9 +150,9 @@ def _schedule_of(cell: Cell) -> tuple:
 def _difference(workdir: Path, teacher: Path) -> float:
     """`mean_difference` of two runs on training images."""
     student_run, teacher_run = runs.load_run(workdir), runs.load_run(teacher)
-    images, _ = student_run.images("train")
+    images, labels = student_run.images("train")
     student_fn, teacher_fn = (
         functools.partial(run.network.apply, run.params) for run in (student_run, teacher_run)
     )
-    x = jnp.asarray(to_float(images[:NUM_SAMPLES]))
-    return mean_difference(student_fn, teacher_fn, x, schedule=student_run.schedule)
+    x, cond = jnp.asarray(to_float(images[:NUM_SAMPLES])), jnp.asarray(labels[:NUM_SAMPLES])
+    return mean_difference(student_fn, teacher_fn, x, cond, schedule=student_run.schedule)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from mcm_jax.bench import choices
 from mcm_jax.bench.cells import Store
@@ -185,4 +186,4 @@ def _curve(
         axes.errorbar(steps, means, errors, label=label, color=colour, marker=marker, capsize=2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(sorted({*axes.get_xticks(), *steps} & {*steps}), [str(s) for s in steps])
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))

@@ -180,13 +180,19 @@ def _newest(results: Iterable[Result]) -> list[Result]:
 
 
 def _recipe(run: str, runs: Mapping[str, Run]) -> str:
-    """All settings that influence what the run learned, but for the seeds, as text; "" if not known."""
+    """All settings that influence what the run learned, but for the seeds, as text; "" if not known.
+
+    Those of its teacher are part of it, and of the teacher's teacher.
+    """
     if run not in runs:
         return ""
     teacher = runs[run].config.get("teacher_checkpoint")
     if teacher is not None:
-        # Recorded as seen from where the training was started, so that only its name can be relied on.
-        there = {_settings(runs[name]) for name in runs if Path(name).name == Path(str(teacher)).name}
+        # Recorded as seen from where the training was started, so that only its name can be relied on. Stages
+        # of one training stand side by side and have the same names in every training.
+        found = [name for name in runs if Path(name).name == Path(str(teacher)).name and name != run]
+        siblings = [name for name in found if Path(name).parent == Path(run).parent]
+        there = {_recipe(name, runs) for name in siblings or found}
         teacher = there.pop() if len(there) == 1 else str(teacher)
     return json.dumps([_settings(runs[run]), teacher])
 

@@ -234,7 +234,8 @@ def _sampler(fields: "_Fields") -> str:
     """'ddim', and what is unusual about it: 'addim with measured variance on the karras grid'."""
     text = fields.text("sampler")
     if fields.content.get("x_var") == "measured":
-        text += " with measured variance"
+        eta, images = fields.number("x_var_eta"), fields.whole("x_var_images")
+        text += f" with measured variance (eta {eta:g}, {images} images)"
     if fields.content.get("clip", "last") == "every":
         text += ", clipped in every step,"
     grid = fields.content.get("noise_grid", "schedule")

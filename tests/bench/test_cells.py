@@ -56,6 +56,8 @@ def test_a_file_of_something_else(tmp_path):
     path.write_text(json.dumps({"metrics": 1}) + "\n")
     with pytest.raises(InputError, match=r"results.jsonl:1 is no result of the bench .* remove it"):
         Store(path, SETTINGS)
+    with pytest.raises(InputError, match="can't be read"):
+        Store(tmp_path, SETTINGS)
 
 
 def test_labels_tell_cells_apart():

@@ -25,6 +25,8 @@ RECORD = {
     "guidance": 0.0,
     "noise_grid": "schedule",
     "x_var": None,
+    "x_var_eta": None,
+    "x_var_images": None,
     "clip": "last",
     "network_calls": 4,
     "num_samples": 1024,

@@ -132,7 +132,10 @@ def test_nothing_to_report(tmp_path):
     [
         ({}, "ddim"),
         ({"sampler": "addim", "x_var": "analytic", "noise_grid": "schedule", "clip": "last"}, "addim"),
-        ({"sampler": "addim", "x_var": "measured"}, "addim with measured variance"),
+        (
+            {"sampler": "addim", "x_var": "measured", "x_var_eta": 0.75, "x_var_images": 1024},
+            "addim with measured variance (eta 0.75, 1024 images)",
+        ),
         ({"sampler": "heun", "noise_grid": "karras"}, "heun on the karras grid"),
         ({"clip": "every", "noise_grid": "karras"}, "ddim, clipped in every step, on the karras grid"),
     ],
