@@ -87,14 +87,17 @@ def test_ddim_of_a_gaussian_is_a_known_line(num_steps, low):
 
 def test_ddim_loses_variance_and_the_more_the_fewer_its_steps():
     """The bias has a sign: the line is always flatter than the flow's, whose slope is the data's std."""
-    slopes = np.array(
-        [
-            ddim_line(np.asarray(schedules.uniform_grid(COSINE, n), np.float64))[0] / STDS
-            for n in (2, 8, 32, 128, 512)
-        ]
-    )
-    assert np.all(slopes < 1) and np.all(np.diff(slopes, axis=0) > 0)
-    np.testing.assert_allclose(slopes[-1], 1, atol=0.02)
+    keys, _ = keys_and_noise(64)
+    z_1 = np.zeros((64, 3), np.float32)
+    z_1[:3], z_1[3:6] = GAUSSIAN.basis.T, -GAUSSIAN.basis.T
+    slopes = []
+    for num_steps in (2, 16, 129):
+        grid = schedules.uniform_grid(COSINE, num_steps)
+        x = np.asarray(draw(jnp.asarray(z_1), keys, grid, sampler="ddim")) @ GAUSSIAN.basis
+        slopes.append(np.diag(x[:3] - x[3:6]) / 2 / STDS)
+    # Measured from 0.10 and 0.43 (2 steps) to 0.95 and 0.99 (129).
+    assert np.all(np.array(slopes) < 1) and np.all(np.diff(slopes, axis=0) > 0)
+    assert np.all(slopes[-1] > 0.94)
 
 
 @functools.partial(jax.jit, static_argnames=("denoised",))
@@ -649,11 +652,11 @@ def test_one_compilation_while_the_teacher_steps_are_annealed():
 # --- Examples do not influence each other. ---
 
 
-def of_others(n, count, seed):
+def of_others(n, count):
     """The indices 0..count - 1 with those other than n in another order."""
     order = np.arange(count)
     others = np.delete(order, n)
-    order[others] = np.roll(others, 1 + seed)
+    order[others] = np.roll(others, 1)
     return order
 
 
@@ -674,7 +677,7 @@ def test_objectives_take_examples_one_by_one(name):
     whole = losses(x, cond)
     assert np.all(np.isfinite(whole))
     for n in (0, 3, 7):
-        order = of_others(n, len(X), n)
+        order = of_others(n, len(X))
         other = np.arange(len(X)) != n
         changed = losses(jnp.where(other[:, None, None, None], -0.5 * x, x), jnp.where(other, cond + 1, cond))
         moved = losses(x[order], cond[order])
