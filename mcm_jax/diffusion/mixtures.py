@@ -159,10 +159,10 @@ def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, log
     means_s, stds_s = _diffused(mixture, logsnr_s)
     scores_t = (_coordinates(mixture, z_t)[..., None] - means_t) / stds_t
     log_odds = _log_odds(mixture.weights, scores_t)
-    # F_t is a mean of Phi(scores_t): were all scores at s below the least of them, F_s would be below F_t,
-    # and likewise above. With K = 1 the bracket is one point, the linear map.
-    low = jnp.min(means_s + stds_s * jnp.min(scores_t, axis=-1, keepdims=True), axis=-1)
-    high = jnp.max(means_s + stds_s * jnp.max(scores_t, axis=-1, keepdims=True), axis=-1)
+    # Where each component has its score of t or a lower one, F_s is at most F_t, and likewise above. With
+    # K = 1 the bracket is one point, the linear map.
+    ends = means_s + stds_s * scores_t
+    low, high = jnp.min(ends, axis=-1), jnp.max(ends, axis=-1)
 
     def excess(u_s: Points) -> Points:
         return _log_odds(mixture.weights, (u_s[..., None] - means_s) / stds_s) - log_odds

@@ -360,6 +360,15 @@ def test_samples_have_the_moments_and_the_marginals():
     assert not np.array_equal(x, mixtures.sample(mixture, jax.random.key(1), 20_000))
 
 
+def test_component_and_noise_of_a_sample_are_independent():
+    """From one key, the first of the draws behind the component would be the noise as well."""
+    keys = jax.random.split(jax.random.key(0), 2000)
+    x = jax.vmap(lambda key: mixtures.sample(MIXTURES["two_components"], key, 1))(keys)
+    mode = jnp.sign(x)
+    # Standard error 0.022.
+    np.testing.assert_allclose(jnp.mean(mode * (x - 0.6 * mode) / 0.1, axis=0), 0, atol=0.1)
+
+
 def test_gaussian_has_its_moments():
     mean, covariance = mixtures.mean_and_covariance(MIXTURES["gaussian"])
     np.testing.assert_allclose(mean, [0.3, -0.2, 0.1], atol=1e-15)
