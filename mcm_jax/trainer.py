@@ -41,7 +41,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     stages = configuration.stage_configs(configuration.validate(raw_config), workdir)
-    if len(stages) > 1 and workdirs.is_run(workdir):
+    if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
         raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
     for stage_workdir, config in stages:
         # All are asked before the first is trained.
