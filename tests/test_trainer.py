@@ -172,8 +172,7 @@ def test_all_stages_are_asked_before_the_first_is_trained(
 ):
     shutil.copytree(staged / "steps_1", tmp_path / "steps_1")
     config = progressive(tiny_data, teacher)
-    config.optimizer.b1 = 0.5
-    with pytest.raises(InputError, match=r"steps_1 holds a run with config.optimizer.b1=0.9"):
+    with pytest.raises(InputError, match="steps_1 holds a run with config"):
         trainer.train(config, tmp_path)
     assert not (tmp_path / "steps_2").exists()
     with pytest.raises(InputError, match="holds a run, not stages of one"):
