@@ -70,10 +70,10 @@ def check_agreement(config: Config, network: Network, *, batch_size: int = 8) ->
     params, batch, key = _random_params(network), _batch(network, batch_size), jax.random.key(2)
     loss_fn = experiment.build_loss_fn(config, network, mesh=sharding.make_mesh(data=-1, fsdp=1))
     loss, grads = jax.jit(
-        jax.value_and_grad(lambda params: loss_fn(params, None, batch, key, jnp.zeros((), int)).mean())
+        jax.value_and_grad(lambda params: loss_fn(params, None, None, batch, key, jnp.zeros((), int)).mean())
     )(params)
     # The draws of mcm_jax.objectives.diffusion.
-    key_t, key_eps, _ = jax.random.split(key, 3)
+    key_t, key_eps, _, _ = jax.random.split(key, 4)
     t = torch.tensor(np.array(jax.random.uniform(key_t, (batch_size,))))
     eps = _channels_last(jax.random.normal(key_eps, batch["image"].shape))
     model = _torch_network(network, params)
