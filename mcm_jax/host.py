@@ -11,16 +11,20 @@ import sys
 # The parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
-# In jax 0.10.2 the convolutions of YNNPACK run on one thread; without it Eigen's run on all. Experimental:
-# look at it again with every new version of jax.
-_XLA_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+# Look at them again with every new version of jax.
+_XLA_FLAGS = (
+    # In jax 0.10.2 the convolutions of YNNPACK, experimental, run on one thread; without it Eigen's run on all.
+    "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
+    # Operations that don't need each other's results run at the same time.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=true",
+)
 
 
 def tune() -> None:
     """Call before JAX first computes. Keeps what the user has set in XLA_FLAGS."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _XLA_FLAG.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_XLA_FLAG}".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    ours = [flag for flag in _XLA_FLAGS if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     if sys.platform == "linux":
         _keep_freed_pages()
 
