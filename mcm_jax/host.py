@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 # Look at them again with every new version of jax.
 _XLA_FLAGS = (
-    # In jax 0.10.2 the convolutions of YNNPACK, experimental, run on one thread; without it Eigen's run on all.
+    # In jax 0.10.2 the convolutions of YNNPACK, experimental, run on one thread; Eigen's run on all.
     "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
     # Operations that don't need each other's results run at the same time.
     "--xla_cpu_enable_concurrency_optimized_scheduler=true",
