@@ -62,7 +62,9 @@ def test_our_mistake_has_a_traceback():
 
 
 def test_ctrl_c():
-    assert error_of(program("os.kill(os.getpid(), signal.SIGINT)"), 130) == "interrupted"
+    # A process that a script starts in the background is born deaf to it.
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    assert error_of(program(f"{listen}; os.kill(os.getpid(), signal.SIGINT)"), 130) == "interrupted"
 
 
 def test_the_exit_code_of_the_program_itself():
