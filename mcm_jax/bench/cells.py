@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
 from mcm_jax.errors import InputError
 from mcm_jax.files import append_line
 
@@ -35,6 +37,17 @@ class Cell:
         changed = [f"{name.rsplit('.', 1)[-1]}={value}" for name, value in self.overrides]
         sampler = [] if self.sampler == "ddim" else [self.sampler]
         return " ".join([self.setting, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
+
+    @property
+    def schedule(self) -> tuple[tuple[str, Any], ...]:
+        """The overrides of the noise schedule, which a student's teacher must share."""
+        return tuple((name, value) for name, value in self.overrides if name.startswith("schedule."))
+
+    def override(self, config: ml_collections.ConfigDict) -> None:
+        """Sets the overrides' fields."""
+        for name, value in self.overrides:
+            section, field = name.split(".")
+            config[section][field] = value
 
 
 class Store:

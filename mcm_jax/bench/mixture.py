@@ -85,7 +85,7 @@ class Bench:
             return {"distance": self._distance(self._diffusion(cell.seed, ()).model_fn, config, cell)}
         if cell.system == "progressive":
             return {"distance": self._distance(self._stage(cell.seed, cell.steps).model_fn, config, cell)}
-        start = self._start(cell, config)
+        start = self._diffusion(cell.seed, cell.schedule)
         run = vectors.train(config, self._spec(config), self.mixture, start=start.params)
         values = {"distance": self._distance(run.model_fn, config, cell)}
         if cell.system == "ct":
@@ -96,11 +96,6 @@ class Bench:
                 run.model_fn, start.model_fn, x, cond, schedule=schedule
             )
         return values
-
-    def _start(self, cell: Cell, config: Config) -> VectorRun:
-        """The diffusion model, of the cell's own schedule where it has one."""
-        own = tuple((name, value) for name, value in cell.overrides if name.startswith("schedule."))
-        return self._diffusion(config.seed, own)
 
     def _distance(self, model_fn: ModelFn, config: Config, cell: Cell) -> float:
         x = vectors.sample(
@@ -122,10 +117,8 @@ class Bench:
         """The stage of progressive distillation with this many steps, from the one before."""
         first = 2 * steps == _PROGRESSIVE_FIRST
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        overrides = (("consistency.stages", (2 * steps, steps)),)
-        if not first:
-            # Later teachers carry the adjustment already: configuration.ConsistencyConfig.later_xvar_frac.
-            overrides += (("consistency.xvar_frac", 0.0),)
+        # Later teachers carry the adjustment already: configuration.ConsistencyConfig.later_xvar_frac.
+        overrides = () if first else (("consistency.xvar_frac", 0.0),)
         config = self._config(Cell(self.setting.name, "progressive", steps, seed, overrides))
         return vectors.train(
             config,
@@ -165,9 +158,7 @@ class Bench:
                 config.consistency.stages = (2 * cell.steps, cell.steps)
             else:
                 config.consistency.student_steps = cell.steps
-        for name, value in cell.overrides:
-            section, field = name.split(".")
-            config[section][field] = value
+        cell.override(config)
         return configuration.validate(config)
 
 

@@ -79,7 +79,7 @@ class Bench:
 
     def _measure(self, cell: Cell) -> Values:
         workdir = self._workdir(cell)
-        teacher = self._train(Cell(cell.setting, "teacher", 1, cell.seed, _schedule_of(cell)))
+        teacher = self._train(Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule))
         if cell.system != "teacher":
             self._train(cell)
         options = evaluate.Options(
@@ -127,7 +127,7 @@ class Bench:
         if cell.system == "teacher":
             config.training.num_steps = self.setting.teacher_updates
         else:
-            teacher = Cell(cell.setting, "teacher", 1, cell.seed, _schedule_of(cell))
+            teacher = Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule)
             config.teacher_checkpoint = str(self._root(teacher))
             # As in the paper half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
@@ -136,15 +136,8 @@ class Bench:
             while stages[-1] > cell.steps:
                 stages.append(stages[-1] // 2)
             config.consistency.stages = tuple(stages)
-        for name, value in cell.overrides:
-            section, field = name.split(".")
-            config[section][field] = value
+        cell.override(config)
         return config
-
-
-def _schedule_of(cell: Cell) -> tuple:
-    """A teacher has its student's schedule."""
-    return tuple((name, value) for name, value in cell.overrides if name.startswith("schedule."))
 
 
 def _difference(workdir: Path, teacher: Path) -> float:
