@@ -106,7 +106,6 @@ def sample(
     num_steps: int,
     sampler: sampling.Sampler = "ddim",
     schedule: schedules.Schedule | None = None,
-    x_var: Float[Array, "N"] | None = None,
 ) -> Float[Array, "num dimension"]:
     """`num` samples on the uniform grid of `schedule` (the plain cosine if None), unclipped."""
     logsnr = schedules.uniform_grid(schedule or schedules.cosine(), num_steps)
@@ -116,8 +115,6 @@ def sample(
         keys = sampling.image_keys(jax.random.key(seed), jnp.arange(num))
         z_1 = sampling.initial_noise(keys, (dimension,))
         cond = jnp.zeros(num, jnp.int32)
-        return sampling.sample(
-            model_fn, z_1, cond, keys, logsnr=logsnr, sampler=sampler, x_var=x_var, clip="never"
-        )
+        return sampling.sample(model_fn, z_1, cond, keys, logsnr=logsnr, sampler=sampler, clip="never")
 
     return run()
