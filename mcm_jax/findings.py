@@ -64,18 +64,17 @@ def run(
     cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str((out / "xla_cache").absolute()))
     jax.config.update("jax_compilation_cache_dir", cache)
     benches = {name: _bench(name, out, quick=quick) for name in settings}
-    store = cells.Store(out / "results.jsonl", {name: setting for name, (setting, _) in benches.items()})
+    chosen = {name: setting for name, (setting, _) in benches.items()}
+    store = cells.Store(out / "results.jsonl", chosen)
     if not report_only:
         # Bad places for data are found before the first cell.
-        benches = {name: (setting, make()) for name, (setting, make) in benches.items()}
-    for name, (setting, measure) in benches.items():
-        wanted = findings.cells_of(setting.findings(), name, range(seeds))
-        if choices and name != "mixture2d":
-            wanted += open_choices.cells_of(name, range(seeds))
-        if not report_only and any(cell not in store for cell in wanted):
-            print(f"== {name}: {len(wanted)} cells", flush=True)
-            cells.run(wanted, store, measure)
-    chosen = {name: setting.findings() for name, (setting, _) in benches.items()}
+        for name, measure in [(name, make()) for name, (_, make) in benches.items()]:
+            wanted = findings.cells_of(chosen[name].findings(), name, range(seeds))
+            if choices:
+                wanted += open_choices.cells_of(chosen[name].choices(), name, range(seeds))
+            if any(cell not in store for cell in wanted):
+                print(f"== {name}: {len(wanted)} cells", flush=True)
+                cells.run(wanted, store, measure)
     markdown = report.markdown(store, chosen, range(seeds), quick=quick)
     write_whole(out / "findings.md", markdown)
     write_whole(out / "findings.png", report.plot(store, chosen, range(seeds)))

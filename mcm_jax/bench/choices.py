@@ -18,14 +18,8 @@ class Choice:
     overrides: Overrides
 
 
-# A student's learning rate, and half of the resolution that a schedule is shifted to: a mixture counts as 32.
-_LEARNING_RATES = {"mixture": 5e-4, "openmoji": 3e-4}
-_HALF_RESOLUTIONS = {"mixture": 16, "openmoji": 8}
-
-
-def choices(setting: str) -> tuple[Choice, ...]:
-    """All of them, for a setting's own learning rate and resolution."""
-    learning_rate, half = _LEARNING_RATES[setting], _HALF_RESOLUTIONS[setting]
+def choices(learning_rate: float, resolution: int) -> tuple[Choice, ...]:
+    """All of them, for a default learning rate and the resolution of data and noise."""
     return (
         Choice("loss weight SNR + 1", (("consistency.loss_weight", "snr_plus_one"),)),
         Choice("loss weight max(SNR, 1)", (("consistency.loss_weight", "max_snr_one"),)),
@@ -35,8 +29,8 @@ def choices(setting: str) -> tuple[Choice, ...]:
         Choice("dropout 0.1", (("model.dropouts", (0.1, 0.1, 0.1)),)),
         Choice("learning rate / 3", (("optimizer.learning_rate", learning_rate / 3),)),
         Choice("learning rate x 3", (("optimizer.learning_rate", learning_rate * 3),)),
-        Choice("schedule shifted by half, ends moved", _shift(half, "moved")),
-        Choice("schedule shifted by half, ends kept", _shift(half, "kept")),
+        Choice("schedule shifted by half, ends moved", _shift(resolution // 2, "moved")),
+        Choice("schedule shifted by half, ends kept", _shift(resolution // 2, "kept")),
     )
 
 
@@ -48,9 +42,9 @@ def _shift(resolution: int, end_points: str) -> Overrides:
     )
 
 
-def cells_of(setting: str, seeds: Sequence[int]) -> list[Cell]:
+def cells_of(chosen: Sequence[Choice], setting: str, seeds: Sequence[int]) -> list[Cell]:
     """Every cell that the choices need, the defaults included."""
-    overrides = [(), *(choice.overrides for choice in choices(setting))]
+    overrides = [(), *(choice.overrides for choice in chosen)]
     return [
         Cell(setting, "cd", steps, seed, changed)
         for seed in seeds

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from mcm_jax import configuration, experiment
 from mcm_jax.bench import vectors
 from mcm_jax.bench.cells import Cell, Values
+from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.vectors import VectorRun
 from mcm_jax.configuration import Config
@@ -44,6 +45,8 @@ class Setting:
     diffusion_steps: int = 4000
     student_steps: int = 1500
     batch_size: int = 256
+    diffusion_learning_rate: float = 1e-3
+    learning_rate: float = 5e-4  # of students
 
     def findings(self) -> tuple[Finding, ...]:
         """The eight; in 2-D the two about aDDIM, whose variance has no meaning there."""
@@ -56,6 +59,12 @@ class Setting:
             best_teacher=Term(1.0, "diffusion", 512, sampler="addim"),
         )
         return chosen if self.dimension > 2 else tuple(f for f in chosen if f.number in (4, 5))
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What the paper leaves open; a mixture counts as data of the config's default resolution."""
+        if self.dimension == 2:
+            return ()
+        return choices(self.learning_rate, configuration.default_config().data.resolution)
 
 
 MIXTURE_64D = Setting("mixture", dimension=64)
@@ -143,7 +152,7 @@ class Bench:
         diffusion = cell.system in ("diffusion", "teacher")
         num_steps = self.setting.diffusion_steps if diffusion else self.setting.student_steps
         config.optimizer.update(
-            learning_rate=1e-3 if diffusion else 5e-4,
+            learning_rate=self.setting.diffusion_learning_rate if diffusion else self.setting.learning_rate,
             warmup_steps=100 if diffusion else 0,
             decay="linear",
             ema_decay=0.99,

@@ -14,6 +14,7 @@ import ml_collections
 
 from mcm_jax import configuration, evaluate, prepare, runs, trainer
 from mcm_jax.bench.cells import Cell, Values
+from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.mixture import mean_difference
 from mcm_jax.data.pixels import to_float
@@ -36,6 +37,7 @@ class Setting:
     sampler_steps: tuple[int, ...] = (16, 32, 64)
     teacher_sampling_steps: int = 512
     progressive_first: int = 64  # steps of the teacher that progressive distillation starts from
+    learning_rate: float = 3e-4  # of students
 
     def findings(self) -> tuple[Finding, ...]:
         """The eight."""
@@ -46,6 +48,10 @@ class Setting:
             sampler_steps=self.sampler_steps,
             best_teacher=Term(1.0, "teacher", self.teacher_sampling_steps, sampler="addim"),
         )
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What the paper leaves open."""
+        return choices(self.learning_rate, RESOLUTION)
 
 
 OPENMOJI = Setting("openmoji")
@@ -129,6 +135,7 @@ class Bench:
         else:
             teacher = Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule)
             config.teacher_checkpoint = str(self._root(teacher))
+            config.optimizer.learning_rate = self.setting.learning_rate
             # As in the paper half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
         if cell.system == "progressive":

@@ -2,18 +2,30 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from mcm_jax.bench import choices
 from mcm_jax.bench.cells import Store
+from mcm_jax.bench.choices import STUDENT_STEPS, Choice, measured
 from mcm_jax.bench.findings import DDIM_TEACHER, Contrast, Finding, Measured, Term, measure, verdict
 
-# A setting's findings by its name.
-Chosen = Mapping[str, Sequence[Finding]]
+
+@runtime_checkable
+class Setting(Protocol):
+    """What is measured on one problem."""
+
+    def findings(self) -> Sequence[Finding]:
+        """The findings that can be had there."""
+
+    def choices(self) -> Sequence[Choice]:
+        """The open choices that can be compared there."""
+
+
+Settings = Mapping[str, Setting]
 
 _NAMES = {
     "mixture": "mixture, 64-D",
@@ -38,9 +50,8 @@ _SAMPLERS = (
 )
 
 
-def markdown(store: Store, chosen: Chosen, seeds: Sequence[int], *, quick: bool) -> str:
+def markdown(store: Store, settings: Settings, seeds: Sequence[int], *, quick: bool) -> str:
     """Verdicts, then every difference with the paper's own, then the open choices where measured."""
-    names = list(chosen)
     lines = [
         f"Seeds: {len(seeds)}. Numbers are measurements, mean ± one standard error over the seeds, of "
         "differences that are positive if the paper is right; 'paper' is the same difference of its FIDs, "
@@ -53,62 +64,60 @@ def markdown(store: Store, chosen: Chosen, seeds: Sequence[int], *, quick: bool)
             "**Quick: trainings of seconds. These numbers say that everything runs and nothing else.**",
             "",
         ]
-    lines += _summary(store, chosen, seeds)
-    for number in sorted({finding.number for findings in chosen.values() for finding in findings}):
-        lines += ["", *_details(store, chosen, seeds, number)]
-    for name in names:
-        lines += _choices(store, name, seeds)
+    lines += _summary(store, settings, seeds)
+    for number in sorted({f.number for setting in settings.values() for f in setting.findings()}):
+        lines += ["", *_details(store, settings, seeds, number)]
+    for name, setting in settings.items():
+        lines += _choices(store, setting.choices(), name, seeds)
     return "\n".join(lines) + "\n"
 
 
-def _summary(store: Store, chosen: Chosen, seeds: Sequence[int]) -> list[str]:
-    rows = {finding.number: finding.statement for findings in chosen.values() for finding in findings}
-    lines = [_row(["Finding", *(_NAMES[name] for name in chosen)]), _row(["---"] * (1 + len(chosen)))]
+def _summary(store: Store, settings: Settings, seeds: Sequence[int]) -> list[str]:
+    rows = {f.number: f.statement for setting in settings.values() for f in setting.findings()}
+    lines = [_row(["Finding", *(_NAMES[name] for name in settings)]), _row(["---"] * (1 + len(settings)))]
     for number, statement in sorted(rows.items()):
         cells = []
-        for name, findings in chosen.items():
-            (finding,) = [f for f in findings if f.number == number] or [None]
+        for name, setting in settings.items():
+            (finding,) = [f for f in setting.findings() if f.number == number] or [None]
             cells.append("" if finding is None else _verdict(store, finding, name, seeds))
         lines.append(_row([f"{number}. {statement}", *cells]))
     return lines
 
 
-def _details(store: Store, chosen: Chosen, seeds: Sequence[int], number: int) -> list[str]:
+def _details(store: Store, settings: Settings, seeds: Sequence[int], number: int) -> list[str]:
     """A row for every contrast that any setting has."""
     contrasts: dict[str, dict[str, Contrast]] = {}
-    for name, findings in chosen.items():
-        for finding in findings:
+    for name, setting in settings.items():
+        for finding in setting.findings():
             if finding.number == number:
                 for contrast in finding.contrasts:
                     contrasts.setdefault(contrast.name, {})[name] = contrast
     lines = [
-        _row([f"Finding {number}", "paper", *(_NAMES[name] for name in chosen)]),
-        _row(["---"] * (2 + len(chosen))),
+        _row([f"Finding {number}", "paper", *(_NAMES[name] for name in settings)]),
+        _row(["---"] * (2 + len(settings))),
     ]
     for label, by_setting in contrasts.items():
         published = next(iter(by_setting.values())).published
         cells = [
             _told(_measure(store, by_setting[name], name, seeds)) if name in by_setting else ""
-            for name in chosen
+            for name in settings
         ]
         lines.append(_row([label, "" if published is None else f"{published:+.2f}", *cells]))
     return lines
 
 
-def _choices(store: Store, name: str, seeds: Sequence[int]) -> list[str]:
+def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence[int]) -> list[str]:
     """The alternatives' differences from the default; positive is worse than the default."""
-    if name == "mixture2d":
-        return []
     rows = []
-    for choice in choices.choices(name):
-        values = [choices.measured(choice, store, name, steps, seeds) for steps in choices.STUDENT_STEPS]
+    for choice in choices:
+        values = [measured(choice, store, name, steps, seeds) for steps in STUDENT_STEPS]
         if None in values:
             continue
         rows.append(_row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
     if not rows:
         return []
     title = f"Open choices, {_NAMES[name]}: distance less the default's (positive: the default is better)"
-    heads = [f"CD, {steps} steps" if steps > 1 else "CD, 1 step" for steps in choices.STUDENT_STEPS]
+    heads = [f"CD, {steps} steps" if steps > 1 else "CD, 1 step" for steps in STUDENT_STEPS]
     return ["", _row([title, *heads]), _row(["---"] * (1 + len(heads))), *rows]
 
 
@@ -140,11 +149,11 @@ def _row(cells: Sequence[str]) -> str:
 
 
 @matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9})
-def plot(store: Store, chosen: Chosen, seeds: Sequence[int]) -> bytes:
+def plot(store: Store, settings: Settings, seeds: Sequence[int]) -> bytes:
     """PNG: for every setting the distance against student steps, and against the teacher's sampling steps."""
-    figure = Figure(figsize=(4.2 * len(chosen), 6.4), layout="constrained", dpi=110)
-    grid = figure.subplots(2, len(chosen), squeeze=False)
-    for column, name in enumerate(chosen):
+    figure = Figure(figsize=(4.2 * len(settings), 6.4), layout="constrained", dpi=110)
+    grid = figure.subplots(2, len(settings), squeeze=False)
+    for column, name in enumerate(settings):
         top, bottom = grid[0][column], grid[1][column]
         for label, term, colour, marker in _SYSTEMS:
             _curve(top, store, name, seeds, term, label, colour, marker)

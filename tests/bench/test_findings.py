@@ -91,7 +91,7 @@ def test_cells_are_measured_once_and_stages_go_down():
 def test_the_report_says_what_is_there_and_what_is_not(tmp_path):
     missing = Cell("mixture", "progressive", 8, 1)
     store = filled(tmp_path, "mixture", without=(missing,))
-    chosen = {"mixture": mixture.MIXTURE_64D.findings()}
+    chosen = {"mixture": mixture.MIXTURE_64D}
     text = report.markdown(store, chosen, SEEDS, quick=False)
     rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
     (seventh,) = [row for name, row in rows.items() if name.startswith("7. ")]
@@ -104,28 +104,29 @@ def test_the_report_says_what_is_there_and_what_is_not(tmp_path):
 
 def test_an_undecided_contrast_says_what_would_decide(tmp_path):
     store = filled(tmp_path, "mixture", noise=5.0)
-    text = report.markdown(store, {"mixture": mixture.MIXTURE_64D.findings()}, SEEDS, quick=False)
+    text = report.markdown(store, {"mixture": mixture.MIXTURE_64D}, SEEDS, quick=False)
     assert "undecided (needs " in text
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    png = report.plot(filled(tmp_path, "mixture"), {"mixture": mixture.MIXTURE_64D.findings()}, SEEDS)
+    png = report.plot(filled(tmp_path, "mixture"), {"mixture": mixture.MIXTURE_64D}, SEEDS)
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
 def test_choices_are_compared_with_the_default(tmp_path):
     store = Store(tmp_path / "results.jsonl", SETTINGS)
-    cells = choices.cells_of("openmoji", SEEDS)
+    chosen = openmoji.OPENMOJI.choices()
+    cells = choices.cells_of(chosen, "openmoji", SEEDS)
     assert len(set(cells)) == len(cells) == 3 * 2 * 11
     for cell in cells:
         worse = cell.overrides == (("consistency.huber_epsilon", 1.0),)
         store.add(cell, {"distance": 10.0 * cell.seed + worse}, seconds=0.0)
-    measured = {c.name: choices.measured(c, store, "openmoji", 4, SEEDS) for c in choices.choices("openmoji")}
+    measured = {c.name: choices.measured(c, store, "openmoji", 4, SEEDS) for c in chosen}
     assert measured["Huber epsilon 1"].mean == 1 and measured["dropout 0.1"].mean == 0
-    text = report.markdown(store, {"openmoji": openmoji.OPENMOJI.findings()}, SEEDS, quick=False)
+    text = report.markdown(store, {"openmoji": openmoji.OPENMOJI}, SEEDS, quick=False)
     assert "| Huber epsilon 1 | +1 ± 0 | +1 ± 0 |" in text
     missing = Store(tmp_path / "empty.jsonl", SETTINGS)
-    assert choices.measured(choices.choices("openmoji")[0], missing, "openmoji", 4, SEEDS) is None
+    assert choices.measured(chosen[0], missing, "openmoji", 4, SEEDS) is None
 
 
 def test_the_papers_tables():
