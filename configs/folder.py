@@ -7,9 +7,9 @@ Rows as in configs/openmoji.py. R must be a multiple of 4 for the default networ
 
 import ml_collections
 
-from mcm_jax import configuration
+from mcm_jax import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
     """The config of one row; data.dataset and data.resolution are the user's to set."""
-    return configuration.tiny(row, dataset="folder/NAME", resolution=32)
+    return rows.tiny(row, dataset="folder/NAME", resolution=32)

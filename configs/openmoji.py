@@ -19,12 +19,12 @@ No row of the paper's tables: 16x16 emoji, 1.6 million parameters, minutes on tw
 
 import ml_collections
 
-from mcm_jax import configuration
+from mcm_jax import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
     """The config of one row, e.g. "teacher" or "cd,steps=4"."""
-    config = configuration.tiny(row, dataset="openmoji", resolution=16)
+    config = rows.tiny(row, dataset="openmoji", resolution=16)
     # Seven of the 1,392 are flags: uniform labels would draw every ninth sample as one.
     config.sampling.label_rule = "train_frequency"
     return config

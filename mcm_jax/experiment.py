@@ -95,100 +95,96 @@ ObjectiveFn = Callable[..., Float[Array, "B"]]
 
 def build_objective(config: Config, *, null_class: int) -> ObjectiveFn:
     """What config.objective minimises, as a function of networks and a batch; null_class: 'any class'."""
-    settings, schedule = config.consistency, build_schedule(config)
-    # Where the config names none, every objective has its own default.
-    loss_weight = {} if settings.loss_weight is None else {"loss_weight": settings.loss_weight}
-
-    def diffusion(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        del teacher_fn, target_fn, train_step
-        return diffusion_loss(
-            model_fn,
-            x,
-            cond,
-            key,
-            schedule=schedule,
-            label_dropout=config.diffusion.label_dropout,
-            null_class=null_class,
-            levels=config.diffusion.levels,
-            level_weights=config.diffusion.level_weights,
-        )
-
-    def consistency(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        return consistency_loss(
-            model_fn,
-            teacher_fn,
-            x,
-            cond,
-            key,
-            schedule=schedule,
-            student_steps=settings.student_steps,
-            teacher_steps=segments.annealed_teacher_steps(
-                train_step,
-                first=settings.teacher_steps_first,
-                last=settings.teacher_steps_last,
-                anneal_steps=settings.anneal_steps,
-            ),
-            target_fn=target_fn,
-            teacher_step=settings.teacher_step,
-            xvar_frac=settings.xvar_frac,
-            teacher_guidance=config.teacher_guidance,
-            null_class=null_class,
-            huber_epsilon=settings.huber_epsilon,
-            reduction=settings.huber_reduction,
-            **loss_weight,
-        )
-
-    def tract(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        del train_step
-        return tract_loss(
-            model_fn,
-            teacher_fn,
-            target_fn,
-            x,
-            cond,
-            key,
-            schedule=schedule,
-            student_steps=settings.stages[1],
-            teacher_steps=settings.stages[0],
-            **loss_weight,
-        )
-
-    def progressive(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        del target_fn, train_step
-        return progressive_loss(
-            model_fn,
-            teacher_fn,
-            x,
-            cond,
-            key,
-            schedule=schedule,
-            student_steps=settings.stages[1],
-            teacher_step=settings.teacher_step,
-            xvar_frac=settings.xvar_frac,
-            **loss_weight,
-        )
-
-    def guidance(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        del target_fn, train_step
-        return guidance_loss(
-            model_fn,
-            teacher_fn,
-            x,
-            cond,
-            key,
-            schedule=schedule,
-            teacher_guidance=config.teacher_guidance,
-            null_class=null_class,
-        )
-
-    return {
-        "diffusion": diffusion,
-        "cd": consistency,
-        "ct": consistency,
-        "tract": tract,
-        "progressive": progressive,
-        "guidance": guidance,
+    build = {
+        "diffusion": _diffusion,
+        "cd": _consistency,
+        "ct": _consistency,
+        "tract": _tract,
+        "progressive": _progressive,
+        "guidance": _guidance,
     }[config.objective]
+    return build(config, build_schedule(config), null_class)
+
+
+def _diffusion(config: Config, schedule: Schedule, null_class: int) -> ObjectiveFn:
+    loss = functools.partial(
+        diffusion_loss,
+        schedule=schedule,
+        label_dropout=config.diffusion.label_dropout,
+        null_class=null_class,
+        levels=config.diffusion.levels,
+        level_weights=config.diffusion.level_weights,
+    )
+    return lambda model_fn, teacher_fn, target_fn, x, cond, key, train_step: loss(model_fn, x, cond, key)
+
+
+def _consistency(config: Config, schedule: Schedule, null_class: int) -> ObjectiveFn:
+    settings = config.consistency
+    teacher_steps = functools.partial(
+        segments.annealed_teacher_steps,
+        first=settings.teacher_steps_first,
+        last=settings.teacher_steps_last,
+        anneal_steps=settings.anneal_steps,
+    )
+    loss = functools.partial(
+        consistency_loss,
+        schedule=schedule,
+        student_steps=settings.student_steps,
+        teacher_step=settings.teacher_step,
+        xvar_frac=settings.xvar_frac,
+        teacher_guidance=config.teacher_guidance,
+        null_class=null_class,
+        huber_epsilon=settings.huber_epsilon,
+        reduction=settings.huber_reduction,
+        **_loss_weight(config),
+    )
+    return lambda model_fn, teacher_fn, target_fn, x, cond, key, train_step: loss(
+        model_fn, teacher_fn, x, cond, key, target_fn=target_fn, teacher_steps=teacher_steps(train_step)
+    )
+
+
+def _tract(config: Config, schedule: Schedule, null_class: int) -> ObjectiveFn:
+    teacher_steps, student_steps = config.consistency.stages
+    loss = functools.partial(
+        tract_loss,
+        schedule=schedule,
+        student_steps=student_steps,
+        teacher_steps=teacher_steps,
+        **_loss_weight(config),
+    )
+    return lambda model_fn, teacher_fn, target_fn, x, cond, key, train_step: loss(
+        model_fn, teacher_fn, target_fn, x, cond, key
+    )
+
+
+def _progressive(config: Config, schedule: Schedule, null_class: int) -> ObjectiveFn:
+    settings = config.consistency
+    loss = functools.partial(
+        progressive_loss,
+        schedule=schedule,
+        student_steps=settings.stages[1],
+        teacher_step=settings.teacher_step,
+        xvar_frac=settings.xvar_frac,
+        **_loss_weight(config),
+    )
+    return lambda model_fn, teacher_fn, target_fn, x, cond, key, train_step: loss(
+        model_fn, teacher_fn, x, cond, key
+    )
+
+
+def _guidance(config: Config, schedule: Schedule, null_class: int) -> ObjectiveFn:
+    loss = functools.partial(
+        guidance_loss, schedule=schedule, teacher_guidance=config.teacher_guidance, null_class=null_class
+    )
+    return lambda model_fn, teacher_fn, target_fn, x, cond, key, train_step: loss(
+        model_fn, teacher_fn, x, cond, key
+    )
+
+
+def _loss_weight(config: Config) -> dict[str, str]:
+    """Where the config names none, every objective has its own default."""
+    kind = config.consistency.loss_weight
+    return {} if kind is None else {"loss_weight": kind}
 
 
 def distils(config: Config) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mcm_jax import configuration, experiment, workdirs
+from mcm_jax import configuration, experiment, validation, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
@@ -40,7 +40,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         and with everything saved left as it is.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
-    stages = configuration.stage_configs(configuration.validate(raw_config), workdir)
+    stages = configuration.stage_configs(validation.validate(raw_config), workdir)
     if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
         raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
     for stage_workdir, config in stages:

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mcm_jax import configuration, files
+from mcm_jax import files, validation
 from mcm_jax.configuration import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
@@ -96,7 +96,7 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
     path = workdir / RUN_FILE
     try:
         content = json.loads(path.read_text())
-        config = configuration.validate(content["config"])
+        config = validation.validate(content["config"])
         dataset = DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"]))
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcm_jax import configuration
+from mcm_jax import configuration, rows, validation
 from mcm_jax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -25,7 +25,7 @@ def test_every_row_is_valid(path, row):
     raw = load(path).get_config(row)
     if row != "teacher":
         raw.teacher_checkpoint = "runs/teacher"
-    config = configuration.validate(raw)
+    config = validation.validate(raw)
     assert config.objective == {"t": "diffusion", "c": row[:2]}[row[0]]
     if row != "teacher":
         assert config.consistency.student_steps == int(row.partition("=")[2])
@@ -36,14 +36,14 @@ def test_every_row_is_valid(path, row):
 )
 def test_a_row_that_is_none(row):
     with pytest.raises(InputError):
-        configuration.tiny(row, dataset="openmoji", resolution=16)
+        rows.tiny(row, dataset="openmoji", resolution=16)
 
 
 def test_the_config_survives_json():
     raw = configuration.default_config()
     raw.model.widths = (16, 32, 64)
-    config = configuration.validate(raw)
-    again = configuration.validate(json.loads(json.dumps(dataclasses.asdict(config))))
+    config = validation.validate(raw)
+    again = validation.validate(json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config
 
 
@@ -75,7 +75,7 @@ def test_values_that_are_not_allowed(section, field, value, message):
     raw.model.embedding_width = 32
     raw[section][field] = value
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        configuration.validate(raw)
+        validation.validate(raw)
     assert f"config.{section}.{field}" in str(error.value)
 
 
@@ -83,4 +83,4 @@ def test_a_wrong_type():
     content = dataclasses.asdict(configuration.Config())
     content["training"]["batch_size"] = "64"
     with pytest.raises(InputError, match=r"config.training.batch_size='64' must be of type int"):
-        configuration.validate(content)
+        validation.validate(content)

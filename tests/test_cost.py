@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcm_jax import configuration, experiment, sampling
+from mcm_jax import experiment, sampling, validation
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.network import Network
 from tests import tiny
@@ -41,7 +41,7 @@ def build(name, **consistency):
     for field, value in settings.items():
         config.update_from_flattened_dict({field: value})
     config.consistency.update(row | consistency)
-    config = configuration.validate(config)
+    config = validation.validate(config)
     objective = experiment.build_objective(config, null_class=NULL_CLASS)
 
     def with_target(model_fn, teacher_fn, target_fn, *arguments):

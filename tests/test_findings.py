@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from mcm_jax import configuration
+from mcm_jax import configuration, validation
 from mcm_jax import findings as program
 from mcm_jax.bench import findings, mixture, openmoji
 from mcm_jax.errors import InputError
@@ -90,7 +90,7 @@ def test_every_openmoji_cell_is_looked_for_where_it_is_trained(setting, tmp_path
     monkeypatch.setattr(openmoji.prepare, "prepare", lambda *_, **__: None)
     bench = openmoji.Bench(setting, tmp_path)
     for cell in findings.cells_of(setting.findings(), "openmoji", [0]):
-        config = configuration.validate(bench._config(cell))
+        config = validation.validate(bench._config(cell))
         stages = configuration.stage_configs(config, bench._root(cell))
         assert bench._workdir(cell) == stages[-1][0]
         expected = {"teacher": None}.get(cell.system, cell.steps)

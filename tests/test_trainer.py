@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import configuration, experiment, runs, trainer, workdirs
+from mcm_jax import experiment, runs, trainer, validation, workdirs
 from mcm_jax.data import pipeline
 from mcm_jax.errors import InputError
 from mcm_jax.pictures import image_grid
@@ -370,7 +370,7 @@ def three_updates_config(objective, tiny_data, teacher):
 
 
 def three_updates(objective, mesh, tiny_data, teacher):
-    config = configuration.validate(three_updates_config(objective, tiny_data, teacher))
+    config = validation.validate(three_updates_config(objective, tiny_data, teacher))
     parts = trainer.build(config, num_classes=2, mesh=mesh)
     assert mesh.shape["fsdp"] == 1 or any(not s.is_fully_replicated for s in jax.tree.leaves(parts.shardings))
     params = params_of(teacher)
@@ -444,7 +444,7 @@ def test_a_fresh_run_starts_where_its_seed_says(handed, tiny_data, tmp_path):
     config = tiny.config(tiny_data)
     config.seed = 5
     trainer.train(config, tmp_path / "run")
-    validated = configuration.validate(config)
+    validated = validation.validate(config)
     network = experiment.build_network(validated, num_classes=2)
     expected = jax.jit(network.init)(experiment.init_key(5))
     assert_equal_trees(handed["state"].params, expected)
@@ -642,7 +642,7 @@ def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_pa
 
 
 def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
-    config = configuration.validate(changed(tiny.config(tiny_data, "cd", teacher), **fields))
+    config = validation.validate(changed(tiny.config(tiny_data, "cd", teacher), **fields))
     described = pipeline.describe(data_dir=tiny_data, dataset="folder/tiny", resolution=8)
     dataset = dataclasses.replace(described, class_names=class_names)
     trainer.check_teacher(config, dataset, experiment.build_network(config, num_classes=len(class_names)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcm_jax import configuration, workdirs
+from mcm_jax import validation, workdirs
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
 from tests import tiny
@@ -30,7 +30,7 @@ def config(**changes):
     for name, value in changes.items():
         section, _, field = name.rpartition("__")
         (raw[section] if section else raw)[field] = value
-    return configuration.validate(raw)
+    return validation.validate(raw)
 
 
 def start(workdir, settings=None, dataset=DATASET, needed_bytes=0):

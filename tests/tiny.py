@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mcm_jax import configuration, experiment, prepare, workdirs
+from mcm_jax import configuration, experiment, prepare, validation, workdirs
 from mcm_jax.data import pipeline
 from mcm_jax.training import step
 from mcm_jax.training.checkpoints import Checkpoints
@@ -65,7 +65,7 @@ def made_up_config(data_dir: Path, objective: str = "diffusion", teacher: Path |
 
 def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     """A finished teacher without the training: its parameters are made up, and none is zero as a start's."""
-    settings = configuration.validate(made_up_config(data_dir))
+    settings = validation.validate(made_up_config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
     network = experiment.build_network(settings, num_classes=dataset.num_classes)
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mcm_jax import configuration, experiment
+from mcm_jax import configuration, experiment, validation
 from mcm_jax.bench import vectors
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
@@ -168,7 +168,7 @@ class Bench:
             else:
                 config.consistency.student_steps = cell.steps
         cell.override(config)
-        return configuration.validate(config)
+        return validation.validate(config)
 
 
 def mean_difference(

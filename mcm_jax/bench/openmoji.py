@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_collections
 
-from mcm_jax import configuration, evaluate, prepare, runs, trainer
+from mcm_jax import configuration, evaluate, prepare, rows, runs, trainer, validation
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
@@ -119,12 +119,12 @@ class Bench:
 
     def _workdir(self, cell: Cell) -> Path:
         """Where the trainer puts the model: stages of progressive distillation are below one directory."""
-        config = configuration.validate(self._config(cell))
+        config = validation.validate(self._config(cell))
         return configuration.stage_configs(config, self._root(cell))[-1][0]
 
     def _config(self, cell: Cell) -> ml_collections.ConfigDict:
         row = {"cd": f"cd,steps={cell.steps}", "ct": f"ct,steps={cell.steps}"}.get(cell.system, cell.system)
-        config = configuration.tiny(row, dataset="openmoji", resolution=RESOLUTION)
+        config = rows.tiny(row, dataset="openmoji", resolution=RESOLUTION)
         config.data.data_dir = str(self.data_dir)
         config.seed = cell.seed
         config.sampling.label_rule = "train_frequency"

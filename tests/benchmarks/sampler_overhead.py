@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from mcm_jax import command_line, configuration, experiment, sampling
+from mcm_jax import command_line, experiment, rows, sampling, validation
 
 _RESOLUTION = flags.DEFINE_integer("resolution", 64, "Image side in pixels.", lower_bound=4)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at once.", lower_bound=1)
@@ -32,8 +32,8 @@ NUM_CLASSES = 9
 
 
 def main() -> None:
-    raw = configuration.tiny("teacher", dataset="openmoji", resolution=_RESOLUTION.value)
-    config = configuration.validate(raw)
+    raw = rows.tiny("teacher", dataset="openmoji", resolution=_RESOLUTION.value)
+    config = validation.validate(raw)
     network = experiment.build_network(config, num_classes=NUM_CLASSES)
     params = jax.jit(network.init)(jax.random.key(0))
     keys = sampling.image_keys(jax.random.key(1), jnp.arange(_BATCH_SIZE.value))

@@ -30,7 +30,7 @@ import torch_uvit
 from absl import flags
 from ml_collections import config_flags
 
-from mcm_jax import command_line, configuration, experiment
+from mcm_jax import command_line, experiment, validation
 from mcm_jax.configuration import Config
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.network import Network
@@ -52,7 +52,7 @@ Batch = dict[str, jax.Array]
 
 def main() -> None:
     torch.set_num_threads(_THREADS.value)
-    config = configuration.validate(command_line.loaded_config(_CONFIG))
+    config = validation.validate(command_line.loaded_config(_CONFIG))
     network = experiment.build_network(config, num_classes=NUM_CLASSES)
     check_agreement(config, network)
     results = [compare(config, network, batch_size) for batch_size in _BATCH_SIZES.value]
