@@ -298,9 +298,18 @@ class Run:
             else:
                 mean = self._measure_x_var(how)
                 if path is not None:
-                    files.write_whole(path, json.dumps({"mean_square_error": mean}) + "\n")
+                    self._keep_x_var(path, mean)
             self._x_var[how] = how.x_var_eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
+
+    def _keep_x_var(self, path: Path, mean: list[float]) -> None:
+        """A run in a directory that can't be written, someone else's for example, is sampled all the same."""
+        try:
+            files.write_whole(path, json.dumps({"mean_square_error": mean}) + "\n")
+        except OSError as error:
+            warnings.warn(
+                f"the measured variance can't be kept, next time measures it again: {error}", stacklevel=2
+            )
 
     def _x_var_path(self, how: Sampling) -> Path | None:
         if self.workdir is None:

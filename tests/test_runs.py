@@ -174,6 +174,15 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
     np.testing.assert_array_equal(again.x_var(how), x_var)
 
 
+def test_a_variance_that_cannot_be_kept_is_used_all_the_same(teacher, tmp_path):
+    workdir = shutil.copytree(teacher, tmp_path / "teacher")
+    (workdir / "x_var").write_text("a file where the directory would be")
+    run = runs.load_run(workdir)
+    how = run.sampling(steps=2, sampler="addim", x_var="measured")
+    with pytest.warns(UserWarning, match="can't be kept, next time measures it again: .*x_var"):
+        assert np.all(np.asarray(run.x_var(how)) > 0)
+
+
 def test_other_parameters_have_another_variance(run):
     """What was measured on the old ones is forgotten, as in the trainer's previews."""
     how = run.sampling(steps=2, x_var="measured")
