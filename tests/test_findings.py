@@ -12,7 +12,7 @@ from mcm_jax.errors import InputError
 from tests.test_programs import call
 
 TINY = mixture.Setting(
-    "mixture2d", dimension=2, width=8, blocks=1, diffusion_steps=2, student_steps=2, batch_size=8
+    "mixture2d", dimension=2, width=8, blocks=1, diffusion_updates=2, student_updates=2, batch_size=8
 )
 
 
@@ -58,8 +58,7 @@ def test_every_system_on_a_mixture(system, monkeypatch):
     from mcm_jax.bench.cells import Cell
 
     monkeypatch.setattr(mixture, "NUM_SAMPLES", 50)
-    monkeypatch.setattr(mixture, "_PROGRESSIVE_FIRST", 4)
-    bench = mixture.Bench(TINY)
+    bench = mixture.Bench(dataclasses.replace(TINY, progressive_first=4))
     values = [bench(Cell("mixture2d", system, 2, seed))["distance"] for seed in (0, 0, 1)]
     assert values[0] == values[1] != values[2]
     assert ("from_diffusion" in bench(Cell("mixture2d", system, 2, 0))) == (system == "ct")

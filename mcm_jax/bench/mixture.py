@@ -27,36 +27,39 @@ from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models.mlp import MLPSpec
 
 NUM_SAMPLES = 10_000
-# Steps of the teacher that progressive distillation starts from.
-_PROGRESSIVE_FIRST = 64
 # Samples share their noise across cells of a seed, and have none in common with other seeds.
 _SAMPLING_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A mixture, a network and lengths of training."""
+    """A mixture, a network, lengths of training, and which step counts are measured."""
 
     name: str
     dimension: int
     width: int = 256
     blocks: int = 2
     components: int = 3
-    diffusion_steps: int = 4000
-    student_steps: int = 1500
+    diffusion_updates: int = 4000
+    student_updates: int = 1500
     batch_size: int = 256
     diffusion_learning_rate: float = 1e-3
     learning_rate: float = 5e-4  # of students
+    student_steps: tuple[int, ...] = (1, 2, 4, 8)
+    constants: tuple[int, ...] = (128, 256, 1024)
+    sampler_steps: tuple[int, ...] = (16, 32, 64)
+    diffusion_sampling_steps: int = 512
+    progressive_first: int = 64  # steps of the teacher that progressive distillation starts from
 
     def findings(self) -> tuple[Finding, ...]:
         """The eight; in 2-D the two about aDDIM, whose variance has no meaning there."""
         chosen = findings(
-            student_steps=(1, 2, 4, 8),
-            constants=(128, 256, 1024),
-            constant_student_steps=(1, 2, 4, 8),
-            sampler_steps=(16, 32, 64),
+            student_steps=self.student_steps,
+            constants=self.constants,
+            constant_student_steps=self.student_steps,
+            sampler_steps=self.sampler_steps,
             # No network of this size samples like the exact teacher, however it is trained.
-            best_teacher=Term(1.0, "diffusion", 512, sampler="addim"),
+            best_teacher=Term(1.0, "diffusion", self.diffusion_sampling_steps, sampler="addim"),
         )
         return chosen if self.dimension > 2 else tuple(f for f in chosen if f.number in (4, 5))
 
@@ -69,8 +72,18 @@ class Setting:
 
 MIXTURE_64D = Setting("mixture", dimension=64)
 MIXTURE_2D = Setting("mixture2d", dimension=2, width=64)
-QUICK = Setting("mixture", dimension=64, diffusion_steps=1000, student_steps=200)
-QUICK_2D = Setting("mixture2d", dimension=2, width=64, diffusion_steps=1000, student_steps=200)
+QUICK = Setting(
+    "mixture",
+    dimension=64,
+    diffusion_updates=300,
+    student_updates=50,
+    student_steps=(1, 2),
+    constants=(128,),
+    sampler_steps=(16,),
+    diffusion_sampling_steps=32,
+    progressive_first=4,
+)
+QUICK_2D = dataclasses.replace(QUICK, name="mixture2d", dimension=2, width=64)
 
 
 class Bench:
@@ -124,7 +137,7 @@ class Bench:
 
     def _train_stage(self, seed: int, steps: int) -> VectorRun:
         """The stage of progressive distillation with this many steps, from the one before."""
-        first = 2 * steps == _PROGRESSIVE_FIRST
+        first = 2 * steps == self.setting.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
         # Later teachers carry the adjustment already: configuration.ConsistencyConfig.later_xvar_frac.
         overrides = () if first else (("consistency.xvar_frac", 0.0),)
@@ -157,7 +170,7 @@ class Bench:
             decay="linear",
             ema_decay=0.99,
         )
-        config.training.update(num_steps=num_steps, batch_size=self.setting.batch_size)
+        config.training.update(num_steps=num_steps, batch_size=setting.batch_size)
         # As in the paper half of the training is annealing.
         config.consistency.anneal_steps = max(1, num_steps // 2)
         if not diffusion:
