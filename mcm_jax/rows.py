@@ -68,8 +68,10 @@ def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
         name, separator, number = part.partition("=")
         if not separator:
             words.add(name)
-        elif number.isdecimal():
-            numbers[name] = int(number)
-        else:
+        elif not number.isdecimal():
             raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
+        elif name in numbers:
+            raise InputError(f"config row {row!r}: it names {name} twice; leave one out")
+        else:
+            numbers[name] = int(number)
     return words, numbers

@@ -32,7 +32,8 @@ def test_every_row_is_valid(path, row):
 
 
 @pytest.mark.parametrize(
-    "row", ["", "gan", "cd", "cd,ct,steps=4", "teacher,steps=4", "cd,steps=x", "cd,step=4"]
+    "row",
+    ["", "gan", "cd", "cd,ct,steps=4", "teacher,steps=4", "cd,steps=x", "cd,steps=4,steps=8", "cd,step=4"],
 )
 def test_a_row_that_is_none(row):
     with pytest.raises(InputError):
