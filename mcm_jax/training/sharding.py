@@ -78,6 +78,33 @@ def check_batch(mesh: Mesh, *, batch_size: int) -> None:
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The global batch of which this process holds `local`."""
+    """The global batch of which this process holds `local`.
+
+    Its rows lie on the process's devices; where in the batch that is, the mesh says.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()}
+    # The loop's guard takes these transfers for mistakes where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()
+        }
+
+
+def split(mesh: Mesh, whole: np.ndarray) -> jax.Array:
+    """`whole`, of which every process holds all, with its leading axis over all devices."""
+    sharding = batch_sharding(mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(whole, sharding)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """`tree`, which is the same in every process, on every device."""
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, replicated(mesh))
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """All of an array, in every process."""
+    return multihost_utils.process_allgather(array, tiled=True)
