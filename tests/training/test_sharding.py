@@ -102,5 +102,7 @@ def test_parameters_are_split_within_a_slice(fsdp, two_slices):
 
 
 def test_parameters_are_not_split_over_slices(two_slices):
-    with pytest.raises(InputError, match="config.mesh.fsdp=8 does not divide the 4 devices of each of the 2"):
+    with pytest.raises(
+        InputError, match=r"config.mesh.fsdp=8 does not divide the 4 devices of each of the 2"
+    ):
         sharding.make_mesh(data=-1, fsdp=8)
