@@ -49,7 +49,7 @@ def joined() -> Iterator[None]:
         # All processes raise these together, and part as after a run that ended well.
         raise
     except BaseException as error:
-        if jax.process_count() > 1:
+        if are_several():
             # The last that is registered runs first: before JAX's own, which waits for the others.
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
@@ -59,7 +59,7 @@ def joined() -> Iterator[None]:
 def alone(program: str) -> Iterator[None]:
     """For a program of one process: raises InputError where several were started together."""
     with joined():
-        if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if are_several():
             raise InputError(
                 f"{program} runs in one process and {jax.process_count()} were started; start it on one host "
                 f"only, with {COUNT}=1"
@@ -67,9 +67,14 @@ def alone(program: str) -> Iterator[None]:
         yield
 
 
+def are_several() -> bool:
+    """Whether processes have joined. Does not start JAX's back end where none have."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this process writes the files that all share, and speaks."""
-    return jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
 
 
 def say(text: str) -> None:
@@ -85,7 +90,7 @@ def together() -> Iterator[None]:
     Raises:
       InputError: another process has failed.
     """
-    if jax.process_count() == 1:
+    if not are_several():
         yield
         return
     failed = None
@@ -106,7 +111,7 @@ def require_same(value: object, what: str) -> None:
 
     what: its name, in the plural, for the message.
     """
-    if jax.process_count() == 1:
+    if not are_several():
         return
     hashes = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))
     if (hashes != hashes[0]).any():
@@ -119,7 +124,7 @@ def require_same(value: object, what: str) -> None:
 
 def require_shared(directory: Path, name: str) -> None:
     """Raises InputError in all processes unless `directory` is one and the same for all of them."""
-    if jax.process_count() == 1:
+    if not are_several():
         return
     token = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
     probe = directory / f".shared.{token}"
@@ -152,7 +157,7 @@ def _join() -> None:
     before = signal.getsignal(signal.SIGTERM)
     _initialize()
     if jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _initialize() -> None:

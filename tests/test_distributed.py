@@ -1,5 +1,6 @@
 """Several processes train as one would: same batches, same numbers, one voice, one end."""
 
+import functools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from PIL import Image
 from mcm_jax import distributed, runs, workdirs
 from mcm_jax.errors import InputError
 from mcm_jax.training.checkpoints import Checkpoints
+from tests import tiny
 from tests.members import Members, free_port
 
 DEVICES = 4  # in all
@@ -40,7 +42,7 @@ pipeline.ArraySource.gather = read
 
 sharding._SMALLEST_SHARDED = 1
 settings = json.loads('''SETTINGS''')
-config = tiny.made_up_config(Path(settings["data"]))
+config = tiny.made_up_config(Path(settings["data"]), *settings["objective"])
 config.training.update(settings["training"])
 config.mesh.fsdp = settings["fsdp"]
 # Where a gradient is zero but for its last bits, Adam would make an update of them.
@@ -52,9 +54,10 @@ sys.exit(0 if finished else 130)
 """
 
 
-def training(data, workdir, *, count, directory, fsdp=1, before="", **settings):
+def training(data, workdir, *, count, directory, fsdp=1, objective=(), before="", **settings):
     settings = {"num_steps": 4, "checkpoint_every_steps": 2, "log_every_steps": 1, **settings}
     given = {"data": str(data), "workdir": str(workdir), "fsdp": fsdp, "training": settings}
+    given["objective"] = [str(argument) for argument in objective]
     code = TRAIN.replace("SETTINGS", json.dumps(given))
     return Members(before + code, count=count, devices=DEVICES // count, directory=directory)
 
@@ -79,21 +82,37 @@ def trained(data, directory, **how):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_data, tmp_path_factory):
-    """Directory of a run of one process with as many devices."""
-    directory = tmp_path_factory.mktemp("alone")
-    trained(tiny_data, directory, count=1, sample_every_steps=4)
-    return directory
+def objectives(tiny_data, tmp_path_factory):
+    """Arguments of tiny.config: for a teacher, and for a student of a made-up one."""
+    workdir = tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+    return {"diffusion": ("diffusion",), "cd": ("cd", workdir)}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, objectives, tmp_path_factory):
+    """objective -> directory of a run of one process with as many devices."""
+
+    @functools.cache
+    def run(objective):
+        directory = tmp_path_factory.mktemp("alone")
+        trained(tiny_data, directory, count=1, sample_every_steps=4, objective=objectives[objective])
+        return directory
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "fsdp"), [(2, 1), (2, 4), (4, 2)])
-def test_several_processes_are_one(count, fsdp, alone, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "count", "fsdp"),
+    [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2, 4)],
+)
+def test_several_processes_are_one(objective, count, fsdp, alone, objectives, tiny_data, tmp_path):
     """Losses, parameters, pictures and examples, with whole and with split parameters.
 
     Sums over devices in another order change the last bits.
     """
-    members = trained(tiny_data, tmp_path, count=count, fsdp=fsdp, sample_every_steps=4)
+    alone, arguments = alone(objective), objectives[objective]
+    members = trained(tiny_data, tmp_path, count=count, fsdp=fsdp, sample_every_steps=4, objective=arguments)
     expected = logged(alone / "logs", "metrics", 0)
     assert [step for step, _ in expected] == [1, 2, 3, 4]
     for index in range(count):
