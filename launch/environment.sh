@@ -1,6 +1,10 @@
+# shellcheck shell=bash
 # Sourced by the launchers: makes .venv in the checkout, or reuses it, and puts it on PATH.
 #
 #   mcm_environment EXTRA...    installs mcm_jax with these extras of setup.cfg, at pinned versions
+#   mcm_run COMMAND...          runs it, or prints it in a dry run
+#   mcm_refuse MESSAGE          ends the launcher: the user's input is at fault
+#   mcm_require_run ARGUMENT... refuses what `python -m mcm_jax.train` could not start with
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer), MCM_VENV=DIR another place for the environment,
 # MCM_ACCELERATOR=gpu or tpu the variant of JAX; MCM_DRY_RUN=1 prints what would be run.
@@ -13,6 +17,22 @@ mcm_run() {
   fi
 }
 
+mcm_refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+mcm_require_run() {
+  local flag argument
+  for flag in --config --workdir; do
+    for argument in "$@"; do
+      case "$argument" in "$flag="?*) continue 2 ;; esac
+    done
+    mcm_refuse "$flag=... is missing among the arguments of mcm_jax.train, which stand after --"
+  done
+}
+
+# shellcheck disable=SC2120 # Without extras it has no arguments.
 mcm_environment() {
   local extras="$*" python="${PYTHON:-python3}" venv="${MCM_VENV:-$PWD/.venv}" stamp wanted
   case "${MCM_ACCELERATOR:-cpu}" in
@@ -27,6 +47,7 @@ mcm_environment() {
     echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.12" >&2
     return 2
   fi
+  # shellcheck disable=SC2086 # Words, one a line.
   extras=$(printf '%s\n' $extras | sort -u | paste -sd, -)
   stamp="$venv/installed-${extras:-base}"
   wanted=$(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)

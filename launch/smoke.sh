@@ -5,7 +5,7 @@
 #   bash launch/smoke.sh                          runs/smoke, training seed 0
 #   bash launch/smoke.sh --runs=DIR --seed=1      another directory, another training seed
 #   MCM_ACCELERATOR=gpu bash launch/smoke.sh      installs JAX for CUDA and runs there
-#   MCM_DRY_RUN=1 bash launch/smoke.sh            prints the commands
+#   bash launch/smoke.sh --dry-run                prints the commands, as MCM_DRY_RUN=1 does
 #
 # The same command continues where an earlier one stopped.
 set -euo pipefail
@@ -18,10 +18,8 @@ for argument in "$@"; do
   case "$argument" in
     --runs=*) runs="${argument#*=}" ;;
     --seed=*) seed="${argument#*=}" ;;
-    *)
-      echo "error: $argument is not an option; there are --runs=DIR and --seed=N" >&2
-      exit 2
-      ;;
+    --dry-run) export MCM_DRY_RUN=1 ;;
+    *) mcm_refuse "$argument is not an option; there are --runs=DIR, --seed=N and --dry-run" ;;
   esac
 done
 started=$SECONDS

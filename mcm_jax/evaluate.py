@@ -303,7 +303,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Flags in, one call out."""
-    from mcm_jax import runs, workdirs  # Slow to import: --help and bad flags need not wait for it.
+    # Slow to import: --help and bad flags need not wait for it.
+    from mcm_jax import distributed, runs, workdirs
 
     values = flags.FLAGS
     options = Options(
@@ -318,7 +319,8 @@ def main() -> None:
     if options.workdirs:
         cache = workdirs.compilation_cache(options.workdirs[0])
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    evaluate(options, runs.load_run)
+    with distributed.alone("evaluate"):
+        evaluate(options, runs.load_run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mcm_jax import experiment, files, sampling, workdirs
+from mcm_jax import distributed, experiment, files, sampling, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
@@ -191,16 +191,15 @@ class Run:
             raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
         images = np.empty((num, *self._image_shape), np.uint8)
         run = self._compiled_sampler(how)
-        replicated = sharding.replicated(self.mesh)
-        key, x_var = jax.device_put((jax.random.key(seed), self.x_var(how)), replicated)
+        key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(how)))
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             padded = (
                 _padded(indices[part], batch),
                 _padded(labels[part], batch),
             )
-            on_mesh = [jax.device_put(a, sharding.batch_sharding(self.mesh)) for a in padded]
-            images[part] = jax.device_get(run(self.params, key, x_var, *on_mesh))[: part.stop - start]
+            on_mesh = [sharding.split(self.mesh, a) for a in padded]
+            images[part] = sharding.gather(run(self.params, key, x_var, *on_mesh))[: part.stop - start]
             if progress is not None:
                 progress(part.stop - start)
         return images, labels
@@ -297,7 +296,7 @@ class Run:
                 mean = json.loads(path.read_text())["mean_square_error"]
             else:
                 mean = self._measure_x_var(how)
-                if path is not None:
+                if path is not None and distributed.is_first():
                     self._keep_x_var(path, mean)
             self._x_var[how] = how.x_var_eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
@@ -333,8 +332,8 @@ class Run:
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             padded = [_padded(array[part], batch) for array in (np.arange(num), images, labels)]
-            on_mesh = [jax.device_put(a, sharding.batch_sharding(self.mesh)) for a in padded]
-            values = np.asarray(errors(self.params, *on_mesh), np.float64)
+            on_mesh = [sharding.split(self.mesh, a) for a in padded]
+            values = sharding.gather(errors(self.params, *on_mesh)).astype(np.float64)
             total += values[:, : part.stop - start].sum(axis=1)
         return list(total / num)
 

@@ -61,7 +61,15 @@ def main() -> None:
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"--out={out}: {out.parent} can't be written; choose another directory")
-    from mcm_jax import runs  # Slow to import: --help and bad flags need not wait for it.
+    from mcm_jax import distributed  # Slow to import: --help and bad flags need not wait for it.
+
+    with distributed.joined():
+        _sample_to(out)
+
+
+def _sample_to(out: Path) -> None:
+    """All processes sample together, the first one writes."""
+    from mcm_jax import distributed, runs
 
     run = runs.load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
     labels = None
@@ -72,7 +80,9 @@ def main() -> None:
                 f"--label={_LABEL.value} is not one of the {run.dataset.num_classes} classes: {names}"
             )
         labels = np.full(_NUM.value, _LABEL.value, np.int32)
-    images, labels = _sample(run, labels)
+    images, labels = _sample(run, labels, show=distributed.is_first())
+    if not distributed.is_first():
+        return
     if out.suffix == ".npz":
         write_asked_for(out, lambda file: np.savez(file, images, labels))
     else:
@@ -82,11 +92,11 @@ def main() -> None:
     print(f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}: {out}")
 
 
-def _sample(run: Any, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not show)
     with warnings.catch_warnings(), Progress(console=console) as bar:
         warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", soft_wrap=True)
         task = bar.add_task("sampling", total=_NUM.value)

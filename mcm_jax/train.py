@@ -4,7 +4,8 @@
     python -m mcm_jax.train --config=configs/openmoji.py:cd,steps=4 --workdir=runs/cd4 \\
         --config.teacher_checkpoint=runs/teacher
 
-The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first.
+The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first. For several hosts,
+where it is started on each, see mcm_jax/distributed.py and launch/.
 """
 
 import sys
@@ -25,13 +26,19 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     """Flags in, one run out."""
     config = command_line.loaded_config(_CONFIG)
-    from mcm_jax import trainer  # Slow to import: --help and a misspelt flag need not wait for it.
+    from mcm_jax import (
+        distributed,
+        trainer,
+    )  # Slow to import: --help and a misspelt flag need not wait for it.
 
     workdir = Path(_WORKDIR.value)
-    if trainer.train(config, workdir):
-        print(f"finished: {workdir}")
-    else:
-        print(f"stopped and saved: the same command continues {workdir}", file=sys.stderr)
+    with distributed.joined():
+        finished = trainer.train(config, workdir)
+        if finished:
+            distributed.say(f"finished: {workdir}")
+        elif distributed.is_first():
+            print(f"stopped and saved: the same command continues {workdir}", file=sys.stderr)
+    if not finished:
         sys.exit(130)
 
 

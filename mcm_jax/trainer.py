@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mcm_jax import configuration, experiment, validation, workdirs
+from mcm_jax import configuration, distributed, experiment, validation, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
@@ -32,6 +32,8 @@ _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     """Trains in `workdir`, from its newest checkpoint if there is one; several stages one after the other.
 
+    Several processes (see `distributed.joined`) call it together and share `workdir`.
+
     Returns:
       Whether the run is finished; False: it was interrupted, after saving.
 
@@ -40,16 +42,17 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         and with everything saved left as it is.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
-    stages = configuration.stage_configs(validation.validate(raw_config), workdir)
-    if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
-        raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
-    for stage_workdir, config in stages:
-        # All are asked before the first is trained.
-        workdirs.started(stage_workdir, config)
+    with distributed.together():
+        stages = configuration.stage_configs(validation.validate(raw_config), workdir)
+        if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
+            raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
+        for stage_workdir, config in stages:
+            # All are asked before the first is trained.
+            workdirs.started(stage_workdir, config)
     for stage_workdir, config in stages:
         if len(stages) > 1:
             before, after = config.consistency.stages
-            print(f"== stage {before} -> {after}: {stage_workdir}", flush=True)
+            distributed.say(f"== stage {before} -> {after}: {stage_workdir}")
         if not _train_run(config, stage_workdir):
             return False
     return True
@@ -57,39 +60,37 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 def _train_run(config: Config, workdir: Path) -> bool:
     """One stage, or all there is; returns and raises as `train`."""
-    trained_on = workdirs.started(workdir, config)
+    with distributed.together():
+        trained_on = workdirs.started(workdir, config)
+    distributed.require_same((config, trained_on), "the configs and workdirs")
     # Asked first, so that neither data nor teacher nor room is needed where nothing is left to do.
     if trained_on is not None and _is_finished(config, workdir):
-        print(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
+        distributed.say(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
         return True
-    dataset = pipeline.describe(
-        data_dir=config.data.data_dir,
-        dataset=config.data.dataset,
-        resolution=config.data.resolution,
-    )
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    sharding.check_batch(mesh, batch_size=config.training.batch_size)
-    parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
-    if config.teacher_checkpoint is not None:
-        check_teacher(config, dataset, parts.network)
+    with distributed.together():
+        dataset = pipeline.describe(
+            data_dir=config.data.data_dir,
+            dataset=config.data.dataset,
+            resolution=config.data.resolution,
+        )
+        mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        sharding.check_batch(mesh, batch_size=config.training.batch_size)
+        parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
+        if config.teacher_checkpoint is not None:
+            check_teacher(config, dataset, parts.network)
+    distributed.require_same(dataset, "the data sets")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(parts.abstract)
     workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
-        batches = train_batches(config)
+        with distributed.together():
+            batches = train_batches(config)
         state, teacher_params = _start(parts, checkpoints, batches)
         train_step = parts.train_step()
-        from mcm_jax.training.observer import RunObserver  # Loads TensorFlow: not for a bad config's sake.
-
         preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
-        with RunObserver(
-            workdir,
-            first_step=done,
-            num_steps=config.training.num_steps,
-            batch_size=config.training.batch_size,
-            log_every_steps=config.training.log_every_steps,
-            draw=functools.partial(_draw_grid, preview),
+        with _observer(
+            config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
         ) as observer:
             return loop.train(
                 state,
@@ -271,12 +272,28 @@ def _start(parts: Parts, checkpoints: Checkpoints, batches: grain.DatasetIterato
             teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
-        print(f"continuing at update {int(state.step)}", flush=True)
+        distributed.say(f"continuing at update {int(state.step)}")
     elif teacher_params is not None:
         state = parts.init_from(teacher_params)
     else:
         state = parts.init(experiment.init_key(config.seed))
     return state, teacher_params if distils else None
+
+
+def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> Any:
+    """One process tells how the run goes, for all."""
+    from mcm_jax.training import observer  # Loads TensorFlow: not for a bad config's sake.
+
+    if not distributed.is_first():
+        return observer.SilentObserver(draw=draw)
+    return observer.RunObserver(
+        workdir,
+        first_step=first_step,
+        num_steps=config.training.num_steps,
+        batch_size=config.training.batch_size,
+        log_every_steps=config.training.log_every_steps,
+        draw=draw,
+    )
 
 
 def _cadence(config: Config) -> loop.Cadence:

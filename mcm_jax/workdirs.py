@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mcm_jax import files, validation
+from mcm_jax import distributed, files, validation
 from mcm_jax.configuration import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
@@ -61,15 +61,29 @@ def claim(
 ) -> None:
     """Makes `workdir` this run's, or makes sure that it goes on there with the same images.
 
-    Settings that may change (where the data lies, how to sample) are kept as they are now.
+    Settings that may change (where the data lies, how to sample) are kept as they are now. Several processes
+    call it together, the first one writes.
 
     Args:
       trained_on: what `started` said.
       needed_bytes: what the checkpoints will take at most.
 
     Raises:
-      InputError: the directory can't be written, has no room, or was trained on other images.
+      InputError: the directory can't be written, has no room, was trained on other images, or is not the same
+        one for all processes.
     """
+    with distributed.together():
+        _check_place(workdir, dataset, trained_on=trained_on, needed_bytes=needed_bytes)
+    distributed.require_shared(workdir, "--workdir")
+    with distributed.together():
+        if distributed.is_first():
+            _write(workdir, config, dataset)
+
+
+def _check_place(
+    workdir: Path, dataset: DatasetInfo, *, trained_on: DatasetInfo | None, needed_bytes: int
+) -> None:
+    """Raises as `claim`."""
     files.require_writable(workdir, "--workdir")
     free = shutil.disk_usage(workdir).free
     if free < needed_bytes:
@@ -84,7 +98,6 @@ def claim(
             f"--workdir={workdir} was trained on other images than those in {dataset.path} "
             f"(their hashes differ); choose another directory"
         )
-    _write(workdir, config, dataset)
 
 
 def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, DatasetInfo]:

@@ -35,6 +35,11 @@ def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
     assert rows == ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=1", "ct,steps=4"]
 
 
+def test_a_dry_run_can_be_asked_for_in_two_ways():
+    result = dry_run("smoke.sh", "--dry-run", MCM_DRY_RUN="")
+    assert (result.returncode, result.stdout) == (0, dry_run("smoke.sh").stdout)
+
+
 def test_test_runs_every_check():
     result = dry_run("test.sh")
     assert result.returncode == 0, result.stderr

@@ -4,6 +4,7 @@ They are separate items, so that sampling reads the averaged parameters alone. A
 are in the teacher's checkpoint and never in the student's.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +72,26 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The newest state, laid out by `shardings`; sets `data` to where it was."""
+        """The newest state, laid out by `shardings`; sets `data` to where it was.
+
+        The processes may be more or fewer than those that saved it.
+        """
         targets = _with_shardings(abstract, shardings)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
-        items["data"] = grain.checkpoint.CheckpointRestore(data)
         latest = self.latest_step()
         restored = self._manager.restore(latest, args=ocp.args.Composite(**items))
+        self._restore_data(data, latest)
         trees = {name: restored[name] for name in _trees(targets)}
         return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
+
+    def _restore_data(self, data: grain.DatasetIterator, step: int) -> None:
+        """Grain's handler wants the file of this process and of as many processes as there were.
+
+        All are at the same batch, so that any one's file will do.
+        """
+        path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
+        data.set_state(json.loads(path.read_text()))
+        data.start_prefetch()
 
     def restore_params(
         self, abstract: Any, shardings: Any, *, parameters: Parameters, step: int | None = None

@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mcm_jax.training import sharding
@@ -58,15 +60,17 @@ def train(
     """Trains until cadence.num_steps updates are done and saves; returns whether it got there.
 
     Metrics are read one update late, so that the host never waits for the update it just started.
-    SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early.
+    SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early; of several processes a
+    signal to one stops all, after the same update.
 
     Raises:
       NonFiniteError: the loss or gradient is not finite. Nothing is saved then.
     """
     step, saved = int(state.step), checkpoints.latest_step()
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    with _stop_signals() as stop, jax.transfer_guard("disallow"):
-        while step < cadence.num_steps and not stop.is_set():
+    with _stop_signals() as signalled, jax.transfer_guard("disallow"):
+        stops = _stop_condition(mesh, signalled)
+        while step < cadence.num_steps and not stops():
             batch = sharding.global_batch(mesh, next(data))
             state, metrics = train_step(state, teacher_params, batch)
             step += 1
@@ -106,6 +110,26 @@ def _report(
         last_good = "there is no checkpoint yet" if saved is None else f"the last good one is {saved}"
         raise NonFiniteError(f"update {step} is not finite: {values}; of the checkpoints {last_good}")
     observer.metrics(step, values)
+
+
+def _stop_condition(mesh: Mesh, signalled: threading.Event) -> Callable[[], bool]:
+    """Whether to stop before the next update: the same answer in every process.
+
+    Several processes vote before every update, and the votes are counted one update late: no host waits
+    for the update that it just started.
+    """
+    if not mesh.is_multi_process:
+        return signalled.is_set
+    any_of = jax.jit(lambda votes: jnp.any(votes), out_shardings=sharding.replicated(mesh))
+    counted: jax.Array | None = None
+
+    def stops() -> bool:
+        nonlocal counted
+        votes = np.full(len(mesh.local_devices), signalled.is_set())
+        last, counted = counted, any_of(sharding.global_batch(mesh, {"stop": votes})["stop"])
+        return last is not None and bool(jax.device_get(last))
+
+    return stops
 
 
 @contextlib.contextmanager

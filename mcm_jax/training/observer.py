@@ -104,6 +104,30 @@ class RunObserver:
             self._bar.console.print(text)
 
 
+class SilentObserver:
+    """The observer of all processes but the first: it takes part in drawing, and tells nobody."""
+
+    def __init__(self, *, draw: Draw):
+        """draw: parameters -> a grid of samples."""
+        self._draw = draw
+
+    def __enter__(self) -> "SilentObserver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, step: int) -> None:
+        """Nothing."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def pictures(self, step: int, params: Any) -> None:
+        """Samples on this process's devices what the first process draws."""
+        self._draw(params)
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

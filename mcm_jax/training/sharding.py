@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +15,11 @@ _SMALLEST_SHARDED = 2**14
 
 
 def make_mesh(*, data: int, fsdp: int) -> Mesh:
-    """A (data, fsdp) mesh over all devices; data = -1 takes what fsdp leaves."""
+    """A (data, fsdp) mesh over all devices; data = -1 takes what fsdp leaves.
+
+    Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: parameters are gathered in
+    every layer, gradients summed over `data` once an update, and between slices the network is slow.
+    """
     count = jax.device_count()
     if data == -1:
         data = count // fsdp
@@ -24,7 +29,19 @@ def make_mesh(*, data: int, fsdp: int) -> Mesh:
             "take data=-1 and an fsdp that divides them"
         )
     # Auto: the compiler propagates shardings; Explicit axes would forbid constraints on activations.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    names, types = ("data", "fsdp"), (AxisType.Auto,) * 2
+    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp), names, axis_types=types)
+    if data % slices:
+        raise InputError(
+            f"config.mesh.fsdp={fsdp} does not divide the {count // slices} devices of each of the {slices} "
+            "slices; take an fsdp that does"
+        )
+    devices = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), jax.devices(), allow_split_physical_axes=True
+    )
+    return Mesh(devices, names, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -61,6 +78,33 @@ def check_batch(mesh: Mesh, *, batch_size: int) -> None:
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The global batch of which this process holds `local`."""
+    """The global batch of which this process holds `local`.
+
+    Its rows lie on the process's devices; where in the batch that is, the mesh says.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()}
+    # The loop's guard takes these transfers for mistakes where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()
+        }
+
+
+def split(mesh: Mesh, whole: np.ndarray) -> jax.Array:
+    """`whole`, of which every process holds all, with its leading axis over all devices."""
+    sharding = batch_sharding(mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(whole, sharding)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """`tree`, which is the same in every process, on every device."""
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, replicated(mesh))
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    """All of an array, in every process."""
+    return multihost_utils.process_allgather(array, tiled=True)

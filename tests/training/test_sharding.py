@@ -70,3 +70,39 @@ def test_large_parameters_are_split_along_their_largest_axis(shape, spec):
     assert found.spec == spec
     whole = sharding.params_sharding(sharding.make_mesh(data=8, fsdp=1), {"w": leaf})["w"]
     assert whole.is_fully_replicated and sharding.replicated(mesh).is_fully_replicated
+
+
+class Chip:
+    """A device of one of several slices, as jax.devices() lists them."""
+
+    platform, device_kind, core_on_chip = "cpu", "cpu", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index, self.process_index = number, number // 4, number // 2
+
+    def __repr__(self):
+        return f"chip {self.id}"
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+    """Eight devices in two slices, which jax.make_mesh refuses."""
+    chips = [Chip(number) for number in (4, 5, 0, 1, 6, 7, 2, 3)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_parameters_are_split_within_a_slice(fsdp, two_slices):
+    mesh = sharding.make_mesh(data=-1, fsdp=fsdp)
+    assert tuple(mesh.shape.items()) == (("data", 8 // fsdp), ("fsdp", fsdp))
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(8))
+    slices = [[chip.slice_index for chip in row] for row in mesh.devices]
+    assert slices == [[number * fsdp // 4] * fsdp for number in range(8 // fsdp)]
+
+
+def test_parameters_are_not_split_over_slices(two_slices):
+    with pytest.raises(
+        InputError, match=r"config.mesh.fsdp=8 does not divide the 4 devices of each of the 2"
+    ):
+        sharding.make_mesh(data=-1, fsdp=8)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Builds the image of the Dockerfile, and pushes or runs it.
+#
+#   bash launch/docker.sh                                                   builds mcm_jax:cpu
+#   MCM_ACCELERATOR=tpu bash launch/docker.sh --image=REGISTRY/mcm_jax:tpu --push       for launch/gke/train.sh
+#   MCM_ACCELERATOR=gpu bash launch/docker.sh -- python -m mcm_jax.train --config=configs/openmoji.py:teacher \
+#       --workdir=runs/teacher
+#   bash launch/docker.sh --dry-run ...                                     prints the commands
+#
+# What follows -- runs in the image, with this checkout's data/ and runs/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+accelerator="${MCM_ACCELERATOR:-cpu}" image='' push=''
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --image=?*) image="${1#*=}" ;;
+    --push) push=yes ;;
+    --dry-run) export MCM_DRY_RUN=1 ;;
+    --) shift && break ;;
+    *) mcm_refuse "$1 is not an option; there are --image=NAME, --push, --dry-run and -- COMMAND" ;;
+  esac
+  shift
+done
+case "$accelerator" in
+  cpu) devices=() ;;
+  gpu) devices=(--gpus=all --ipc=host) ;;
+  tpu) devices=(--privileged --network=host) ;;
+  *) mcm_refuse "MCM_ACCELERATOR=$accelerator must be cpu, gpu or tpu" ;;
+esac
+image="${image:-mcm_jax:$accelerator}"
+if [ -z "${MCM_DRY_RUN:-}" ] && ! command -v docker >/dev/null; then
+  mcm_refuse "docker is not installed; see https://docs.docker.com/engine/install"
+fi
+
+mcm_run docker build --build-arg "ACCELERATOR=$accelerator" --tag "$image" .
+[ -z "$push" ] || mcm_run docker push "$image"
+if [ $# -gt 0 ]; then
+  mcm_run mkdir -p data runs
+  # --init: hands signals on, so that Ctrl-C saves a checkpoint. The files belong to whoever called.
+  mcm_run docker run --rm --init --user "$(id -u):$(id -g)" "${devices[@]}" \
+    --volume "$PWD/data:/opt/mcm_jax/data" --volume "$PWD/runs:/opt/mcm_jax/runs" "$image" "$@"
+fi

@@ -1,0 +1,103 @@
+"""Programs of several processes on this machine, as the hosts of a cluster run them, on CPU over loopback."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Written before the code of every member. What only the first process may do, the others can't.
+_PREAMBLE = """
+import json, os, sys
+from pathlib import Path
+import jax
+from mcm_jax import distributed, files, pictures, runs, trainer
+from mcm_jax.data import pipeline
+from mcm_jax.errors import InputError
+from mcm_jax.training import loop, observer, sharding
+from tests import tiny
+
+INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # To ask JAX would start its back end.
+
+def refuse(*_, **__):
+    raise AssertionError("only the first process may do this")
+
+def first_only():
+    if jax.process_index() > 0:
+        files.write_whole = files.append_line = observer.save_png = refuse
+        observer.metric_writers.SummaryWriter = refuse
+
+def log(name, record):
+    with open(Path(sys.argv[1]) / f"{name}.{INDEX}.jsonl", "a") as file:
+        print(json.dumps(record), file=file)
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Members:
+    """The processes of one program; use it as a context, so that none outlives a test."""
+
+    def __init__(self, code, *, count, devices, directory, environment=None):
+        """code: what each runs, after the preamble; devices: of each; directory: made for its `log`s."""
+        directory.mkdir()
+        port = free_port()
+        self.directory, self.processes = directory, []
+        for index in range(count):
+            variables = {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+                "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": str(ROOT),
+            }
+            if count > 1:
+                variables |= {
+                    "MCM_COORDINATOR": f"127.0.0.1:{port}",
+                    "MCM_NUM_PROCESSES": str(count),
+                    "MCM_PROCESS_ID": str(index),
+                }
+            command = [sys.executable, "-u", "-c", _PREAMBLE + code, str(directory)]
+            variables = os.environ | variables | (environment or {})
+            with open(directory / f"out.{index}", "w") as out, open(directory / f"err.{index}", "w") as err:
+                process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=err)
+            self.processes.append(process)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def said(self, index, stream="out"):
+        """All that a process has printed, but for what Gloo has."""
+        lines = (self.directory / f"{stream}.{index}").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if "[Gloo]" not in line)
+
+    def wait_for(self, pattern, *, timeout=240):
+        """Until the first process has said it."""
+        until = time.monotonic() + timeout
+        while not re.search(pattern, self.said(0)):
+            assert time.monotonic() < until and self.processes[0].poll() is None, self.everything()
+            time.sleep(0.05)
+
+    def codes(self, *, timeout=300):
+        """The exit codes; fails where the processes hang."""
+        until = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.0, until - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"they hang; {self.everything()}") from None
+
+    def everything(self):
+        files = sorted(self.directory.glob("*.*"))
+        return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in files)

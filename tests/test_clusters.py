@@ -1,0 +1,645 @@
+"""The launchers for pods, clusters and containers: what they would do, and what they do with made-up tools.
+
+Each tool (gcloud, kubectl, srun, docker) is a script that logs its arguments; gcloud's also runs what it is
+told to run on a host, in that host's home directory. Tools that this machine may have are out of reach.
+"""
+
+import atexit
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/*.sbatch")])
+RUN = ("--config=configs/openmoji.py:cd,steps=4", "--workdir=/mnt/mcm/runs/cd4")
+
+
+def launch(script, *arguments, tools=None, **variables):
+    """The launcher's end. tools: a directory of made-up ones; none, and a dry run, if None."""
+    return subprocess.run(
+        ["bash", ROOT / "launch" / script, *arguments],
+        env=environment(tools, **variables),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+# All that the launchers and the made-up tools need of a machine.
+BASICS = """
+bash cat cksum cp dirname grep gzip id mkdir mktemp paste python3 rm sed seq setsid sleep sort tail tar touch
+wc
+"""
+
+
+@functools.cache
+def basics():
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    for name in BASICS.split():
+        (directory / name).symlink_to(
+            os.path.realpath(sys.executable) if name == "python3" else shutil.which(name)
+        )
+    return directory
+
+
+def environment(tools, **variables):
+    path = basics() if tools is None else f"{tools}:{basics()}"
+    home = {"HOME": "/nonexistent", "MCM_VENV": "/nonexistent/.venv"}
+    return {"PATH": str(path), "LANG": "C.UTF-8", **home, **variables}
+
+
+def commands(result):
+    """The commands that a dry run prints."""
+    assert result.returncode == 0, result.stderr
+    return [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
+
+
+def make_tool(directory, name, code):
+    path = directory / name
+    path.write_text(f"#!/usr/bin/env bash\n{code}\n")
+    path.chmod(0o755)
+
+
+def test_the_shell_is_sound():
+    found = subprocess.run(
+        ["shellcheck", "--external-sources", *LAUNCHERS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
+    assert {path.name for path in LAUNCHERS} >= {"tpu_pod.sh", "slurm.sbatch", "train.sh", "docker.sh"}
+
+
+POD = ("--name=mcm", "--zone=us-west4-a", "--type=v5litepod-16")
+TPU = ("--name=cd4", "--image=r/mcm_jax:tpu", "--claim=shared", "--accelerator=tpu-v5-lite-podslice")
+TPU = ("tpu", *TPU, "--topology=4x8", "--hosts=8", "--chips=4")
+GPU = ("gpu", "--name=cd4", "--image=r/mcm_jax:gpu", "--claim=shared", "--accelerator=nvidia-h100-80gb")
+GPU = (*GPU, "--hosts=4", "--chips=8")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        *[
+            ("tpu_pod.sh", [*(a for a in POD if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
+            for name in ("name", "zone", "type")
+        ],
+        ("tpu_pod.sh", [*POD, "--sport", "--", *RUN], "--sport is not an option"),
+        ("tpu_pod.sh", [*POD, *RUN], f"{RUN[0]} is not an option"),
+        ("tpu_pod.sh", [*POD], "--config=... is missing among the arguments of mcm_jax.train"),
+        ("tpu_pod.sh", [*POD, "--", RUN[0]], "--workdir=... is missing"),
+        ("tpu_pod.sh", [*POD, "--", RUN[0], "--workdir="], "--workdir=... is missing"),
+        ("tpu_pod.sh", [*POD, "--type=v9-8", "--", *RUN], "--type=v9-8 is not known here; name its runtime"),
+        ("tpu_pod.sh", [*POD, "--attempts=0", "--", *RUN], "--attempts=0 must be a number"),
+        ("tpu_pod.sh", [*POD, "--", *RUN], "gcloud is not installed"),
+        ("tpu_host.sh", [], "install, train ARGUMENT... or stop"),
+        ("slurm.sbatch", [], "--config=... is missing"),
+        ("slurm.sbatch", [*RUN], "this is no SLURM job; submit it"),
+        ("docker.sh", ["--imagine=x"], "--imagine=x is not an option"),
+        ("docker.sh", [], "docker is not installed"),
+        ("gke/train.sh", [], "say tpu or gpu first"),
+        ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "say tpu or gpu first"),
+        *[
+            ("gke/train.sh", [*(a for a in TPU if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
+            for name in ("name", "image", "claim", "accelerator", "topology", "hosts", "chips")
+        ],
+        ("gke/train.sh", [*TPU, "--name=Cd4", "--", *RUN], "--name=Cd4 must be lower case"),
+        ("gke/train.sh", [*TPU, f"--name={'a' * 41}", "--", *RUN], "at most 40"),
+        ("gke/train.sh", [*TPU, "--hosts=four", "--", *RUN], "--hosts=four must be a number"),
+        ("gke/train.sh", [*TPU, "--image=a b", "--", *RUN], "--image=a b has characters"),
+        ("gke/train.sh", [*GPU, "--slices=2", "--", *RUN], "--topology and --slices are for tpu"),
+        ("gke/train.sh", [*GPU, "--", RUN[0]], "--workdir=... is missing"),
+        ("gke/train.sh", [*GPU, "--", *RUN], "kubectl is not installed"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, arguments, message):
+    result = launch(script, *arguments)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and not result.stdout
+    assert line.startswith("error: ") and message in line
+
+
+# Cloud TPU.
+
+
+def test_a_pod_in_words():
+    given = (
+        *POD,
+        "--project=p",
+        "--spot",
+        "--delete",
+        "--setup=sudo mount x",
+        "--dry-run",
+        "--",
+        *RUN,
+        "--config.x=a b",
+    )
+    create, pack, copy, install, train, delete = commands(launch("tpu_pod.sh", *given))
+    create_words = shlex.split(create)
+    assert create_words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mcm"]
+    assert set(create_words[6:]) == {
+        *("--node-id=mcm", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"),
+        *("--spot", "--zone=us-west4-a", "--project=p", "--quiet"),
+    }
+    assert pack.startswith("tar ")
+    assert re.match(
+        r"gcloud compute tpus tpu-vm scp /.*/mcm_jax.tar.gz mcm:mcm_jax.tar.gz --worker=all ", copy
+    )
+    assert install.startswith("gcloud compute tpus tpu-vm ssh mcm --worker=all --command=sudo mount x && ")
+    assert "bash mcm_jax/launch/tpu_host.sh install" in install
+    assert r"--worker=all --command=bash mcm_jax/launch/tpu_host.sh train --config=" in train
+    assert r"--workdir=/mnt/mcm/runs/cd4 --config.x=a\ b" in train
+    assert delete.startswith("gcloud compute tpus queued-resources delete mcm --force ")
+    for command in (create, copy, install, train, delete):
+        assert command.endswith("--zone=us-west4-a --project=p --quiet")
+
+
+def test_a_pod_is_kept_unless_asked():
+    create, *_, last = commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN))
+    assert "--spot" not in create and " train " in last
+    assert commands(launch("tpu_pod.sh", *POD, "--", *RUN, MCM_DRY_RUN="1"))[0] == create
+
+
+@pytest.mark.parametrize(
+    ("type_", "version"),
+    [("v4-32", "tpu-ubuntu2204-base"), ("v5p-16", "v2-alpha-tpuv5"), ("v6e-64", "v2-alpha-tpuv6e")],
+)
+def test_every_type_has_its_runtime(type_, version):
+    create = commands(launch("tpu_pod.sh", *POD, f"--type={type_}", "--dry-run", "--", *RUN))[0]
+    assert f"--runtime-version={version} " in create
+    create = commands(
+        launch("tpu_pod.sh", *POD, f"--type={type_}", "--version=own", "--dry-run", "--", *RUN)
+    )[0]
+    assert "--runtime-version=own " in create
+
+
+# A slice of two hosts. Its state is in the files node and queue; what becomes of each training, in a line of
+# plan.
+GCLOUD = r"""
+echo "$*" >>"$TOOLS/calls"
+absent() { echo "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found" >&2; exit 1; }
+case "$*" in
+  "compute tpus tpu-vm describe"*) cat "$TOOLS/node" 2>/dev/null || absent ;;
+  "compute tpus queued-resources describe"*)
+    [ ! -f "$TOOLS/denied" ] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
+    cat "$TOOLS/queue" 2>/dev/null || absent
+    # Granted when it has been asked for twice.
+    if grep -qx WAITING_FOR_RESOURCES "$TOOLS/queue"; then
+      echo PROVISIONING >"$TOOLS/queue"
+    elif grep -qx PROVISIONING "$TOOLS/queue"; then
+      echo ACTIVE >"$TOOLS/queue" && echo READY >"$TOOLS/node"
+    fi ;;
+  "compute tpus queued-resources create"*)
+    [ ! -f "$TOOLS/queue" ] && echo WAITING_FOR_RESOURCES >"$TOOLS/queue" ;;
+  "compute tpus queued-resources delete"*) rm -rf "$TOOLS/queue" "$TOOLS/node" "$TOOLS"/host? ;;
+  "compute tpus tpu-vm delete"*) rm -rf "$TOOLS/node" "$TOOLS"/host? ;;
+  "compute tpus tpu-vm scp"*)
+    mkdir -p "$TOOLS/host0" "$TOOLS/host1" && cp "$5" "$TOOLS/host0" && cp "$5" "$TOOLS/host1" ;;
+  "compute tpus tpu-vm ssh"*)
+    for word in "$@"; do
+      case "$word" in --command=*) command="${word#*=}" ;; --worker=*) worker="${word#*=}" ;; esac
+    done
+    [ "$worker" = 0 ] && hosts=0 || hosts='0 1'
+    running=()
+    for host in $hosts; do
+      (cd "$TOOLS/host$host" && HOME="$PWD" HOST=$host exec bash -c "$command") &
+      running+=($!)
+    done
+    code=0
+    if [[ "$command" = *" train "* ]] && [ -f "$TOOLS/lost" ]; then
+      rm "$TOOLS/lost"
+      until [ -f "$TOOLS/host0/started" ] && [ -f "$TOOLS/host1/started" ]; do sleep 0.1; done
+      kill "${running[@]}"
+      exit 255
+    fi
+    for process in "${running[@]}"; do wait "$process" || code=1; done
+    exit "$code" ;;
+  *) echo "unknown: $*" >&2; exit 1 ;;
+esac
+"""
+
+# The python of a host: trains as the next line of the plan says.
+PYTHON = r"""
+if [ "$1 $2" != "-m mcm_jax.train" ]; then exec python3 "$@"; fi
+echo "$*" >>"$TOOLS/trained.$HOST"
+what=$(sed -n "$(wc -l <"$TOOLS/trained.$HOST")p" "$TOOLS/plan")
+touch "$HOME/started"
+case "$what" in
+  done) echo "finished" ;;
+  preempted) echo PREEMPTED >"$TOOLS/node"; echo SUSPENDED >"$TOOLS/queue"; sleep 0.3; exit 1 ;;
+  crash) exit 1 ;;
+  refused) echo "error: no such data" >&2; exit 2 ;;
+  long) trap 'echo saved >>"$TOOLS/saved"; exit 130' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
+  slow) sleep 2; echo "finished" ;;
+esac
+"""
+
+
+@pytest.fixture
+def tools(tmp_path):
+    directory = tmp_path / "tools"
+    (directory / "venv/bin").mkdir(parents=True)
+    make_tool(directory, "gcloud", GCLOUD)
+    make_tool(directory / "venv/bin", "python", PYTHON)
+    make_tool(directory / "venv/bin", "pip", "exit 0")
+    # As installed before.
+    wanted = subprocess.run(
+        "cat setup.cfg pyproject.toml launch/constraints.txt | cksum",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+    )
+    (directory / "venv/installed-tpu").write_bytes(wanted.stdout)
+    return directory
+
+
+def pod_variables(tools):
+    return {"TOOLS": str(tools), "MCM_VENV": str(tools / "venv"), "MCM_POLL_SECONDS": "0.05"}
+
+
+def pod(tools, *plan, arguments=POD):
+    (tools / "plan").write_text("".join(f"{line}\n" for line in plan))
+    return launch("tpu_pod.sh", *arguments, "--", *RUN, tools=tools, **pod_variables(tools))
+
+
+def told(tools):
+    """What gcloud was told to do, in order and in a word each; questions left out."""
+    result = []
+    for line in (tools / "calls").read_text().splitlines():
+        words = line.removeprefix("compute tpus ").split()
+        command = re.search(r"tpu_host.sh (\w+)", line)
+        if words[1] == "ssh":
+            result.append(command[1] if command else "ask")
+        elif words[1] != "describe":
+            result.append(words[1])
+    return result
+
+
+def test_a_pod_is_made_and_trains(tools):
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert told(tools) == ["create", "scp", "install", "train"]
+    trained = [(tools / f"trained.{host}").read_text() for host in (0, 1)]
+    assert trained == [f"-m mcm_jax.train {' '.join(RUN)}\n"] * 2
+    assert result.stdout.count("finished") == 2
+    assert "slice mcm: not there, its request: WAITING_FOR_RESOURCES" in result.stdout
+    # The checkout is on every host, and no more than that.
+    for host in (0, 1):
+        assert (tools / f"host{host}/mcm_jax/mcm_jax/data/pipeline.py").exists()
+        assert not (tools / f"host{host}/mcm_jax/.git").exists()
+
+
+def test_a_pod_that_is_there_is_taken(tools):
+    (tools / "node").write_text("READY\n")
+    assert pod(tools, "done", arguments=(*POD, "--delete")).returncode == 0
+    assert told(tools) == ["scp", "install", "train", "delete"]
+
+
+def test_a_preempted_pod_is_made_again_and_goes_on(tools):
+    result = pod(tools, "preempted", "preempted", "done", arguments=(*POD, "--spot", "--attempts=1"))
+    assert result.returncode == 0, result.stderr
+    once = ["create", "scp", "install", "train", "ask", "delete"]
+    assert told(tools) == [*once, *once, *once[:4]]
+    assert result.stdout.count("slice mcm was taken away; the run continues on another") == 2
+    calls = (tools / "calls").read_text()
+    assert calls.count("queued-resources delete mcm --force") == 2
+    assert len(re.findall("queued-resources create .* --spot", calls)) == 3
+
+
+def test_a_pod_found_preempted_is_made_again(tools):
+    (tools / "node").write_text("PREEMPTED\n")
+    assert pod(tools, "done").returncode == 0
+    assert told(tools) == ["delete", "create", "scp", "install", "train"]
+
+
+def test_bad_input_is_not_tried_again(tools):
+    result = pod(tools, "refused", "done")
+    assert result.returncode == 2
+    assert told(tools) == ["create", "scp", "install", "train", "ask"]
+    assert "error: no such data" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: mcm_jax.train refuses its input, see above"
+
+
+def test_it_does_not_try_for_ever(tools):
+    result = pod(tools, "crash", "crash", "done", arguments=(*POD, "--attempts=2"))
+    assert result.returncode == 1
+    assert "failed 2 times in a row on a slice that is there" in result.stderr
+    assert told(tools) == ["create", *["scp", "install", "train", "ask"] * 2]
+
+
+def test_a_run_goes_on_without_the_connection_and_is_found_again(tools):
+    (tools / "lost").touch()
+    result = pod(tools, "slow", "never")
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert told(tools).count("train") == 2
+    assert all(len((tools / f"trained.{host}").read_text().splitlines()) == 1 for host in (0, 1))
+
+
+def test_what_gcloud_may_not_do_is_told(tools):
+    (tools / "denied").touch()
+    result = pod(tools, "done")
+    assert result.returncode == 1 and "PERMISSION_DENIED" in result.stderr
+    assert "create" not in told(tools)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
+    (tools / "plan").write_text("long\n")
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch/tpu_pod.sh", *POD, "--", *RUN],
+        env=environment(tools, **pod_variables(tools)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As a terminal's: a test of a test in the background is born deaf to SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    until = time.monotonic() + 60
+    while not all((tools / f"host{host}/started").exists() for host in (0, 1)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped and saved: the same command continues" in said
+    assert (tools / "saved").read_text() == "saved\n" * 2
+    assert told(tools)[-2:] == ["train", "stop"]
+
+
+# SLURM.
+
+
+def slurm(tmp_path, code):
+    make_tool(tmp_path, "srun", f'echo "$*" >>"{tmp_path}/calls"; exit {code}')
+    make_tool(tmp_path, "scontrol", f'echo "$*" >>"{tmp_path}/calls"')
+    make_tool(tmp_path, "pip", "")
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    make_tool(tmp_path / "venv/bin", "python", "")
+    make_tool(tmp_path / "venv/bin", "pip", "")
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "MCM_VENV": str(tmp_path / "venv")}
+    result = launch("slurm.sbatch", *RUN, tools=tmp_path, **job)
+    return result, (tmp_path / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_a_slurm_job_queues_again_when_it_was_stopped(code, tmp_path):
+    result, calls = slurm(tmp_path, code)
+    assert result.returncode == code
+    assert calls[0] == f"--kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
+    assert calls[1:] == (["requeue 7"] if code == 130 else [])
+
+
+def test_a_slurm_job_in_words():
+    *install, run = commands(launch("slurm.sbatch", "--dry-run", *RUN))
+    assert install[1].endswith("--editable .[gpu]")
+    assert run == f"srun --kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
+
+
+def test_a_slurm_job_asks_for_a_task_a_gpu_and_for_a_warning():
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    # sbatch stops reading at the first line that is neither empty nor a comment.
+    head = text[: text.index("\nset ")]
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", head, re.MULTILINE))
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+    assert re.fullmatch(r"TERM@\d+", asked["signal"])
+    assert "#SBATCH --requeue\n" in head and text.count("#SBATCH") == head.count("#SBATCH")
+
+
+def test_a_slurm_job_from_elsewhere(tmp_path):
+    result = launch("slurm.sbatch", *RUN, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == f"error: {tmp_path} is not the checkout; submit there: sbatch launch/slurm.sbatch ...\n"
+    )
+
+
+# Kubernetes.
+
+# The fields of JobSet that the manifests use, as its definition has them; none else.
+JOBSET = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "required": ["replicatedJobs"],
+            "additionalProperties": False,
+            "properties": {
+                "network": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "enableDNSHostnames": {"type": "boolean"},
+                        "publishNotReadyAddresses": {"type": "boolean"},
+                    },
+                },
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "maxRestarts": {"type": "integer"},
+                        "rules": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["action", "name"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "name": {
+                                        "type": "string",
+                                        "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+                                    },
+                                    "action": {
+                                        "enum": [
+                                            "FailJobSet",
+                                            "RestartJobSet",
+                                            "RestartJobSetAndIgnoreMaxRestarts",
+                                        ]
+                                    },
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {"const": "PodFailurePolicy"},
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "template"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer"},
+                            "template": {"type": "object"},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def manifest(*arguments):
+    """What the launcher would apply; checked against Kubernetes' own definition of a Job."""
+    result = launch(
+        "gke/train.sh", *arguments, "--dry-run", "--", *RUN, '--config.model.widths=(64, "\\1", ${NAME})'
+    )
+    assert result.returncode == 0, result.stderr
+    (found,) = yaml.safe_load_all(result.stdout)
+    jsonschema.validate(found, JOBSET)
+    (job,) = found["spec"]["replicatedJobs"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job["template"]}
+    kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
+    assert "${" not in re.sub(r"^ *args:.*", "", result.stdout, flags=re.MULTILINE)
+    return found, job
+
+
+def pod_of(job):
+    return job["template"]["spec"]["template"]["spec"]
+
+
+def check_restarts(found, job):
+    """All pods start again together; after a preemption always, after a failure a few times."""
+    policy = found["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 0
+    (rule,) = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    spec = job["template"]["spec"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == spec["completions"]
+    assert pod_of(job)["restartPolicy"] == "Never" and pod_of(job)["terminationGracePeriodSeconds"] >= 120
+
+
+def check_container(job, image):
+    (container,) = pod_of(job)["containers"]
+    assert container["image"] == image
+    assert container["command"] == ["python", "-m", "mcm_jax.train"]
+    assert container["args"] == [*RUN, '--config.model.widths=(64, "\\1", ${NAME})']
+    (volume,) = [volume for volume in pod_of(job)["volumes"] if "persistentVolumeClaim" in volume]
+    assert volume["persistentVolumeClaim"] == {"claimName": "shared"}
+    assert {"name": volume["name"], "mountPath": "/mnt/mcm"} in container["volumeMounts"]
+    return container
+
+
+def test_slices_of_tpu():
+    found, job = manifest(*TPU, "--slices=2")
+    check_restarts(found, job)
+    container = check_container(job, "r/mcm_jax:tpu")
+    assert found["metadata"]["name"] == "cd4"
+    assert found["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 8
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod_of(job)["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
+    # GKE says who is who; variables of ours would come first.
+    assert not container.get("env")
+
+
+def test_nodes_with_gpus():
+    found, job = manifest(*GPU)
+    check_restarts(found, job)
+    container = check_container(job, "r/mcm_jax:gpu")
+    assert job["replicas"] == 1 and job["template"]["spec"]["parallelism"] == 4
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert pod_of(job)["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    variables = {variable.pop("name"): variable for variable in container["env"]}
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    port = container["ports"][0]["containerPort"]
+    assert variables == {
+        "MCM_COORDINATOR": {"value": f"cd4-{job['name']}-0-0.cd4:{port}"},
+        "MCM_NUM_PROCESSES": {"value": "4"},
+        "MCM_PROCESS_ID": {"valueFrom": {"fieldRef": {"fieldPath": index}}},
+    }
+
+
+@pytest.mark.parametrize("kind", [TPU, GPU])
+def test_spot_nodes(kind):
+    assert pod_of(manifest(*kind, "--spot")[1])["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert "cloud.google.com/gke-spot" not in pod_of(manifest(*kind)[1])["nodeSelector"]
+
+
+def test_a_manifest_is_applied(tmp_path):
+    make_tool(tmp_path, "kubectl", f'echo "$*" >"{tmp_path}/calls"; cat >"{tmp_path}/manifest"')
+    result = launch("gke/train.sh", *GPU, "--", *RUN, tools=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "calls").read_text() == "apply --filename=-\n"
+    printed = launch("gke/train.sh", *GPU, "--dry-run", "--", *RUN).stdout
+    assert yaml.safe_load((tmp_path / "manifest").read_text()) == yaml.safe_load(printed)
+
+
+# Containers.
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices"),
+    [("cpu", []), ("gpu", ["--gpus=all"]), ("tpu", ["--privileged", "--network=host"])],
+)
+def test_an_image_is_built_pushed_and_run(accelerator, devices):
+    given = ("--image=r/x:1", "--push", "--dry-run", "--", "python", "-m", "mcm_jax.train")
+    build, push, _, run = commands(launch("docker.sh", *given, MCM_ACCELERATOR=accelerator))
+    assert build == f"docker build --build-arg ACCELERATOR={accelerator} --tag r/x:1 ."
+    assert push == "docker push r/x:1"
+    assert run.startswith("docker run --rm --init ") and run.endswith(" r/x:1 python -m mcm_jax.train")
+    assert set(devices) <= set(run.split())
+    for directory in ("data", "runs"):
+        assert f"--volume {ROOT}/{directory}:/opt/mcm_jax/{directory}" in run
+
+
+def test_an_image_is_only_built_unless_asked():
+    assert commands(launch("docker.sh", "--dry-run")) == [
+        "docker build --build-arg ACCELERATOR=cpu --tag mcm_jax:cpu ."
+    ]
+
+
+def test_docker_is_called(tmp_path):
+    make_tool(tmp_path, "docker", f'echo "$*" >>"{tmp_path}/calls"')
+    assert launch("docker.sh", tools=tmp_path).returncode == 0
+    assert (tmp_path / "calls").read_text() == "build --build-arg ACCELERATOR=cpu --tag mcm_jax:cpu .\n"
+
+
+def test_the_image_installs_as_everybody_does():
+    """With the launchers' own function, from files that it copies before, all of which there are."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(None, 1) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    install = next(number for number, (step, rest) in enumerate(steps) if step == "RUN")
+    assert "mcm_environment" in steps[install][1]
+    copied = [word for step, rest in steps[:install] if step == "COPY" for word in rest.split()[:-1]]
+    assert {"setup.cfg", "pyproject.toml", "launch/constraints.txt", "launch/environment.sh"} <= set(copied)
+    assert all((ROOT / path).exists() for path in copied)
+    assert ["COPY", ". ."] in steps[install:]
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", "/data", "/runs", ".venv*"} <= set(ignored)
+    assert json.loads(dict(steps)["CMD"])[:3] == ["python", "-m", "mcm_jax.train"]
