@@ -1,5 +1,6 @@
 """Where arrays lie on the mesh: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from mcm_jax.errors import InputError
 _SMALLEST_SHARDED = 2**14
 
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
-    """A (data, fsdp) mesh over all devices; data = -1 takes what fsdp leaves."""
-    count = jax.device_count()
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh; data = -1 takes what fsdp leaves. devices: default all there are."""
+    count = jax.device_count() if devices is None else len(devices)
     if data == -1:
         data = count // fsdp
     if data * fsdp != count:
@@ -24,7 +25,8 @@ def make_mesh(*, data: int, fsdp: int) -> Mesh:
             "take data=-1 and an fsdp that divides them"
         )
     # Auto: the compiler propagates shardings; Explicit axes would forbid constraints on activations.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
