@@ -52,10 +52,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     elif system == "tract":
         config.consistency.stages = (64, 8, 1)
     elif system == "progressive":
-        last = numbers.get("steps", 1)
-        if last not in (1, 2, 4, 8, 16, 32):
-            raise InputError(f"config row {row!r}: steps={last} must be a power of two from 1 to 32")
-        config.consistency.stages = tuple(64 >> n for n in range(7) if 64 >> n >= last)
+        config.consistency.stages = halvings(row, first=64, last=numbers.get("steps", 1))
     else:
         config.teacher_guidance = 1.0
     return config
@@ -68,8 +65,22 @@ def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
         name, separator, number = part.partition("=")
         if not separator:
             words.add(name)
-        elif number.isdecimal():
-            numbers[name] = int(number)
-        else:
+        elif not number.isdecimal():
             raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
+        elif name in numbers:
+            raise InputError(f"config row {row!r}: it names {name} twice; leave one out")
+        else:
+            numbers[name] = int(number)
     return words, numbers
+
+
+def halvings(row: str, *, first: int, last: int) -> tuple[int, ...]:
+    """(first, first / 2, ..., last), progressive distillation's stages; first is a power of two.
+
+    Raises:
+      InputError: `last`, the steps of `row`, is none of first / 2, ..., 2, 1.
+    """
+    stages = tuple(first >> n for n in range(first.bit_length()))
+    if last not in stages[1:]:
+        raise InputError(f"config row {row!r}: steps={last} must be a power of two from 1 to {first // 2}")
+    return stages[: stages.index(last) + 1]

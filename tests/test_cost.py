@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import imagenet64
 from mcm_jax import experiment, sampling, validation
 from mcm_jax.diffusion import schedules
-from mcm_jax.models.network import Network
 from tests import tiny
-from tests.models.test_uvit import full_size
 
 NULL_CLASS = 9
 ANYWHERE = Path("nowhere")
@@ -100,8 +99,8 @@ def test_network_evaluations_of_a_loss(name, expected):
 
 # --- The sampler beside its network, by the compiler's count of floating-point operations. ---
 
-# ImageNet64's small UViT (SPEC 6); nothing of it is allocated.
-UVIT = Network(full_size((256, 512, 1024), ("resnet", "transformer", "transformer")))
+# ImageNet64's small UViT; nothing of it is allocated.
+UVIT = experiment.build_network(validation.validate(imagenet64.get_config("small,teacher")), num_classes=1000)
 BATCH = 2
 Z, COND, KEYS = jax.eval_shape(
     lambda: (

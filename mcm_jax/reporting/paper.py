@@ -24,3 +24,26 @@ def fid(table: str, column: str, steps: int) -> float:
         if index is not None and row[0] == steps:
             return float(row[index])
     raise KeyError(f"{table} has no {column} at {steps} steps")
+
+
+def imagenet_fids(resolution: int) -> dict[str, float]:
+    """FID of every row of configs/imagenet{resolution}.py, "small,cd,steps=8", that tables 1 to 4 have.
+
+    Where two tables have it, table 1's value. resolution: 64 or 128.
+    """
+    columns = {
+        f"{size},{system}": ("table1", f"{size}/imagenet{resolution}/{system}")
+        for size in ("small", "large")
+        for system in ("ct", "cd")
+    }
+    if resolution == 64:
+        columns |= {"small,pd": ("table3", "pd"), "small,cd,ddim": ("table4", "ddim")}
+    else:
+        columns |= {f"large,cd,teacher_steps={n}": ("table2", str(n)) for n in (128, 256, 1024)}
+    fids = {
+        f"{row},steps={steps}": fid(table, column, steps)
+        for row, (table, column) in columns.items()
+        for steps, *_ in tables()[table]["rows"]
+    }
+    teachers = tables()["table1"]["diffusion_addim_512"]
+    return fids | {f"{size},teacher": teachers[f"{size}/imagenet{resolution}"] for size in ("small", "large")}

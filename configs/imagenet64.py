@@ -1,0 +1,54 @@
+"""ImageNet at 64x64: the paper's networks of 394 million (small) and 1.23 billion (large) parameters.
+
+    SIZE,teacher                       the diffusion model
+    SIZE,ct,steps=S                    S-step multistep consistency training, started from it (tables 1, 3)
+    SIZE,cd,steps=S                    S-step multistep consistency distillation of it (tables 1, 3, 4)
+    SIZE,cd,ddim,steps=S               the same with DDIM as the teacher's step (table 4)
+    SIZE,cd,steps=S,teacher_steps=N    the same with N teacher steps throughout, not 64 -> 1280
+    SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 3)
+    SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
+
+SIZE is small or large. Expected FID of 50,000 samples, the paper's, none measured here:
+
+    S     small,ct   small,cd   small,cd,ddim   small,pd   large,ct   large,cd
+    1          7.2        4.3            3.91       10.7        6.4        3.2
+    2          2.7        2.0            1.99        4.7        2.3        1.9
+    4          1.8        1.7            1.77        2.4        1.6        1.6
+    8          1.5        1.6            1.70        1.8        1.5        1.4
+    16         1.5        1.5            1.72          -        1.6        1.4
+
+The teacher with 512 steps of aDDIM: small 1.5, large 1.4. Table 4 gives small,cd as 4.35, 2.02, 1.68, 1.58
+and 1.54, table 5 gives small,pd at 8 steps as 1.7.
+
+Chips and hours, derived from the paper's published updates a second and not measured here:
+
+                              small, 64 TPU v5e   large, 256 TPU v5e
+    teacher  1,000,000 updates     103 h               96 h       at CT's speed; it has a network call less
+    ct         200,000 updates      21 h               19 h
+    cd         200,000 updates      22 h               22 h
+    pd          20,000 a stage     2.2 h              2.2 h       a stage, at CD's speed; ten stages to 1 step
+    tract      100,000 a stage      11 h               11 h       a stage, at CD's speed; two stages
+
+On another number of chips add --config.mesh.fsdp=CHIPS. The commands:
+
+    python -m mcm_jax.train --config=configs/imagenet64.py:small,teacher --workdir=runs/teacher
+    python -m mcm_jax.train --config=configs/imagenet64.py:small,cd,steps=8 --workdir=runs/cd8 \\
+        --config.teacher_checkpoint=runs/teacher
+    python -m mcm_jax.train --config=configs/imagenet64.py:small,pd,steps=1 --workdir=runs/pd \\
+        --config.teacher_checkpoint=runs/teacher    # runs/pd/steps_512 to steps_1 are all rows of pd
+"""
+
+import ml_collections
+
+from mcm_jax import paper_rows
+
+
+def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
+    """The config of one row, e.g. "small,teacher" or "large,cd,steps=8"."""
+    return paper_rows.imagenet(
+        row,
+        resolution=64,
+        widths=(256, 512, 1024),
+        small=paper_rows.Size(dropouts=(0.0, 0.0, 0.2)),
+        large=paper_rows.Size(dropouts=(0.0, 0.1, 0.1)),
+    )
