@@ -62,7 +62,11 @@ def plan(
     }
     teacher = parts.abstract.params if experiment.distils(config) else None
     compiled = compilation.plan(
-        parts.train_step(), (parts.abstract, teacher, batch), topology, mesh=mesh, package="mcm_jax"
+        parts.train_step(),
+        (parts.abstract, teacher, batch),
+        topology,
+        mesh=mesh,
+        package=Path(__file__).parent,
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(parts.abstract.params))
     published = report.published_rate(

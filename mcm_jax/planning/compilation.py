@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,13 +57,13 @@ class TooLarge:
 
 
 def plan(
-    function: Any, arguments: Sequence[Any], topology: Topology, *, mesh: Mesh, package: str
+    function: Any, arguments: Sequence[Any], topology: Topology, *, mesh: Mesh, package: Path
 ) -> Plan | TooLarge:
     """Compiles a jitted function for arguments given by shape.
 
     Args:
       mesh: of the topology's devices, over which the function is split.
-      package: what tells this program's files in the source lines of operations.
+      package: where this program's files lie, which the operations' source lines name first.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses for another reason than memory.

@@ -10,12 +10,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mcm_jax.planning.chips import Chip, incoming_bytes_per_second
-from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes
+from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, tuple_parts
 
 Kind = Literal["estimated", "kernel", "collective", "copy"]
 # Share of peak that a custom kernel is taken to reach.
@@ -59,14 +60,14 @@ class _Transfer:
 
 
 def operations(
-    module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: str
+    module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: Path
 ) -> list[Operation]:
     """Every operation of one step, in order of first execution.
 
     Args:
       coordinates: where the chip of each of the module's partitions is in the slice.
       bounds: the slice's size along each axis.
-      package: what tells the files of this program in source lines.
+      package: where this program's files lie, which source lines name first.
     """
     walk = _Walk(module, chip, coordinates, bounds, package)
     walk.computation(module.entry, 1)
@@ -80,7 +81,7 @@ class _Walk:
         chip: Chip,
         coordinates: Sequence[Sequence[int]],
         bounds: Sequence[int],
-        package: str,
+        package: Path,
     ):
         self.module, self.chip, self.package = module, chip, package
         self.coordinates, self.bounds = coordinates, bounds
@@ -104,7 +105,7 @@ class _Walk:
             elif (start := _waited_for(one, by_name, under_way, self._holds)) is not None:
                 self._end(under_way.pop(start), times)
             else:
-                seconds = self._run(one, times)
+                seconds = self._run(one, times, instruction_flops(self.module, one, by_name))
                 for transfer in under_way.values():
                     # Links serve the oldest first.
                     used = min(transfer.left, seconds)
@@ -113,9 +114,8 @@ class _Walk:
         for transfer in under_way.values():
             self._end(transfer, times)
 
-    def _run(self, one: Instruction, times: int) -> float:
+    def _run(self, one: Instruction, times: int, flops: float) -> float:
         """Notes an instruction that runs by itself; returns its seconds."""
-        flops = self._flops(one)
         if one.estimated_cycles is not None:
             seconds, kind, num_bytes = one.estimated_cycles / self.chip.clock_hertz, "estimated", 0.0
         elif (inner := self._collective(one)) is not None:
@@ -213,32 +213,21 @@ class _Walk:
         speed = incoming_bytes_per_second(self.chip, self._group(one), self.bounds)
         return num_bytes / speed if speed else 0.0
 
-    def _flops(self, one: Instruction) -> float:
-        """Of the matrix products and convolutions in `one`, 2 for a multiplication and an addition."""
-        if one.opcode in ("convolution", "dot"):
-            return 0.0  # Counted with its computation, which knows the operands' shapes.
-        return sum(computation_flops(self.module, name) for name in one.called("calls"))
 
+def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instruction]) -> float:
+    """Of the convolutions in one instruction; in a TPU's modules matrix products are convolutions too.
 
-def computation_flops(module: Module, name: str) -> float:
-    """FLOPs of the convolutions (in TPU modules matrix products are convolutions too) of a computation."""
-    body = module.computations[name]
-    shapes = {one.name: array_dims(one.shape) for one in body}
+    2 |result| |kernel| / |kernel's output features| for each, taps that fall into padding included.
+    """
+    if one.opcode == "convolution":
+        kernel_labels = re.split(r"_|->", one.attribute("dim_labels"))[1]
+        (result,), (kernel,) = array_dims(one.shape), array_dims(by_name[one.operands[1]].shape)
+        return 2.0 * math.prod(result) * math.prod(kernel) / kernel[kernel_labels.index("o")]
     total = 0.0
-    for one in body:
-        if one.opcode == "convolution":
-            total += convolution_flops(one, shapes)
-        else:
-            total += sum(computation_flops(module, inner) for inner in one.called("calls"))
+    for name in one.called("calls"):
+        inside = {inner.name: inner for inner in module.computations[name]}
+        total += sum(instruction_flops(module, inner, inside) for inner in inside.values())
     return total
-
-
-def convolution_flops(one: Instruction, shapes: dict[str, list[tuple[int, ...]]]) -> float:
-    """2 |result| |kernel| / |kernel's output features|, the taps that fall into padding included."""
-    labels = one.attribute("dim_labels")
-    (result,), (kernel,) = array_dims(one.shape), shapes[one.operands[1]]
-    kernel_labels = re.split(r"_|->", labels)[1]
-    return 2.0 * math.prod(result) * math.prod(kernel) / kernel[kernel_labels.index("o")]
 
 
 def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction]) -> int:
@@ -347,6 +336,9 @@ def _received_bytes(one: Instruction, group: int) -> float:
     """
     opcode = one.opcode.removesuffix("-start")
     num_bytes = float(one.num_bytes)
+    if one.opcode.endswith("-start") and opcode != "all-reduce":
+        # (operands, results, ...)
+        num_bytes = float(shape_bytes(tuple_parts(one.shape)[1]))
     if opcode == "reduce-scatter":
         return num_bytes * (group - 1)
     if opcode == "all-reduce":
@@ -357,8 +349,9 @@ def _received_bytes(one: Instruction, group: int) -> float:
 
 
 def _moved_bytes(one: Instruction) -> int:
-    """Of an asynchronous copy, whose shape is (destination, source, context)."""
-    return max((shape_bytes(part) for part in re.findall(r"[a-z]\w*\[[\d,]*\]", one.shape)[:1]), default=0)
+    """Of an asynchronous copy, (destination, source, context), or slice, ((source), destination, context)."""
+    first, second, *_ = tuple_parts(one.shape)
+    return shape_bytes(first if one.opcode == "copy-start" else second)
 
 
 def _kernel_counts(one: Instruction) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 _DTYPE_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0, "opaque": 0}
@@ -64,14 +65,17 @@ class Module:
     computations: dict[str, tuple[Instruction, ...]]
     frames: dict[int, tuple[tuple[str, int], ...]]  # by id: (file, line) from the innermost call outwards
 
-    def source(self, instruction: Instruction, *, package: str) -> str:
-        """'file:line' of the innermost call in a file whose path has `package` in it, else of any."""
-        if instruction.attribute("source_file") is not None:
-            return f"{instruction.attribute('source_file')}:{instruction.attribute('source_line')}"
+    def source(self, instruction: Instruction, *, package: Path) -> str:
+        """'file:line' of the innermost call below `package`, else of the innermost; '' if unknown."""
+        file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
         frames = self.frames.get(int(instruction.attribute("stack_frame_id") or 0), ())
-        for file, line in [frame for frame in frames if package in frame[0]] or frames:
-            return f"{file}:{line}"
-        return ""
+        if file is not None:
+            frames = ((file, int(line)),)
+        inside = [frame for frame in frames if Path(frame[0]).is_relative_to(package)]
+        if inside:
+            file, line = inside[0]
+            return f"{Path(file).relative_to(package)}:{line}"
+        return "{}:{}".format(*frames[0]) if frames else ""
 
 
 def shape_bytes(shape: str) -> int:
@@ -80,6 +84,18 @@ def shape_bytes(shape: str) -> int:
         math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
         for dtype, dims in _ARRAY.findall(_COMMENT.sub("", shape))
     )
+
+
+def tuple_parts(shape: str) -> list[str]:
+    """The shapes in a tuple's."""
+    parts, depth = [""], 0
+    for character in _COMMENT.sub("", shape).strip()[1:-1]:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def array_dims(shape: str) -> list[tuple[int, ...]]:
