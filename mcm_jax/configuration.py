@@ -165,6 +165,9 @@ class TrainingConfig:
 
     num_steps: int = _field(200_000, "updates in all", low=1)
     batch_size: int = _field(2048, "images an update, over all devices", low=1)
+    accumulation_steps: int = _field(
+        1, "parts of the batch whose gradients are computed one after the other, where memory is short", low=1
+    )
     log_every_steps: int = _field(100, "updates between two lines of metrics", low=1)
     checkpoint_every_steps: int = _field(5_000, "updates between two checkpoints", low=1)
     keep_checkpoints: int = _field(2, "checkpoints kept, the newest ones", low=1)

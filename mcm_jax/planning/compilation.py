@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,12 @@ class Plan:
 
     def seconds(self, *kinds: str) -> float:
         """Of the step: of the operations of these kinds, all if none are named, that nothing hides."""
-        return sum(o.exposed_seconds for o in self.operations if not kinds or o.kind in kinds)
+        return math.fsum(o.exposed_seconds for o in self.operations if not kinds or o.kind in kinds)
 
     @property
     def flops(self) -> float:
         """Of all matrix products and convolutions on one chip, those done again for the gradient included."""
-        return sum(o.flops for o in self.operations)
+        return math.fsum(o.flops for o in self.operations)
 
     def collectives(self) -> dict[str, tuple[int, float, float, float]]:
         """By operation: (executions, bytes every chip receives, seconds, seconds that nothing hides)."""

@@ -116,12 +116,14 @@ class _Walk:
 
     def _run(self, one: Instruction, times: int, flops: float) -> float:
         """Notes an instruction that runs by itself; returns its seconds."""
+        opcode = one.opcode
         if one.estimated_cycles is not None:
             seconds, kind, num_bytes = one.estimated_cycles / self.chip.clock_hertz, "estimated", 0.0
         elif (inner := self._collective(one)) is not None:
-            num_bytes = _received_bytes(inner, len(self._group(inner)))
+            num_bytes, opcode = _received_bytes(inner, len(self._group(inner))), inner.opcode
             if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
-                num_bytes /= 2  # A reduce-scatter, written as an all-reduce of which a slice is kept.
+                # Written as an all-reduce of which a slice is kept.
+                num_bytes, opcode = num_bytes / 2, "reduce-scatter"
             seconds, kind = self._link_seconds(inner, num_bytes), "collective"
         elif one.attribute("custom_call_target") == "tpu_custom_call":
             flops, num_bytes = _kernel_counts(one)
@@ -131,7 +133,7 @@ class _Walk:
             )
         else:
             return 0.0
-        self._note(one, one.opcode, kind, times, seconds, seconds, num_bytes, flops)
+        self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops)
         return seconds
 
     def _started(self, one: Instruction) -> _Transfer | None:

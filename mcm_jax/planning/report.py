@@ -4,30 +4,22 @@ from typing import Any
 
 from mcm_jax.planning.compilation import Plan, TooLarge
 from mcm_jax.planning.topologies import Topology
-from mcm_jax.reporting import paper
 
 _GIB = 2**30
 
 
-def published_rate(*, num_params: int, resolution: int, objective: str, num_chips: int) -> float | None:
-    """The paper's train steps a second (appendix A.2) of this network on as many chips of v5e, or None."""
-    if objective not in ("ct", "cd"):
-        return None
-    for row in paper.tables()["throughput"]["rows"]:
-        counts = paper.tables()["parameters"]
-        published = counts.get(f"{row['model']}/{row['data']}")
-        if published is None or row["data"] != f"imagenet{resolution}":
-            continue
-        millions = float(published[:-1]) * (1000 if published.endswith("B") else 1)
-        if abs(num_params / 1e6 / millions - 1) < 0.05 and row["chips"] == f"{num_chips} x TPU v5e":
-            return row[objective]
-    return None
-
-
 def record(
-    compiled: Plan | TooLarge, topology: Topology, *, num_params: int, published: float | None
+    compiled: Plan | TooLarge,
+    topology: Topology,
+    *,
+    num_params: int,
+    published: float | None,
+    fitting: str | None,
 ) -> dict[str, Any]:
-    """What --json writes. Of a program that does not fit only its memory is known."""
+    """What --json writes. Of a program that does not fit only its memory is known.
+
+    fitting: flags with which a program that does not fit would.
+    """
     chip = topology.chip
     result: dict[str, Any] = {
         "topology": topology.name,
@@ -36,7 +28,11 @@ def record(
         "published_steps_per_second": published,
     }
     if isinstance(compiled, TooLarge):
-        return result | {"fits": False, "hbm_bytes_per_chip": int(compiled.needed_bytes)}
+        return result | {
+            "fits": False,
+            "hbm_bytes_per_chip": int(compiled.needed_bytes),
+            "would_fit_with": fitting,
+        }
     seconds = compiled.seconds()
     flops = compiled.flops * topology.num_chips
     return result | {
@@ -66,7 +62,12 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     ]
     if isinstance(compiled, TooLarge):
         needed, available = compiled.needed_bytes / _GIB, compiled.available_bytes / _GIB
-        return "\n".join([*lines, f"does not fit: needs {needed:.2f} GiB of {available:.2f} GiB a chip"])
+        remedy = "; nothing tried would fit, take more chips"
+        if record["would_fit_with"] is not None:
+            remedy = f"; it fits with {record['would_fit_with']}"
+        return "\n".join(
+            [*lines, f"does not fit: needs {needed:.2f} GiB of {available:.2f} GiB a chip{remedy}"]
+        )
     lines += [
         f"memory a chip       {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
         f"temporaries, {_gib(compiled.total_bytes)} in all of {_gib(chip.hbm_bytes)}: "

@@ -46,7 +46,7 @@ def describe(name: str) -> Topology:
         raise InputError(f"--topology={name} does not exist; there are {', '.join(names())}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "planning for a TPU needs its compiler: pip install 'mcm_jax[plan]' (libtpu, Linux x86-64)"
+            "planning for a TPU needs its compiler, libtpu: pip install -e '.[plan]' (on Linux, x86-64)"
         )
     generation, _, shape = name.partition(":")
     one = chip(generation)

@@ -53,12 +53,13 @@ def params_sharding(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map(rule, abstract)
 
 
-def check_batch(mesh: Mesh, *, batch_size: int) -> None:
-    """Raises InputError unless every device gets the same number of images."""
-    if batch_size % mesh.size:
+def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> None:
+    """Raises InputError unless every device gets the same number of images in every part of the batch."""
+    if batch_size % (mesh.size * accumulation_steps):
+        parts = f" in {accumulation_steps} parts" if accumulation_steps > 1 else ""
         raise InputError(
-            f"config.training.batch_size={batch_size} can't be divided over {mesh.size} devices; "
-            f"take a multiple of {mesh.size}"
+            f"config.training.batch_size={batch_size} can't be divided over {mesh.size} devices{parts}; "
+            f"take a multiple of {mesh.size * accumulation_steps}"
         )
 
 

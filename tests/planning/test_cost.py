@@ -6,9 +6,9 @@ import pytest
 
 from mcm_jax.planning import chips, compilation, cost, hlo
 
-# Four chips of v5e, 2 x 2. A loop, in each round of which a gather is started, a product runs, and the gather is
-# waited for; then a second product, and a gather that nothing hides. After the loop a reduce-scatter, a custom
-# kernel, a copy that the update hides, and the update.
+# Four chips of v5e, 2 x 2. A loop, in each round of which a gather is started, a product runs, and the gather
+# is waited for; then a second product, and a gather that nothing hides. After the loop a reduce-scatter, a
+# custom kernel, a copy that the update hides, and the update.
 MODULE = Path(__file__).with_name("loop.hlo").read_text()
 ROUNDS = 3  # 4, 6, 8: from 4 by 2 while less than 10
 GATHERED = 1024 * 4096 * 2 * 3 / 4  # bytes that a chip has not
@@ -58,6 +58,7 @@ def test_a_collective_over_one_axis_that_nothing_hides(operations):
 
 def test_half_an_all_reduce_is_a_reduce_scatter(operations):
     scatter = operations["scattered"]
+    assert scatter.opcode == "reduce-scatter"
     assert scatter.num_bytes == 1024 * 4096 * 4 * 3 / 4
     assert scatter.exposed_seconds == pytest.approx(scatter.num_bytes / (2 * LINK))
 
