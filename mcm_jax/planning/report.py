@@ -111,5 +111,5 @@ def _operations(compiled: Plan, number: int) -> list[str]:
     ]
 
 
-def _gib(num_bytes: float) -> str:
+def _gib(num_bytes: int | float) -> str:
     return f"{num_bytes / _GIB:.2f} GiB"
