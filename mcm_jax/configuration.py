@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from mcm_jax.diffusion.schedules import EndPoints, Grid
 from mcm_jax.models.blocks import Norm
 from mcm_jax.models.embeddings import NoiseScale
-from mcm_jax.models.uvit import StageKind
+from mcm_jax.models.uvit import Remat, StageKind
 from mcm_jax.objectives.consistency import TeacherStep
 from mcm_jax.objectives.diffusion import LevelWeights
 from mcm_jax.objectives.distances import LossWeight, Reduction
@@ -64,6 +64,15 @@ class ModelConfig:
     resnet_norm: Norm = _field("layer", "norm of ResNet blocks (open; layer is the cheaper)")
     noise_scale: NoiseScale = _field("arctan", "axis of the noise level's embedding (open)")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "what activations compute in")
+    remat: Remat = _field(
+        "none",
+        "what the gradient computes again instead of keeping it: nothing, every block, or all of a block but "
+        "its matrix products",
+    )
+    unroll: bool = _field(
+        True,
+        "transformer blocks one after the other; False: a loop, which compiles faster and runs slower on CPU",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +165,9 @@ class TrainingConfig:
 
     num_steps: int = _field(200_000, "updates in all", low=1)
     batch_size: int = _field(2048, "images an update, over all devices", low=1)
+    accumulation_steps: int = _field(
+        1, "parts of the batch whose gradients are computed one after the other, where memory is short", low=1
+    )
     log_every_steps: int = _field(100, "updates between two lines of metrics", low=1)
     checkpoint_every_steps: int = _field(5_000, "updates between two checkpoints", low=1)
     keep_checkpoints: int = _field(2, "checkpoints kept, the newest ones", low=1)

@@ -46,6 +46,8 @@ def build_network(config: Config, *, num_classes: int) -> Network:
             resnet_norm=model.resnet_norm,
             noise_scale=model.noise_scale,
             dtype=model.dtype,
+            remat=model.remat,
+            unroll=model.unroll,
         )
     )
 

@@ -26,10 +26,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     """Flags in, one run out."""
     config = command_line.loaded_config(_CONFIG)
-    from mcm_jax import (
-        distributed,
-        trainer,
-    )  # Slow to import: --help and a misspelt flag need not wait for it.
+    # Slow to import: --help and a misspelt flag need not wait for it.
+    from mcm_jax import distributed, trainer
 
     workdir = Path(_WORKDIR.value)
     with distributed.joined():

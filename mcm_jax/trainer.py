@@ -74,7 +74,11 @@ def _train_run(config: Config, workdir: Path) -> bool:
             resolution=config.data.resolution,
         )
         mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-        sharding.check_batch(mesh, batch_size=config.training.batch_size)
+        sharding.check_batch(
+            mesh,
+            batch_size=config.training.batch_size,
+            accumulation_steps=config.training.accumulation_steps,
+        )
         parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset, parts.network)
@@ -133,6 +137,7 @@ class Parts:
             teacher_sharding=self.shardings.params if experiment.distils(self.config) else None,
             ema_decay=self.config.optimizer.ema_decay,
             target_decay=experiment.target_decay(self.config),
+            accumulation_steps=self.config.training.accumulation_steps,
             seed=self.config.seed,
         )
 

@@ -6,6 +6,7 @@ Down is a 2x2 average pool and a 1x1 projection, up a 1x1 projection and nearest
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -18,6 +19,7 @@ from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 
 StageKind = Literal["resnet", "transformer"]
+Remat = Literal["none", "full", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class UViTSpec:
     resnet_norm: Norm
     noise_scale: NoiseScale
     dtype: Literal["float32", "bfloat16"]
+    remat: Remat = "none"
+    unroll: bool = True
 
     def build(self, rngs: nnx.Rngs) -> "UViT":
         """The network of these sizes."""
@@ -54,6 +58,7 @@ class ResNetStage(nnx.Module):
     """ResNet blocks in a row."""
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
+        self.remat = spec.remat
         self.blocks = nnx.List(
             ResNetBlock(
                 stage.width,
@@ -69,8 +74,9 @@ class ResNetStage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
+        call = _call_block(self.remat)
         for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
-            x = block(x, emb, block_key)
+            x = call(block, x, emb, block_key)
         return x
 
 
@@ -79,7 +85,7 @@ class TransformerStage(nnx.Module):
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, side: int, rngs: nnx.Rngs):
         """side: height and width of the feature map in pixels."""
-        self.num_blocks = stage.blocks
+        self.num_blocks, self.remat, self.unroll = stage.blocks, spec.remat, spec.unroll
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
 
         @nnx.split_rngs(splits=stage.blocks)
@@ -102,12 +108,13 @@ class TransformerStage(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         side = x.shape[1]
         keys = None if key is None else jax.random.split(key, self.num_blocks)
+        call = _call_block(self.remat)
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=True)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def run(
             x: Float[Array, "B L C"], block: TransformerBlock, key: jax.Array | None
         ) -> Float[Array, "B L C"]:
-            return block(x, emb, key)
+            return call(block, x, emb, key)
 
         x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
         return rearrange(run(x, self.blocks, keys), "b (h w) c -> b h w c", h=side)
@@ -180,6 +187,18 @@ class UViT(nnx.Module):
             h = self.up_stages[level](h, emb, keys[2 * levels - level])
         h = jax.nn.swish(self.norm_out(h))
         return self.conv_out(h.astype(jnp.float32))
+
+
+def _call_block(remat: Remat) -> Callable[..., Array]:
+    """(block, x, emb, key) -> block(x, emb, key), its values saved for the gradient as `remat` says."""
+
+    def call(block: nnx.Module, x: Array, emb: Array, key: jax.Array | None) -> Array:
+        return block(x, emb, key)
+
+    if remat == "none":
+        return call
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return nnx.remat(call, policy=policy)
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -47,3 +47,18 @@ def imagenet_fids(resolution: int) -> dict[str, float]:
     }
     teachers = tables()["table1"]["diffusion_addim_512"]
     return fids | {f"{size},teacher": teachers[f"{size}/imagenet{resolution}"] for size in ("small", "large")}
+
+
+def steps_per_second(*, num_params: int, resolution: int, objective: str, num_chips: int) -> float | None:
+    """The train steps a second at batch 2048 on TPU v5e (appendix A.2) of a network of so many parameters.
+
+    None: the paper has none for it. num_params: within 5% of the paper's rounded count.
+    """
+    for row in tables()["throughput"]["rows"]:
+        count = tables()["parameters"].get(f"{row['model']}/{row['data']}")
+        if count is None or row["data"] != f"imagenet{resolution}":
+            continue
+        published = float(count[:-1]) * {"M": 1e6, "B": 1e9}[count[-1]]
+        if abs(num_params / published - 1) < 0.05 and row["chips"] == f"{num_chips} x TPU v5e":
+            return row.get(objective)
+    return None

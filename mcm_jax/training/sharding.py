@@ -1,5 +1,6 @@
 """Where arrays lie on the mesh: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from mcm_jax.errors import InputError
 _SMALLEST_SHARDED = 2**14
 
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
-    """A (data, fsdp) mesh over all devices; data = -1 takes what fsdp leaves.
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh over `devices`, by default all there are; data = -1 takes what fsdp leaves.
 
     Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: parameters are gathered in
     every layer, gradients summed over `data` once an update, and between slices the network is slow.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     if data == -1:
         data = count // fsdp
     if data * fsdp != count:
@@ -30,16 +32,16 @@ def make_mesh(*, data: int, fsdp: int) -> Mesh:
         )
     # Auto: the compiler propagates shardings; Explicit axes would forbid constraints on activations.
     names, types = ("data", "fsdp"), (AxisType.Auto,) * 2
-    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh((data, fsdp), names, axis_types=types)
+        return jax.make_mesh((data, fsdp), names, axis_types=types, devices=devices)
     if data % slices:
         raise InputError(
             f"config.mesh.fsdp={fsdp} does not divide the {count // slices} devices of each of the {slices} "
             "slices; take an fsdp that does"
         )
     devices = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, fsdp), (slices, 1), jax.devices(), allow_split_physical_axes=True
+        (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
     )
     return Mesh(devices, names, axis_types=types)
 
@@ -68,12 +70,13 @@ def params_sharding(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map(rule, abstract)
 
 
-def check_batch(mesh: Mesh, *, batch_size: int) -> None:
-    """Raises InputError unless every device gets the same number of images."""
-    if batch_size % mesh.size:
+def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> None:
+    """Raises InputError unless every device gets the same number of images in every part of the batch."""
+    if batch_size % (mesh.size * accumulation_steps):
+        parts = f" in {accumulation_steps} parts" if accumulation_steps > 1 else ""
         raise InputError(
-            f"config.training.batch_size={batch_size} can't be divided over {mesh.size} devices; "
-            f"take a multiple of {mesh.size}"
+            f"config.training.batch_size={batch_size} can't be divided over {mesh.size} devices{parts}; "
+            f"take a multiple of {mesh.size * accumulation_steps}"
         )
 
 

@@ -1,5 +1,6 @@
 """One update: loss, gradient, Adam, averaged parameters."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -46,10 +47,18 @@ def make_train_step(
     teacher_sharding: Any,
     ema_decay: float,
     target_decay: float | None = None,
+    accumulation_steps: int = 1,
     seed: int,
 ) -> TrainStep:
     """`make_update`, jitted on a mesh, with the state donated."""
-    update = make_update(loss_fn, optimizer, ema_decay=ema_decay, target_decay=target_decay, seed=seed)
+    update = make_update(
+        loss_fn,
+        optimizer,
+        ema_decay=ema_decay,
+        target_decay=target_decay,
+        accumulation_steps=accumulation_steps,
+        seed=seed,
+    )
     return jax.jit(
         update,
         in_shardings=(state_sharding, teacher_sharding, sharding.batch_sharding(mesh)),
@@ -64,6 +73,7 @@ def make_update(
     *,
     ema_decay: float,
     target_decay: float | None = None,
+    accumulation_steps: int = 1,
     seed: int,
 ) -> TrainStep:
     """(state, teacher_params, batch) -> (state, metrics); a pure function, for jit or scan.
@@ -74,16 +84,18 @@ def make_update(
     Args:
       ema_decay: of the averaged parameters, which are what is sampled.
       target_decay: of the target network's bias-corrected average, see `debiased_decay`; None: there is none.
+      accumulation_steps: parts of the batch, one after the other, see `accumulated`.
     """
 
     def update(state: TrainState, teacher_params: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def mean_loss(params: Any) -> Float[Array, ""]:
+        def mean_loss(params: Any, batch: dict[str, Array], key: Array) -> Float[Array, ""]:
             losses = loss_fn(params, teacher_params, state.target_params, batch, key, state.step)
             return jnp.mean(losses)
 
-        loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+        value_and_grad = functools.partial(jax.value_and_grad(mean_loss), state.params)
+        loss, gradient = accumulated(value_and_grad, batch, key, parts=accumulation_steps)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
@@ -95,6 +107,35 @@ def make_update(
         return TrainState(state.step + 1, params, ema_params, opt_state, target_params), metrics
 
     return update
+
+
+def accumulated(
+    value_and_grad: Callable[[dict[str, Array], Array], Any],
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    parts: int,
+) -> Any:
+    """The mean of value_and_grad(part, key of the part) over equal parts of the batch: saves memory.
+
+    Part i has the examples i, i + parts, ..., so that every device keeps its own, and the key
+    fold_in(key, i); a single part is the batch with the key itself.
+    """
+    if parts == 1:
+        return value_and_grad(batch, key)
+    stacked = {
+        name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()
+    }
+
+    def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+        examples, index = part
+        new = value_and_grad(examples, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda array: array[0], stacked), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (stacked, jnp.arange(parts)))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
 def debiased_decay(decay: float, update: Array) -> Float[Array, ""]:

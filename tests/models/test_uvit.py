@@ -102,6 +102,41 @@ def test_scanned_blocks_differ(params, apply):
     assert not np.allclose(v, w)
 
 
+def value_and_grad(spec, params):
+    def loss(p):
+        return jnp.mean(Network(spec).apply(p, Z, LOGSNR, LABEL, jax.random.key(0)) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    return value_and_grad(SPEC, params)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"remat": "full"}, {"remat": "dots"}, {"unroll": False}, {"remat": "full", "unroll": False}]
+)
+def test_how_the_gradient_is_computed_changes_nothing(changed, params, plain):
+    """Dropout's draws included; the same operations in another order, so that only rounding differs."""
+    value, gradient = value_and_grad(dataclasses.replace(SPEC, **changed), params)
+    np.testing.assert_allclose(value, plain[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_recomputing_keeps_fewer_values(params):
+    """What the backward pass is handed: all of every block, its matrix products, or only its input."""
+
+    def kept(remat):
+        spec = dataclasses.replace(SPEC, remat=remat)
+        apply = lambda p: Network(spec).apply(p, Z, LOGSNR, LABEL, None)  # noqa: E731
+        _, pullback = jax.eval_shape(lambda p: jax.vjp(apply, p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept("full") < kept("dots") < kept("none")
+
+
 def test_bfloat16_is_near_float32_and_returns_float32(params, apply):
     low = jax.jit(Network(dataclasses.replace(SPEC, dtype="bfloat16")).apply)
     v, v_low = apply(params, Z, LOGSNR, LABEL, None), low(params, Z, LOGSNR, LABEL, None)

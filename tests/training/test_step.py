@@ -40,7 +40,17 @@ def batches(count):
     ]
 
 
-def run(mesh, *, updates=3, ema_decay=0.9, target_decay=None, seed=0, loss=loss_fn, optimizer=None):
+def run(
+    mesh,
+    *,
+    updates=3,
+    ema_decay=0.9,
+    target_decay=None,
+    accumulation_steps=1,
+    seed=0,
+    loss=loss_fn,
+    optimizer=None,
+):
     optimizer = optimizer or optax.adam(1e-2)
     init = functools.partial(step.init_state, optimizer=optimizer, target_decay=target_decay)
     abstract = jax.eval_shape(lambda: init(init_params()))
@@ -54,6 +64,7 @@ def run(mesh, *, updates=3, ema_decay=0.9, target_decay=None, seed=0, loss=loss_
         teacher_sharding=None,
         ema_decay=ema_decay,
         target_decay=target_decay,
+        accumulation_steps=accumulation_steps,
         seed=seed,
     )
     losses = []
@@ -69,6 +80,50 @@ def test_eight_devices_train_like_one(shape):
     one, losses_one = run(mesh_of(1, 1))
     many, losses_many = run(mesh_of(*shape))
     # Sums over the batch are taken in another order.
+    np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+def example_by_example(params, teacher_params, target_params, batch, key, train_step):
+    """Without randomness: a part of the batch has the same losses as in the whole."""
+    prediction = batch["image"] @ params["w"] + params["b"]
+    return jnp.mean((prediction - batch["label"][:, None]) ** 2, axis=1)
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    """Without randomness the mean over parts is the mean over the batch."""
+    whole, losses = run(mesh_of(1, 1), loss=example_by_example)
+    parts, losses_of_parts = run(mesh_of(1, 1), loss=example_by_example, accumulation_steps=4)
+    np.testing.assert_allclose(losses_of_parts, losses, rtol=1e-6)
+    # Sums in another order, three updates of Adam on.
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+def test_every_part_has_randomness_of_its_own():
+    """The mean over parts i of the gradient of examples i, i + 2, ... with the key fold_in(key, i)."""
+    key, batch = jax.random.key(3), jax.tree.map(jnp.asarray, batches(1)[0])
+    params = init_params()
+
+    def value_and_grad(part, key):
+        return jax.value_and_grad(lambda p: jnp.mean(loss_fn(p, None, None, part, key, 0)))(params)
+
+    value, gradient = step.accumulated(value_and_grad, batch, key, parts=2)
+    ones = [
+        value_and_grad({name: array[i::2] for name, array in batch.items()}, jax.random.fold_in(key, i))
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(value, (ones[0][0] + ones[1][0]) / 2, rtol=1e-6)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, ones[0][1], ones[1][1])
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.multi_device
+def test_parts_of_a_batch_on_eight_devices():
+    one, losses_one = run(mesh_of(1, 1), accumulation_steps=2)
+    many, losses_many = run(mesh_of(2, 4), accumulation_steps=2)
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)

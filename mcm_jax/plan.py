@@ -1,0 +1,160 @@
+"""Says whether and how fast a config trains on a TPU slice, without a TPU: compiles its train step for it.
+
+    python -m mcm_jax.plan --config=configs/imagenet64.py:small,ct,steps=8 --topology=v5e:8x8
+
+Everything it prints is the compiler's estimate or a model of ours, none of it a measurement; which is which
+stands beside each number. Needs Linux on x86-64 and the extra `plan` (libtpu), no TPU and no data. A step of
+full size takes minutes to compile.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from mcm_jax import command_line
+from mcm_jax.errors import InputError
+from mcm_jax.files import write_asked_for
+
+# Classes of the data sets that a plan may be made for before they are prepared.
+NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
+# The paper's batch, at which its speeds are published.
+_PUBLISHED_BATCH = 2048
+_COSTLIEST = 10
+
+
+def plan(
+    raw_config: ml_collections.ConfigDict, topology: str, *, num_classes: int | None = None
+) -> tuple[dict[str, Any], str, str]:
+    """Compiles the config's train step for a TPU slice; if it does not fit, also says what would.
+
+    Args:
+      topology: such as "v5e:8x8".
+      num_classes: of the data set; None: of one of NUM_CLASSES.
+
+    Returns:
+      (record, report, text): what --json, the terminal and --hlo show.
+
+    Raises:
+      InputError: the config, the topology, or libtpu is not installed.
+    """
+    # Slow to import: --help and a misspelt flag need not wait for it.
+    from mcm_jax import validation
+    from mcm_jax.planning import compilation, report, topologies
+    from mcm_jax.reporting import paper
+
+    described = topologies.describe(topology)
+    if raw_config.objective != "diffusion" and raw_config.teacher_checkpoint is None:
+        raw_config = raw_config.copy_and_resolve_references()
+        raw_config.teacher_checkpoint = "any"  # Its shapes are the student's.
+    config = validation.validate(raw_config)
+    num_classes = num_classes or NUM_CLASSES.get(config.data.dataset)
+    if num_classes is None:
+        raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
+    num_params, compiled = _compile(config, described, num_classes)
+    fitting = None
+    if isinstance(compiled, compilation.TooLarge):
+        for name, smaller in _smaller(config, described.num_chips):
+            print(f"does not fit; trying {name}", file=sys.stderr, flush=True)
+            if not isinstance(_compile(smaller, described, num_classes)[1], compilation.TooLarge):
+                fitting = name
+                break
+    published = None
+    if config.training.batch_size == _PUBLISHED_BATCH and described.chip.name == "v5e":
+        published = paper.steps_per_second(
+            num_params=num_params,
+            resolution=config.data.resolution,
+            objective=config.objective,
+            num_chips=described.num_chips,
+        )
+    record = report.record(compiled, described, num_params=num_params, published=published, fitting=fitting)
+    text = "" if isinstance(compiled, compilation.TooLarge) else compiled.text
+    return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
+
+
+def _compile(config: Any, topology: Any, num_classes: int) -> tuple[int, Any]:
+    """(parameters, compilation.Plan or TooLarge) of the train step, the very one that `train` runs."""
+    import jax
+    import jax.numpy as jnp
+
+    from mcm_jax import experiment, trainer
+    from mcm_jax.planning import compilation
+    from mcm_jax.training import sharding
+
+    settings = config.training
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=topology.devices)
+    sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
+    parts = trainer.build(config, num_classes=num_classes, mesh=mesh)
+    shape = (settings.batch_size, config.data.resolution, config.data.resolution, experiment.CHANNELS)
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+    }
+    teacher = parts.abstract.params if experiment.distils(config) else None
+    compiled = compilation.plan(
+        parts.train_step(),
+        (parts.abstract, teacher, batch),
+        topology,
+        mesh=mesh,
+        package=Path(__file__).parent,
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(parts.abstract.params)), compiled
+
+
+def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
+    """What to try when a step does not fit, in order of what it costs: each on top of the one before."""
+    changes = []
+    if config.model.remat != "full":
+        changes.append(("model", "remat", "full"))
+    if config.mesh.fsdp != num_chips:
+        changes.append(("mesh", "fsdp", num_chips))
+    parts = 2 * config.training.accumulation_steps
+    while config.training.batch_size % (parts * num_chips) == 0:
+        changes.append(("training", "accumulation_steps", parts))
+        parts *= 2
+    named: dict[str, Any] = {}
+    for section, field, value in changes:
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+        if field == "fsdp":
+            config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
+        named[f"--config.{section}.{field}"] = value
+        yield " ".join(f"{name}={given}" for name, given in named.items()), config
+
+
+def define_flags() -> flags.FlagHolder:
+    """Called by the program, not on import; returns the config's flag."""
+    flags.DEFINE_string("topology", "v5e:8x8", "TPU slice: GENERATION:SHAPE.")
+    flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
+    flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+    flags.DEFINE_string("hlo", None, "Also write the compiled program's text to this file.")
+    config = config_flags.DEFINE_config_file(
+        "config", None, "Config file and row, e.g. configs/imagenet64.py:small,ct,steps=8", lock_config=True
+    )
+    flags.mark_flags_as_required(["config"])
+    return config
+
+
+def main() -> None:
+    """Flags in, one plan out."""
+    values = flags.FLAGS
+    record, report, text = plan(
+        command_line.loaded_config(_CONFIG), values.topology, num_classes=values.num_classes
+    )
+    print(report)
+    if values.json is not None:
+        write_asked_for(values.json, json.dumps(record, indent=2) + "\n")
+    if values.hlo is not None:
+        write_asked_for(values.hlo, text)
+
+
+if __name__ == "__main__":
+    _CONFIG = define_flags()
+    command_line.run(main)

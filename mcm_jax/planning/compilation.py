@@ -1,0 +1,115 @@
+"""Compiles a function for a topology and reads off what it needs; out of memory is an answer too."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mcm_jax.planning import cost, hlo
+from mcm_jax.planning.cost import Operation
+from mcm_jax.planning.topologies import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one execution of a compiled program needs on each chip, by the compiler's estimate."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    total_bytes: int  # arguments, results that don't reuse them, temporaries, and the program itself
+    operations: tuple[Operation, ...]
+    text: str  # the compiled module
+
+    def seconds(self, *kinds: str) -> float:
+        """Of the step: of the operations of these kinds, all if none are named, that nothing hides."""
+        return math.fsum(o.exposed_seconds for o in self.operations if not kinds or o.kind in kinds)
+
+    @property
+    def flops(self) -> float:
+        """Of all matrix products and convolutions on one chip, those done again for the gradient included."""
+        return math.fsum(o.flops for o in self.operations)
+
+    def collectives(self) -> dict[str, tuple[int, float, float, float]]:
+        """By operation: (executions, bytes every chip receives, seconds, seconds that nothing hides)."""
+        totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+        for o in self.operations:
+            if o.kind == "collective":
+                parts = (o.count, o.num_bytes, o.seconds, o.exposed_seconds)
+                totals[o.opcode] = [a + b for a, b in zip(totals[o.opcode], parts, strict=True)]
+        return {name: (int(count), *rest) for name, (count, *rest) in sorted(totals.items())}
+
+    def costliest(self, number: int) -> Sequence[Operation]:
+        """The operations that take most of the step."""
+        return sorted(self.operations, key=lambda o: -o.exposed_seconds)[:number]
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """The compiler's refusal: what the program would need on each chip."""
+
+    needed_bytes: float
+    available_bytes: float
+
+
+def plan(
+    function: Any, arguments: Sequence[Any], topology: Topology, *, mesh: Mesh, package: Path
+) -> Plan | TooLarge:
+    """Compiles a jitted function for arguments given by shape.
+
+    Args:
+      mesh: of the topology's devices, over which the function is split.
+      package: where this program's files lie, which the operations' source lines name first.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses for another reason than memory.
+    """
+    lowered = function.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = too_large(str(error), available=topology.chip.hbm_bytes)
+        if refused is None:
+            raise
+        return refused
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    operations = cost.operations(
+        hlo.parse(text),
+        topology.chip,
+        coordinates=[device.coords for device in mesh.devices.flat],
+        bounds=topology.bounds,
+        package=package,
+    )
+    new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        total_bytes=memory.argument_size_in_bytes
+        + new_results
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        operations=tuple(operations),
+        text=text,
+    )
+
+
+def too_large(message: str, *, available: float) -> TooLarge | None:
+    """What an error of the compiler says of memory; None where it speaks of something else."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
+    found = found or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
+    if found is None:
+        return TooLarge(float("nan"), available)
+    return TooLarge(*(_bytes(part) for part in found.groups()))
+
+
+def _bytes(text: str) -> float:
+    unit = text[-1] if text[-1] in "KMGT" else ""
+    return float(text.removesuffix(unit)) * 1024 ** " KMGT".index(unit or " ")

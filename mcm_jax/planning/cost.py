@@ -1,0 +1,362 @@
+"""How long a scheduled module would run on a chip: the compiler's estimates, summed, and what they lack.
+
+The time of an operation is its `estimated_cycles` times how often it runs. The compiler estimates neither
+collectives nor custom kernels nor copies between memories; these are modelled here and told apart. A
+collective or copy that is started and waited for later overlaps the operations scheduled in between: only
+what is left of it at the wait adds to the step.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mcm_jax.planning.chips import Chip, incoming_bytes_per_second
+from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, tuple_parts
+
+Kind = Literal["estimated", "kernel", "collective", "copy"]
+# Share of peak that a custom kernel is taken to reach.
+KERNEL_SHARE = 0.4
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction of the schedule, over a whole step."""
+
+    name: str
+    opcode: str
+    kind: Kind
+    count: int
+    seconds: float  # of all its executions, overlapped or not
+    exposed_seconds: float  # the part that adds to the step
+    num_bytes: float  # of all its executions: of a collective what every chip receives
+    flops: float
+    source: str
+
+
+@dataclasses.dataclass
+class _Transfer:
+    """Under way: what is left of it."""
+
+    instruction: Instruction
+    opcode: str
+    kind: Kind
+    num_bytes: float
+    seconds: float
+    left: float
+
+
+def operations(
+    module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: Path
+) -> list[Operation]:
+    """Every operation of one step, in order of first execution.
+
+    Args:
+      coordinates: where the chip of each of the module's partitions is in the slice.
+      bounds: the slice's size along each axis.
+      package: where this program's files lie, which source lines name first.
+    """
+    walk = _Walk(module, chip, coordinates, bounds, package)
+    walk.computation(module.entry, 1)
+    return walk.found
+
+
+class _Walk:
+    def __init__(
+        self,
+        module: Module,
+        chip: Chip,
+        coordinates: Sequence[Sequence[int]],
+        bounds: Sequence[int],
+        package: Path,
+    ):
+        self.module, self.chip, self.package = module, chip, package
+        self.coordinates, self.bounds = coordinates, bounds
+        self.found: list[Operation] = []
+
+    def computation(self, name: str, times: int) -> None:
+        """All instructions of a computation that runs `times` times a step."""
+        body = self.module.computations[name]
+        by_name = {one.name: one for one in body}
+        under_way: dict[str, _Transfer] = {}
+        for one in body:
+            if one.opcode == "while":
+                (inner,) = one.called("body")
+                self.computation(inner, times * trip_count(self.module, one, by_name))
+            elif one.opcode in ("call", "conditional"):
+                for kind in ("to_apply", "branch_computations", "called_computations"):
+                    for inner in one.called(kind):
+                        self.computation(inner, times)
+            elif (transfer := self._started(one)) is not None:
+                under_way[one.name] = transfer
+            elif (start := _waited_for(one, by_name, under_way, self._holds)) is not None:
+                self._end(under_way.pop(start), times)
+            else:
+                seconds = self._run(one, times, instruction_flops(self.module, one, by_name))
+                for transfer in under_way.values():
+                    # Links serve the oldest first.
+                    used = min(transfer.left, seconds)
+                    transfer.left -= used
+                    seconds -= used
+        for transfer in under_way.values():
+            self._end(transfer, times)
+
+    def _run(self, one: Instruction, times: int, flops: float) -> float:
+        """Notes an instruction that runs by itself; returns its seconds."""
+        opcode = one.opcode
+        if one.estimated_cycles is not None:
+            seconds, kind, num_bytes = one.estimated_cycles / self.chip.clock_hertz, "estimated", 0.0
+        elif (inner := self._collective(one)) is not None:
+            num_bytes, opcode = _received_bytes(inner, len(self._group(inner))), inner.opcode
+            if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
+                # Written as an all-reduce of which a slice is kept.
+                num_bytes, opcode = num_bytes / 2, "reduce-scatter"
+            seconds, kind = self._link_seconds(inner, num_bytes), "collective"
+        elif one.attribute("custom_call_target") == "tpu_custom_call":
+            flops, num_bytes = _kernel_counts(one)
+            kind = "kernel"
+            seconds = max(
+                flops / (KERNEL_SHARE * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second
+            )
+        else:
+            return 0.0
+        self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops)
+        return seconds
+
+    def _started(self, one: Instruction) -> _Transfer | None:
+        """The transfer that `one` starts, if it starts one."""
+        inner = self._collective(one)
+        starts = one.opcode.endswith("-start") or self._holds(one, "AsyncCollectiveStart")
+        if inner is not None and starts:
+            num_bytes = _received_bytes(inner, len(self._group(inner)))
+            seconds = self._link_seconds(inner, num_bytes)
+            return _Transfer(
+                one, inner.opcode.removesuffix("-start"), "collective", num_bytes, seconds, seconds
+            )
+        if one.opcode.removesuffix("-start") in _COPIES and starts:
+            moved = float(_moved_bytes(one))
+            seconds = moved / self.chip.hbm_bytes_per_second
+            return _Transfer(one, one.opcode.removesuffix("-start"), "copy", moved, seconds, seconds)
+        return None
+
+    def _end(self, transfer: _Transfer, times: int) -> None:
+        self._note(
+            transfer.instruction,
+            transfer.opcode,
+            transfer.kind,
+            times,
+            transfer.seconds,
+            transfer.left,
+            transfer.num_bytes,
+            0.0,
+        )
+
+    def _note(
+        self,
+        one: Instruction,
+        opcode: str,
+        kind: Kind,
+        times: int,
+        seconds: float,
+        exposed: float,
+        num_bytes: float,
+        flops: float,
+    ) -> None:
+        self.found.append(
+            Operation(
+                name=one.name,
+                opcode=opcode,
+                kind=kind,
+                count=times,
+                seconds=seconds * times,
+                exposed_seconds=exposed * times,
+                num_bytes=num_bytes * times,
+                flops=flops * times,
+                source=self.module.source(one, package=self.package),
+            )
+        )
+
+    def _holds(self, one: Instruction, target: str) -> bool:
+        """Whether a fusion ends in the custom call of this target."""
+        return any(
+            inner.attribute("custom_call_target") == target
+            for name in one.called("calls")
+            for inner in self.module.computations[name]
+        )
+
+    def _collective(self, one: Instruction) -> Instruction | None:
+        """The collective that `one` is or contains."""
+        if one.opcode.removesuffix("-start") in _COLLECTIVES:
+            return one
+        for name in (*one.called("calls"), *one.called("called_computations")):
+            for inner in self.module.computations[name]:
+                if inner.opcode.removesuffix("-start") in _COLLECTIVES:
+                    return inner
+        return None
+
+    def _group(self, one: Instruction) -> list[Sequence[int]]:
+        """Coordinates of the chips of a collective's first group."""
+        return [self.coordinates[i] for i in first_group(one.attributes, len(self.coordinates))]
+
+    def _link_seconds(self, one: Instruction, num_bytes: float) -> float:
+        speed = incoming_bytes_per_second(self.chip, self._group(one), self.bounds)
+        return num_bytes / speed if speed else 0.0
+
+
+def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instruction]) -> float:
+    """Of the convolutions in one instruction; in a TPU's modules matrix products are convolutions too.
+
+    2 |result| |kernel| / |kernel's output features| for each, taps that fall into padding included.
+    """
+    if one.opcode == "convolution":
+        kernel_labels = re.split(r"_|->", one.attribute("dim_labels"))[1]
+        (result,), (kernel,) = array_dims(one.shape), array_dims(by_name[one.operands[1]].shape)
+        return 2.0 * math.prod(result) * math.prod(kernel) / kernel[kernel_labels.index("o")]
+    total = 0.0
+    for name in one.called("calls"):
+        inside = {inner.name: inner for inner in module.computations[name]}
+        total += sum(instruction_flops(module, inner, inside) for inner in inside.values())
+    return total
+
+
+def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction]) -> int:
+    """How often a while loop with a counter runs: from its start, the bound in its condition, and its stride.
+
+    Raises:
+      ValueError: a condition that compares no counter with a constant.
+    """
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    inside = {one.name: one for one in module.computations[condition]}
+    (root,) = [one for one in inside.values() if one.is_root]
+    if root.opcode != "compare" or root.attribute("direction") not in ("LT", "GT", "NE"):
+        raise ValueError(f"the loop {loop.name} has no counter: its condition is {root.opcode}")
+    bounds = [_constant(inside.get(name)) for name in root.operands]
+    counters = [inside[name] for name in root.operands if inside[name].opcode == "get-tuple-element"]
+    bound = next((value for value in bounds if value is not None), None)
+    if bound is None or not counters:
+        raise ValueError(f"the loop {loop.name} has no constant bound")
+    index = int(counters[0].attribute("index"))
+    initial = by_name.get(loop.operands[0])
+    start = 0
+    if initial is not None and initial.opcode == "tuple":
+        start = _constant(_through_copies(by_name, initial.operands[index])) or 0
+    stride = _stride(module.computations[body], index)
+    return max(0, math.ceil((bound - start) / stride))
+
+
+def _stride(body: Sequence[Instruction], index: int) -> int:
+    """What a loop's body adds to the counter at `index` of its tuple; 1 where that can't be seen."""
+    by_name = {one.name: one for one in body}
+    (root,) = [one for one in body if one.is_root]
+    update = by_name.get(root.operands[index]) if root.opcode == "tuple" else None
+    if update is not None and update.opcode == "add":
+        for name in update.operands:
+            value = _constant(by_name.get(name))
+            if value is not None:
+                return value
+    return 1
+
+
+def _through_copies(by_name: dict[str, Instruction], name: str) -> Instruction | None:
+    one = by_name.get(name)
+    while one is not None and one.opcode in ("copy", "bitcast"):
+        one = by_name.get(one.operands[0])
+    return one
+
+
+def _constant(one: Instruction | None) -> int | None:
+    """The value of a scalar constant of whole numbers."""
+    if one is None or one.opcode != "constant":
+        return None
+    found = re.match(r"-?\d+$", one.literal)
+    return int(found.group()) if found else None
+
+
+def _waited_for(
+    one: Instruction,
+    by_name: dict[str, Instruction],
+    under_way: dict[str, _Transfer],
+    holds: Callable[..., bool],
+) -> str | None:
+    """The name of the start that `one` waits for."""
+    if not one.opcode.endswith("-done") and not holds(one, "AsyncCollectiveDone"):
+        return None
+    # A fused transfer goes through the fusions that carry it.
+    seen, names = set(), list(one.operands)
+    while names:
+        name = names.pop()
+        if name in under_way:
+            return name
+        if name in by_name and name not in seen:
+            seen.add(name)
+            names.extend(by_name[name].operands)
+    return None
+
+
+def first_group(attributes: str, count: int) -> list[int]:
+    """Indices of the partitions in the first replica group, in any of HLO's three ways to write groups."""
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return [int(n) for n in found.group(1).split(",")]
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return [int(n) for n in found.groups()]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
+        over = re.findall(r"'([^']+)'", found.group(2))
+        return _first_of_mesh(sizes, over)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        rows, size = int(found.group(1)), int(found.group(2))
+        reshape = [int(n) for n in found.group(3).split(",")]
+        order = [int(n) for n in found.group(4).split(",")] if found.group(4) else range(len(reshape))
+        ids = np.arange(math.prod(reshape)).reshape(reshape).transpose(list(order)).reshape(rows, size)
+        return [int(n) for n in ids[0]]
+    return list(range(count))
+
+
+def _first_of_mesh(sizes: dict[str, int], over: Sequence[str]) -> list[int]:
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    return [int(n) for n in ids[tuple(slice(None) if name in over else 0 for name in sizes)].ravel()]
+
+
+def _received_bytes(one: Instruction, group: int) -> float:
+    """What every chip of the group must receive; a ring moves no more.
+
+    all-gather: the others' parts of the result. reduce-scatter: (n - 1) times its part of the result.
+    all-reduce: both, one after the other.
+    """
+    opcode = one.opcode.removesuffix("-start")
+    num_bytes = float(one.num_bytes)
+    if one.opcode.endswith("-start") and opcode != "all-reduce":
+        # (operands, results, ...)
+        num_bytes = float(shape_bytes(tuple_parts(one.shape)[1]))
+    if opcode == "reduce-scatter":
+        return num_bytes * (group - 1)
+    if opcode == "all-reduce":
+        return 2 * num_bytes * (group - 1) / group
+    if opcode == "collective-permute":
+        return num_bytes
+    return num_bytes * (group - 1) / group
+
+
+def _moved_bytes(one: Instruction) -> int:
+    """Of an asynchronous copy, (destination, source, context), or slice, ((source), destination, context)."""
+    first, second, *_ = tuple_parts(one.shape)
+    return shape_bytes(first if one.opcode == "copy-start" else second)
+
+
+def _kernel_counts(one: Instruction) -> tuple[float, float]:
+    """(FLOPs, bytes) that a custom kernel carries; zero where it carries none."""
+    estimate = one.config.get("custom_call_config", {}).get("cost_estimate", {})
+    return float(estimate.get("flops", 0)), float(estimate.get("bytes_accessed", 0))

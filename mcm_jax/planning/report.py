@@ -1,0 +1,115 @@
+"""A plan as a record and as text for people; estimates, models and the paper's numbers told apart."""
+
+from typing import Any
+
+from mcm_jax.planning.compilation import Plan, TooLarge
+from mcm_jax.planning.topologies import Topology
+
+_GIB = 2**30
+
+
+def record(
+    compiled: Plan | TooLarge,
+    topology: Topology,
+    *,
+    num_params: int,
+    published: float | None,
+    fitting: str | None,
+) -> dict[str, Any]:
+    """What --json writes. Of a program that does not fit only its memory is known.
+
+    fitting: flags with which a program that does not fit would.
+    """
+    chip = topology.chip
+    result: dict[str, Any] = {
+        "topology": topology.name,
+        "params": num_params,
+        "hbm_capacity_bytes": int(chip.hbm_bytes),
+        "published_steps_per_second": published,
+    }
+    if isinstance(compiled, TooLarge):
+        return result | {
+            "fits": False,
+            "hbm_bytes_per_chip": int(compiled.needed_bytes),
+            "would_fit_with": fitting,
+        }
+    seconds = compiled.seconds()
+    flops = compiled.flops * topology.num_chips
+    return result | {
+        "fits": compiled.total_bytes <= chip.hbm_bytes,
+        "hbm_bytes_per_chip": compiled.total_bytes,
+        "hbm_argument_bytes": compiled.argument_bytes,
+        "hbm_temporary_bytes": compiled.temporary_bytes,
+        "flops_per_step": flops,
+        "estimated_step_seconds": seconds,
+        "estimated_steps_per_second": 1 / seconds,
+        "estimated_mfu": compiled.flops / chip.peak_flops / seconds,
+        "seconds_estimated_by_compiler": compiled.seconds("estimated"),
+        "seconds_modelled_kernels": compiled.seconds("kernel"),
+        "seconds_modelled_collectives_exposed": compiled.seconds("collective"),
+        "seconds_modelled_copies_exposed": compiled.seconds("copy"),
+        "collective_bytes": {name: total for name, (_, total, _, _) in compiled.collectives().items()},
+    }
+
+
+def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, *, costliest: int) -> str:
+    """The record for people, with the costliest operations."""
+    chip = topology.chip
+    lines = [
+        f"{topology.name}: {topology.num_chips} chips. The compiler's estimates and models of ours, "
+        "no measurements.",
+        f"parameters          {record['params'] / 1e6:.1f} M",
+    ]
+    if isinstance(compiled, TooLarge):
+        needed, available = compiled.needed_bytes / _GIB, compiled.available_bytes / _GIB
+        remedy = "; nothing tried would fit, take more chips"
+        if record["would_fit_with"] is not None:
+            remedy = f"; it fits with {record['would_fit_with']}"
+        return "\n".join(
+            [*lines, f"does not fit: needs {needed:.2f} GiB of {available:.2f} GiB a chip{remedy}"]
+        )
+    lines += [
+        f"memory a chip       {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
+        f"temporaries, {_gib(compiled.total_bytes)} in all of {_gib(chip.hbm_bytes)}: "
+        + ("fits" if record["fits"] else "does not fit"),
+        f"work                {record['flops_per_step']:.4g} FLOPs a step (recomputation included)",
+        f"estimated step      {record['estimated_step_seconds']:.4f} s, "
+        f"{record['estimated_steps_per_second']:.2f} steps a second, "
+        f"{100 * record['estimated_mfu']:.0f}% of peak",
+        f"  of it             {compiled.seconds('estimated'):.4f} s the compiler's estimate",
+        *_modelled(compiled),
+    ]
+    if record["published_steps_per_second"] is not None:
+        lines.append(
+            f"the paper's         {record['published_steps_per_second']} steps a second, measured by its "
+            "authors (appendix A.2)"
+        )
+    lines += ["", f"the {costliest} costliest operations, ms a step", *_operations(compiled, costliest)]
+    return "\n".join(lines)
+
+
+def _modelled(compiled: Plan) -> list[str]:
+    lines = [
+        f"  of it             {compiled.seconds('kernel'):.4f} s custom kernels, modelled",
+        f"  of it             {compiled.seconds('copy'):.4f} s copies between memories, not overlapped, "
+        "modelled",
+        f"  of it             {compiled.seconds('collective'):.4f} s collectives not overlapped, modelled",
+    ]
+    for name, (count, num_bytes, seconds, exposed) in compiled.collectives().items():
+        overlapped = 1 - exposed / seconds if seconds else 1.0
+        lines.append(
+            f"    {name:<18}{count} a step, {num_bytes / 1e6:.0f} MB to every chip, "
+            f"{seconds:.4f} s modelled, {100 * overlapped:.0f}% of it overlapped"
+        )
+    return lines
+
+
+def _operations(compiled: Plan, number: int) -> list[str]:
+    return [
+        f"{1e3 * o.exposed_seconds:8.2f}  {o.count:>4} x {o.name[:44]:<44} {o.kind:<10} {o.source}"
+        for o in compiled.costliest(number)
+    ]
+
+
+def _gib(num_bytes: int | float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"

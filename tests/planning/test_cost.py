@@ -1,0 +1,167 @@
+"""Times, bytes and FLOPs of a module written by hand in the compiler's layout, against sums by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from mcm_jax.planning import chips, compilation, cost, hlo
+
+# Four chips of v5e, 2 x 2. A loop, in each round of which a gather is started, a product runs, and the gather
+# is waited for; then a second product, and a gather that nothing hides. After the loop a reduce-scatter, a
+# custom kernel, a copy that the update hides, and the update.
+MODULE = Path(__file__).with_name("loop.hlo").read_text()
+ROUNDS = 3  # 4, 6, 8: from 4 by 2 while less than 10
+GATHERED = 1024 * 4096 * 2 * 3 / 4  # bytes that a chip has not
+LINK = 4.5e10  # bytes a second
+
+
+@pytest.fixture(scope="module")
+def operations():
+    found = cost.operations(
+        hlo.parse(MODULE),
+        chips.chip("v5e"),
+        coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
+        bounds=(2, 2),
+        package=Path("/checkout/mcm_jax"),
+    )
+    return {one.name: one for one in found}
+
+
+def test_loops_count_as_often_as_they_run(operations):
+    first, second = operations["fusion.1"], operations["fusion.2"]
+    assert (first.count, second.count, operations["update"].count) == (ROUNDS, ROUNDS, 1)
+    assert first.seconds == pytest.approx(ROUNDS * 150_000 / 1.5e9)
+    assert operations["update"].seconds == pytest.approx(15_000 / 1.5e9)
+    assert first.kind == "estimated"
+
+
+def test_flops_are_those_of_the_matrix_products(operations):
+    assert operations["fusion.2"].flops == ROUNDS * 2 * 4096 * 1024 * 4096
+    assert operations["update"].flops == 0
+
+
+def test_what_runs_meanwhile_hides_a_collective(operations):
+    """Both axes of 2 x 2 bring data, over one link each; the first product takes 0.1 ms of it away."""
+    gather = operations["gather-start"]
+    assert gather.kind == "collective" and gather.opcode == "all-gather"
+    assert gather.num_bytes == ROUNDS * GATHERED
+    assert gather.seconds == pytest.approx(ROUNDS * GATHERED / (2 * LINK))
+    # 70 microseconds are all hidden by a product of 100.
+    assert gather.exposed_seconds == 0
+
+
+def test_a_collective_over_one_axis_that_nothing_hides(operations):
+    gather = operations["gather.2"]
+    assert gather.num_bytes == ROUNDS * 1024 * 4096 * 2 / 2
+    assert gather.exposed_seconds == gather.seconds == pytest.approx(gather.num_bytes / LINK)
+
+
+def test_half_an_all_reduce_is_a_reduce_scatter(operations):
+    scatter = operations["scattered"]
+    assert scatter.opcode == "reduce-scatter"
+    assert scatter.num_bytes == 1024 * 4096 * 4 * 3 / 4
+    assert scatter.exposed_seconds == pytest.approx(scatter.num_bytes / (2 * LINK))
+
+
+def test_a_kernel_is_modelled_by_its_counts(operations):
+    """788 MFLOPs at 40% of 197 TFLOP/s are 10 microseconds, more than its 81 kB at 0.81 TB/s."""
+    kernel = operations["kernel.1"]
+    assert kernel.kind == "kernel"
+    assert kernel.seconds == pytest.approx(1e-5)
+
+
+def test_a_copy_between_memories(operations):
+    """4 MB at 0.81 TB/s are 5.2 microseconds, the update hides 10."""
+    copy = operations["copy-start.1"]
+    assert copy.kind == "copy" and copy.num_bytes == 256 * 4096 * 4
+    assert copy.seconds == pytest.approx(256 * 4096 * 4 / 0.81e12)
+    assert copy.exposed_seconds == 0
+
+
+def test_parts_of_tuples():
+    shape = "((bf16[2,3]{1,0:T(8,128)(2,1)}), bf16[2,3]{1,0}, /*index=2*/s32[]{:S(2)})"
+    assert hlo.tuple_parts(shape) == ["(bf16[2,3]{1,0:T(8,128)(2,1)})", "bf16[2,3]{1,0}", "s32[]{:S(2)}"]
+
+
+def test_a_partly_hidden_collective():
+    slow = MODULE.replace('"estimated_cycles":"150000"', '"estimated_cycles":"15000"')
+    (gather,) = [
+        one
+        for one in cost.operations(
+            hlo.parse(slow),
+            chips.chip("v5e"),
+            coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
+            bounds=(2, 2),
+            package=Path("/checkout"),
+        )
+        if one.name == "gather-start"
+    ]
+    assert gather.exposed_seconds == pytest.approx(gather.seconds - ROUNDS * 1e-5)
+
+
+def test_source_lines_name_this_program_first(operations):
+    assert operations["fusion.1"].source == "models/blocks.py:123"
+    module = hlo.parse(MODULE)
+    (product,) = [i for i in module.computations["body"] if i.name == "fusion.1"]
+    assert module.source(product, package=Path("/elsewhere")) == "/site-packages/flax/linear.py:7"
+
+
+def test_bytes_of_shapes():
+    assert hlo.shape_bytes("f32[8,256]{1,0:T(8,128)}") == 8 * 256 * 4
+    assert hlo.shape_bytes("(bf16[2,3]{1,0}, /*index=1*/s32[], pred[4]{0})") == 12 + 4 + 4
+    assert hlo.shape_bytes("u8[]") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,2]<=[4]", [0, 1]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [0, 1, 2, 3]),
+        ("source_target_pairs={{0,1},{1,0}}", [0, 1]),
+        ("dimensions={0}", [0, 1, 2, 3]),
+    ],
+)
+def test_groups(text, group):
+    assert cost.first_group(text, 4) == group
+
+
+def test_a_ring_brings_twice_what_a_line_brings():
+    v5e = chips.chip("v5e")
+    line, ring = [(x, 0) for x in range(8)], [(x, 0) for x in range(16)]
+    speed = chips.incoming_bytes_per_second
+    assert speed(v5e, line, (8, 8)) == LINK
+    assert speed(v5e, ring, (16, 16)) == 2 * LINK
+    assert speed(v5e, ring[:8], (16, 16)) == LINK  # Half of a ring is a line.
+    assert speed(v5e, [(x, y) for x in range(16) for y in range(16)], (16, 16)) == 4 * LINK
+
+
+def test_text_that_is_no_scheduled_module():
+    with pytest.raises(ValueError, match="not the text of a scheduled HLO module"):
+        hlo.parse("HloModule jit_step\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(17.59G) exceeds available HBM (15.75G).",
+            17.59,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 42.90G of 15.75G hbm. Exceeded",
+            42.9,
+        ),
+    ],
+)
+def test_out_of_memory_is_an_answer(message, needed):
+    refused = compilation.too_large(message, available=1.0)
+    assert refused.needed_bytes == pytest.approx(needed * 2**30)
+    assert refused.available_bytes == pytest.approx(15.75 * 2**30)
+
+
+def test_other_errors_are_none():
+    assert compilation.too_large("INTERNAL: Mosaic failed to compile", available=1.0) is None

@@ -1,0 +1,146 @@
+"""The program: a plan for a small slice, answers where it does not fit, refusals before any compilation."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from mcm_jax import plan as program
+from mcm_jax import rows
+from mcm_jax.errors import InputError
+from mcm_jax.planning import compilation, report, topologies
+from mcm_jax.planning.cost import Operation
+from mcm_jax.reporting import paper
+from tests.test_programs import call
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64"
+)
+SMALL = (
+    *("--config=configs/openmoji.py:teacher", "--config.model.kinds=('resnet','transformer')"),
+    *("--config.model.widths=(32,64)", "--config.model.blocks=(1,1)", "--config.model.dropouts=(0.0,0.0)"),
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tiny_network_on_four_chips(tmp_path):
+    """The whole way: the numbers that can be known otherwise are right, the others are there."""
+    result = call(
+        "plan",
+        *SMALL,
+        "--config.mesh.fsdp=4",
+        "--config.model.remat=full",
+        "--config.model.unroll=False",
+        "--topology=v5e:2x2",
+        f"--json={tmp_path / 'plan.json'}",
+        f"--hlo={tmp_path / 'plan.hlo'}",
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert record["params"] == 214_019
+    assert record["fits"] and record["hbm_capacity_bytes"] == int(15.75 * 2**30)
+    # Parameters, their average and Adam's two moments in float32, split over 4; and a quarter of the batch.
+    state, batch = 4 * 4 * record["params"] / 4, 64 / 4 * (16 * 16 * 3 * 4 + 4)
+    assert state + batch < record["hbm_argument_bytes"] < 2 * (state + batch)
+    assert record["published_steps_per_second"] is None
+    assert record["estimated_step_seconds"] == pytest.approx(
+        sum(record[name] for name in record if name.startswith("seconds_"))
+    )
+    assert 0 < record["estimated_mfu"] < 1
+    assert record["collective_bytes"]["all-gather"] > 0
+    assert "no measurements" in result.stdout and "the compiler's estimate" in result.stdout
+    assert (tmp_path / "plan.hlo").read_text().startswith("HloModule jit_update")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--topology=v5e:3x3",), "--topology=v5e:3x3 does not exist; there are v4:2x2x1, "),
+        (
+            ("--config=configs/folder.py:teacher",),
+            "config.data.dataset=.* is not known here; give --num_class",
+        ),
+        (("--config.mesh.fsdp=3",), "config.mesh: data=-1 x fsdp=3 is not the 4 devices"),
+        (("--config.training.batch_size=6",), "batch_size=6 can't be divided over 4 devices"),
+        (("--config.model.remat=some",), "config.model.remat='some' must be one of none, full, dots"),
+    ],
+)
+@needs_libtpu
+def test_bad_input_is_one_line(arguments, said):
+    result = call("plan", *SMALL, "--topology=v5e:2x2", *arguments)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert re.search(said, line), line
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="needs its compiler, libtpu: pip install"):
+        topologies.describe("v5e:2x2")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", topologies.names())
+def test_every_slice_exists(name):
+    described = topologies.describe(name)
+    assert len(described.devices) == described.num_chips
+    coordinates = [device.coords for device in described.devices]
+    assert [max(c[axis] for c in coordinates) + 1 for axis in range(len(described.bounds))] == list(
+        described.bounds
+    )
+
+
+def test_what_does_not_fit_says_what_would(monkeypatch):
+    """Remat first, then all chips for the parameters, then parts of the batch, until it fits."""
+    tried = []
+
+    def compile_(config, topology, num_classes):
+        tried.append((config.model.remat, config.mesh.fsdp, config.training.accumulation_steps))
+        refused = compilation.TooLarge(42.9 * 2**30, 15.75 * 2**30)
+        fits = compilation.Plan(0, 0, 0, (), "")
+        return 1000, fits if config.training.accumulation_steps == 2 else refused
+
+    monkeypatch.setattr(program, "_compile", compile_)
+    monkeypatch.setattr(
+        topologies, "describe", lambda name: topologies.Topology(name, topologies.chip("v5e"), (2, 2), ())
+    )
+    config = rows.tiny("teacher", dataset="openmoji", resolution=16)
+    record, text, hlo = program.plan(config, "v5e:2x2")
+    assert tried == [("none", 1, 1), ("full", 1, 1), ("full", 4, 1), ("full", 4, 2)]
+    remedy = "--config.model.remat=full --config.mesh.fsdp=4 --config.training.accumulation_steps=2"
+    assert record["would_fit_with"] == remedy and not record["fits"] and hlo == ""
+    assert f"does not fit: needs 42.90 GiB of 15.75 GiB a chip; it fits with {remedy}" in text
+
+
+def test_the_record_adds_up():
+    operations = [
+        Operation("a", "fusion", "estimated", 2, 0.2, 0.2, 0.0, 197e11, "models/blocks.py:1"),
+        Operation("k", "custom-call", "kernel", 1, 0.05, 0.05, 10.0, 0.0, ""),
+        Operation("g", "all-gather", "collective", 4, 0.1, 0.025, 1e6, 0.0, ""),
+    ]
+    compiled = compilation.Plan(3 * 2**30, 2**30, 5 * 2**30, tuple(operations), "")
+    topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), ())
+    record = report.record(compiled, topology, num_params=10, published=2.7, fitting=None)
+    assert record["estimated_step_seconds"] == pytest.approx(0.275)
+    # A tenth of a second's work at peak, in 0.275 s.
+    assert record["estimated_mfu"] == pytest.approx(0.1 / 0.275)
+    assert record["flops_per_step"] == pytest.approx(4 * 197e11)
+    text = report.told(compiled, record, topology, costliest=2)
+    assert "3.00 GiB arguments + 1.00 GiB temporaries, 5.00 GiB in all of 15.75 GiB: fits" in text
+    assert "all-gather        4 a step, 1 MB to every chip, 0.1000 s modelled, 75% of it overlapped" in text
+    assert "2.7 steps a second, measured by its authors" in text
+    first, second = text.splitlines()[-2:]
+    assert first.split() == ["200.00", "2", "x", "a", "estimated", "models/blocks.py:1"]
+    assert second.split() == ["50.00", "1", "x", "k", "kernel"]
+
+
+def test_the_papers_speeds():
+    small = {"num_params": 396_000_000, "resolution": 64, "num_chips": 64}
+    assert paper.steps_per_second(**small, objective="ct") == 2.7
+    assert paper.steps_per_second(**small, objective="cd") == 2.5
+    assert paper.steps_per_second(**small, objective="tract") is None
+    assert paper.steps_per_second(**small | {"num_chips": 16}, objective="ct") is None
+    large = {"num_params": 1_250_000_000, "resolution": 128, "num_chips": 256}
+    assert paper.steps_per_second(**large, objective="cd") == 1.8
