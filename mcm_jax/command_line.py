@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
         _exit_with(error)
 
 
-def loaded_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+def loaded_config(holder: flags.FlagHolder | flags.Flag) -> ml_collections.ConfigDict:
     """The config of a --config flag; raises InputError where its file could not be loaded."""
     try:
         # ml_collections tells of a missing file when the config is first looked at, not before.

@@ -129,24 +129,23 @@ def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
         yield " ".join(f"{name}={given}" for name, given in named.items()), config
 
 
-def define_flags() -> flags.FlagHolder:
-    """Called by the program, not on import; returns the config's flag."""
+def define_flags() -> None:
+    """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_string("topology", "v5e:8x8", "TPU slice: GENERATION:SHAPE.")
     flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the numbers to this file.")
     flags.DEFINE_string("hlo", None, "Also write the compiled program's text to this file.")
-    config = config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config", None, "Config file and row, e.g. configs/imagenet64.py:small,ct,steps=8", lock_config=True
     )
     flags.mark_flags_as_required(["config"])
-    return config
 
 
 def main() -> None:
     """Flags in, one plan out."""
     values = flags.FLAGS
     record, report, text = plan(
-        command_line.loaded_config(_CONFIG), values.topology, num_classes=values.num_classes
+        command_line.loaded_config(values["config"]), values.topology, num_classes=values.num_classes
     )
     print(report)
     if values.json is not None:
@@ -156,5 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = define_flags()
+    define_flags()
     command_line.run(main)
