@@ -160,12 +160,12 @@ class Bench:
         )
 
     def _config(self, cell: Cell) -> Config:
-        config = configuration.default_config()
+        config, setting = configuration.default_config(), self.setting
         config.seed = cell.seed
         diffusion = cell.system in ("diffusion", "teacher")
-        num_steps = self.setting.diffusion_steps if diffusion else self.setting.student_steps
+        num_steps = setting.diffusion_updates if diffusion else setting.student_updates
         config.optimizer.update(
-            learning_rate=self.setting.diffusion_learning_rate if diffusion else self.setting.learning_rate,
+            learning_rate=setting.diffusion_learning_rate if diffusion else setting.learning_rate,
             warmup_steps=100 if diffusion else 0,
             decay="linear",
             ema_decay=0.99,
