@@ -2,38 +2,36 @@
 
 import builtins
 import dis
-import importlib
-import pkgutil
 import types
+from pathlib import Path
 
 import pytest
 
-import mcm_jax
-
-MODULES = [module.name for module in pkgutil.walk_packages(mcm_jax.__path__, "mcm_jax.")]
+ROOT = Path(__file__).parents[1]
+FILES = [
+    path.relative_to(ROOT) for part in ("mcm_jax", "configs", "tests") for path in (ROOT / part).rglob("*.py")
+]
+OF_EVERY_MODULE = {"__file__", "__name__", "__package__", "__doc__"}
 
 
 def unknown_names(code, known):
-    """Names that the code object, or one inside of it, loads from neither `known` nor the builtins."""
-    loaded = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    """Globals that a code object, or one inside of it, reads and that are neither known nor built in."""
+    read = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     inside = [unknown_names(part, known) for part in code.co_consts if isinstance(part, types.CodeType)]
-    return (loaded - set(known) - set(dir(builtins))).union(*inside)
+    return (read - known - set(dir(builtins))).union(*inside)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_name_exists(name):
-    module = importlib.import_module(name)
-    with open(module.__file__) as file:
-        code = compile(file.read(), module.__file__, "exec")
-    # Names of classes' bodies are theirs.
-    local = {n for part in code.co_consts if isinstance(part, types.CodeType) for n in part.co_names}
-    functions = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    for part in functions:
-        is_class = "__qualname__" in part.co_names
-        known = set(vars(module)) | (local if is_class else set())
-        assert unknown_names(part, known) == set(), part.co_name
+def unknown_in(source):
+    code = compile(source, "module", "exec")
+    known = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}
+    return unknown_names(code, known | OF_EVERY_MODULE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_name_exists(path):
+    assert unknown_in((ROOT / path).read_text()) == set()
 
 
 def test_a_missing_name_is_seen():
-    code = compile("def f(x: 'B 3'):\n    return missing(x) + len(x)", "f.py", "exec")
-    assert unknown_names(code.co_consts[0] if isinstance(code.co_consts[0], types.CodeType) else code.co_consts[1], {}) == {"missing"}
+    source = "import os\nclass A:\n  def f(self, x: 'B 3'):\n    return missing(os.path, x) + len(x) + A"
+    assert unknown_in(source) == {"missing"}
