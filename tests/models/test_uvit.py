@@ -121,8 +121,10 @@ def test_how_the_gradient_is_computed_changes_nothing(changed, params, plain):
     """Dropout's draws included; the same operations in another order, so that only rounding differs."""
     value, gradient = value_and_grad(dataclasses.replace(SPEC, **changed), params)
     np.testing.assert_allclose(value, plain[0], rtol=1e-5)
+    # The gradient of the keys' bias is zero, and what there is of it rounding: a scale for all leaves.
+    scale = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(plain[1]))
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain[1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_recomputing_keeps_fewer_values(params):
