@@ -22,6 +22,8 @@ from mcm_jax.training import loop, observer, sharding
 from tests import tiny
 
 INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # To ask JAX would start its back end.
+# Gloo writes to the process's own output, in the middle of lines.
+sys.stdout = open(Path(sys.argv[1]) / f"said.{INDEX}", "a", buffering=1)
 
 def refuse(*_, **__):
     raise AssertionError("only the first process may do this")
@@ -66,6 +68,7 @@ class Members:
                 }
             command = [sys.executable, "-u", "-c", _PREAMBLE + code, str(directory)]
             variables = os.environ | variables | (environment or {})
+            (directory / f"said.{index}").touch()
             with open(directory / f"out.{index}", "w") as out, open(directory / f"err.{index}", "w") as err:
                 process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=err)
             self.processes.append(process)
@@ -78,10 +81,9 @@ class Members:
             process.kill()
             process.wait()
 
-    def said(self, index, stream="out"):
-        """All that a process has printed, but for what Gloo has."""
-        lines = (self.directory / f"{stream}.{index}").read_text().splitlines(keepends=True)
-        return "".join(line for line in lines if "[Gloo]" not in line)
+    def said(self, index, stream="said"):
+        """What a process has printed, or written to "err"."""
+        return (self.directory / f"{stream}.{index}").read_text()
 
     def wait_for(self, pattern, *, timeout=240):
         """Until the first process has said it."""

@@ -204,7 +204,7 @@ observer.SilentObserver.metrics = fail
     with training(
         tiny_data, tmp_path / "run", count=2, directory=tmp_path / "logs", before=code, num_steps=10**6
     ) as members:
-        assert all(members.codes(timeout=180)), members.everything()
+        assert all(members.codes(timeout=240)), members.everything()
     assert "this host is broken" in members.said(1, "err")
 
 
