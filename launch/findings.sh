@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Measures which of the paper's findings hold on two small problems: a closed-form mixture (exact teacher, exact
-# distance) and 16x16 OpenMoji (trained teacher, proxy distance). Up to 90 minutes a problem on 2 cores.
+# distance) and 16x16 OpenMoji (trained teacher, proxy distance). Took half an hour of one core for the mixture, and
+# 167 minutes of one busy core for OpenMoji; alone on two cores it should take 90 at most.
 #
 #   bash launch/findings.sh                           runs/findings, 3 seeds
-#   bash launch/findings.sh --quick                   everything in short: shows that it runs, under 15 minutes
+#   bash launch/findings.sh --quick                   everything in short: shows that it runs
 #   bash launch/findings.sh --choices                 also the choices that the paper leaves open
 #   bash launch/findings.sh --settings=mixture --out=DIR --seeds=5
 #
