@@ -113,6 +113,8 @@ def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
     if config.model.remat != "full":
         changes.append(("model", "remat", "full"))
     if config.mesh.fsdp != num_chips:
+        if config.mesh.data != -1:
+            changes.append(("mesh", "data", -1))
         changes.append(("mesh", "fsdp", num_chips))
     parts = 2 * config.training.accumulation_steps
     while config.training.batch_size % (parts * num_chips) == 0:
@@ -123,9 +125,9 @@ def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
         )
-        if field == "fsdp":
-            config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
         named[f"--config.{section}.{field}"] = value
+        if field == "data":
+            continue  # Means something with the next change only.
         yield " ".join(f"{name}={given}" for name, given in named.items()), config
 
 

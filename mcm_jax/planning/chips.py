@@ -8,10 +8,10 @@ from mcm_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. Facts from Google Cloud's documentation of TPU versions, except where noted.
+    """One generation: peak, memory and its speed as Google Cloud's documentation of TPU versions gives them.
 
-    link_bytes_per_second: of one link in one direction. wrapped_from: smallest axis of a slice that is a ring
-    and not a line.
+    link_bytes_per_second: of one link in one direction, as "How to Scale Your Model" has it (jax-ml's scaling
+    book). wrapped_from: what an axis of a slice must be a multiple of to be a ring and not a line.
     """
 
     name: str
@@ -63,6 +63,8 @@ def incoming_bytes_per_second(
     for axis, size in enumerate(bounds):
         if len({c[axis] for c in coordinates}) > 1:
             whole = len({c[axis] for c in coordinates}) == size
-            ring = size >= one.wrapped_from and whole
+            # Of three axes all or none are rings.
+            wrapped = min(bounds) if len(bounds) == 3 else size
+            ring = wrapped >= one.wrapped_from and size % one.wrapped_from == 0 and whole
             total += one.link_bytes_per_second * (2 if ring else 1)
     return total

@@ -53,7 +53,7 @@ class Plan:
 class TooLarge:
     """The compiler's refusal: what the program would need on each chip."""
 
-    needed_bytes: float
+    needed_bytes: float | None  # None: the compiler did not say
     available_bytes: float
 
 
@@ -106,7 +106,7 @@ def too_large(message: str, *, available: float) -> TooLarge | None:
     found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
     found = found or re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
     if found is None:
-        return TooLarge(float("nan"), available)
+        return TooLarge(None, available)
     return TooLarge(*(_bytes(part) for part in found.groups()))
 
 

@@ -1,7 +1,8 @@
 """How long a scheduled module would run on a chip: the compiler's estimates, summed, and what they lack.
 
 The time of an operation is its `estimated_cycles` times how often it runs. The compiler estimates neither
-collectives nor custom kernels nor copies between memories; these are modelled here and told apart. A
+collectives nor custom kernels nor copies between memories, nor a few others; these are modelled here and told
+apart. A
 collective or copy that is started and waited for later overlaps the operations scheduled in between: only
 what is left of it at the wait adds to the step.
 """
@@ -18,7 +19,8 @@ import numpy as np
 from mcm_jax.planning.chips import Chip, incoming_bytes_per_second
 from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, tuple_parts
 
-Kind = Literal["estimated", "kernel", "collective", "copy"]
+# "unestimated": others beside which the compiler writes no estimate, modelled by bytes and FLOPs at peak.
+Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
 # Share of peak that a custom kernel is taken to reach.
 KERNEL_SHARE = 0.4
 _COLLECTIVES = (
@@ -29,6 +31,9 @@ _COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+_COMPUTES = ("fusion", "convolution", "custom-call", "scatter", "gather", "sort")
+# Custom calls that name memory and move nothing.
+_FREE = ("AllocateBuffer", "ConcatBitcast")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
@@ -103,38 +108,42 @@ class _Walk:
             elif (transfer := self._started(one)) is not None:
                 under_way[one.name] = transfer
             elif (start := _waited_for(one, by_name, under_way, self._holds)) is not None:
-                self._end(under_way.pop(start), times)
+                transfer = under_way.pop(start)
+                _advance(under_way, transfer.left, busy=transfer.kind)
+                self._end(transfer, times)
             else:
-                seconds = self._run(one, times, instruction_flops(self.module, one, by_name))
-                for transfer in under_way.values():
-                    # Links serve the oldest first.
-                    used = min(transfer.left, seconds)
-                    transfer.left -= used
-                    seconds -= used
+                ran = self._run(one, times, by_name)
+                if ran is not None:
+                    _advance(under_way, ran.seconds / times, busy=ran.kind)
         for transfer in under_way.values():
             self._end(transfer, times)
 
-    def _run(self, one: Instruction, times: int, flops: float) -> float:
-        """Notes an instruction that runs by itself; returns its seconds."""
-        opcode = one.opcode
+    def _run(self, one: Instruction, times: int, by_name: dict[str, Instruction]) -> Operation | None:
+        """Notes an instruction that runs by itself; None where there is nothing to run."""
+        opcode, num_bytes = one.opcode, 0.0
+        flops = instruction_flops(self.module, one, by_name)
         if one.estimated_cycles is not None:
-            seconds, kind, num_bytes = one.estimated_cycles / self.chip.clock_hertz, "estimated", 0.0
+            seconds, kind = one.estimated_cycles / self.chip.clock_hertz, "estimated"
+        elif _is_done(one, self._holds):
+            return None
         elif (inner := self._collective(one)) is not None:
             num_bytes, opcode = _received_bytes(inner, len(self._group(inner))), inner.opcode
             if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
                 # Written as an all-reduce of which a slice is kept.
                 num_bytes, opcode = num_bytes / 2, "reduce-scatter"
             seconds, kind = self._link_seconds(inner, num_bytes), "collective"
-        elif one.attribute("custom_call_target") == "tpu_custom_call":
-            flops, num_bytes = _kernel_counts(one)
-            kind = "kernel"
-            seconds = max(
-                flops / (KERNEL_SHARE * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second
-            )
+        elif one.opcode in _COMPUTES and one.attribute("custom_call_target") not in _FREE:
+            kind, share = "unestimated", 1.0
+            num_bytes = float(one.num_bytes + sum(by_name[name].num_bytes for name in one.operands))
+            if one.attribute("custom_call_target") == "tpu_custom_call":
+                kind, share = "kernel", KERNEL_SHARE
+                flops, counted = _kernel_counts(one)
+                num_bytes = counted or num_bytes
+            seconds = max(flops / (share * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second)
         else:
-            return 0.0
+            return None
         self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops)
-        return seconds
+        return self.found[-1]
 
     def _started(self, one: Instruction) -> _Transfer | None:
         """The transfer that `one` starts, if it starts one."""
@@ -217,19 +226,42 @@ class _Walk:
 
 
 def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instruction]) -> float:
-    """Of the convolutions in one instruction; in a TPU's modules matrix products are convolutions too.
-
-    2 |result| |kernel| / |kernel's output features| for each, taps that fall into padding included.
-    """
+    """Of the convolutions in one instruction; in a TPU's modules matrix products are convolutions too."""
     if one.opcode == "convolution":
-        kernel_labels = re.split(r"_|->", one.attribute("dim_labels"))[1]
-        (result,), (kernel,) = array_dims(one.shape), array_dims(by_name[one.operands[1]].shape)
-        return 2.0 * math.prod(result) * math.prod(kernel) / kernel[kernel_labels.index("o")]
+        return convolution_flops(one, *(array_dims(by_name[name].shape)[0] for name in one.operands[:2]))
     total = 0.0
     for name in one.called("calls"):
         inside = {inner.name: inner for inner in module.computations[name]}
         total += sum(instruction_flops(module, inner, inside) for inner in inside.values())
     return total
+
+
+def convolution_flops(one: Instruction, image: Sequence[int], kernel: Sequence[int]) -> float:
+    """2 per multiplication of two values that are there.
+
+    A tap that falls into padding or between dilated values costs nothing: the compiler writes batched
+    products, those of attention, as convolutions in which nearly all taps do.
+    """
+    image_labels, kernel_labels, result_labels = re.split(r"_|->", one.attribute("dim_labels"))
+    (result,) = array_dims(one.shape)
+    found = re.search(r"window=\{([^}]*)\}", one.attributes)
+    window = dict(part.split("=") for part in found.group(1).split()) if found else {}
+    products = float(
+        result[result_labels.index("b")] * result[result_labels.index("f")] * kernel[kernel_labels.index("i")]
+    )
+    for axis in sorted(label for label in image_labels if label.isdigit()):
+
+        def setting(name: str, default: str, axis: int = int(axis)) -> int:
+            values = window[name].split("x") if name in window else []
+            return int((values[axis] if values else default).partition("_")[0])
+
+        output = np.arange(result[result_labels.index(axis)])[:, None]
+        tap = np.arange(kernel[kernel_labels.index(axis)])
+        dilation = setting("lhs_dilate", "1")
+        at = output * setting("stride", "1") - setting("pad", "0_0") + tap * setting("rhs_dilate", "1")
+        last = (image[image_labels.index(axis)] - 1) * dilation
+        products *= int(np.count_nonzero((at >= 0) & (at <= last) & (at % dilation == 0)))
+    return 2 * products
 
 
 def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction]) -> int:
@@ -285,6 +317,25 @@ def _constant(one: Instruction | None) -> int | None:
     return int(found.group()) if found else None
 
 
+def _advance(under_way: dict[str, _Transfer], seconds: float, *, busy: Kind) -> None:
+    """Lets transfers go on for `seconds`, the oldest of a kind first; those of the kind that is busy wait.
+
+    Links and memory work at the same time.
+    """
+    for kind in ("collective", "copy"):
+        budget = 0.0 if kind == busy else seconds
+        for transfer in under_way.values():
+            if transfer.kind == kind:
+                used = min(transfer.left, budget)
+                transfer.left -= used
+                budget -= used
+
+
+def _is_done(one: Instruction, holds: Callable[..., bool]) -> bool:
+    """Whether it waits for something that was started."""
+    return one.opcode.endswith("-done") or holds(one, "AsyncCollectiveDone")
+
+
 def _waited_for(
     one: Instruction,
     by_name: dict[str, Instruction],
@@ -292,7 +343,7 @@ def _waited_for(
     holds: Callable[..., bool],
 ) -> str | None:
     """The name of the start that `one` waits for."""
-    if not one.opcode.endswith("-done") and not holds(one, "AsyncCollectiveDone"):
+    if not _is_done(one, holds):
         return None
     # A fused transfer goes through the fusions that carry it.
     seen, names = set(), list(one.operands)

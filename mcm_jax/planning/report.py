@@ -30,7 +30,7 @@ def record(
     if isinstance(compiled, TooLarge):
         return result | {
             "fits": False,
-            "hbm_bytes_per_chip": int(compiled.needed_bytes),
+            "hbm_bytes_per_chip": None if compiled.needed_bytes is None else int(compiled.needed_bytes),
             "would_fit_with": fitting,
         }
     seconds = compiled.seconds()
@@ -45,6 +45,7 @@ def record(
         "estimated_steps_per_second": 1 / seconds,
         "estimated_mfu": compiled.flops / chip.peak_flops / seconds,
         "seconds_estimated_by_compiler": compiled.seconds("estimated"),
+        "seconds_modelled_unestimated": compiled.seconds("unestimated"),
         "seconds_modelled_kernels": compiled.seconds("kernel"),
         "seconds_modelled_collectives_exposed": compiled.seconds("collective"),
         "seconds_modelled_copies_exposed": compiled.seconds("copy"),
@@ -61,13 +62,14 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
         f"parameters          {record['params'] / 1e6:.1f} M",
     ]
     if isinstance(compiled, TooLarge):
-        needed, available = compiled.needed_bytes / _GIB, compiled.available_bytes / _GIB
+        available = f"{compiled.available_bytes / _GIB:.2f} GiB a chip"
+        needs = f"needs more than {available}"
+        if compiled.needed_bytes is not None:
+            needs = f"needs {compiled.needed_bytes / _GIB:.2f} GiB of {available}"
         remedy = "; nothing tried would fit, take more chips"
         if record["would_fit_with"] is not None:
             remedy = f"; it fits with {record['would_fit_with']}"
-        return "\n".join(
-            [*lines, f"does not fit: needs {needed:.2f} GiB of {available:.2f} GiB a chip{remedy}"]
-        )
+        return "\n".join([*lines, f"does not fit: {needs}{remedy}"])
     lines += [
         f"memory a chip       {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
         f"temporaries, {_gib(compiled.total_bytes)} in all of {_gib(chip.hbm_bytes)}: "
@@ -90,6 +92,7 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
 
 def _modelled(compiled: Plan) -> list[str]:
     lines = [
+        f"  of it             {compiled.seconds('unestimated'):.4f} s others without an estimate, modelled",
         f"  of it             {compiled.seconds('kernel'):.4f} s custom kernels, modelled",
         f"  of it             {compiled.seconds('copy'):.4f} s copies between memories, not overlapped, "
         "modelled",

@@ -40,6 +40,46 @@ def test_flops_are_those_of_the_matrix_products(operations):
     assert operations["update"].flops == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "shapes", "expected"),
+    [
+        # Attention's batched product as the compiler writes it: 16 examples, 2 heads, 64 x 64 logits.
+        (
+            "%c = f32[16,2,64,64]{2,3,1,0} convolution(%a, %b), "
+            "window={size=16x2 stride=15x1 lhs_dilate=16x2}, dim_labels=01bf_01oi->01bf",
+            [(16, 2, 64, 32), (16, 2, 64, 32)],
+            2 * 16 * 2 * 64 * 64 * 32,
+        ),
+        # A 3 x 3 convolution of 8 x 8: at the edge a tap is missing, 22 of 24 are there along each axis.
+        (
+            "%c = f32[4,8,8,5]{3,2,1,0} convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, "
+            "dim_labels=b01f_01io->b01f",
+            [(4, 8, 8, 7), (3, 3, 7, 5)],
+            2 * 4 * 5 * 7 * 22 * 22,
+        ),
+    ],
+)
+def test_flops_of_convolutions(line, shapes, expected):
+    entry = f"HloModule m, is_scheduled=true\n\nENTRY %main () -> f32[] {{\n  {line}\n}}\n"
+    (one,) = hlo.parse(entry).computations["main"]
+    assert cost.convolution_flops(one, *shapes) == expected
+
+
+def test_links_carry_one_thing_at_a_time():
+    """A collective that nothing hides does not hide another one; a copy goes on meanwhile."""
+
+    start, *_ = hlo.parse(MODULE).computations["body"]
+
+    def transfers():
+        kinds = {"gather": "collective", "copy": "copy"}
+        return {name: cost._Transfer(start, name, kind, 0.0, 1.0, 1.0) for name, kind in kinds.items()}
+
+    for busy, left in (("collective", [1.0, 0.75]), ("copy", [0.75, 1.0]), ("estimated", [0.75, 0.75])):
+        under_way = transfers()
+        cost._advance(under_way, 0.25, busy=busy)
+        assert [one.left for one in under_way.values()] == left
+
+
 def test_what_runs_meanwhile_hides_a_collective(operations):
     """Both axes of 2 x 2 bring data, over one link each; the first product takes 0.1 ms of it away."""
     gather = operations["gather-start"]
@@ -136,6 +176,9 @@ def test_a_ring_brings_twice_what_a_line_brings():
     assert speed(v5e, ring, (16, 16)) == 2 * LINK
     assert speed(v5e, ring[:8], (16, 16)) == LINK  # Half of a ring is a line.
     assert speed(v5e, [(x, y) for x in range(16) for y in range(16)], (16, 16)) == 4 * LINK
+    v4, column = chips.chip("v4"), [(0, 0, z) for z in range(4)]
+    assert speed(v4, column, (4, 4, 4)) == 2 * LINK
+    assert speed(v4, column, (2, 2, 4)) == LINK
 
 
 def test_text_that_is_no_scheduled_module():
