@@ -126,12 +126,9 @@ class _Walk:
             seconds, kind = one.estimated_cycles / self.chip.clock_hertz, "estimated"
         elif _is_done(one, self._holds):
             return None
-        elif (inner := self._collective(one)) is not None:
-            num_bytes, opcode = _received_bytes(inner, len(self._group(inner))), inner.opcode
-            if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
-                # Written as an all-reduce of which a slice is kept.
-                num_bytes, opcode = num_bytes / 2, "reduce-scatter"
-            seconds, kind = self._link_seconds(inner, num_bytes), "collective"
+        elif (transfer := self._over_links(one)) is not None:
+            opcode, num_bytes, seconds = transfer.opcode, transfer.num_bytes, transfer.seconds
+            kind = "collective"
         elif one.opcode in _COMPUTES and one.attribute("custom_call_target") not in _FREE:
             kind, share = "unestimated", 1.0
             num_bytes = float(one.num_bytes + sum(by_name[name].num_bytes for name in one.operands))
@@ -147,19 +144,28 @@ class _Walk:
 
     def _started(self, one: Instruction) -> _Transfer | None:
         """The transfer that `one` starts, if it starts one."""
-        inner = self._collective(one)
-        starts = one.opcode.endswith("-start") or self._holds(one, "AsyncCollectiveStart")
-        if inner is not None and starts:
-            num_bytes = _received_bytes(inner, len(self._group(inner)))
-            seconds = self._link_seconds(inner, num_bytes)
-            return _Transfer(
-                one, inner.opcode.removesuffix("-start"), "collective", num_bytes, seconds, seconds
-            )
-        if one.opcode.removesuffix("-start") in _COPIES and starts:
+        if not one.opcode.endswith("-start") and not self._holds(one, "AsyncCollectiveStart"):
+            return None
+        if (transfer := self._over_links(one)) is not None:
+            return transfer
+        if one.opcode.removesuffix("-start") in _COPIES:
             moved = float(_moved_bytes(one))
             seconds = moved / self.chip.hbm_bytes_per_second
             return _Transfer(one, one.opcode.removesuffix("-start"), "copy", moved, seconds, seconds)
         return None
+
+    def _over_links(self, one: Instruction) -> _Transfer | None:
+        """The collective that `one` is or contains."""
+        inner = self._collective(one)
+        if inner is None:
+            return None
+        num_bytes = _received_bytes(inner, len(self._group(inner)))
+        opcode = inner.opcode.removesuffix("-start")
+        if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
+            # Written as an all-reduce of which a slice is kept.
+            num_bytes, opcode = num_bytes / 2, "reduce-scatter"
+        seconds = self._link_seconds(inner, num_bytes)
+        return _Transfer(one, opcode, "collective", num_bytes, seconds, seconds)
 
     def _end(self, transfer: _Transfer, times: int) -> None:
         self._note(
