@@ -25,6 +25,7 @@ class Plan:
     total_bytes: int  # arguments, results that don't reuse them, temporaries, and the program itself
     operations: tuple[Operation, ...]
     text: str  # the compiled module
+    doubts: tuple[str, ...] = ()  # what could not be read from it
 
     def seconds(self, *kinds: str) -> float:
         """Of the step: of the operations of these kinds, all if none are named, that nothing hides."""
@@ -79,7 +80,7 @@ def plan(
         return refused
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    operations = cost.operations(
+    operations, doubts = cost.operations(
         hlo.parse(text),
         topology.chip,
         coordinates=[device.coords for device in mesh.devices.flat],
@@ -96,6 +97,7 @@ def plan(
         + memory.generated_code_size_in_bytes,
         operations=tuple(operations),
         text=text,
+        doubts=tuple(doubts),
     )
 
 

@@ -23,6 +23,8 @@ from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, t
 Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
 # Share of peak that a custom kernel is taken to reach.
 KERNEL_SHARE = 0.4
+# FLOPs of attention's kernels, which carry no counts, in products of an L x D with a D x L' matrix.
+_ATTENTION_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3}
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -66,8 +68,8 @@ class _Transfer:
 
 def operations(
     module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: Path
-) -> list[Operation]:
-    """Every operation of one step, in order of first execution.
+) -> tuple[list[Operation], list[str]]:
+    """Every operation of one step, in order of first execution; and what could not be read, for people.
 
     Args:
       coordinates: where the chip of each of the module's partitions is in the slice.
@@ -76,7 +78,7 @@ def operations(
     """
     walk = _Walk(module, chip, coordinates, bounds, package)
     walk.computation(module.entry, 1)
-    return walk.found
+    return walk.found, walk.doubts
 
 
 class _Walk:
@@ -91,6 +93,7 @@ class _Walk:
         self.module, self.chip, self.package = module, chip, package
         self.coordinates, self.bounds = coordinates, bounds
         self.found: list[Operation] = []
+        self.doubts: list[str] = []
 
     def computation(self, name: str, times: int) -> None:
         """All instructions of a computation that runs `times` times a step."""
@@ -100,7 +103,7 @@ class _Walk:
         for one in body:
             if one.opcode == "while":
                 (inner,) = one.called("body")
-                self.computation(inner, times * trip_count(self.module, one, by_name))
+                self.computation(inner, times * self._rounds(one, by_name))
             elif one.opcode in ("call", "conditional"):
                 for kind in ("to_apply", "branch_computations", "called_computations"):
                     for inner in one.called(kind):
@@ -118,6 +121,14 @@ class _Walk:
         for transfer in under_way.values():
             self._end(transfer, times)
 
+    def _rounds(self, loop: Instruction, by_name: dict[str, Instruction]) -> int:
+        """Of a loop; where they can't be read one, and a doubt."""
+        try:
+            return trip_count(self.module, loop, by_name)
+        except ValueError as error:
+            self.doubts.append(f"{error}; it is counted once, so that the step takes longer than estimated")
+            return 1
+
     def _run(self, one: Instruction, times: int, by_name: dict[str, Instruction]) -> Operation | None:
         """Notes an instruction that runs by itself; None where there is nothing to run."""
         opcode, num_bytes = one.opcode, 0.0
@@ -134,7 +145,7 @@ class _Walk:
             num_bytes = float(one.num_bytes + sum(by_name[name].num_bytes for name in one.operands))
             if one.attribute("custom_call_target") == "tpu_custom_call":
                 kind, share = "kernel", KERNEL_SHARE
-                flops, counted = _kernel_counts(one)
+                flops, counted = _kernel_counts(one, by_name)
                 num_bytes = counted or num_bytes
             seconds = max(flops / (share * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second)
         else:
@@ -274,7 +285,7 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
     """How often a while loop with a counter runs: from its start, the bound in its condition, and its stride.
 
     Raises:
-      ValueError: a condition that compares no counter with a constant.
+      ValueError: the condition compares no counter with a constant, or its start or stride is none.
     """
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     inside = {one.name: one for one in module.computations[condition]}
@@ -288,24 +299,26 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
         raise ValueError(f"the loop {loop.name} has no constant bound")
     index = int(counters[0].attribute("index"))
     initial = by_name.get(loop.operands[0])
-    start = 0
+    start = None
     if initial is not None and initial.opcode == "tuple":
-        start = _constant(_through_copies(by_name, initial.operands[index])) or 0
+        start = _constant(_through_copies(by_name, initial.operands[index]))
     stride = _stride(module.computations[body], index)
+    if start is None or not stride:
+        raise ValueError(f"the loop {loop.name} has no constant {'start' if start is None else 'stride'}")
     return max(0, math.ceil((bound - start) / stride))
 
 
-def _stride(body: Sequence[Instruction], index: int) -> int:
-    """What a loop's body adds to the counter at `index` of its tuple; 1 where that can't be seen."""
+def _stride(body: Sequence[Instruction], index: int) -> int | None:
+    """What a loop's body adds to the counter at `index` of its tuple; None where that can't be seen."""
     by_name = {one.name: one for one in body}
     (root,) = [one for one in body if one.is_root]
-    update = by_name.get(root.operands[index]) if root.opcode == "tuple" else None
+    update = _through_copies(by_name, root.operands[index]) if root.opcode == "tuple" else None
     if update is not None and update.opcode == "add":
         for name in update.operands:
-            value = _constant(by_name.get(name))
+            value = _constant(_through_copies(by_name, name))
             if value is not None:
                 return value
-    return 1
+    return None
 
 
 def _through_copies(by_name: dict[str, Instruction], name: str) -> Instruction | None:
@@ -413,7 +426,13 @@ def _moved_bytes(one: Instruction) -> int:
     return shape_bytes(first if one.opcode == "copy-start" else second)
 
 
-def _kernel_counts(one: Instruction) -> tuple[float, float]:
-    """(FLOPs, bytes) that a custom kernel carries; zero where it carries none."""
+def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[float, float]:
+    """(FLOPs, bytes) that a custom kernel carries, or that we know of it; zero where neither."""
     estimate = one.config.get("custom_call_config", {}).get("cost_estimate", {})
-    return float(estimate.get("flops", 0)), float(estimate.get("bytes_accessed", 0))
+    flops = float(estimate.get("flops", 0))
+    for name, products in _ATTENTION_PRODUCTS.items():
+        if not flops and one.name.startswith(name):
+            # Query and key, [B, H, L, D]; small arrays on the mask come first.
+            query, key = [shape for o in one.operands for shape in array_dims(by_name[o].shape) if len(shape) == 4][:2]
+            flops = 2.0 * products * math.prod(query) * key[2]
+    return flops, float(estimate.get("bytes_accessed", 0))

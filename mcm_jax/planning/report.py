@@ -49,6 +49,7 @@ def record(
         "seconds_modelled_kernels": compiled.seconds("kernel"),
         "seconds_modelled_collectives_exposed": compiled.seconds("collective"),
         "seconds_modelled_copies_exposed": compiled.seconds("copy"),
+        "doubts": list(compiled.doubts),
         "collective_bytes": {name: total for name, (_, total, _, _) in compiled.collectives().items()},
     }
 
@@ -86,6 +87,7 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
             f"the paper's         {record['published_steps_per_second']} steps a second, measured by its "
             "authors (appendix A.2)"
         )
+    lines += [f"not known           {doubt}" for doubt in compiled.doubts]
     lines += ["", f"the {costliest} costliest operations, ms a step", *_operations(compiled, costliest)]
     return "\n".join(lines)
 

@@ -17,13 +17,14 @@ LINK = 4.5e10  # bytes a second
 
 @pytest.fixture(scope="module")
 def operations():
-    found = cost.operations(
+    found, doubts = cost.operations(
         hlo.parse(MODULE),
         chips.chip("v5e"),
         coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
         bounds=(2, 2),
         package=Path("/checkout/mcm_jax"),
     )
+    assert doubts == []
     return {one.name: one for one in found}
 
 
@@ -133,10 +134,40 @@ def test_a_partly_hidden_collective():
             coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
             bounds=(2, 2),
             package=Path("/checkout"),
-        )
+        )[0]
         if one.name == "gather-start"
     ]
     assert gather.exposed_seconds == pytest.approx(gather.seconds - ROUNDS * 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "doubt"),
+    [
+        ("%start = (s32[]", None, "no constant start"),
+        ("%bound = s32[]{:T(128)} constant(10)", "%bound = s32[]{:T(128)} parameter(1)", "no constant bound"),
+        ("constant(2)", "parameter(1)", "no constant stride"),
+        ("compare(%at.1, %bound), direction=LT", "and(%at.1, %bound)", "its condition is and"),
+    ],
+)
+def test_a_loop_that_can_not_be_read_is_told(line, other, doubt):
+    """And counted once; the rest of the plan is there."""
+    text = MODULE
+    if other is None:
+        (counter,) = [one for one in MODULE.splitlines() if "constant(4)" in one]
+        text = MODULE.replace(counter, counter.replace("constant(4)", "parameter(3)"))
+    else:
+        assert line in MODULE
+        text = MODULE.replace(line, other)
+    found, doubts = cost.operations(
+        hlo.parse(text),
+        chips.chip("v5e"),
+        coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
+        bounds=(2, 2),
+        package=Path("/checkout"),
+    )
+    [told] = doubts
+    assert doubt in told and "while.1" in told
+    assert {one.count for one in found} == {1}
 
 
 def test_source_lines_name_this_program_first(operations):
@@ -208,3 +239,25 @@ def test_out_of_memory_is_an_answer(message, needed):
 
 def test_other_errors_are_none():
     assert compilation.too_large("INTERNAL: Mosaic failed to compile", available=1.0) is None
+
+
+@pytest.mark.parametrize(("name", "products"), [("splash_mha_fwd_residuals", 2), ("splash_mha_dkv.1", 5)])
+def test_attentions_kernels_are_counted_here(name, products):
+    """They carry no counts: a product of L x D and D x L' is 2 L L' D, whichever way round."""
+    shapes = ["bf16[32,8,256,128]{3,2,1,0}", "bf16[32,8,512,128]{3,2,1,0}", "bf16[32,8,512,128]{3,2,1,0}"]
+    text = "\n".join(
+        [
+            "HloModule m, is_scheduled=true",
+            "ENTRY %main () -> f32[] {",
+            "  %mask = s8[1,1,1]{2,1,0} parameter(0)",
+            *(f"  %p{n} = {shape} parameter({n + 1})" for n, shape in enumerate(shapes)),
+            f"  ROOT %{name} = bf16[32,8,256,128]{{3,2,1,0}} custom-call(%mask, %p0, %p1, %p2), "
+            'custom_call_target="tpu_custom_call"',
+            "}",
+        ]
+    )
+    [kernel], _ = cost.operations(
+        hlo.parse(text), chips.chip("v5e"), coordinates=[(0, 0)], bounds=(1, 1), package=Path("/")
+    )
+    assert kernel.kind == "kernel" and kernel.flops == products * 2 * 32 * 8 * 256 * 512 * 128
+    assert kernel.seconds == pytest.approx(kernel.flops / (0.4 * 197e12))
