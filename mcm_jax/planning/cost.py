@@ -433,6 +433,7 @@ def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[f
     for name, products in _ATTENTION_PRODUCTS.items():
         if not flops and one.name.startswith(name):
             # Query and key, [B, H, L, D]; small arrays on the mask come first.
-            query, key = [shape for o in one.operands for shape in array_dims(by_name[o].shape) if len(shape) == 4][:2]
+            operands = (dims for o in one.operands for dims in array_dims(by_name[o].shape))
+            query, key, *_ = (dims for dims in operands if len(dims) == 4)
             flops = 2.0 * products * math.prod(query) * key[2]
     return flops, float(estimate.get("bytes_accessed", 0))
