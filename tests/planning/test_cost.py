@@ -241,9 +241,14 @@ def test_other_errors_are_none():
     assert compilation.too_large("INTERNAL: Mosaic failed to compile", available=1.0) is None
 
 
-@pytest.mark.parametrize(("name", "products"), [("splash_mha_fwd_residuals", 2), ("splash_mha_dkv.1", 5)])
+@pytest.mark.parametrize(
+    ("name", "products"), [("splash_mha_fwd_residuals", 2), ("splash_mha_dkv.1", 5), ("name.3", 0)]
+)
 def test_attentions_kernels_are_counted_here(name, products):
-    """They carry no counts: a product of L x D and D x L' is 2 L L' D, whichever way round."""
+    """They carry no counts: a product of L x D and D x L' is 2 L L' D, whichever way round.
+
+    Of a kernel that nobody knows it is said.
+    """
     shapes = ["bf16[32,8,256,128]{3,2,1,0}", "bf16[32,8,512,128]{3,2,1,0}", "bf16[32,8,512,128]{3,2,1,0}"]
     text = "\n".join(
         [
@@ -256,8 +261,14 @@ def test_attentions_kernels_are_counted_here(name, products):
             "}",
         ]
     )
-    [kernel], _ = cost.operations(
+    [kernel], doubts = cost.operations(
         hlo.parse(text), chips.chip("v5e"), coordinates=[(0, 0)], bounds=(1, 1), package=Path("/")
     )
     assert kernel.kind == "kernel" and kernel.flops == products * 2 * 32 * 8 * 256 * 512 * 128
-    assert kernel.seconds == pytest.approx(kernel.flops / (0.4 * 197e12))
+    if products:
+        assert kernel.seconds == pytest.approx(kernel.flops / (0.4 * 197e12)) and doubts == []
+    else:
+        # The query, two keys or values, the result, two bytes a number, and the mask.
+        num_bytes = 2 * 32 * 8 * 128 * (256 + 512 + 512 + 256) + 1
+        assert kernel.seconds == pytest.approx(num_bytes / 0.81e12)
+        assert doubts == ["the kernel name.3 carries no FLOPs: its time is that of its bytes"]
