@@ -73,6 +73,9 @@ class ModelConfig:
         True,
         "transformer blocks one after the other; False: a loop, which compiles faster and runs slower on CPU",
     )
+    attention: Literal["fused", "einsum"] = _field(
+        "fused", "by a kernel where the devices are TPUs and its tiles fit, or always written out"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +182,9 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int = _field(-1, "devices over which the batch alone is split; -1: all that are left", low=-1)
-    fsdp: int = _field(1, "devices over which the parameters are split too", low=1)
+    fsdp: int = _field(
+        1, "devices over which the parameters are split too; each gathers them whole in every update", low=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From a config to the parts of a run: network, schedule, objective, optimizer."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,9 @@ from mcm_jax.configuration import Config
 from mcm_jax.diffusion import schedules, segments
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.models import attention
 from mcm_jax.models.network import Network
+from mcm_jax.models.placement import Placement
 from mcm_jax.models.uvit import Stage, UViTSpec
 from mcm_jax.objectives.consistency import consistency_loss
 from mcm_jax.objectives.diffusion import diffusion_loss
@@ -65,13 +68,14 @@ def build_schedule(config: Config) -> Schedule:
 
 def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
     """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
-    over_batch = sharding.batch_sharding(mesh)
+    placement = _placement(config, mesh)
+    network = Network(dataclasses.replace(network.spec, placement=placement))
 
     def bind(params: Any) -> ModelFn:
-        # Without the constraints the compiler may replicate activations where parameters are split.
-        constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch)
-        return lambda z_t, logsnr_t, cond, key: constrain(
-            network.apply(params, constrain(z_t), logsnr_t, cond, key)
+        # Gathered once for all that is done with them, not layer by layer and again for the gradient.
+        params = sharding.gathered(mesh, network.rounded(params))
+        return lambda z_t, logsnr_t, cond, key: placement.constrain(
+            network.apply(params, placement.constrain(z_t), logsnr_t, cond, key)
         )
 
     objective = build_objective(config, null_class=network.null_class)
@@ -88,6 +92,18 @@ def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossF
         )
 
     return loss_fn
+
+
+def _placement(config: Config, mesh: Mesh) -> Placement:
+    """Feature maps split by example: unasked the compiler replicates them where parameters are split."""
+    over_batch = sharding.batch_sharding(mesh)
+    attend = attention.einsum
+    if config.model.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
+        attend = jax.shard_map(
+            attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
+        )
+    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch)
+    return Placement(constrain=constrain, attend=attend)
 
 
 # (model_fn, teacher_fn, target_fn, x, cond, key, train_step) -> loss of every example; functions that the

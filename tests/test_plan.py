@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import re
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from mcm_jax import plan as program
 from mcm_jax import rows
 from mcm_jax.errors import InputError
+from mcm_jax.models import attention
 from mcm_jax.planning import compilation, report, topologies
 from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
@@ -53,6 +57,28 @@ def test_a_tiny_network_on_four_chips(tmp_path):
     assert record["collective_bytes"]["all-gather"] > 0
     assert "no measurements" in result.stdout and "the compiler's estimate" in result.stdout
     assert (tmp_path / "plan.hlo").read_text().startswith("HloModule jit_update")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_fused_attention_is_a_kernel_on_a_tpu():
+    """It compiles, with its gradient, and its FLOPs are those of seven products of L x D and D x L."""
+    slice_ = topologies.describe("v5e:2x2")
+    mesh = jax.sharding.Mesh(slice_.devices[:1], "x")
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    queries = jax.ShapeDtypeStruct((2, 2, 256, 128), jnp.bfloat16, sharding=there)
+
+    def gradient(q, k, v):
+        return jax.grad(lambda *qkv: jnp.sum(attention.fused(*qkv).astype(jnp.float32)), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    plan = compilation.plan(
+        jax.jit(gradient), (queries,) * 3, slice_, mesh=mesh, package=Path(attention.__file__).parent
+    )
+    kernels = [one for one in plan.operations if one.kind == "kernel"]
+    assert len(kernels) == 2
+    assert sum(one.flops for one in kernels) == 7 * 2 * 2 * 2 * 256 * 256 * 128
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mcm_jax.models.attention import AttentionFn
+
 Norm = Literal["layer", "group"]
 _zeros = nnx.initializers.zeros
 
@@ -19,6 +21,29 @@ def _modulate(
     shape = (h.shape[0],) + (1,) * (h.ndim - 2) + (-1,)
     scale, shift = (part.reshape(shape) for part in jnp.split(scale_shift, 2, axis=-1))
     return h * (1 + scale) + shift
+
+
+def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) -> Float[Array, "B L *rest"]:
+    """Zeroes each value with probability `rate`, to the nearest 1/256, and scales up the others.
+
+    Without a key it does nothing. One random word serves four values: on a TPU random words cost more than
+    the layer that they are for.
+
+    Args:
+      rate: at most 255/256.
+    """
+    kept = 256 - round(256 * rate)
+    if key is None or kept == 256:
+        return h
+    examples, length, *rest = h.shape
+    words = jax.random.bits(key, (examples, 1, -(-length // 4), *rest), jnp.uint32)
+    # Kept apart from what uses them: the compiler would make them again for each of the four.
+    words = jax.lax.optimization_barrier(words)
+    # Byte n of a word is below `kept`, without shifting it down.
+    unit = (1 << jnp.arange(0, 32, 8, dtype=jnp.uint32)).reshape(1, 4, *(1,) * (h.ndim - 1))
+    # Kept apart again, or the compiler writes whole words where one bit each would do.
+    stays = jax.lax.optimization_barrier((words & (0xFF * unit)) < kept * unit)
+    return jnp.where(stays.reshape(examples, -1, *rest)[:, :length], h * (256 / kept), 0)
 
 
 class ResNetBlock(nnx.Module):
@@ -45,7 +70,7 @@ class ResNetBlock(nnx.Module):
         self.conv_1 = nnx.Conv(width, width, (3, 3), dtype=dtype, rngs=rngs)
         self.modulation = nnx.Linear(embedding_width, 2 * width, dtype=dtype, rngs=rngs)
         self.norm_2 = make_norm()
-        self.dropout = nnx.Dropout(dropout)
+        self.rate = dropout
         self.conv_2 = nnx.Conv(width, width, (3, 3), dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
     def __call__(
@@ -53,27 +78,75 @@ class ResNetBlock(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         h = self.conv_1(jax.nn.swish(self.norm_1(x)))
         h = _modulate(self.norm_2(h), self.modulation(emb))
-        h = self.dropout(jax.nn.swish(h), deterministic=key is None, rngs=key)
+        h = dropout(jax.nn.swish(h), self.rate, key)
         return x + self.conv_2(h)
+
+
+@jax.custom_vjp
+def layer_norm(
+    x: Float[Array, "*B C"], scale: Float[Array, "C"], bias: Float[Array, "C"]
+) -> Float[Array, "*B C"]:
+    """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; the dtype is x's.
+
+    For the gradient only x and its moments are kept: what else there is on the way costs a TPU more to store
+    than to compute again.
+    """
+    return _layer_norm(x, scale, bias)[0]
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(wide**2, axis=-1, keepdims=True) - mean**2, 0)
+    inverse = jax.lax.rsqrt(variance + 1e-6)
+    factor = inverse * scale
+    return (wide * factor + (bias - mean * factor)).astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = kept
+    gradient = gradient.astype(jnp.float32)
+    normalised = (x.astype(jnp.float32) - mean) * inverse
+    inner = gradient * scale
+    along = jnp.mean(inner * normalised, axis=-1, keepdims=True)
+    x_gradient = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normalised * along)
+    over = tuple(range(x.ndim - 1))
+    return x_gradient.astype(x.dtype), jnp.sum(gradient * normalised, over), jnp.sum(gradient, over)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
+
+
+@jax.custom_vjp
+def _apart(x: Array) -> Array:
+    """x, never computed as a part of what uses it; its gradient may be."""
+    return jax.lax.optimization_barrier(x)
+
+
+_apart.defvjp(lambda x: (_apart(x), None), lambda _, gradient: (gradient,))
 
 
 class SelfAttention(nnx.Module):
     """softmax(n(q) n(k)^T / sqrt(head width)) v with layer-normalised q and k, output zero at first."""
 
-    def __init__(self, width: int, *, head_width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.head_width = head_width
+    def __init__(self, width: int, *, head_width: int, attend: AttentionFn, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.head_width, self.attend = head_width, attend
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm_q = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
         self.norm_k = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, d=self.head_width)
-        scale = self.head_width**-0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", self.norm_q(q) * scale, self.norm_k(k))
-        weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(v.dtype)
-        h = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-        return self.out(rearrange(h, "b h l d -> b l (h d)"))
+        # One product for each, so that it is written the way that attention reads it.
+        kernel = rearrange(self.qkv.kernel[...], "c (n h d) -> n c h d", n=3, d=self.head_width)
+        q, k, v = (jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype))
+        q, k = (
+            layer_norm(part, norm.scale[...], norm.bias[...])
+            for part, norm in ((q, self.norm_q), (k, self.norm_k))
+        )
+        h = self.attend(q * self.head_width**-0.5, k, v)
+        kernel = rearrange(self.out.kernel[...], "(h d) c -> h d c", d=self.head_width).astype(h.dtype)
+        return jnp.einsum("bhld,hdc->blc", h, kernel) + self.out.bias[...].astype(h.dtype)
 
 
 class TransformerBlock(nnx.Module):
@@ -85,6 +158,7 @@ class TransformerBlock(nnx.Module):
         *,
         embedding_width: int,
         head_width: int,
+        attend: AttentionFn,
         mlp_factor: int,
         dropout: float,
         dtype: jnp.dtype,
@@ -94,16 +168,17 @@ class TransformerBlock(nnx.Module):
         self.norm_mlp = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp_in = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.modulation = nnx.Linear(embedding_width, 2 * hidden, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.rate = dropout
         self.mlp_out = nnx.Linear(hidden, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
         self.norm_attention = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width, head_width=head_width, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(width, head_width=head_width, attend=attend, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B L C"], emb: Float[Array, "B E"], key: jax.Array | None
     ) -> Float[Array, "B L C"]:
-        h = jax.nn.swish(self.mlp_in(self.norm_mlp(x)))
+        # Without a gradient a TPU's compiler would make one operation of both products, a slower one.
+        h = jax.nn.swish(_apart(self.mlp_in(self.norm_mlp(x))))
         h = _modulate(h, self.modulation(emb))
-        h = self.dropout(h, deterministic=key is None, rngs=key)
+        h = dropout(h, self.rate, key)
         x = x + self.mlp_out(h)
         return x + self.attention(self.norm_attention(x))

@@ -11,12 +11,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
+from mcm_jax.models.placement import Placement
 
 StageKind = Literal["resnet", "transformer"]
 Remat = Literal["none", "full", "dots"]
@@ -48,6 +49,7 @@ class UViTSpec:
     dtype: Literal["float32", "bfloat16"]
     remat: Remat = "none"
     unroll: bool = True
+    placement: Placement = Placement()
 
     def build(self, rngs: nnx.Rngs) -> "UViT":
         """The network of these sizes."""
@@ -58,7 +60,7 @@ class ResNetStage(nnx.Module):
     """ResNet blocks in a row."""
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
-        self.remat = spec.remat
+        self.remat, self.constrain = spec.remat, spec.placement.constrain
         self.blocks = nnx.List(
             ResNetBlock(
                 stage.width,
@@ -76,7 +78,7 @@ class ResNetStage(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         call = _call_block(self.remat)
         for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
-            x = call(block, x, emb, block_key)
+            x = self.constrain(call(block, x, emb, block_key))
         return x
 
 
@@ -86,6 +88,7 @@ class TransformerStage(nnx.Module):
     def __init__(self, stage: Stage, spec: UViTSpec, *, side: int, rngs: nnx.Rngs):
         """side: height and width of the feature map in pixels."""
         self.num_blocks, self.remat, self.unroll = stage.blocks, spec.remat, spec.unroll
+        self.constrain = spec.placement.constrain
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
 
         @nnx.split_rngs(splits=stage.blocks)
@@ -95,6 +98,7 @@ class TransformerStage(nnx.Module):
                 stage.width,
                 embedding_width=spec.embedding_width,
                 head_width=spec.head_width,
+                attend=spec.placement.attend,
                 mlp_factor=spec.mlp_factor,
                 dropout=stage.dropout,
                 dtype=jnp.dtype(spec.dtype),
@@ -114,9 +118,10 @@ class TransformerStage(nnx.Module):
         def run(
             x: Float[Array, "B L C"], block: TransformerBlock, key: jax.Array | None
         ) -> Float[Array, "B L C"]:
-            return call(block, x, emb, key)
+            return self.constrain(call(block, x, emb, key))
 
         x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
+        x = self.constrain(x)
         return rearrange(run(x, self.blocks, keys), "b (h w) c -> b h w c", h=side)
 
 
@@ -159,7 +164,7 @@ class UViT(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
-        self.dtype = dtype
+        self.dtype, self.constrain = dtype, spec.placement.constrain
 
     def __call__(
         self,
@@ -171,22 +176,37 @@ class UViT(nnx.Module):
         """Args: label in [0, num_classes], the last is 'unconditional'; key None: no dropout."""
         levels = len(self.down)
         keys = _split(key, 2 * levels + 1)
-        emb = jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype)
-        h = self.conv_in(z_t.astype(self.dtype))
+        emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype))
+        h = self.constrain(self.conv_in(z_t.astype(self.dtype)))
         skips = []
         for level in range(levels):
             h = self.down_stages[level](h, emb, keys[level])
             skips.append(h)
-            h = self.down[level](reduce(h, "b (h i) (w j) c -> b h w c", "mean", i=2, j=2))
+            h = self.constrain(_pooled(self.down[level], h))
         h = self.middle(h, emb, keys[levels])
         for level in reversed(range(levels)):
-            h = repeat(self.up[level](h), "b h w c -> b (h i) (w j) c", i=2, j=2)
+            h = self.constrain(_doubled(self.up[level](h)))
             if self.skips[level]:
                 # Both terms have unit variance at first; so does their sum over sqrt 2.
                 h = (h + skips[level]) * 0.5**0.5
             h = self.up_stages[level](h, emb, keys[2 * levels - level])
         h = jax.nn.swish(self.norm_out(h))
         return self.conv_out(h.astype(jnp.float32))
+
+
+def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 D"]:
+    """projection(2x2 average pool(x)), as one convolution."""
+    kernel = projection.kernel[...].astype(x.dtype) / 4
+    taps = jnp.broadcast_to(kernel, (2, 2, *kernel.shape))
+    y = jax.lax.conv_general_dilated(x, taps, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + projection.bias[...].astype(x.dtype)
+
+
+def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+    """Every pixel twice in height and width."""
+    # Along the width by a product with zeros and ones: a TPU shifts pixels more slowly than it multiplies.
+    twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
+    return repeat(jnp.einsum("vw,bhwc->bhvc", twice, x), "b h w c -> b (h i) w c", i=2)
 
 
 def _call_block(remat: Remat) -> Callable[..., Array]:

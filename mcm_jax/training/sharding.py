@@ -57,17 +57,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def params_sharding(mesh: Mesh, abstract: Any) -> Any:
-    """The largest axis that fsdp divides is split over it; small arrays are replicated."""
+    """The largest axis that fsdp divides is split over it, the last if no other can be; not in small arrays.
+
+    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it.
+    """
     fsdp = mesh.shape["fsdp"]
 
-    def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def rule(leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
         if fsdp == 1 or not divisible or np.prod(leaf.shape) < _SMALLEST_SHARDED:
             return replicated(mesh)
-        axis = max(divisible, key=lambda axis: leaf.shape[axis])
+        axis = max(divisible, key=lambda axis: (axis < len(leaf.shape) - 1, leaf.shape[axis]))
         return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
 
     return jax.tree.map(rule, abstract)
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """`params` on every device; their gradient goes back to where they lie, summed on the way."""
+
+    @jax.custom_vjp
+    def gather(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+    def back(_: None, gradient: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(gradient, params_sharding(mesh, gradient)),)
+
+    gather.defvjp(lambda params: (gather(params), None), back)
+    return gather(params)
 
 
 def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> None:

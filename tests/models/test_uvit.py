@@ -1,12 +1,15 @@
+import collections
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mcm_jax.models import blocks, embeddings
+from mcm_jax.models import attention, embeddings, uvit
 from mcm_jax.models.network import Network
+from mcm_jax.models.placement import Placement
 from mcm_jax.models.uvit import Stage, UViTSpec
 
 SPEC = UViTSpec(
@@ -154,8 +157,58 @@ def test_noise_position_spans_its_range(scale):
     assert jnp.all(jnp.diff(position) > 0)
 
 
-def test_modulation_is_per_example():
-    h = jnp.ones((2, 3, 3, 2))
-    scale_shift = jnp.array([[0.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.0, 2.0]])
-    out = blocks._modulate(h, scale_shift)
-    np.testing.assert_allclose(out[:, 1, 2], [[1.5, 2.0], [2.0, 3.0]])
+@pytest.fixture(scope="module")
+def projection():
+    linear = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    linear.bias[...] = jnp.arange(3.0)
+    return linear
+
+
+def test_down_is_a_pool_and_a_projection(projection):
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 6, 4, 5)), np.float64)
+    pooled = x.reshape(2, 3, 2, 2, 2, 5).mean((2, 4))
+    expected = pooled @ np.asarray(projection.kernel[...], np.float64) + np.arange(3)
+    # Twenty products of order one in float32.
+    np.testing.assert_allclose(uvit._pooled(projection, jnp.asarray(x, jnp.float32)), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_up_doubles_every_pixel_exactly(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5), dtype)
+    expected = np.asarray(x, np.float32).repeat(2, 1).repeat(2, 2)
+    np.testing.assert_array_equal(np.asarray(uvit._doubled(x), np.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_weights_give_the_same(dtype, params):
+    """Those of layers that multiply in bfloat16 are halved, all others untouched."""
+    network = Network(dataclasses.replace(SPEC, dtype=dtype))
+    rounded = network.rounded(params)
+    value, expected = (network.apply(p, Z, LOGSNR, LABEL, None) for p in (rounded, params))
+    np.testing.assert_array_equal(value, expected)
+    kinds = {jnp.dtype("float32"), jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == kinds
+    assert rounded["middle"]["blocks"]["mlp_in"]["kernel"].dtype == dtype
+    for path in (("conv_out", "kernel"), ("conditioning", "dense_1", "kernel"), ("norm_out", "scale")):
+        leaf, same = rounded, params
+        for name in path:
+            leaf, same = leaf[name], same[name]
+        np.testing.assert_array_equal(leaf, same)
+
+
+def test_a_placement_sees_every_block_and_its_attention(params):
+    """`constrain` around every block, `attend` in all three transformer stages."""
+    seen = collections.Counter()
+
+    def constrain(h):
+        seen["map"] += 1
+        return h
+
+    def attend(q, k, v):
+        seen["attention"] += 1
+        return attention.einsum(q, k, v)
+
+    placed = dataclasses.replace(SPEC, placement=Placement(constrain, attend))
+    value = Network(placed).apply(params, Z, LOGSNR, LABEL, None)
+    np.testing.assert_allclose(value, Network(SPEC).apply(params, Z, LOGSNR, LABEL, None), atol=1e-5)
+    assert seen["map"] >= 7 and seen["attention"] >= 3  # a scan traces its body once

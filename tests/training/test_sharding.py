@@ -1,6 +1,7 @@
-"""Which device holds what, on made-up meshes of eight; nothing is computed."""
+"""Which device holds what, on made-up meshes of eight."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -54,15 +55,16 @@ def test_a_batch_that_can_not_be_divided():
     [
         ((128, 128), P("fsdp")),  # 2**14 exactly: no longer small.
         ((128, 127), P()),
-        ((3, 3, 64, 128), P(None, None, None, "fsdp")),
-        ((3, 3, 128, 64), P(None, None, "fsdp")),
-        ((301, 2, 64), P(None, None, "fsdp")),  # The largest axis that can be divided.
+        ((64, 1024), P("fsdp")),  # The last axis only where no other can be divided.
+        ((63, 1024), P(None, "fsdp")),
+        ((3, 3, 64, 128), P(None, None, "fsdp")),
+        ((16, 128, 64), P(None, "fsdp")),  # The largest of the others.
         ((301, 303), P()),
-        ((2, 2**14), P(None, "fsdp")),
+        ((2**14,), P("fsdp")),
         ((), P()),
     ],
 )
-def test_large_parameters_are_split_along_their_largest_axis(shape, spec):
+def test_large_parameters_are_split_along_their_largest_axis_but_the_last(shape, spec):
     mesh = sharding.make_mesh(data=2, fsdp=4)
     leaf = jax.ShapeDtypeStruct(shape, np.float32)
     found = sharding.params_sharding(mesh, {"w": leaf})["w"]
@@ -70,6 +72,25 @@ def test_large_parameters_are_split_along_their_largest_axis(shape, spec):
     assert found.spec == spec
     whole = sharding.params_sharding(sharding.make_mesh(data=8, fsdp=1), {"w": leaf})["w"]
     assert whole.is_fully_replicated and sharding.replicated(mesh).is_fully_replicated
+
+
+def test_gathered_parameters_are_everywhere_and_their_gradient_is_not():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = {"w": jnp.arange(2.0**14).reshape(2**7, 2**7) / 2**14, "b": jnp.arange(3.0)}
+    split = sharding.params_sharding(mesh, params)
+    params = jax.device_put(params, split)
+
+    def loss(params):
+        whole = sharding.gathered(mesh, params)
+        jax.debug.inspect_array_sharding(whole["w"], callback=lambda found: seen.append(found))
+        return jnp.sum(jnp.sin(whole["w"])) + jnp.sum(whole["b"] ** 2)
+
+    seen = []
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert seen[0].is_fully_replicated
+    assert gradient["w"].sharding.is_equivalent_to(split["w"], 2) and not split["w"].is_fully_replicated
+    np.testing.assert_allclose(gradient["w"], np.cos(params["w"]), rtol=1e-6)
+    np.testing.assert_allclose(gradient["b"], 2 * params["b"])
 
 
 class Chip:

@@ -1,0 +1,44 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcm_jax.models import attention
+
+
+def draw(shape):
+    """Queries, keys, values, and weights of a sum of the result."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, w = (jax.random.normal(key, shape) for key in keys)
+    return q * shape[-1] ** -0.5, k, v, w
+
+
+def test_written_out_is_the_formula_in_float64():
+    q, k, v, _ = draw((2, 3, 5, 4))
+    logits = np.einsum("bhqd,bhkd->bhqk", *(np.asarray(a, np.float64) for a in (q, k)))
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bhkd->bhqd", weights, np.asarray(v, np.float64))
+    np.testing.assert_allclose(attention.einsum(q, k, v), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 1, 256, 128)])
+def test_the_kernel_is_what_is_written_out(shape):
+    """Value and gradients, by the kernel's text run on the CPU; it sums in another order, in float32."""
+    q, k, v, w = draw(shape)
+
+    def value_and_grad(attend):
+        return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv) * w), argnums=(0, 1, 2))(q, k, v)
+
+    value, gradients = value_and_grad(functools.partial(attention.fused, interpret=True))
+    expected, expected_gradients = value_and_grad(attention.einsum)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 2, 128, 32)])
+def test_what_is_no_multiple_of_a_tile_is_written_out(shape):
+    q, k, v, _ = draw(shape)
+    np.testing.assert_array_equal(attention.fused(q, k, v), attention.einsum(q, k, v))
