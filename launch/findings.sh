@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures which of the paper's findings hold on two small problems: a closed-form mixture (exact teacher, exact
 # distance) and 16x16 OpenMoji (trained teacher, proxy distance). Took half an hour of one core for the mixture, and
-# 167 minutes of one busy core for OpenMoji; alone on two cores it should take 90 at most.
+# 40 minutes a seed of one core for OpenMoji. Both cores take two thirds as long (three cells compared): 80 minutes for
+# three seeds, an estimate. A seed of the choices took another half an hour of one core.
 #
 #   bash launch/findings.sh                           runs/findings, 3 seeds
 #   bash launch/findings.sh --quick                   everything in short: shows that it runs
