@@ -148,7 +148,7 @@ class _Walk:
                 flops, counted = _kernel_counts(one, by_name)
                 num_bytes = counted or num_bytes
                 if not flops:
-                    self.doubts.append(f"the kernel {one.name} carries no FLOPs: its time is that of its bytes")
+                    self.doubts.append(f"the kernel {one.name} has no FLOPs, its time is that of its bytes")
             seconds = max(flops / (share * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second)
         else:
             return None
