@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mcm_jax import report as program
+from mcm_jax.bench import trajectories
 from mcm_jax.errors import InputError
 from tests.reporting.made_up import TEACHER, record, write
 
@@ -93,6 +94,22 @@ def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys, monkeypa
     )
     told = capsys.readouterr().err
     assert [told.count(f"{title}: ") for title in ("1 step", "4 steps")] == [2, 2]
+
+
+def test_the_figure_s_numbers_over_training_seeds(tmp_path, monkeypatch):
+    """Mean and standard error of those that every seed has alone."""
+    monkeypatch.setattr(program, "FIGURE_STEPS", (1,))
+    monkeypatch.setattr(program, "_DRAWS", 2)
+    distances = {0: 0.25, 1: 0.5, 2: 0.75}
+
+    def student(mixture, z_1, *, config, num_samples):
+        found = trajectories.exact(mixture, z_1, num_samples=num_samples)
+        return found._replace(distance=distances[config.seed])
+
+    monkeypatch.setattr(trajectories, "student", student)
+    line = program.trajectories_figure(tmp_path / "figure.png", seeds=3, num_paths=2, num_samples=50)
+    # The sample's standard deviation is 1/4.
+    assert f"1 step 0.2500 (0.5000 ± {0.25 / 3**0.5:.4f} over 3 training seeds), diffusion model" in line
 
 
 def test_no_student_is_trained_for_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
