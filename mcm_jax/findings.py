@@ -103,7 +103,7 @@ def define_flags() -> None:
         "Directory of the results; the same one continues. Default: runs/findings, or runs/findings_quick.",
     )
     flags.DEFINE_list("settings", list(SETTINGS), f"Which of {', '.join(SETTINGS)}.")
-    flags.DEFINE_integer("seeds", 3, "How many training seeds.", lower_bound=2)
+    flags.DEFINE_integer("seeds", None, "How many training seeds; default: 3, --quick 2.", lower_bound=2)
     flags.DEFINE_bool("quick", False, "Trainings of seconds: shows that everything runs, not what holds.")
     flags.DEFINE_bool("choices", False, "Also measure the choices that the paper leaves open.")
     flags.DEFINE_bool("report_only", False, "Write the report from the results there are.")
@@ -116,7 +116,7 @@ def main() -> None:
     markdown = run(
         out,
         settings=values.settings,
-        seeds=values.seeds,
+        seeds=values.seeds or (2 if values.quick else 3),
         quick=values.quick,
         choices=values.choices,
         report_only=values.report_only,

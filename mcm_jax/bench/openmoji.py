@@ -64,7 +64,8 @@ QUICK = Setting(
     constant_student_steps=(1,),
     sampler_steps=(16,),
     teacher_sampling_steps=32,
-    progressive_first=4,
+    # Two stages at least for every student: a single stage is a run where others have their stages.
+    progressive_first=8,
 )
 
 
