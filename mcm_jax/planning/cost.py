@@ -24,7 +24,7 @@ Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
 # Share of peak that a custom kernel is taken to reach.
 KERNEL_SHARE = 0.4
 # FLOPs of attention's kernels, which carry no counts, in products of an L x D with a D x L' matrix.
-_ATTENTION_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, "splash_mha_dq": 3}
+_ATTENTION_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -37,6 +37,10 @@ _COMPUTES = ("fusion", "convolution", "custom-call", "scatter", "gather", "sort"
 # Custom calls that name memory and move nothing.
 _FREE = ("AllocateBuffer", "ConcatBitcast")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+
+
+class Unreadable(Exception):
+    """What a loop's condition or body does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ def operations(
     """
     walk = _Walk(module, chip, coordinates, bounds, package)
     walk.computation(module.entry, 1)
-    return walk.found, walk.doubts
+    return walk.found, list(dict.fromkeys(walk.doubts))
 
 
 class _Walk:
@@ -125,7 +129,7 @@ class _Walk:
         """Of a loop; where they can't be read one, and a doubt."""
         try:
             return trip_count(self.module, loop, by_name)
-        except ValueError as error:
+        except Unreadable as error:
             self.doubts.append(f"{error}; it is counted once, so that the step takes longer than estimated")
             return 1
 
@@ -287,18 +291,18 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
     """How often a while loop with a counter runs: from its start, the bound in its condition, and its stride.
 
     Raises:
-      ValueError: the condition compares no counter with a constant, or its start or stride is none.
+      Unreadable: the condition compares no counter with a constant, or its start or stride is none.
     """
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     inside = {one.name: one for one in module.computations[condition]}
     (root,) = [one for one in inside.values() if one.is_root]
     if root.opcode != "compare" or root.attribute("direction") not in ("LT", "GT", "NE"):
-        raise ValueError(f"the loop {loop.name} has no counter: its condition is {root.opcode}")
+        raise Unreadable(f"the loop {loop.name} has no counter: its condition is {root.opcode}")
     bounds = [_constant(inside.get(name)) for name in root.operands]
     counters = [inside[name] for name in root.operands if inside[name].opcode == "get-tuple-element"]
     bound = next((value for value in bounds if value is not None), None)
     if bound is None or not counters:
-        raise ValueError(f"the loop {loop.name} has no constant bound")
+        raise Unreadable(f"the loop {loop.name} has no constant bound")
     index = int(counters[0].attribute("index"))
     initial = by_name.get(loop.operands[0])
     start = None
@@ -306,7 +310,7 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
         start = _constant(_through_copies(by_name, initial.operands[index]))
     stride = _stride(module.computations[body], index)
     if start is None or not stride:
-        raise ValueError(f"the loop {loop.name} has no constant {'start' if start is None else 'stride'}")
+        raise Unreadable(f"the loop {loop.name} has no constant {'start' if start is None else 'stride'}")
     return max(0, math.ceil((bound - start) / stride))
 
 
@@ -436,6 +440,8 @@ def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[f
         if not flops and one.name.startswith(name):
             # Query and key, [B, H, L, D]; small arrays on the mask come first.
             operands = (dims for o in one.operands for dims in array_dims(by_name[o].shape))
-            query, key, *_ = (dims for dims in operands if len(dims) == 4)
-            flops = 2.0 * products * math.prod(query) * key[2]
+            arrays = [dims for dims in operands if len(dims) == 4]
+            if len(arrays) >= 2:
+                query, key = arrays[:2]
+                flops = 2.0 * products * math.prod(query) * key[2]
     return flops, float(estimate.get("bytes_accessed", 0))
