@@ -69,7 +69,7 @@ def build_schedule(config: Config) -> Schedule:
 def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
     """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
     placement = _placement(config, mesh)
-    network = Network(dataclasses.replace(network.spec, placement=placement))
+    network = dataclasses.replace(network, spec=dataclasses.replace(network.spec, placement=placement))
 
     def bind(params: Any) -> ModelFn:
         # Gathered once for all that is done with them, not layer by layer and again for the gradient.
