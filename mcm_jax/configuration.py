@@ -57,7 +57,9 @@ class ModelConfig:
     )
     widths: tuple[int, ...] = _field((32, 64, 128), "channels of each stage", low=1)
     blocks: tuple[int, ...] = _field((1, 1, 4), "blocks of each stage, on each side", low=1)
-    dropouts: tuple[float, ...] = _field((0.0, 0.0, 0.0), "dropout of each stage", low=0, high=0.99)
+    dropouts: tuple[float, ...] = _field(
+        (0.0, 0.0, 0.0), "dropout of each stage, to the nearest 1/256", low=0, high=0.99
+    )
     embedding_width: int = _field(128, "width of the conditioning vector", low=2)
     head_width: int = _field(32, "attention head width (open: 64 or 128 at full size)", low=1)
     mlp_factor: int = _field(4, "hidden width of a transformer's MLP over its width", low=1)
@@ -74,7 +76,9 @@ class ModelConfig:
         "transformer blocks one after the other; False: a loop, which compiles faster and runs slower on CPU",
     )
     attention: Literal["fused", "einsum"] = _field(
-        "fused", "by a kernel where the devices are TPUs and its tiles fit, or always written out"
+        "fused",
+        "in training: by a kernel where the devices are TPUs, head_width and the number of positions are "
+        "multiples of 128, and these at most 1024; or always written out",
     )
 
 
@@ -183,7 +187,9 @@ class MeshConfig:
 
     data: int = _field(-1, "devices over which the batch alone is split; -1: all that are left", low=-1)
     fsdp: int = _field(
-        1, "devices over which the parameters are split too; each gathers them whole in every update", low=1
+        1,
+        "devices over which the parameters are split too; each gathers them whole for every part of a batch",
+        low=1,
     )
 
 

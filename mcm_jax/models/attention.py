@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 # (q, k, v) -> softmax(q k^T) v; q is scaled.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
 _TILE = 128
+_LONGEST = 1024
 
 
 def einsum(
@@ -30,16 +31,17 @@ def fused(
 ) -> Float[Array, "B H L D"]:
     """The same by JAX's splash attention, whose weights never leave a TPU's vector memory.
 
-    `einsum` where L or D is no multiple of 128, the kernel's tile. The compiler can't split a kernel over
+    `einsum` where L or D is no multiple of 128, the kernel's tile, and where L is over 1024: whole rows of
+    weights are held, and longer ones don't fit. The compiler can't split a kernel over
     devices: under a mesh, wrap it in `shard_map`.
 
     Args:
       interpret: run the kernel's text without a TPU, slowly, for tests.
     """
     _, heads, length, width = q.shape
-    if length % _TILE or width % _TILE:
+    if length % _TILE or width % _TILE or length > _LONGEST:
         return einsum(q, k, v)
-    # One block: a whole row of weights fits for any feature map that a UViT attends over.
+    # One block: whole rows of weights.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=length,
         block_kv=length,

@@ -206,7 +206,9 @@ def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Every pixel twice in height and width."""
     # Along the width by a product with zeros and ones: a TPU shifts pixels more slowly than it multiplies.
     twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
-    return repeat(jnp.einsum("vw,bhwc->bhvc", twice, x), "b h w c -> b (h i) w c", i=2)
+    # Exact also where float32 products are rounded unless asked for.
+    wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
+    return repeat(wide, "b h w c -> b (h i) w c", i=2)
 
 
 def _call_block(remat: Remat) -> Callable[..., Array]:

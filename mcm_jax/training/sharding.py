@@ -18,8 +18,8 @@ _SMALLEST_SHARDED = 2**14
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp) mesh over `devices`, by default all there are; data = -1 takes what fsdp leaves.
 
-    Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: parameters are gathered in
-    every layer, gradients summed over `data` once an update, and between slices the network is slow.
+    Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: between slices the
+    network is slow, and only gradients are summed over `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)

@@ -38,7 +38,7 @@ def test_the_kernel_is_what_is_written_out(shape):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 2, 128, 32)])
-def test_what_is_no_multiple_of_a_tile_is_written_out(shape):
+@pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 2, 128, 32), (1, 1, 1152, 128)])
+def test_what_the_kernel_has_no_tiles_for_is_written_out(shape):
     q, k, v, _ = draw(shape)
     np.testing.assert_array_equal(attention.fused(q, k, v), attention.einsum(q, k, v))

@@ -211,4 +211,6 @@ def test_a_placement_sees_every_block_and_its_attention(params):
     placed = dataclasses.replace(SPEC, placement=Placement(constrain, attend))
     value = Network(placed).apply(params, Z, LOGSNR, LABEL, None)
     np.testing.assert_allclose(value, Network(SPEC).apply(params, Z, LOGSNR, LABEL, None), atol=1e-5)
-    assert seen["map"] >= 7 and seen["attention"] >= 3  # a scan traces its body once
+    # Of each of the five stages' blocks (a scan traces its body once), of the three position embeddings, and
+    # of the embedding, the input and both ways up and down.
+    assert seen == {"map": 5 + 3 + 6, "attention": 3}
