@@ -29,6 +29,11 @@ def loss_fn(params, teacher_params, target_params, batch, key, train_step):
     return jnp.mean((prediction - batch["label"][:, None]) ** 2, axis=1)
 
 
+def gathering(mesh):
+    """`loss_fn` of parameters that are gathered first, as real losses are."""
+    return lambda params, *rest: loss_fn(sharding.gathered(mesh, params), *rest)
+
+
 def batches(count):
     rng = np.random.default_rng(0)
     return [
@@ -76,9 +81,11 @@ def run(
 
 @pytest.mark.multi_device
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
-def test_eight_devices_train_like_one(shape):
+@pytest.mark.parametrize("gathered", [False, True])
+def test_eight_devices_train_like_one(shape, gathered):
     one, losses_one = run(mesh_of(1, 1))
-    many, losses_many = run(mesh_of(*shape))
+    mesh = mesh_of(*shape)
+    many, losses_many = run(mesh, loss=gathering(mesh) if gathered else loss_fn)
     # Sums over the batch are taken in another order.
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
@@ -123,7 +130,8 @@ def test_every_part_has_randomness_of_its_own():
 @pytest.mark.multi_device
 def test_parts_of_a_batch_on_eight_devices():
     one, losses_one = run(mesh_of(1, 1), accumulation_steps=2)
-    many, losses_many = run(mesh_of(2, 4), accumulation_steps=2)
+    mesh = mesh_of(2, 4)
+    many, losses_many = run(mesh, accumulation_steps=2, loss=gathering(mesh))
     np.testing.assert_allclose(losses_many, losses_one, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
