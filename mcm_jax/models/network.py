@@ -43,20 +43,23 @@ class Network:
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
         """v_hat(z_t, lambda_t, label); `key` is dropout's, None switches it off."""
-        model = nnx.eval_shape(lambda: self.spec.build(nnx.Rngs(0)))
-        nnx.update(model, params)
-        return model(z_t, logsnr_t, label, key)
+        return self._module(params)(z_t, logsnr_t, label, key)
 
     def rounded(self, params: Params) -> Params:
         """`params` with the weights of every layer in the dtype that it multiplies in.
 
         `apply` gives the same with them, and they are half as large to send where that is bfloat16.
         """
-        model = nnx.eval_shape(lambda: self.spec.build(nnx.Rngs(0)))
-        nnx.update(model, params)
+        model = self._module(params)
         for _, layer in nnx.iter_modules(model):
             if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype is not None:
                 for weights in (layer.kernel, layer.bias):
                     if weights is not None:
                         weights.set_value(weights[...].astype(layer.dtype))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def _module(self, params: Params) -> nnx.Module:
+        """The module with these parameters; nothing is initialised."""
+        model = nnx.eval_shape(lambda: self.spec.build(nnx.Rngs(0)))
+        nnx.update(model, params)
+        return model
