@@ -2,9 +2,8 @@
 
 The time of an operation is its `estimated_cycles` times how often it runs. The compiler estimates neither
 collectives nor custom kernels nor copies between memories, nor a few others; these are modelled here and told
-apart. A
-collective or copy that is started and waited for later overlaps the operations scheduled in between: only
-what is left of it at the wait adds to the step.
+apart. A collective or copy that is started and waited for later overlaps the operations scheduled in between:
+only what is left of it at the wait adds to the step.
 """
 
 import dataclasses

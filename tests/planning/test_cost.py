@@ -15,15 +15,20 @@ GATHERED = 1024 * 4096 * 2 * 3 / 4  # bytes that a chip has not
 LINK = 4.5e10  # bytes a second
 
 
-@pytest.fixture(scope="module")
-def operations():
-    found, doubts = cost.operations(
-        hlo.parse(MODULE),
+def costs(text):
+    """(operations, doubts) of a module on the four chips."""
+    return cost.operations(
+        hlo.parse(text),
         chips.chip("v5e"),
         coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
         bounds=(2, 2),
         package=Path("/checkout/mcm_jax"),
     )
+
+
+@pytest.fixture(scope="module")
+def operations():
+    found, doubts = costs(MODULE)
     assert doubts == []
     return {one.name: one for one in found}
 
@@ -126,17 +131,7 @@ def test_parts_of_tuples():
 
 def test_a_partly_hidden_collective():
     slow = MODULE.replace('"estimated_cycles":"150000"', '"estimated_cycles":"15000"')
-    (gather,) = [
-        one
-        for one in cost.operations(
-            hlo.parse(slow),
-            chips.chip("v5e"),
-            coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
-            bounds=(2, 2),
-            package=Path("/checkout"),
-        )[0]
-        if one.name == "gather-start"
-    ]
+    (gather,) = [one for one in costs(slow)[0] if one.name == "gather-start"]
     assert gather.exposed_seconds == pytest.approx(gather.seconds - ROUNDS * 1e-5)
 
 
@@ -158,13 +153,7 @@ def test_a_loop_that_can_not_be_read_is_told(line, other, doubt):
     else:
         assert line in MODULE
         text = MODULE.replace(line, other)
-    found, doubts = cost.operations(
-        hlo.parse(text),
-        chips.chip("v5e"),
-        coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
-        bounds=(2, 2),
-        package=Path("/checkout"),
-    )
+    found, doubts = costs(text)
     [told] = doubts
     assert doubt in told and "while.1" in told
     assert {one.count for one in found} == {1}
