@@ -110,8 +110,10 @@ def _layer_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Arra
     inner = gradient * scale
     along = jnp.mean(inner * normalised, axis=-1, keepdims=True)
     x_gradient = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normalised * along)
+    # Kept apart: the two products that use it, with the weights and for them, would each compute it again.
+    x_gradient = jax.lax.optimization_barrier(x_gradient.astype(x.dtype))
     over = tuple(range(x.ndim - 1))
-    return x_gradient.astype(x.dtype), jnp.sum(gradient * normalised, over), jnp.sum(gradient, over)
+    return x_gradient, jnp.sum(gradient * normalised, over), jnp.sum(gradient, over)
 
 
 layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
