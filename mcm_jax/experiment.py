@@ -103,7 +103,9 @@ def _placement(config: Config, mesh: Mesh) -> Placement:
             attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
         )
     constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch)
-    return Placement(constrain=constrain, attend=attend)
+    return Placement(
+        constrain=constrain, attend=attend, by_column=functools.partial(sharding.by_column, mesh)
+    )
 
 
 # (model_fn, teacher_fn, target_fn, x, cond, key, train_step) -> loss of every example; functions that the

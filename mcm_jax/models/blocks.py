@@ -53,7 +53,6 @@ class ResNetBlock(nnx.Module):
         self,
         width: int,
         *,
-        embedding_width: int,
         dropout: float,
         norm: Norm,
         dtype: jnp.dtype,
@@ -68,16 +67,15 @@ class ResNetBlock(nnx.Module):
 
         self.norm_1 = make_norm()
         self.conv_1 = nnx.Conv(width, width, (3, 3), dtype=dtype, rngs=rngs)
-        self.modulation = nnx.Linear(embedding_width, 2 * width, dtype=dtype, rngs=rngs)
         self.norm_2 = make_norm()
         self.rate = dropout
         self.conv_2 = nnx.Conv(width, width, (3, 3), dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
+        self, x: Float[Array, "B H W C"], scale_shift: Float[Array, "B 2*C"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         h = self.conv_1(jax.nn.swish(self.norm_1(x)))
-        h = _modulate(self.norm_2(h), self.modulation(emb))
+        h = _modulate(self.norm_2(h), scale_shift)
         h = dropout(jax.nn.swish(h), self.rate, key)
         return x + self.conv_2(h)
 
@@ -158,29 +156,27 @@ class TransformerBlock(nnx.Module):
         self,
         width: int,
         *,
-        embedding_width: int,
+        hidden: int,
         head_width: int,
         attend: AttentionFn,
-        mlp_factor: int,
         dropout: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        hidden = mlp_factor * width
+        """hidden: channels within the MLP."""
         self.norm_mlp = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp_in = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.modulation = nnx.Linear(embedding_width, 2 * hidden, dtype=dtype, rngs=rngs)
         self.rate = dropout
         self.mlp_out = nnx.Linear(hidden, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
         self.norm_attention = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(width, head_width=head_width, attend=attend, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B L C"], emb: Float[Array, "B E"], key: jax.Array | None
+        self, x: Float[Array, "B L C"], scale_shift: Float[Array, "B M"], key: jax.Array | None
     ) -> Float[Array, "B L C"]:
         # Without a gradient a TPU's compiler would make one operation of both products, a slower one.
         h = jax.nn.swish(_apart(self.mlp_in(self.norm_mlp(x))))
-        h = _modulate(h, self.modulation(emb))
+        h = _modulate(h, scale_shift)
         h = dropout(h, self.rate, key)
         x = x + self.mlp_out(h)
         return x + self.attention(self.norm_attention(x))

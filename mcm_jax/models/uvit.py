@@ -56,15 +56,28 @@ class UViTSpec:
         return UViT(self, rngs=rngs)
 
 
+class Modulations(nnx.Module):
+    """emb -> scale and shift of every block of a stage, by one linear layer."""
+
+    def __init__(self, blocks: int, channels: int, spec: UViTSpec, *, rngs: nnx.Rngs):
+        self.blocks, self.by_column = blocks, spec.placement.by_column
+        dtype = jnp.dtype(spec.dtype)
+        # By this name its weights stay split by column on a mesh.
+        self.columns = nnx.Linear(spec.embedding_width, blocks * 2 * channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, emb: Float[Array, "B E"]) -> Float[Array, "N B M"]:
+        return rearrange(self.by_column(self.columns, emb), "b (n c) -> n b c", n=self.blocks)
+
+
 class ResNetStage(nnx.Module):
     """ResNet blocks in a row."""
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
         self.remat, self.constrain = spec.remat, spec.placement.constrain
+        self.modulations = Modulations(stage.blocks, stage.width, spec, rngs=rngs)
         self.blocks = nnx.List(
             ResNetBlock(
                 stage.width,
-                embedding_width=spec.embedding_width,
                 dropout=stage.dropout,
                 norm=spec.resnet_norm,
                 dtype=jnp.dtype(spec.dtype),
@@ -76,9 +89,9 @@ class ResNetStage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
-        call = _call_block(self.remat)
-        for block, block_key in zip(self.blocks, _split(key, len(self.blocks)), strict=True):
-            x = self.constrain(call(block, x, emb, block_key))
+        call, keys = _call_block(self.remat), _split(key, len(self.blocks))
+        for block, scale_shift, block_key in zip(self.blocks, self.modulations(emb), keys, strict=True):
+            x = self.constrain(call(block, x, scale_shift, block_key))
         return x
 
 
@@ -89,6 +102,8 @@ class TransformerStage(nnx.Module):
         """side: height and width of the feature map in pixels."""
         self.num_blocks, self.remat, self.unroll = stage.blocks, spec.remat, spec.unroll
         self.constrain = spec.placement.constrain
+        hidden = spec.mlp_factor * stage.width
+        self.modulations = Modulations(stage.blocks, hidden, spec, rngs=rngs)
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
 
         @nnx.split_rngs(splits=stage.blocks)
@@ -96,10 +111,9 @@ class TransformerStage(nnx.Module):
         def stacked_blocks(rngs: nnx.Rngs) -> TransformerBlock:
             return TransformerBlock(
                 stage.width,
-                embedding_width=spec.embedding_width,
+                hidden=hidden,
                 head_width=spec.head_width,
                 attend=spec.placement.attend,
-                mlp_factor=spec.mlp_factor,
                 dropout=stage.dropout,
                 dtype=jnp.dtype(spec.dtype),
                 rngs=rngs,
@@ -114,15 +128,18 @@ class TransformerStage(nnx.Module):
         keys = None if key is None else jax.random.split(key, self.num_blocks)
         call = _call_block(self.remat)
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def run(
-            x: Float[Array, "B L C"], block: TransformerBlock, key: jax.Array | None
+            x: Float[Array, "B L C"],
+            block: TransformerBlock,
+            scale_shift: Float[Array, "B M"],
+            key: jax.Array | None,
         ) -> Float[Array, "B L C"]:
-            return self.constrain(call(block, x, emb, key))
+            return self.constrain(call(block, x, scale_shift, key))
 
         x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
         x = self.constrain(x)
-        return rearrange(run(x, self.blocks, keys), "b (h w) c -> b h w c", h=side)
+        return rearrange(run(x, self.blocks, self.modulations(emb), keys), "b (h w) c -> b h w c", h=side)
 
 
 class UViT(nnx.Module):
@@ -212,10 +229,10 @@ def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
 
 
 def _call_block(remat: Remat) -> Callable[..., Array]:
-    """(block, x, emb, key) -> block(x, emb, key), its values saved for the gradient as `remat` says."""
+    """(block, x, scale_shift, key) -> its result, values saved for the gradient as `remat` says."""
 
-    def call(block: nnx.Module, x: Array, emb: Array, key: jax.Array | None) -> Array:
-        return block(x, emb, key)
+    def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
+        return block(x, scale_shift, key)
 
     if remat == "none":
         return call

@@ -1,6 +1,6 @@
 """Where arrays lie on the mesh: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,32 +59,57 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def params_sharding(mesh: Mesh, abstract: Any) -> Any:
     """The largest axis that fsdp divides is split over it, the last if no other can be; not in small arrays.
 
-    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it.
+    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Layers named
+    `columns` are split along it, they never are joined.
     """
-    fsdp = mesh.shape["fsdp"]
 
-    def rule(leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
-        divisible = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
-        if fsdp == 1 or not divisible or np.prod(leaf.shape) < _SMALLEST_SHARDED:
+    def rule(path: Any, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] == 1 or not divisible or np.prod(leaf.shape) < _SMALLEST_SHARDED:
             return replicated(mesh)
-        axis = max(divisible, key=lambda axis: (axis < len(leaf.shape) - 1, leaf.shape[axis]))
+        last = len(leaf.shape) - 1
+        axis = max(divisible, key=lambda axis: (axis < last, leaf.shape[axis]))
+        if _by_column(path) and last in divisible:
+            axis = last
         return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
 
-    return jax.tree.map(rule, abstract)
+    return jax.tree.map_with_path(rule, abstract)
 
 
 def gathered(mesh: Mesh, params: Any) -> Any:
-    """`params` on every device; their gradient goes back to where they lie, summed on the way."""
+    """`params` on every device, except for those split by column; their gradient goes back to where they lie.
+
+    It is summed on the way.
+    """
 
     @jax.custom_vjp
     def gather(params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+        own = params_sharding(mesh, params)
+        shardings = jax.tree.map_with_path(
+            lambda path, sharding: sharding if _by_column(path) else replicated(mesh), own
+        )
+        return jax.lax.with_sharding_constraint(params, shardings)
 
     def back(_: None, gradient: Any) -> tuple[Any]:
         return (jax.lax.with_sharding_constraint(gradient, params_sharding(mesh, gradient)),)
 
     gather.defvjp(lambda params: (gather(params), None), back)
     return gather(params)
+
+
+def by_column(mesh: Mesh, layer: Callable[[Any], Any], x: jax.Array) -> jax.Array:
+    """layer(x), split by row as x is, where the layer's weights lie split by column: rows go to the weights.
+
+    x: one row an example.
+    """
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+    y = jax.lax.with_sharding_constraint(layer(x), NamedSharding(mesh, P("data", "fsdp")))
+    return jax.lax.with_sharding_constraint(y, batch_sharding(mesh))
+
+
+def _by_column(path: Any) -> bool:
+    """Whether a parameter is the kernel of a layer of so many columns that its results are less to send."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").endswith("columns/kernel")
 
 
 def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> None:

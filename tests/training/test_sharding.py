@@ -93,6 +93,43 @@ def test_gathered_parameters_are_everywhere_and_their_gradient_is_not():
     np.testing.assert_allclose(gradient["b"], 2 * params["b"])
 
 
+def test_a_layer_by_column_sends_rows_and_keeps_its_weights_where_they_lie():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    rng = np.random.default_rng(0)
+    params = {"columns": {"kernel": jnp.asarray(rng.normal(size=(64, 256)), jnp.float32)}}
+    x = rng.normal(size=(16, 64)).astype(np.float32)
+    split = sharding.params_sharding(mesh, params)
+    assert split["columns"]["kernel"].spec == P(None, "fsdp")
+
+    def loss(params, x):
+        kernel = sharding.gathered(mesh, params)["columns"]["kernel"]
+        jax.debug.inspect_array_sharding(kernel, callback=lambda found: seen.append(found))
+        y = sharding.by_column(mesh, lambda x: jnp.sin(x @ kernel), x)
+        jax.debug.inspect_array_sharding(y, callback=lambda found: seen.append(found))
+        return jnp.sum(y)
+
+    seen = []
+    on_mesh = (jax.device_put(params, split), jax.device_put(x, sharding.batch_sharding(mesh)))
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gradient, x_gradient = step(*on_mesh)
+    assert seen[0].is_equivalent_to(split["columns"]["kernel"], 2)
+    assert seen[1].is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    assert gradient["columns"]["kernel"].sharding.is_equivalent_to(split["columns"]["kernel"], 2)
+    # Weights are never gathered, nor their gradient summed over devices that split the columns.
+    assert "[64,256]" not in step.lower(*on_mesh).compile().as_text()
+    inner = np.cos(x.astype(np.float64) @ params["columns"]["kernel"])
+    # Sums of up to 256 terms of order one in float32.
+    np.testing.assert_allclose(gradient["columns"]["kernel"], x.T @ inner, atol=1e-4)
+    np.testing.assert_allclose(x_gradient, inner @ params["columns"]["kernel"].T, atol=1e-4)
+
+
+def test_columns_that_can_not_be_divided_stay_whole():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    kernel, x = np.ones((4, 6), np.float32), np.ones((8, 4), np.float32)
+    found = jax.jit(lambda x: sharding.by_column(mesh, lambda x: x @ kernel, x))(x)
+    np.testing.assert_array_equal(found, 4)
+
+
 class Chip:
     """A device of one of several slices, as jax.devices() lists them."""
 
