@@ -1,7 +1,7 @@
 """What is known of TPU generations: peak, memory, links; and how a group of chips is wired."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mcm_jax.errors import InputError
 
@@ -59,12 +59,32 @@ def incoming_bytes_per_second(
       coordinates: of the group's chips.
       bounds: the slice's size along each axis.
     """
-    total = 0.0
+    return sum(one.link_bytes_per_second * sides for _, sides in _axes(one, coordinates, bounds))
+
+
+def exchange_bytes_per_second(
+    one: Chip, coordinates: Sequence[Sequence[int]], bounds: Sequence[int]
+) -> float:
+    """How fast every chip of a group can receive from all others at once, a part from each.
+
+    A cut across an axis divides the group's N chips in halves; N/2 chips receive N/2 of N - 1 parts through
+    it, over one link of every line along the axis, or two of every ring.
+    """
+    count, speed = len(coordinates), incoming_bytes_per_second(one, coordinates, bounds)
+    for length, sides in _axes(one, coordinates, bounds):
+        cut = one.link_bytes_per_second * sides * count / length
+        speed = min(speed, cut * (count - 1) / (count / 2) ** 2)
+    return speed
+
+
+def _axes(
+    one: Chip, coordinates: Sequence[Sequence[int]], bounds: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """(positions, sides that a chip hears from) of every axis along which a group extends."""
     for axis, size in enumerate(bounds):
-        if len({c[axis] for c in coordinates}) > 1:
-            whole = len({c[axis] for c in coordinates}) == size
+        length = len({c[axis] for c in coordinates})
+        if length > 1:
             # Of three axes all or none are rings.
             wrapped = min(bounds) if len(bounds) == 3 else size
-            ring = wrapped >= one.wrapped_from and size % one.wrapped_from == 0 and whole
-            total += one.link_bytes_per_second * (2 if ring else 1)
-    return total
+            ring = wrapped >= one.wrapped_from and size % one.wrapped_from == 0 and length == size
+            yield length, 2 if ring else 1

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from mcm_jax.planning.chips import Chip, incoming_bytes_per_second
+from mcm_jax.planning.chips import Chip, exchange_bytes_per_second, incoming_bytes_per_second
 from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, tuple_parts
 
 # "unestimated": others beside which the compiler writes no estimate, modelled by bytes and FLOPs at peak.
@@ -23,7 +23,8 @@ Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
 # Share of peak that a custom kernel is taken to reach.
 KERNEL_SHARE = 0.4
 # FLOPs of attention's kernels, which carry no counts, in products of an L x D with a D x L' matrix.
-_ATTENTION_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+FORWARD, BACKWARD = "splash_mha_fwd", "splash_mha_dkv"
+_ATTENTION_PRODUCTS = {FORWARD: 2, BACKWARD: 5}
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -55,6 +56,7 @@ class Operation:
     num_bytes: float  # of all its executions: of a collective what every chip receives
     flops: float
     source: str
+    attention: tuple[int, ...] = ()  # of a kernel of attention: the sizes B, H, L, D of its queries
 
 
 @dataclasses.dataclass
@@ -134,7 +136,7 @@ class _Walk:
 
     def _run(self, one: Instruction, times: int, by_name: dict[str, Instruction]) -> Operation | None:
         """Notes an instruction that runs by itself; None where there is nothing to run."""
-        opcode, num_bytes = one.opcode, 0.0
+        opcode, num_bytes, attention = one.opcode, 0.0, ()
         flops = instruction_flops(self.module, one, by_name)
         if one.estimated_cycles is not None:
             seconds, kind = one.estimated_cycles / self.chip.clock_hertz, "estimated"
@@ -150,12 +152,13 @@ class _Walk:
                 kind, share = "kernel", KERNEL_SHARE
                 flops, counted = _kernel_counts(one, by_name)
                 num_bytes = counted or num_bytes
+                attention, _ = _attention_sizes(one, by_name) or ((), ())
                 if not flops:
                     self.doubts.append(f"the kernel {one.name} has no FLOPs, its time is that of its bytes")
             seconds = max(flops / (share * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second)
         else:
             return None
-        self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops)
+        self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops, attention)
         return self.found[-1]
 
     def _started(self, one: Instruction) -> _Transfer | None:
@@ -205,6 +208,7 @@ class _Walk:
         exposed: float,
         num_bytes: float,
         flops: float,
+        attention: tuple[int, ...] = (),
     ) -> None:
         self.found.append(
             Operation(
@@ -217,6 +221,7 @@ class _Walk:
                 num_bytes=num_bytes * times,
                 flops=flops * times,
                 source=self.module.source(one, package=self.package),
+                attention=attention,
             )
         )
 
@@ -243,7 +248,9 @@ class _Walk:
         return [self.coordinates[i] for i in first_group(one.attributes, len(self.coordinates))]
 
     def _link_seconds(self, one: Instruction, num_bytes: float) -> float:
-        speed = incoming_bytes_per_second(self.chip, self._group(one), self.bounds)
+        exchange = "all-to-all" in one.opcode
+        speed_of = exchange_bytes_per_second if exchange else incoming_bytes_per_second
+        speed = speed_of(self.chip, self._group(one), self.bounds)
         return num_bytes / speed if speed else 0.0
 
 
@@ -434,13 +441,25 @@ def _moved_bytes(one: Instruction) -> int:
 def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[float, float]:
     """(FLOPs, bytes) that a custom kernel carries, or that we know of it; zero where neither."""
     estimate = one.config.get("custom_call_config", {}).get("cost_estimate", {})
-    flops = float(estimate.get("flops", 0))
-    for name, products in _ATTENTION_PRODUCTS.items():
-        if not flops and one.name.startswith(name):
-            # Query and key, [B, H, L, D]; small arrays on the mask come first.
-            operands = (dims for o in one.operands for dims in array_dims(by_name[o].shape))
-            arrays = [dims for dims in operands if len(dims) == 4]
-            if len(arrays) >= 2:
-                query, key = arrays[:2]
-                flops = 2.0 * products * math.prod(query) * key[2]
+    flops, sizes = float(estimate.get("flops", 0)), _attention_sizes(one, by_name)
+    if not flops and sizes:
+        query, key = sizes
+        flops = 2.0 * _ATTENTION_PRODUCTS[attention_kernel(one.name)] * math.prod(query) * key[2]
     return flops, float(estimate.get("bytes_accessed", 0))
+
+
+def attention_kernel(name: str) -> str | None:
+    """Which of attention's kernels the instruction of that name is; None where it is none of them."""
+    return next((kernel for kernel in _ATTENTION_PRODUCTS if name.startswith(kernel)), None)
+
+
+def _attention_sizes(
+    one: Instruction, by_name: dict[str, Instruction]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(B, H, L, D) of the queries and of the keys of a kernel of attention."""
+    if attention_kernel(one.name) is None:
+        return None
+    # Small arrays on the mask come first.
+    operands = (dims for o in one.operands for dims in array_dims(by_name[o].shape))
+    arrays = [dims for dims in operands if len(dims) == 4]
+    return (arrays[0], arrays[1]) if len(arrays) >= 2 else None

@@ -201,6 +201,27 @@ def test_a_ring_brings_twice_what_a_line_brings():
     assert speed(v4, column, (2, 2, 4)) == LINK
 
 
+def test_an_exchange_waits_for_the_narrowest_cut():
+    v5e, speed = chips.chip("v5e"), chips.exchange_bytes_per_second
+    # Every chip gets one part from each of the others; counted over the middle link by hand.
+    assert speed(v5e, [(0, 0), (0, 1)], (8, 8)) == LINK
+    assert speed(v5e, [(0, y) for y in range(4)], (8, 8)) == pytest.approx(LINK * 3 / 4)
+    square = [(x, y) for x in range(8) for y in range(8)]
+    assert speed(v5e, square, (8, 8)) == pytest.approx(8 * LINK * 63 / (32 * 32))
+    square = [(x, y) for x in range(16) for y in range(16)]  # Rings: every line is cut twice.
+    assert speed(v5e, square, (16, 16)) == pytest.approx(2 * 16 * LINK * 255 / (128 * 128))
+
+
+def test_all_to_all_is_an_exchange():
+    everywhere = MODULE.replace("{'axis_1'}", "{'axis_0','axis_1'}")
+    gather, exchange = (
+        next(one for one in costs(text)[0] if one.name == "gather.2")
+        for text in (everywhere, everywhere.replace(" all-gather(", " all-to-all("))
+    )
+    # Four chips of 2 x 2: two links each bring 3 parts, and the cut's two links carry 4.
+    assert exchange.seconds / gather.seconds == pytest.approx(4 / 3)
+
+
 def test_text_that_is_no_scheduled_module():
     with pytest.raises(ValueError, match="not the text of a scheduled HLO module"):
         hlo.parse("HloModule jit_step\n")
