@@ -8,6 +8,8 @@ full size takes minutes to compile.
 """
 
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -45,7 +47,10 @@ def plan(
       InputError: the config, the topology, or libtpu is not installed.
     """
     # Slow to import: --help and a misspelt flag need not wait for it.
+    import jax.numpy as jnp
+
     from mcm_jax import validation
+    from mcm_jax.models import attention
     from mcm_jax.planning import compilation, report, topologies
     from mcm_jax.reporting import paper
 
@@ -73,7 +78,19 @@ def plan(
             objective=config.objective,
             num_chips=described.num_chips,
         )
-    record = report.record(compiled, described, num_params=num_params, published=published, fitting=fitting)
+    unfused = None
+    if isinstance(compiled, compilation.Plan) and any(one.attention for one in compiled.operations):
+        unfused = compilation.seconds_unfused(
+            compiled, attention.einsum, described, dtype=jnp.dtype(config.model.dtype)
+        )
+    record = report.record(
+        compiled,
+        described,
+        num_params=num_params,
+        published=published,
+        fitting=fitting,
+        seconds_unfused=unfused,
+    )
     text = "" if isinstance(compiled, compilation.TooLarge) else compiled.text
     return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
 
@@ -131,27 +148,74 @@ def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
         yield " ".join(f"{name}={given}" for name, given in named.items()), config
 
 
+def _made_of(holder: flags.FlagHolder | flags.Flag) -> dict[str, Any]:
+    """What a record is of: the config, what was changed in it, the day and the versions."""
+    overrides = config_flags.get_override_values(holder)
+    return {
+        "config": config_flags.get_config_filename(holder),
+        "overrides": [f"--config.{name}={value}" for name, value in sorted(overrides.items())],
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in ("flax", "jax", "libtpu")},
+    }
+
+
+def table(directory: Path) -> str:
+    """The records that --json wrote into a directory as a table in Markdown.
+
+    Raises:
+      InputError: there is none, or a file is none.
+    """
+    from mcm_jax.planning import table as tables
+
+    files = sorted(directory.glob("*.json"))
+    if not files:
+        raise InputError(
+            f"--table={directory} holds no plan (*.json); --json={directory}/NAME.json writes one"
+        )
+    records = []
+    for file in files:
+        try:
+            records.append(json.loads(file.read_text()))
+            tables.table(records[-1:])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file} is no record of a plan ({error!r}); remove it or make it again"
+            ) from error
+    return tables.table(records)
+
+
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_string("topology", "v5e:8x8", "TPU slice: GENERATION:SHAPE.")
     flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the numbers to this file.")
     flags.DEFINE_string("hlo", None, "Also write the compiled program's text to this file.")
+    flags.DEFINE_string(
+        "table", None, "Print the plans of this directory, all its --json files, and compile none."
+    )
     config_flags.DEFINE_config_file(
         "config", None, "Config file and row, e.g. configs/imagenet64.py:small,ct,steps=8", lock_config=True
     )
-    flags.mark_flags_as_required(["config"])
+    flags.register_multi_flags_validator(
+        ["config", "table"],
+        lambda given: (given["config"] is None) != (given["table"] is None),
+        message="give --config=FILE:ROW for a plan or --table=DIR for a table of plans, one of them",
+    )
 
 
 def main() -> None:
-    """Flags in, one plan out."""
+    """Flags in, one plan or table out."""
     values = flags.FLAGS
+    if values.table is not None:
+        print(table(Path(values.table)), end="")
+        return
+    holder = values["config"]
     record, report, text = plan(
-        command_line.loaded_config(values["config"]), values.topology, num_classes=values.num_classes
+        command_line.loaded_config(holder), values.topology, num_classes=values.num_classes
     )
     print(report)
     if values.json is not None:
-        write_asked_for(values.json, json.dumps(record, indent=2) + "\n")
+        write_asked_for(values.json, json.dumps(_made_of(holder) | record, indent=2) + "\n")
     if values.hlo is not None:
         write_asked_for(values.hlo, text)
 

@@ -59,3 +59,25 @@ def test_bad_input(variables, arguments, message):
     result = dry_run("smoke.sh", *arguments, **variables)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_the_table_of_plans_has_the_papers_eight_speeds_twice():
+    result = dry_run("plan_table.sh", "--out=DIR")
+    assert result.returncode == 0, result.stderr
+    lines = [line.removeprefix("+ ") for line in result.stdout.splitlines()]
+    plans = [line.split() for line in lines if "mcm_jax.plan --json" in line]
+    assert len(plans) == len({plan[3] for plan in plans}) == 16
+    for size, topology in (("small", "v5e:8x8"), ("large", "v5e:16x16")):
+        for resolution in (64, 128):
+            for system in ("ct", "cd"):
+                row = f"--config=configs/imagenet{resolution}.py:{size},{system},steps=8"
+                plain = [plan[6:] for plan in plans if plan[4:6] == [row, f"--topology={topology}"]]
+                assert [len(overrides) for overrides in plain] == [0, 3]
+    assert lines[-1] == "python -m mcm_jax.plan --table=DIR"
+    assert dry_run("plan_table.sh", "--plain=no").stdout.count("--json") == 8
+
+
+def test_bad_input_of_the_table_of_plans():
+    result = dry_run("plan_table.sh", "--plain=maybe")
+    assert result.returncode == 2
+    assert "--plain=maybe is not an option; there are --out=DIR" in result.stderr

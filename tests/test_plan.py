@@ -1,5 +1,6 @@
 """The program: a plan for a small slice, answers where it does not fit, refusals before any compilation."""
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -57,6 +58,12 @@ def test_a_tiny_network_on_four_chips(tmp_path):
     assert record["collective_bytes"]["all-gather"] > 0
     assert "no measurements" in result.stdout and "the compiler's estimate" in result.stdout
     assert (tmp_path / "plan.hlo").read_text().startswith("HloModule jit_update")
+    assert record["config"] == "configs/openmoji.py:teacher"
+    assert "--config.model.unroll=False" in record["overrides"]
+    table = call("plan", f"--table={tmp_path}")
+    assert table.returncode == 0, table.stderr
+    assert f"| openmoji teacher | v5e:2x2 | {record['estimated_step_seconds']:.3f} | " in table.stdout
+    assert f"libtpu {importlib.metadata.version('libtpu')}" in table.stdout
 
 
 @pytest.mark.slow
@@ -79,6 +86,16 @@ def test_the_fused_attention_is_a_kernel_on_a_tpu():
     kernels = [one for one in plan.operations if one.kind == "kernel"]
     assert len(kernels) == 2
     assert sum(one.flops for one in kernels) == 7 * 2 * 2 * 2 * 256 * 256 * 128
+    assert {one.attention for one in kernels} == {(2, 2, 256, 128)}
+
+    def written_out(q, k, v, gradient):
+        values, back = jax.vjp(attention.einsum, q, k, v)
+        return values, back(gradient)
+
+    package = Path(attention.__file__).parent
+    alone = compilation.plan(jax.jit(written_out), (queries,) * 4, slice_, mesh=mesh, package=package)
+    unfused = compilation.seconds_unfused(plan, attention.einsum, slice_, dtype=jnp.dtype("bfloat16"))
+    assert unfused == pytest.approx(plan.seconds() - plan.seconds("kernel") + alone.seconds())
 
 
 @pytest.mark.parametrize(
@@ -100,6 +117,29 @@ def test_bad_input_is_one_line(arguments, said):
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert re.search(said, line), line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "holds no plan .*; --json=.*/NAME.json writes one"),
+        ("{", "plan.json is no record of a plan"),
+        ("[]", "plan.json is no record of a plan"),
+        ('{"params": 1}', "plan.json is no record of a plan .*'overrides'"),
+    ],
+)
+def test_a_table_of_what_is_no_plan(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InputError, match=said):
+        program.table(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [(), ("--table=runs/plan", *SMALL)])
+def test_a_plan_or_a_table(flags):
+    result = call("plan", *flags)
+    assert result.returncode == 2
+    assert "give --config=FILE:ROW for a plan or --table=DIR for a table of plans" in result.stderr
 
 
 def test_without_the_compiler(monkeypatch):
@@ -149,7 +189,8 @@ def test_the_record_adds_up():
     ]
     compiled = compilation.Plan(3 * 2**30, 2**30, 5 * 2**30, tuple(operations), "")
     topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), ())
-    record = report.record(compiled, topology, num_params=10, published=2.7, fitting=None)
+    record = report.record(compiled, topology, num_params=10, published=2.7, seconds_unfused=0.4)
+    assert record["modelled_share"] == pytest.approx(0.075 / 0.275)
     assert record["estimated_step_seconds"] == pytest.approx(0.275)
     # A tenth of a second's work at peak, in 0.275 s.
     assert record["estimated_mfu"] == pytest.approx(0.1 / 0.275)
@@ -158,6 +199,8 @@ def test_the_record_adds_up():
     assert "3.00 GiB arguments + 1.00 GiB temporaries, 5.00 GiB in all of 15.75 GiB: fits" in text
     assert "all-gather        4 a step, 1 MB to every chip, 0.1000 s modelled, 75% of it overlapped" in text
     assert "2.7 steps a second, measured by its authors" in text
+    assert "modelled in all   27% of the step" in text
+    assert "without kernels     0.4000 s, 2.50 steps a second" in text
     first, second = text.splitlines()[-2:]
     assert first.split() == ["200.00", "2", "x", "a", "estimated", "models/blocks.py:1"]
     assert second.split() == ["50.00", "1", "x", "k", "kernel"]

@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mcm_jax.planning import cost, hlo
 from mcm_jax.planning.cost import Operation
@@ -99,6 +101,37 @@ def plan(
         text=text,
         doubts=tuple(doubts),
     )
+
+
+def seconds_unfused(
+    compiled: Plan, attend: Callable[..., jax.Array], topology: Topology, *, dtype: jnp.dtype
+) -> float | None:
+    """Of the step with every kernel of attention at what `attend`, (q, k, v) -> values, compiles to alone.
+
+    None where that doesn't fit. dtype: of the queries.
+    """
+    mesh = Mesh(topology.devices[:1], "chip")
+
+    def alone(function: Any, sizes: tuple[int, ...], number: int) -> float:
+        array = jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        found = plan(jax.jit(function), (array,) * number, topology, mesh=mesh, package=Path(__file__).parent)
+        return math.nan if isinstance(found, TooLarge) else found.seconds()
+
+    def with_gradient(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> Any:
+        values, back = jax.vjp(attend, q, k, v)
+        return values, back(gradient)
+
+    @functools.cache
+    def unfused(kernel: str, sizes: tuple[int, ...]) -> float:
+        if kernel == cost.FORWARD:
+            return alone(attend, sizes, 3)
+        return alone(with_gradient, sizes, 4) - unfused(cost.FORWARD, sizes)
+
+    total = math.fsum(
+        o.count * unfused(cost.attention_kernel(o.name), o.attention) if o.attention else o.exposed_seconds
+        for o in compiled.operations
+    )
+    return None if math.isnan(total) else total
 
 
 def too_large(message: str, *, available: float) -> TooLarge | None:

@@ -14,11 +14,15 @@ def record(
     *,
     num_params: int,
     published: float | None,
-    fitting: str | None,
+    fitting: str | None = None,
+    seconds_unfused: float | None = None,
 ) -> dict[str, Any]:
     """What --json writes. Of a program that does not fit only its memory is known.
 
-    fitting: flags with which a program that does not fit would.
+    Args:
+      published: steps a second that the paper's authors measured.
+      fitting: flags with which a program that does not fit would.
+      seconds_unfused: of the step with attention written out, see `compilation.seconds_unfused`.
     """
     chip = topology.chip
     result: dict[str, Any] = {
@@ -35,6 +39,7 @@ def record(
         }
     seconds = compiled.seconds()
     flops = compiled.flops * topology.num_chips
+    modelled = seconds - compiled.seconds("estimated")
     return result | {
         "fits": compiled.total_bytes <= chip.hbm_bytes,
         "hbm_bytes_per_chip": compiled.total_bytes,
@@ -44,6 +49,8 @@ def record(
         "estimated_step_seconds": seconds,
         "estimated_steps_per_second": 1 / seconds,
         "estimated_mfu": compiled.flops / chip.peak_flops / seconds,
+        "estimated_step_seconds_attention_unfused": seconds_unfused,
+        "modelled_share": modelled / seconds,
         "seconds_estimated_by_compiler": compiled.seconds("estimated"),
         "seconds_modelled_unestimated": compiled.seconds("unestimated"),
         "seconds_modelled_kernels": compiled.seconds("kernel"),
@@ -81,7 +88,14 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
         f"{100 * record['estimated_mfu']:.0f}% of peak",
         f"  of it             {compiled.seconds('estimated'):.4f} s the compiler's estimate",
         *_modelled(compiled),
+        f"  modelled in all   {100 * record['modelled_share']:.0f}% of the step",
     ]
+    unfused = record["estimated_step_seconds_attention_unfused"]
+    if unfused is not None:
+        lines.append(
+            f"without kernels     {unfused:.4f} s, {1 / unfused:.2f} steps a second, kernels of attention "
+            "at what the compiler estimates for them written out"
+        )
     if record["published_steps_per_second"] is not None:
         lines.append(
             f"the paper's         {record['published_steps_per_second']} steps a second, measured by its "
