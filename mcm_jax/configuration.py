@@ -63,7 +63,9 @@ class ModelConfig:
     embedding_width: int = _field(128, "width of the conditioning vector", low=2)
     head_width: int = _field(32, "attention head width (open: 64 or 128 at full size)", low=1)
     mlp_factor: int = _field(4, "hidden width of a transformer's MLP over its width", low=1)
-    resnet_norm: Norm = _field("layer", "norm of ResNet blocks (open; layer is the cheaper)")
+    resnet_norm: Norm = _field(
+        "layer", "norm of ResNet blocks and of the output (open); on a TPU group is the faster"
+    )
     noise_scale: NoiseScale = _field("arctan", "axis of the noise level's embedding (open)")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "what activations compute in")
     remat: Remat = _field(

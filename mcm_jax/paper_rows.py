@@ -78,6 +78,8 @@ def imagenet(
         embedding_width=1024,
         # Open, 64 or 128: 128 is the width of a TPU's matrix unit.
         head_width=128,
+        # Open, layer or group: by its compiler's estimate a TPU is faster with group.
+        resnet_norm="group",
         dtype="bfloat16",
     )
     config.mesh.fsdp = _CHIPS[size]

@@ -116,11 +116,12 @@ def _check_model(config: Config) -> None:
                 f"{width} in config.model.widths={model.widths!r}"
             )
     if model.resnet_norm == "group":
-        for kind, width in zip(model.kinds, model.widths, strict=True):
+        # The output's norm has the first stage's width, whatever its kind.
+        for kind, width in zip(("resnet", *model.kinds[1:]), model.widths, strict=True):
             if kind == "resnet" and (width < 4 or width % min(32, width // 4)):
                 raise InputError(
-                    f"config.model.resnet_norm='group' can't divide the width {width} of a ResNet stage into "
-                    f"{max(1, min(32, width // 4))} groups; take a multiple of 128 or a power of two"
+                    f"config.model.resnet_norm='group' can't divide {width} in config.model.widths into "
+                    f"{max(1, min(32, width // 4))} groups; take a multiple of 128, or 4, 8, 16, ..."
                 )
     if model.embedding_width % 2:
         raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")

@@ -24,8 +24,8 @@ class Placement:
     Attributes:
       constrain: applied to the feature maps around every block; the same values, said to be split by example.
       attend: computes attention, see `attention.einsum`.
-      by_column: (layer, x) -> layer(x) where x has one row an example and the layer so many columns that its
-        results are less to send than its weights, which stay split by column.
+      by_column: (layer, x) -> layer(x) where x has one row an example and the layer so many columns that all
+        rows are less to send than its weights, which stay split by column.
     """
 
     constrain: Callable[[Array], Array] = _nothing_said

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock
+from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock, make_norm
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
 
@@ -172,7 +172,7 @@ class UViT(nnx.Module):
         self.middle = make_stage(len(stages) - 1)
         self.up = nnx.List(project(below, above) for above, below in pairs)
         self.up_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
-        self.norm_out = nnx.LayerNorm(widths[0], dtype=dtype, rngs=rngs)
+        self.norm_out = make_norm(spec.resnet_norm, widths[0], dtype=dtype, rngs=rngs)
         self.conv_out = nnx.Conv(
             widths[0],
             spec.channels,

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mcm_jax.models import blocks
 
@@ -67,3 +68,36 @@ def test_layer_norm_and_its_gradient_in_float64(dtype):
     np.testing.assert_allclose(value, expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=tolerance)
     for gradient, right in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(np.asarray(gradient, np.float64), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_group_norm_in_float64_and_beside_flax(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3, 2, size=(2, 5, 4, 12)), dtype)
+    scale, bias = rng.normal(size=(2, 12)).astype(np.float32)
+    norm = blocks.GroupNorm(12, groups=3)
+    norm.scale[...], norm.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    grouped = np.asarray(x, np.float64).reshape(2, 20, 3, 4)
+    mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    found = norm(x)
+    assert found.dtype == dtype
+    # Rounding of the result, and of a variance from sums of squares in float32.
+    tolerance = {"float32": 1e-5, "bfloat16": 2**-7}[dtype]
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=tolerance, atol=tolerance)
+    theirs = nnx.GroupNorm(12, num_groups=3, dtype=dtype, rngs=nnx.Rngs(0))
+    theirs.scale[...], theirs.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), np.asarray(theirs(x), np.float64), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_group_norm_sees_one_example_and_one_group():
+    norm = blocks.GroupNorm(8, groups=2)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 8))
+    jacobian = jax.jacobian(norm)(x)
+    across_examples = jacobian[0, ..., 1, :, :, :]
+    across_groups = jacobian[:, :, :, :4, :, :, :, 4:]
+    np.testing.assert_array_equal(across_examples, 0)
+    np.testing.assert_array_equal(across_groups, 0)
+    assert np.abs(jacobian[0, 0, 0, 0, 0, 2, 2, 3]) > 1e-3

@@ -50,6 +50,26 @@ def test_a_fresh_network_predicts_nothing():
     np.testing.assert_array_equal(Network(SPEC).apply(fresh, Z, LOGSNR, LABEL, None), 0)
 
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_scale_of_a_stage_matters_only_where_nothing_normalises_it(norm):
+    """Both norms undo a scaling of all of their inputs, up to the 1e-6 beside the variance."""
+    spec = dataclasses.replace(SPEC, resnet_norm=norm)
+    network = Network(spec)
+    fresh = jax.jit(network.init)(jax.random.key(1))
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = jax.tree.unflatten(
+        tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    )
+    block = moved["down_stages"][0]["blocks"][0]["conv_1"]
+    scaled = jax.tree.map(lambda a: a, moved)
+    scaled["down_stages"][0]["blocks"][0]["conv_1"] = jax.tree.map(lambda a: 7 * a, block)
+    # Seven times the first convolution's result, which the second norm divides out.
+    found, expected = (jax.jit(network.apply)(p, Z, LOGSNR, LABEL, None) for p in (scaled, moved))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(expected).max() > 0.1
+
+
 def test_parameters_are_float32():
     for dtype in ("float32", "bfloat16"):
         network = Network(dataclasses.replace(SPEC, dtype=dtype))
