@@ -59,8 +59,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def params_sharding(mesh: Mesh, abstract: Any) -> Any:
     """The largest axis that fsdp divides is split over it, the last if no other can be; not in small arrays.
 
-    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Layers named
-    `columns` are split along it, they never are joined.
+    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Kernels of
+    layers named `columns` are split along it if they can be, since they never are joined.
     """
 
     def rule(path: Any, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
@@ -100,7 +100,8 @@ def gathered(mesh: Mesh, params: Any) -> Any:
 def by_column(mesh: Mesh, layer: Callable[[Any], Any], x: jax.Array) -> jax.Array:
     """layer(x), split by row as x is, where the layer's weights lie split by column: rows go to the weights.
 
-    x: one row an example.
+    All rows of x, and the gradient of them, are sent over fsdp in place of all weights: less where a layer of
+    many columns sees one row an example.
     """
     x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
     y = jax.lax.with_sharding_constraint(layer(x), NamedSharding(mesh, P("data", "fsdp")))
@@ -108,8 +109,8 @@ def by_column(mesh: Mesh, layer: Callable[[Any], Any], x: jax.Array) -> jax.Arra
 
 
 def _by_column(path: Any) -> bool:
-    """Whether a parameter is the kernel of a layer of so many columns that its results are less to send."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").endswith("columns/kernel")
+    """Whether a parameter is the kernel of a layer that is computed by `by_column`, by its name."""
+    return jax.tree_util.keystr(path[-2:], simple=True, separator="/") == "columns/kernel"
 
 
 def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> None:

@@ -30,13 +30,12 @@ class ResNetBlock(nn.Module):
         super().__init__()
         self.norm_1 = ChannelNorm(width, NORM_EPSILON)
         self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
-        self.modulation = nn.Linear(spec.embedding_width, 2 * width)
         self.norm_2 = ChannelNorm(width, NORM_EPSILON)
         self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
         h = self.norm_2(h) * (1 + scale) + shift
         return x + self.conv_2(F.silu(h))
 
@@ -63,32 +62,45 @@ class TransformerBlock(nn.Module):
         hidden = spec.mlp_factor * width
         self.norm_mlp = nn.LayerNorm(width, NORM_EPSILON, bias=False)
         self.mlp_in = nn.Linear(width, hidden)
-        self.modulation = nn.Linear(spec.embedding_width, 2 * hidden)
         self.mlp_out = nn.Linear(hidden, width)
         self.norm_attention = nn.LayerNorm(width, NORM_EPSILON, bias=False)
         self.attention = SelfAttention(width, spec)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         h = F.silu(self.mlp_in(self.norm_mlp(x)))
-        scale, shift = self.modulation(emb)[:, None].chunk(2, dim=-1)
+        scale, shift = scale_shift[:, None].chunk(2, dim=-1)
         x = x + self.mlp_out(h * (1 + scale) + shift)
         return x + self.attention(self.norm_attention(x))
+
+
+class Modulations(nn.Module):
+    """emb -> scale and shift of every block of a stage."""
+
+    def __init__(self, blocks: int, channels: int, spec: UViTSpec):
+        super().__init__()
+        self.blocks = blocks
+        self.columns = nn.Linear(spec.embedding_width, blocks * 2 * channels)
+
+    def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
+        return self.columns(emb).unflatten(1, (self.blocks, -1)).unbind(1)
 
 
 class ResNetStage(nn.Module):
     def __init__(self, stage: Stage, spec: UViTSpec):
         super().__init__()
+        self.modulations = Modulations(stage.blocks, stage.width, spec)
         self.blocks = nn.ModuleList(ResNetBlock(stage.width, spec) for _ in range(stage.blocks))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, emb)
+        for block, scale_shift in zip(self.blocks, self.modulations(emb), strict=True):
+            x = block(x, scale_shift)
         return x
 
 
 class TransformerStage(nn.Module):
     def __init__(self, stage: Stage, spec: UViTSpec, side: int):
         super().__init__()
+        self.modulations = Modulations(stage.blocks, spec.mlp_factor * stage.width, spec)
         self.position = nn.Parameter(torch.zeros(side * side, stage.width))
         blocks = (TransformerBlock(stage.width, spec) for _ in range(stage.blocks))
         self.blocks = nn.ModuleList(blocks)
@@ -96,8 +108,8 @@ class TransformerStage(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         batch, width, height, _ = x.shape
         x = x.permute(0, 2, 3, 1).reshape(batch, -1, width) + self.position
-        for block in self.blocks:
-            x = block(x, emb)
+        for block, scale_shift in zip(self.blocks, self.modulations(emb), strict=True):
+            x = block(x, scale_shift)
         return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 

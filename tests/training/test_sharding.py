@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from mcm_jax import experiment, rows, validation
 from mcm_jax.errors import InputError
 from mcm_jax.training import sharding
 
@@ -123,11 +124,35 @@ def test_a_layer_by_column_sends_rows_and_keeps_its_weights_where_they_lie():
     np.testing.assert_allclose(x_gradient, inner @ params["columns"]["kernel"].T, atol=1e-4)
 
 
-def test_columns_that_can_not_be_divided_stay_whole():
+def test_columns_that_can_not_be_divided_are_computed_all_the_same():
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    kernel, x = np.ones((4, 6), np.float32), np.ones((8, 4), np.float32)
-    found = jax.jit(lambda x: sharding.by_column(mesh, lambda x: x @ kernel, x))(x)
-    np.testing.assert_array_equal(found, 4)
+    rng = np.random.default_rng(0)
+    params = {"columns": {"kernel": jnp.asarray(rng.normal(size=(2**12, 6)), jnp.float32)}}
+    x = rng.normal(size=(8, 2**12)).astype(np.float32)
+    split = sharding.params_sharding(mesh, params)
+    assert split["columns"]["kernel"].spec == P("fsdp")
+
+    @jax.jit
+    def value(params, x):
+        kernel = sharding.gathered(mesh, params)["columns"]["kernel"]
+        return sharding.by_column(mesh, lambda x: x @ kernel, x)
+
+    found = value(jax.device_put(params, split), x)
+    # Sums of 4096 terms of order one in float32.
+    np.testing.assert_allclose(found, x @ np.asarray(params["columns"]["kernel"]), atol=1e-3)
+
+
+def test_the_modulations_of_a_network_are_columns():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    config = rows.tiny("teacher", dataset="openmoji", resolution=16)
+    network = experiment.build_network(validation.validate(config), num_classes=9)
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    split = jax.tree.map(
+        lambda leaf, sharding: (leaf.size, sharding.spec), abstract, sharding.params_sharding(mesh, abstract)
+    )
+    stages = [*split["down_stages"].values(), split["middle"], *split["up_stages"].values()]
+    kernels = [stage["modulations"]["columns"]["kernel"] for stage in stages]
+    assert {spec for size, spec in kernels if size >= 2**14} == {P(None, "fsdp")}
 
 
 class Chip:
