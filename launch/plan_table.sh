@@ -2,14 +2,15 @@
 # Plans the train step of the paper's eight networks and systems for the slices that its authors used, without a
 # TPU, and prints one table: the compiler's estimates beside the paper's measured speeds. Every row twice: as
 # configured, and in a plain form (attention written out, every block computed again, blocks in a loop).
-# About NN minutes on 2 cores, 10 GB.
+# One after another, ten minutes or more each on 2 cores, and 10 GB.
 #
 #   bash launch/plan_table.sh                     runs/plan
 #   bash launch/plan_table.sh --out=DIR --plain=no
 #   bash launch/plan_table.sh --dry-run           prints the commands, as MCM_DRY_RUN=1 does
 #
-# Every plan is kept as it is made, so that the same command continues where an earlier one stopped. After a change
-# of the program, or of a library, take another directory.
+# DIR is relative to the checkout. Every plan is kept there as it is made, so that the same command continues where an
+# earlier one stopped, and the table is of all plans there. After a change of the program, or of a library, take
+# another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -18,7 +19,7 @@ out=runs/plan
 plain=yes
 for argument in "$@"; do
   case "$argument" in
-    --out=*) out="${argument#*=}" ;;
+    --out=?*) out="${argument#*=}" ;;
     --plain=yes | --plain=no) plain="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
     *) mcm_refuse "$argument is not an option; there are --out=DIR, --plain=yes|no and --dry-run" ;;

@@ -2,6 +2,8 @@
 
     python -m mcm_jax.plan --config=configs/imagenet64.py:small,ct,steps=8 --topology=v5e:8x8
 
+    python -m mcm_jax.plan --table=DIR    # the records that --json wrote into a directory, as one table
+
 Everything it prints is the compiler's estimate or a model of ours, none of it a measurement; which is which
 stands beside each number. Needs Linux on x86-64 and the extra `plan` (libtpu), no TPU and no data. A step of
 full size takes minutes to compile.
@@ -10,6 +12,7 @@ full size takes minutes to compile.
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -64,10 +67,10 @@ def plan(
         raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
     num_params, compiled = _compile(config, described, num_classes)
     fitting = None
-    if isinstance(compiled, compilation.TooLarge):
+    if not _fits(compiled, described):
         for name, smaller in _smaller(config, described.num_chips):
             print(f"does not fit; trying {name}", file=sys.stderr, flush=True)
-            if not isinstance(_compile(smaller, described, num_classes)[1], compilation.TooLarge):
+            if _fits(_compile(smaller, described, num_classes)[1], described):
                 fitting = name
                 break
     published = None
@@ -93,6 +96,13 @@ def plan(
     )
     text = "" if isinstance(compiled, compilation.TooLarge) else compiled.text
     return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
+
+
+def _fits(compiled: Any, topology: Any) -> bool:
+    """Whether a chip has the memory; a step that it has not may compile all the same."""
+    from mcm_jax.planning import compilation
+
+    return isinstance(compiled, compilation.Plan) and compiled.total_bytes <= topology.chip.hbm_bytes
 
 
 def _compile(config: Any, topology: Any, num_classes: int) -> tuple[int, Any]:
@@ -155,7 +165,11 @@ def _made_of(holder: flags.FlagHolder | flags.Flag) -> dict[str, Any]:
         "config": config_flags.get_config_filename(holder),
         "overrides": [f"--config.{name}={value}" for name, value in sorted(overrides.items())],
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("flax", "jax", "libtpu")},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("flax", "jax", "jaxlib", "libtpu")
+            if importlib.util.find_spec(name) is not None
+        },
     }
 
 
@@ -177,7 +191,7 @@ def table(directory: Path) -> str:
         try:
             records.append(json.loads(file.read_text()))
             tables.table(records[-1:])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{file} is no record of a plan ({error!r}); remove it or make it again"
             ) from error
@@ -210,12 +224,13 @@ def main() -> None:
         print(table(Path(values.table)), end="")
         return
     holder = values["config"]
+    made = _made_of(holder)
     record, report, text = plan(
         command_line.loaded_config(holder), values.topology, num_classes=values.num_classes
     )
     print(report)
     if values.json is not None:
-        write_asked_for(values.json, json.dumps(_made_of(holder) | record, indent=2) + "\n")
+        write_asked_for(values.json, json.dumps(made | record, indent=2) + "\n")
     if values.hlo is not None:
         write_asked_for(values.hlo, text)
 

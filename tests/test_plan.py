@@ -98,6 +98,29 @@ def test_the_fused_attention_is_a_kernel_on_a_tpu():
     assert unfused == pytest.approx(plan.seconds() - plan.seconds("kernel") + alone.seconds())
 
 
+def test_attention_written_out_counts_as_often_as_its_kernels(monkeypatch):
+    """Three layers forwards, of which two also backwards: 1 s forwards, 5 s both ways, and 10 s of others."""
+    sizes = (2, 2, 256, 128)
+    operations = [
+        Operation("splash_mha_fwd.1", "custom-call", "kernel", 3, 0.3, 0.3, 0.0, 1.0, "", sizes),
+        Operation("splash_mha_dkv.1", "custom-call", "kernel", 2, 0.2, 0.2, 0.0, 1.0, "", sizes),
+        Operation("a", "fusion", "estimated", 1, 10.0, 10.0, 0.0, 1.0, ""),
+    ]
+
+    def alone(function, arguments, *_, **__):
+        assert {one.shape for one in arguments} == {sizes}
+        seconds = {3: 1.0, 4: 5.0}[len(arguments)]
+        return compilation.Plan(
+            0, 0, 0, (Operation("b", "fusion", "estimated", 1, seconds, seconds, 0.0, 0.0, ""),), ""
+        )
+
+    monkeypatch.setattr(compilation, "plan", alone)
+    topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), tuple(jax.devices()[:1]))
+    whole = compilation.Plan(0, 0, 0, tuple(operations), "")
+    found = compilation.seconds_unfused(whole, attention.einsum, topology, dtype=jnp.dtype("bfloat16"))
+    assert found == pytest.approx(3 * 1 + 2 * (5 - 1) + 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -65,16 +65,18 @@ def incoming_bytes_per_second(
 def exchange_bytes_per_second(
     one: Chip, coordinates: Sequence[Sequence[int]], bounds: Sequence[int]
 ) -> float:
-    """How fast every chip of a group can receive from all others at once, a part from each.
+    """How fast every chip of a group can receive from all others at once, a part from each; else 0.
 
-    A cut across an axis divides the group's N chips in halves; N/2 chips receive N/2 of N - 1 parts through
-    it, over one link of every line along the axis, or two of every ring.
+    A cut across an axis halves the group's N chips. Each of N/2 chips receives N - 1 parts, N/2 of them
+    through the cut, which has one link of every line along the axis, or two of every ring. Of a group that
+    fills a box of even sides, and balances what it sends around rings.
     """
-    count, speed = len(coordinates), incoming_bytes_per_second(one, coordinates, bounds)
-    for length, sides in _axes(one, coordinates, bounds):
-        cut = one.link_bytes_per_second * sides * count / length
-        speed = min(speed, cut * (count - 1) / (count / 2) ** 2)
-    return speed
+    count = len(coordinates)
+    cuts = (
+        one.link_bytes_per_second * sides * count / length
+        for length, sides in _axes(one, coordinates, bounds)
+    )
+    return min((cut * (count - 1) / (count / 2) ** 2 for cut in cuts), default=0.0)
 
 
 def _axes(

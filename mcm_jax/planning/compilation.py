@@ -108,7 +108,8 @@ def seconds_unfused(
 ) -> float | None:
     """Of the step with every kernel of attention at what `attend`, (q, k, v) -> values, compiles to alone.
 
-    None where that doesn't fit. dtype: of the queries.
+    Of time alone: whether the whole step would fit so is not asked, and what overlaps what stays as it is
+    with the kernels. dtype: of the queries. None where one layer alone doesn't fit.
     """
     mesh = Mesh(topology.devices[:1], "chip")
 

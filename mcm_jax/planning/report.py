@@ -30,12 +30,12 @@ def record(
         "params": num_params,
         "hbm_capacity_bytes": int(chip.hbm_bytes),
         "published_steps_per_second": published,
+        "would_fit_with": fitting,
     }
     if isinstance(compiled, TooLarge):
         return result | {
             "fits": False,
             "hbm_bytes_per_chip": None if compiled.needed_bytes is None else int(compiled.needed_bytes),
-            "would_fit_with": fitting,
         }
     seconds = compiled.seconds()
     flops = compiled.flops * topology.num_chips
@@ -93,8 +93,8 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     unfused = record["estimated_step_seconds_attention_unfused"]
     if unfused is not None:
         lines.append(
-            f"without kernels     {unfused:.4f} s, {1 / unfused:.2f} steps a second, kernels of attention "
-            "at what the compiler estimates for them written out"
+            f"without kernels     {unfused:.4f} s, {1 / unfused:.2f} steps a second, attention written out "
+            "as it compiles alone; of time only, whether such a step fits is not asked"
         )
     if record["published_steps_per_second"] is not None:
         lines.append(

@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 _GIB = 2**30
+_MARK = "[?]"
 _COLUMNS = (
     "plan",
     "slice",
-    "step, s",
-    "modelled: kernels, s",
-    "collectives, s",
-    "steps a second",
+    "estimated step, s",
+    "of it kernels, modelled",
+    "collectives not overlapped, modelled",
+    "modelled in all",
+    "estimated steps a second",
     "the paper's, measured",
-    "ratio",
-    "attention written out: steps a second",
-    "ratio",
-    "share of peak",
+    "estimate / paper's",
+    "attention without kernels: estimated steps a second",
+    "estimate / paper's",
+    "share of peak, recomputation included",
     "GiB a chip",
 )
 
@@ -31,23 +33,26 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for overrides, group in itertools.groupby(ordered, key=lambda one: one["overrides"]):
         lines += [f"With `{' '.join(overrides)}`" if overrides else "The configs as they are", ""]
         lines += [_line(_COLUMNS), _line("---" for _ in _COLUMNS), *(_line(_cells(one)) for one in group), ""]
-    return "\n".join([*lines, *_made(records)]) + "\n"
+    doubts = [f"{_MARK} {_name(one)}: {doubt}." for one in ordered for doubt in one.get("doubts", ())]
+    return "\n".join([*lines, *doubts, *_made(records)]) + "\n"
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
     if not record["fits"]:
         needed = record["hbm_bytes_per_chip"]
-        size = "more than there are" if needed is None else f"{needed / _GIB:.2f}"
-        remedy = record["would_fit_with"] or "more chips"
-        return [_name(record), record["topology"], f"does not fit, would with {remedy}", *[""] * 8, size]
+        size = "more than there are" if needed is None else f"{needed / _GIB:.1f}"
+        remedy = record["would_fit_with"]
+        said = f"does not fit, would with {remedy}" if remedy else "does not fit, nor with what was tried"
+        return [_name(record), record["topology"], said, *[""] * (len(_COLUMNS) - 4), size]
     seconds, published = record["estimated_step_seconds"], record["published_steps_per_second"]
     unfused = record["estimated_step_seconds_attention_unfused"]
     return [
-        _name(record),
+        _name(record) + (f" {_MARK}" if record["doubts"] else ""),
         record["topology"],
         f"{seconds:.3f}",
         f"{record['seconds_modelled_kernels']:.3f}",
         f"{record['seconds_modelled_collectives_exposed']:.3f}",
+        f"{100 * record['modelled_share']:.0f}%",
         f"{1 / seconds:.2f}",
         "" if published is None else f"{published}",
         _ratio(seconds, published),
