@@ -22,6 +22,7 @@ from tests.test_programs import call
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which exists for Linux on x86-64"
 )
+OPERATION = Operation("a", "fusion", "estimated", 1, 0.1, 0.1, 0.0, 1e12, "")
 SMALL = (
     *("--config=configs/openmoji.py:teacher", "--config.model.kinds=('resnet','transformer')"),
     *("--config.model.widths=(32,64)", "--config.model.blocks=(1,1)", "--config.model.dropouts=(0.0,0.0)"),
@@ -182,14 +183,17 @@ def test_every_slice_exists(name):
     )
 
 
-def test_what_does_not_fit_says_what_would(monkeypatch):
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_does_not_fit_says_what_would(monkeypatch, compiles):
     """Remat first, then all chips for the parameters, then parts of the batch, until it fits."""
     tried = []
 
     def compile_(config, topology, num_classes):
         tried.append((config.model.remat, config.mesh.fsdp, config.training.accumulation_steps))
         refused = compilation.TooLarge(42.9 * 2**30, 15.75 * 2**30)
-        fits = compilation.Plan(0, 0, 0, (), "")
+        if compiles:
+            refused = compilation.Plan(0, 0, 43 * 2**30, (OPERATION,), "module")
+        fits = compilation.Plan(0, 0, 15 * 2**30, (), "")
         return 1000, fits if config.training.accumulation_steps == 2 else refused
 
     monkeypatch.setattr(program, "_compile", compile_)
@@ -200,8 +204,11 @@ def test_what_does_not_fit_says_what_would(monkeypatch):
     record, text, hlo = program.plan(config, "v5e:2x2")
     assert tried == [("none", 1, 1), ("full", 1, 1), ("full", 4, 1), ("full", 4, 2)]
     remedy = "--config.model.remat=full --config.mesh.fsdp=4 --config.training.accumulation_steps=2"
-    assert record["would_fit_with"] == remedy and not record["fits"] and hlo == ""
-    assert f"does not fit: needs 42.90 GiB of 15.75 GiB a chip; it fits with {remedy}" in text
+    assert record["would_fit_with"] == remedy and not record["fits"] and bool(hlo) == compiles
+    needs = (
+        "43.00 GiB in all of 15.75 GiB: does not fit" if compiles else "needs 42.90 GiB of 15.75 GiB a chip"
+    )
+    assert f"{needs}; it fits with {remedy}" in text
 
 
 def test_the_record_adds_up():

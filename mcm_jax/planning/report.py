@@ -74,14 +74,11 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
         needs = f"needs more than {available}"
         if compiled.needed_bytes is not None:
             needs = f"needs {compiled.needed_bytes / _GIB:.2f} GiB of {available}"
-        remedy = "; nothing tried would fit, take more chips"
-        if record["would_fit_with"] is not None:
-            remedy = f"; it fits with {record['would_fit_with']}"
-        return "\n".join([*lines, f"does not fit: {needs}{remedy}"])
+        return "\n".join([*lines, f"does not fit: {needs}{_remedy(record)}"])
     lines += [
         f"memory a chip       {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
         f"temporaries, {_gib(compiled.total_bytes)} in all of {_gib(chip.hbm_bytes)}: "
-        + ("fits" if record["fits"] else "does not fit"),
+        + ("fits" if record["fits"] else f"does not fit{_remedy(record)}"),
         f"work                {record['flops_per_step']:.4g} FLOPs a step (recomputation included)",
         f"estimated step      {record['estimated_step_seconds']:.4f} s, "
         f"{record['estimated_steps_per_second']:.2f} steps a second, "
@@ -104,6 +101,11 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     lines += [f"not known           {doubt}" for doubt in compiled.doubts]
     lines += ["", f"the {costliest} costliest operations, ms a step", *_operations(compiled, costliest)]
     return "\n".join(lines)
+
+
+def _remedy(record: dict[str, Any]) -> str:
+    flags = record["would_fit_with"]
+    return "; nothing tried would fit, take more chips" if flags is None else f"; it fits with {flags}"
 
 
 def _modelled(compiled: Plan) -> list[str]:
