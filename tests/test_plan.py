@@ -43,7 +43,7 @@ def test_a_tiny_network_on_four_chips(tmp_path):
         f"--json={tmp_path / 'plan.json'}",
         f"--hlo={tmp_path / 'plan.hlo'}",
     )
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     record = json.loads((tmp_path / "plan.json").read_text())
     assert record["params"] == 214_019
     assert record["fits"] and record["hbm_capacity_bytes"] == int(15.75 * 2**30)

@@ -15,6 +15,17 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}
 
+# libtpu would become the default device, asks a metadata server that only a TPU machine has, lets one process
+# at a time load it, and complains on stderr that it knows of no machine. Which one is named does not matter.
+_WITHOUT_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -50,11 +61,8 @@ def describe(name: str) -> Topology:
         )
     generation, _, shape = name.partition(":")
     one = chip(generation)
-    # libtpu would become the default device, asks a metadata server that only a TPU machine has, and lets one
-    # process at a time load it.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     described = topologies.get_topology_desc(
