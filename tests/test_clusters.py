@@ -244,7 +244,8 @@ case "$what" in
   crash) exit 1 ;;
   refused) echo "error: no such data" >&2; exit 2 ;;
   long) trap 'echo saved >>"$TOOLS/saved"; exit 130' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
-  slow) sleep 2; echo "finished" ;;
+  found) until [ "$(grep -c "tpu_host.sh train" "$TOOLS/calls")" = 2 ]; do sleep 0.1; done
+    sleep 3; echo "finished" ;;
 esac
 """
 
@@ -343,7 +344,7 @@ def test_it_does_not_try_for_ever(tools):
 
 def test_a_run_goes_on_without_the_connection_and_is_found_again(tools):
     (tools / "lost").touch()
-    result = pod(tools, "slow", "never")
+    result = pod(tools, "found", "never")
     assert result.returncode == 0, result.stderr + result.stdout
     assert told(tools).count("train") == 2
     assert all(len((tools / f"trained.{host}").read_text().splitlines()) == 1 for host in (0, 1))
