@@ -654,7 +654,16 @@ def test_a_teacher_of_other_classes(tiny_data, teacher):
             checked(tiny_data, teacher, class_names)
 
 
-@pytest.mark.parametrize("fields", [{}, {"model__dropouts": (0.0, 0.2)}, {"model__dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model__dropouts": (0.0, 0.2)},
+        {"model__dtype": "bfloat16"},
+        {"model__remat": "full", "model__saved": ("qkv",)},
+        {"model__unroll": False},
+    ],
+)
 def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, tiny_data, teacher):
     checked(tiny_data, teacher, **fields)
 
