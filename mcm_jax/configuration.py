@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from mcm_jax.diffusion.schedules import EndPoints, Grid
-from mcm_jax.models.blocks import Norm
+from mcm_jax.models.blocks import Norm, Saved
 from mcm_jax.models.embeddings import NoiseScale
 from mcm_jax.models.uvit import Remat, StageKind
 from mcm_jax.objectives.consistency import TeacherStep
@@ -64,14 +64,18 @@ class ModelConfig:
     head_width: int = _field(32, "attention head width (open: 64 or 128 at full size)", low=1)
     mlp_factor: int = _field(4, "hidden width of a transformer's MLP over its width", low=1)
     resnet_norm: Norm = _field(
-        "layer", "norm of ResNet blocks and of the output (open); on a TPU group is the faster"
+        "layer", "norm of ResNet blocks and of the output (open); group is the faster by a TPU's compiler"
     )
     noise_scale: NoiseScale = _field("arctan", "axis of the noise level's embedding (open)")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "what activations compute in")
     remat: Remat = _field(
         "none",
-        "what the gradient computes again instead of keeping it: nothing, every block, or all of a block but "
-        "its matrix products",
+        "what the gradient computes again instead of keeping it: nothing, every block, all of a block but "
+        "its matrix products, or all but what `saved` names",
+    )
+    saved: tuple[Saved, ...] = _field(
+        ("conv_1", "mlp_in", "attention"),
+        "what remat=names keeps of every block: the products conv_1, mlp_in and qkv, the result of attention",
     )
     unroll: bool = _field(
         True,

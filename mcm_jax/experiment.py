@@ -50,6 +50,7 @@ def build_network(config: Config, *, num_classes: int) -> Network:
             noise_scale=model.noise_scale,
             dtype=model.dtype,
             remat=model.remat,
+            saved=model.saved,
             unroll=model.unroll,
         )
     )

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float
 
 # (q, k, v) -> softmax(q k^T) v; q is scaled.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
+# What the result is called for rematerialisation (`uvit.Remat`), with all that the kernel's gradient needs.
+NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
 
@@ -19,7 +22,7 @@ def einsum(
     """softmax(q k^T) v, the softmax in float32. Holds all B H L^2 weights in memory."""
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    return checkpoint_name(jnp.einsum("bhqk,bhkd->bhqd", weights, v), NAME)
 
 
 def fused(
@@ -52,6 +55,11 @@ def fused(
     )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * heads)
     kernel = splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=NAME,
+        interpret=interpret,
     )
     return jax.vmap(kernel)(q, k, v)

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mcm_jax.models.attention import AttentionFn
 
+# Values within a block that may be kept for the gradient where all others are computed again.
+Saved = Literal["conv_1", "mlp_in", "qkv", "attention"]
 Norm = Literal["layer", "group"]
 _zeros = nnx.initializers.zeros
 
@@ -99,7 +102,7 @@ class ResNetBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], scale_shift: Float[Array, "B 2*C"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
-        h = self.conv_1(jax.nn.swish(self.norm_1(x)))
+        h = checkpoint_name(self.conv_1(jax.nn.swish(self.norm_1(x))), "conv_1")
         h = _modulate(self.norm_2(h), scale_shift)
         h = dropout(jax.nn.swish(h), self.rate, key)
         return x + self.conv_2(h)
@@ -164,7 +167,9 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         # One product for each, so that it is written the way that attention reads it.
         kernel = rearrange(self.qkv.kernel[...], "c (n h d) -> n c h d", n=3, d=self.head_width)
-        q, k, v = (jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype))
+        q, k, v = checkpoint_name(
+            [jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype)], "qkv"
+        )
         q, k = (
             layer_norm(part, norm.scale[...], norm.bias[...])
             for part, norm in ((q, self.norm_q), (k, self.norm_k))
@@ -200,7 +205,7 @@ class TransformerBlock(nnx.Module):
         self, x: Float[Array, "B L C"], scale_shift: Float[Array, "B M"], key: jax.Array | None
     ) -> Float[Array, "B L C"]:
         # Without a gradient a TPU's compiler would make one operation of both products, a slower one.
-        h = jax.nn.swish(_apart(self.mlp_in(self.norm_mlp(x))))
+        h = jax.nn.swish(_apart(checkpoint_name(self.mlp_in(self.norm_mlp(x)), "mlp_in")))
         h = _modulate(h, scale_shift)
         h = dropout(h, self.rate, key)
         x = x + self.mlp_out(h)

@@ -15,12 +15,12 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.models.blocks import Norm, ResNetBlock, TransformerBlock, make_norm
+from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, TransformerBlock, make_norm
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
 
 StageKind = Literal["resnet", "transformer"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class UViTSpec:
     noise_scale: NoiseScale
     dtype: Literal["float32", "bfloat16"]
     remat: Remat = "none"
+    saved: tuple[Saved, ...] = ()
     unroll: bool = True
     placement: Placement = Placement()
 
@@ -73,7 +74,7 @@ class ResNetStage(nnx.Module):
     """ResNet blocks in a row."""
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
-        self.remat, self.constrain = spec.remat, spec.placement.constrain
+        self.remat, self.saved, self.constrain = spec.remat, spec.saved, spec.placement.constrain
         self.modulations = Modulations(stage.blocks, stage.width, spec, rngs=rngs)
         self.blocks = nnx.List(
             ResNetBlock(
@@ -89,7 +90,7 @@ class ResNetStage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
-        call, keys = _call_block(self.remat), _split(key, len(self.blocks))
+        call, keys = _call_block(self.remat, self.saved), _split(key, len(self.blocks))
         for block, scale_shift, block_key in zip(self.blocks, self.modulations(emb), keys, strict=True):
             x = self.constrain(call(block, x, scale_shift, block_key))
         return x
@@ -100,8 +101,8 @@ class TransformerStage(nnx.Module):
 
     def __init__(self, stage: Stage, spec: UViTSpec, *, side: int, rngs: nnx.Rngs):
         """side: height and width of the feature map in pixels."""
-        self.num_blocks, self.remat, self.unroll = stage.blocks, spec.remat, spec.unroll
-        self.constrain = spec.placement.constrain
+        self.num_blocks, self.unroll = stage.blocks, spec.unroll
+        self.remat, self.saved, self.constrain = spec.remat, spec.saved, spec.placement.constrain
         hidden = spec.mlp_factor * stage.width
         self.modulations = Modulations(stage.blocks, hidden, spec, rngs=rngs)
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
@@ -126,7 +127,7 @@ class TransformerStage(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         side = x.shape[1]
         keys = None if key is None else jax.random.split(key, self.num_blocks)
-        call = _call_block(self.remat)
+        call = _call_block(self.remat, self.saved)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def run(
@@ -228,16 +229,18 @@ def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     return repeat(wide, "b h w c -> b (h i) w c", i=2)
 
 
-def _call_block(remat: Remat) -> Callable[..., Array]:
+def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
     """(block, x, scale_shift, key) -> its result, values saved for the gradient as `remat` says."""
 
     def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
         return block(x, scale_shift, key)
 
-    if remat == "none":
-        return call
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return nnx.remat(call, policy=policy)
+    policies = {
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "names": jax.checkpoint_policies.save_only_these_names(*saved),
+    }
+    return call if remat == "none" else nnx.remat(call, policy=policies[remat])
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

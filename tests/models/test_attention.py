@@ -38,6 +38,21 @@ def test_the_kernel_is_what_is_written_out(shape):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_kernel_names_what_its_gradient_needs():
+    """So that it is not run again where that is kept: the result, and a sum for every query."""
+    q, k, v, _ = draw((1, 2, 128, 128))
+    attend = functools.partial(attention.fused, interpret=True)
+
+    def kept(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        _, pullback = jax.eval_shape(
+            lambda *qkv: jax.vjp(jax.checkpoint(attend, policy=policy), *qkv), q, k, v
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept(attention.NAME) - kept() == q.size + q.size // 128
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 2, 128, 32), (1, 1, 1152, 128)])
 def test_what_the_kernel_has_no_tiles_for_is_written_out(shape):
     q, k, v, _ = draw(shape)

@@ -138,7 +138,14 @@ def plain(params):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"remat": "full"}, {"remat": "dots"}, {"unroll": False}, {"remat": "full", "unroll": False}]
+    "changed",
+    [
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "names", "saved": ("conv_1", "attention")},
+        {"unroll": False},
+        {"remat": "full", "unroll": False},
+    ],
 )
 def test_how_the_gradient_is_computed_changes_nothing(changed, params, plain):
     """Dropout's draws included; the same operations in another order, so that only rounding differs."""
@@ -151,15 +158,29 @@ def test_how_the_gradient_is_computed_changes_nothing(changed, params, plain):
 
 
 def test_recomputing_keeps_fewer_values(params):
-    """What the backward pass is handed: all of every block, its matrix products, or only its input."""
+    """What the backward pass is handed: all of every block, its matrix products, or only its input.
 
-    def kept(remat):
-        spec = dataclasses.replace(SPEC, remat=remat)
+    Each name adds the values that it stands for.
+    """
+
+    def kept(remat, *saved):
+        spec = dataclasses.replace(SPEC, remat=remat, saved=saved)
         apply = lambda p: Network(spec).apply(p, Z, LOGSNR, LABEL, None)  # noqa: E731
         _, pullback = jax.eval_shape(lambda p: jax.vjp(apply, p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert kept("full") < kept("dots") < kept("none")
+    assert kept("full") == kept("names") < kept("dots") < kept("none")
+    # Values of an example in all feature maps between blocks: two ResNets, two transformers and the middle.
+    resnets, transformers = 2 * 8 * 8 * 8, 2 * 4 * 4 * 16 + 3 * 2 * 2 * 16
+    sizes = {
+        "conv_1": resnets,
+        "mlp_in": SPEC.mlp_factor * transformers,
+        "qkv": 3 * transformers,
+        "attention": transformers,
+    }
+    for name, size in sizes.items():
+        # But for the bias of the product that gave it, which need not be handed on any more.
+        assert kept("names", name) - kept("full") == pytest.approx(len(Z) * size, rel=0.03)
 
 
 def test_bfloat16_is_near_float32_and_returns_float32(params, apply):
