@@ -241,7 +241,7 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
 
 
 def _architecture(spec: UViTSpec) -> UViTSpec:
-    """What parameters depend on: not the dropout, the activations' precision or how gradients are computed."""
+    """What parameters depend on: not dropout, the activations' precision or how gradients are computed."""
     stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in spec.stages)
     return dataclasses.replace(spec, stages=stages, dtype="float32", remat="none", saved=(), unroll=True)
 
