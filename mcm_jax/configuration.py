@@ -83,7 +83,7 @@ class ModelConfig:
     )
     attention: Literal["fused", "einsum"] = _field(
         "fused",
-        "in training: by a kernel where the devices are TPUs, head_width and the number of positions are "
+        "by a kernel where the devices are TPUs, head_width and the number of positions are "
         "multiples of 128, and these at most 1024; or always written out",
     )
 

@@ -69,8 +69,8 @@ def build_schedule(config: Config) -> Schedule:
 
 def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
     """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
-    placement = _placement(config, mesh)
-    network = dataclasses.replace(network, spec=dataclasses.replace(network.spec, placement=placement))
+    network = placed(config, network, mesh=mesh)
+    placement = network.spec.placement
 
     def bind(params: Any) -> ModelFn:
         # Gathered once for all that is done with them, not layer by layer and again for the gradient.
@@ -95,18 +95,23 @@ def build_loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossF
     return loss_fn
 
 
-def _placement(config: Config, mesh: Mesh) -> Placement:
-    """Feature maps split by example: unasked the compiler replicates them where parameters are split."""
+def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
+    """The same network on a mesh, told how feature maps lie there and which attention its devices have.
+
+    Feature maps are split by example: unasked the compiler replicates them where parameters are split.
+    """
     over_batch = sharding.batch_sharding(mesh)
     attend = attention.einsum
     if config.model.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
         attend = jax.shard_map(
             attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
         )
-    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch)
-    return Placement(
-        constrain=constrain, attend=attend, by_column=functools.partial(sharding.by_column, mesh)
+    placement = Placement(
+        constrain=functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch),
+        attend=attend,
+        by_column=functools.partial(sharding.by_column, mesh),
     )
+    return dataclasses.replace(network, spec=dataclasses.replace(network.spec, placement=placement))
 
 
 # (model_fn, teacher_fn, target_fn, x, cond, key, train_step) -> loss of every example; functions that the

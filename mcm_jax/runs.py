@@ -15,33 +15,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mcm_jax import distributed, experiment, files, sampling, workdirs
+from mcm_jax import distributed, experiment, files, samplers, sampling, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
-from mcm_jax.data.pixels import to_float, to_uint8
-from mcm_jax.diffusion import schedules
-from mcm_jax.diffusion.guidance import guided
+from mcm_jax.data.pixels import to_float
 from mcm_jax.errors import InputError
+from mcm_jax.samplers import Sampling
 from mcm_jax.training import sharding
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 
 Images = UInt8[np.ndarray, "N r r 3"]
 Labels = Int[np.ndarray, "N"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How images are made: the settings of SamplingConfig, resolved for one run."""
-
-    steps: int
-    sampler: str
-    noise_grid: str
-    x_var: str | None  # None where the sampler takes no variance
-    x_var_eta: float | None  # these two where it is measured
-    x_var_images: int | None
-    guidance: float
-    clip: str
 
 
 class Run:
@@ -67,7 +52,6 @@ class Run:
         self.params, self.checkpoint_step, self.workdir = params, checkpoint_step, workdir
         self.parameters = parameters
         self.network = experiment.build_network(config, num_classes=dataset.num_classes)
-        self.schedule = experiment.build_schedule(config)
         self._compiled: dict[Sampling, Callable[..., Any]] = {}
         self._x_var: dict[Sampling, Float[Array, N]] = {}
 
@@ -91,60 +75,18 @@ class Run:
         """How classes are drawn when none are given."""
         return self.config.sampling.label_rule
 
-    def sampling(
-        self,
-        *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        noise_grid: str | None = None,
-        x_var: str | None = None,
-        guidance: float | None = None,
-    ) -> Sampling:
-        """What `sample` does with these arguments, defaults filled in.
-
-        A student's defaults are its own step count, DDIM, the schedule's grid and no guidance.
-
-        Raises:
-          InputError: guidance, of a network that was trained without label dropout; x_var, of a sampler that
-            takes none.
-        """
-        settings = self.config.sampling
-        if self.student_steps is not None:
-            settings = dataclasses.replace(
-                settings,
-                teacher_steps=self.student_steps,
-                sampler="ddim",
-                noise_grid="schedule",
-                guidance=0.0,
-            )
-        sampler = sampler or settings.sampler
-        guidance = settings.guidance if guidance is None else guidance
-        if guidance > 0 and not self.config.knows_any_class:
-            raise InputError(
-                f"guidance {guidance} needs a diffusion model that knows 'any class', trained with "
-                "config.diffusion.label_dropout above 0, and this is none; sample it with guidance 0"
-            )
-        takes_variance = sampler in ("addim", "noisy_ddim")
-        if x_var is not None and not takes_variance:
-            raise InputError(f"x_var={x_var} means nothing to {sampler}; it is for addim and noisy_ddim")
-        x_var = (x_var or settings.x_var) if takes_variance else None
-        measured = x_var == "measured"
-        return Sampling(
-            steps=steps or settings.teacher_steps,
-            sampler=sampler,
-            noise_grid=noise_grid or settings.noise_grid,
-            x_var=x_var,
-            x_var_eta=settings.x_var_eta if measured else None,
-            x_var_images=settings.x_var_images if measured else None,
-            guidance=guidance,
-            clip=settings.clip,
-        )
+    def sampling(self, **how: Any) -> Sampling:
+        """What `sample` does with these arguments, defaults filled in; see `samplers.resolve`."""
+        return samplers.resolve(self.config, **how)
 
     def sampling_record(self, **how: Any) -> dict[str, Any]:
         """`sampling` for a result: with the label rule and the number of network calls an image."""
         how = self.sampling(**how)
-        calls = sampling.network_calls(how.sampler, how.steps) * (2 if how.guidance else 1)
-        return {**dataclasses.asdict(how), "label_rule": self.label_rule, "network_calls": calls}
+        return {
+            **dataclasses.asdict(how),
+            "label_rule": self.label_rule,
+            "network_calls": how.network_calls,
+        }
 
     def sample(
         self,
@@ -189,7 +131,7 @@ class Run:
         labels = np.asarray(labels, np.int32)
         if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
             raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
-        images = np.empty((num, *self._image_shape), np.uint8)
+        images = np.empty((num, *samplers.image_shape(self.config)), np.uint8)
         run = self._compiled_sampler(how)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(how)))
         for start in range(0, num, batch):
@@ -240,11 +182,6 @@ class Run:
                 "the same images again, or name their directory with --data_dir"
             )
 
-    @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        resolution = self.config.data.resolution
-        return (resolution, resolution, experiment.CHANNELS)
-
     def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
         uniform = self.label_rule == "uniform"
@@ -252,34 +189,9 @@ class Run:
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
-    def _grid(self, how: Sampling) -> Float[Array, "N"]:
-        if how.noise_grid == "karras":
-            return schedules.karras_grid(how.steps)
-        return schedules.uniform_grid(self.schedule, how.steps)
-
     def _compiled_sampler(self, how: Sampling) -> Callable[..., Array]:
         if how not in self._compiled:
-            logsnr = self._grid(how)
-
-            def run(params: Any, key: Array, x_var: Any, indices: Array, labels: Array) -> Array:
-                keys = sampling.image_keys(key, indices)
-                model_fn = functools.partial(self.network.apply, params)
-                if how.guidance > 0:
-                    model_fn = guided(model_fn, guidance=how.guidance, null_class=self.network.null_class)
-                x = sampling.sample(
-                    model_fn,
-                    sampling.initial_noise(keys, self._image_shape),
-                    labels,
-                    keys,
-                    logsnr=logsnr,
-                    sampler=how.sampler,
-                    x_var=x_var,
-                    clip=how.clip,
-                )
-                return to_uint8(x)
-
-            over_batch = sharding.batch_sharding(self.mesh)
-            self._compiled[how] = jax.jit(run, out_shardings=over_batch)
+            self._compiled[how] = samplers.build(self.config, self.network, how, mesh=self.mesh)
         return self._compiled[how]
 
     def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
@@ -320,7 +232,7 @@ class Run:
         images, labels = self.images("train")
         num = min(len(images), how.x_var_images)
         batch = self.config.sampling.batch_per_device * self.mesh.size
-        logsnr, key = self._grid(how), jax.random.key(0)
+        logsnr, key = samplers.grid(self.config, how), jax.random.key(0)
 
         @jax.jit
         def errors(params: Any, indices: Array, images: Array, labels: Array) -> Array:

@@ -162,7 +162,7 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
         jnp.asarray(images[:10], jnp.float32) / 127.5 - 1,
         jnp.asarray(labels[:10]),
         keys,
-        logsnr=run.schedule(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
+        logsnr=experiment.build_schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
     )
     np.testing.assert_allclose(x_var, 0.5 * np.mean(errors, axis=1), rtol=1e-4)
     analytic, measured = (
@@ -244,7 +244,7 @@ def test_guidance(run, student):
     images, _ = knows.sample(4, steps=1, guidance=0.5, labels=labels)
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(4))
     z_1 = sampling.initial_noise(keys, (8, 8, 3))
-    logsnr = jnp.full(4, run.schedule(jnp.float32(1.0)))
+    logsnr = jnp.full(4, experiment.build_schedule(run.config)(jnp.float32(1.0)))
     x_cond, x_any = (
         np.asarray(
             process.x_from_v(run.network.apply(run.params, z_1, logsnr, c, None), z_1, logsnr_t=logsnr)
