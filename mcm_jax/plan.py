@@ -2,7 +2,10 @@
 
     python -m mcm_jax.plan --config=configs/imagenet64.py:small,ct,steps=8 --topology=v5e:8x8
 
-    python -m mcm_jax.plan --table=DIR    # the records that --json wrote into a directory, as one table
+    python -m mcm_jax.plan --config=... --program=sample      # a batch of samples; features: FID's network
+
+    python -m mcm_jax.plan --table=DIR    # the records that --json wrote into a directory, as one table; or
+    python -m mcm_jax.plan --scaling=DIR  # as tables of how the step scales with the chips
 
 Everything it prints is the compiler's estimate or a model of ours, none of it a measurement; which is which
 stands beside each number. Needs Linux on x86-64 and the extra `plan` (libtpu), no TPU and no data. A step of
@@ -15,7 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +32,25 @@ from mcm_jax.files import write_asked_for
 
 # Classes of the data sets that a plan may be made for before they are prepared.
 NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
+# Names of `programs.PROGRAMS`.
+PROGRAMS = ("train", "sample", "features")
 # The paper's batch, at which its speeds are published.
 _PUBLISHED_BATCH = 2048
 _COSTLIEST = 10
 
 
 def plan(
-    raw_config: ml_collections.ConfigDict, topology: str, *, num_classes: int | None = None
+    raw_config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    program: str = "train",
+    num_classes: int | None = None,
 ) -> tuple[dict[str, Any], str, str]:
-    """Compiles the config's train step for a TPU slice; if it does not fit, also says what would.
+    """Compiles a program of the config for a TPU slice; if it does not fit, also says what would.
 
     Args:
       topology: such as "v5e:8x8".
+      program: one of PROGRAMS.
       num_classes: of the data set; None: of one of NUM_CLASSES.
 
     Returns:
@@ -65,18 +75,18 @@ def plan(
     num_classes = num_classes or NUM_CLASSES.get(config.data.dataset)
     if num_classes is None:
         raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
-    num_params, compiled = _compile(config, described, num_classes)
+    size, compiled = _compile(program, config, described, num_classes)
     fitting = None
-    if not _fits(compiled, described):
-        for name, smaller in _smaller(config, described.num_chips):
+    if not compiled.fits(described.chip):
+        for name, smaller in _smaller(program, config, described.num_chips):
             print(f"does not fit; trying {name}", file=sys.stderr, flush=True)
-            if _fits(_compile(smaller, described, num_classes)[1], described):
+            if _compile(program, smaller, described, num_classes)[1].fits(described.chip):
                 fitting = name
                 break
     published = None
-    if config.training.batch_size == _PUBLISHED_BATCH and described.chip.name == "v5e":
+    if (program, size.images, described.chip.name) == ("train", _PUBLISHED_BATCH, "v5e"):
         published = paper.steps_per_second(
-            num_params=num_params,
+            num_params=size.num_params,
             resolution=config.data.resolution,
             objective=config.objective,
             num_chips=described.num_chips,
@@ -89,7 +99,9 @@ def plan(
     record = report.record(
         compiled,
         described,
-        num_params=num_params,
+        program=program,
+        num_params=size.num_params,
+        images=size.images,
         published=published,
         fitting=fitting,
         seconds_unfused=unfused,
@@ -98,45 +110,28 @@ def plan(
     return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
 
 
-def _fits(compiled: Any, topology: Any) -> bool:
-    """Whether a chip has the memory; a step that it has not may compile all the same."""
+def _compile(program: str, config: Any, topology: Any, num_classes: int) -> tuple[Any, Any]:
+    """(programs.Program, compilation.Plan or TooLarge) of the very one that `train` or `evaluate` runs."""
+    from mcm_jax import programs
     from mcm_jax.planning import compilation
 
-    return isinstance(compiled, compilation.Plan) and compiled.total_bytes <= topology.chip.hbm_bytes
-
-
-def _compile(config: Any, topology: Any, num_classes: int) -> tuple[int, Any]:
-    """(parameters, compilation.Plan or TooLarge) of the train step, the very one that `train` runs."""
-    import jax
-    import jax.numpy as jnp
-
-    from mcm_jax import experiment, trainer
-    from mcm_jax.planning import compilation
-    from mcm_jax.training import sharding
-
-    settings = config.training
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=topology.devices)
-    sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    parts = trainer.build(config, num_classes=num_classes, mesh=mesh)
-    shape = (settings.batch_size, config.data.resolution, config.data.resolution, experiment.CHANNELS)
-    batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
-    }
-    teacher = parts.abstract.params if experiment.distils(config) else None
-    compiled = compilation.plan(
-        parts.train_step(),
-        (parts.abstract, teacher, batch),
-        topology,
-        mesh=mesh,
-        package=Path(__file__).parent,
+    built = programs.PROGRAMS[program](config, topology.devices, num_classes=num_classes)
+    package = Path(__file__).parent
+    return built, compilation.plan(
+        built.function, built.arguments, topology, mesh=built.mesh, package=package
     )
-    return sum(leaf.size for leaf in jax.tree.leaves(parts.abstract.params)), compiled
 
 
-def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
-    """What to try when a step does not fit, in order of what it costs: each on top of the one before."""
+def _smaller(program: str, config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
+    """What to try when a program does not fit, in order of what it costs: each on top of the one before."""
     changes = []
+    if program != "train":
+        images = config.sampling.batch_per_device // 2
+        while images:
+            changes.append(("sampling", "batch_per_device", images))
+            images //= 2
+        yield from _changed(config, changes)
+        return
     if config.model.remat != "full":
         changes.append(("model", "remat", "full"))
     if config.mesh.fsdp != num_chips:
@@ -147,6 +142,11 @@ def _smaller(config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
     while config.training.batch_size % (parts * num_chips) == 0:
         changes.append(("training", "accumulation_steps", parts))
         parts *= 2
+    yield from _changed(config, changes)
+
+
+def _changed(config: Any, changes: Sequence[tuple[str, str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(flags, config) after each of the changes (section, field, value)."""
     named: dict[str, Any] = {}
     for section, field, value in changes:
         config = dataclasses.replace(
@@ -181,39 +181,62 @@ def table(directory: Path) -> str:
     """
     from mcm_jax.planning import table as tables
 
+    return tables.table(_records(directory, "--table", tables.table))
+
+
+def scaling(directory: Path) -> str:
+    """The same records as tables of how the train step scales with the chips; raises as `table`."""
+    from mcm_jax.planning import table as tables
+
+    return tables.scaling(_records(directory, "--scaling", tables.scaling))
+
+
+def _records(directory: Path, flag: str, shown: Callable[[Sequence[dict[str, Any]]], str]) -> list[Any]:
+    """All records of a directory, each of which can be `shown`."""
     files = sorted(directory.glob("*.json"))
     if not files:
         raise InputError(
-            f"--table={directory} holds no plan (*.json); --json={directory}/NAME.json writes one"
+            f"{flag}={directory} holds no plan (*.json); --json={directory}/NAME.json writes one"
         )
     records = []
     for file in files:
         try:
             records.append(json.loads(file.read_text()))
-            tables.table(records[-1:])
+            shown(records[-1:])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{file} is no record of a plan ({error!r}); remove it or make it again"
             ) from error
-    return tables.table(records)
+    return records
 
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_string("topology", "v5e:8x8", "TPU slice: GENERATION:SHAPE.")
+    flags.DEFINE_enum(
+        "program",
+        "train",
+        PROGRAMS,
+        "The update; or a batch of samples, config.sampling.batch_per_device on every chip; or what FID's "
+        "network makes of them.",
+    )
     flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the numbers to this file.")
     flags.DEFINE_string("hlo", None, "Also write the compiled program's text to this file.")
     flags.DEFINE_string(
         "table", None, "Print the plans of this directory, all its --json files, and compile none."
     )
+    flags.DEFINE_string(
+        "scaling", None, "The same, as tables of how one config's train step scales with the chips."
+    )
     config_flags.DEFINE_config_file(
         "config", None, "Config file and row, e.g. configs/imagenet64.py:small,ct,steps=8", lock_config=True
     )
     flags.register_multi_flags_validator(
-        ["config", "table"],
-        lambda given: (given["config"] is None) != (given["table"] is None),
-        message="give --config=FILE:ROW for a plan or --table=DIR for a table of plans, one of them",
+        ["config", "table", "scaling"],
+        lambda given: sum(value is not None for value in given.values()) == 1,
+        message="give --config=FILE:ROW for a plan, or --table=DIR or --scaling=DIR for a table of plans, "
+        "one of them",
     )
 
 
@@ -223,10 +246,16 @@ def main() -> None:
     if values.table is not None:
         print(table(Path(values.table)), end="")
         return
+    if values.scaling is not None:
+        print(scaling(Path(values.scaling)), end="")
+        return
     holder = values["config"]
     made = _made_of(holder)
     record, report, text = plan(
-        command_line.loaded_config(holder), values.topology, num_classes=values.num_classes
+        command_line.loaded_config(holder),
+        values.topology,
+        program=values.program,
+        num_classes=values.num_classes,
     )
     print(report)
     if values.json is not None:

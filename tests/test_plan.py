@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,39 @@ def test_a_tiny_network_on_four_chips(tmp_path):
     assert table.returncode == 0, table.stderr
     assert f"| openmoji teacher | v5e:2x2 | {record['estimated_step_seconds']:.3f} | " in table.stdout
     assert f"libtpu {importlib.metadata.version('libtpu')}" in table.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_sampling_on_four_chips():
+    """The network of the same size, all of it on every chip, called once for every one of three steps.
+
+    FLOPs tell how often: those of a step of one call are a third.
+    """
+    raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
+    raw.sampling.update(batch_per_device=8, sampler="ddim")
+    flops = {}
+    for steps in (1, 3):
+        raw.sampling.teacher_steps = steps
+        record, text, _ = program.plan(raw, "v5e:2x2", program="sample")
+        assert record["doubts"] == [] and record["fits"]
+        flops[steps] = record["flops_per_step"]
+    assert record["hbm_argument_bytes"] >= 4 * record["params"]
+    assert record["images_per_step"] == 32 and record["collective_bytes"] == {}
+    assert flops[3] == pytest.approx(3 * flops[1], rel=1e-3)
+    rate = record["images_per_step"] / record["estimated_step_seconds"]
+    assert f"{rate:.0f} a second, 50000 in {50_000 / rate:.1f} s" in text
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_features_on_four_chips():
+    raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
+    raw.sampling.batch_per_device = 2
+    record, _, _ = program.plan(raw, "v5e:2x2", program="features")
+    assert record["doubts"] == [] and record["collective_bytes"] == {}
+    # The network's layers have 5.711 billion multiply-adds an image; the compiler pads some of them.
+    assert 2 * 5.711e9 < record["flops_per_step"] / 8 < 1.2 * 2 * 5.711e9
 
 
 @pytest.mark.slow
@@ -149,21 +183,22 @@ def test_bad_input_is_one_line(arguments, said):
         (None, "holds no plan .*; --json=.*/NAME.json writes one"),
         ("{", "plan.json is no record of a plan"),
         ("[]", "plan.json is no record of a plan"),
-        ('{"params": 1}', "plan.json is no record of a plan .*'overrides'"),
+        ('{"params": 1}', "plan.json is no record of a plan .*'(overrides|program)'"),
     ],
 )
 def test_a_table_of_what_is_no_plan(tmp_path, text, said):
     if text is not None:
         (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(InputError, match=said):
-        program.table(tmp_path)
+    for show in (program.table, program.scaling):
+        with pytest.raises(InputError, match=said):
+            show(tmp_path)
 
 
 @pytest.mark.parametrize("flags", [(), ("--table=runs/plan", *SMALL)])
 def test_a_plan_or_a_table(flags):
     result = call("plan", *flags)
     assert result.returncode == 2
-    assert "give --config=FILE:ROW for a plan or --table=DIR for a table of plans" in result.stderr
+    assert "give --config=FILE:ROW for a plan, or --table=DIR or --scaling=DIR for a table" in result.stderr
 
 
 def test_without_the_compiler(monkeypatch):
@@ -188,13 +223,15 @@ def test_what_does_not_fit_says_what_would(monkeypatch, compiles):
     """Remat first, then all chips for the parameters, then parts of the batch, until it fits."""
     tried = []
 
-    def compile_(config, topology, num_classes):
+    def compile_(program, config, topology, num_classes):
+        assert program == "train"
         tried.append((config.model.remat, config.mesh.fsdp, config.training.accumulation_steps))
         refused = compilation.TooLarge(42.9 * 2**30, 15.75 * 2**30)
         if compiles:
             refused = compilation.Plan(0, 0, 43 * 2**30, (OPERATION,), "module")
         fits = compilation.Plan(0, 0, 15 * 2**30, (), "")
-        return 1000, fits if config.training.accumulation_steps == 2 else refused
+        size = SimpleNamespace(num_params=1000, images=64)
+        return size, fits if config.training.accumulation_steps == 2 else refused
 
     monkeypatch.setattr(program, "_compile", compile_)
     monkeypatch.setattr(
@@ -219,13 +256,17 @@ def test_the_record_adds_up():
     ]
     compiled = compilation.Plan(3 * 2**30, 2**30, 5 * 2**30, tuple(operations), "")
     topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), ())
-    record = report.record(compiled, topology, num_params=10, published=2.7, seconds_unfused=0.4)
+    record = report.record(
+        compiled, topology, program="train", num_params=10, images=11, published=2.7, seconds_unfused=0.4
+    )
     assert record["modelled_share"] == pytest.approx(0.075 / 0.275)
     assert record["estimated_step_seconds"] == pytest.approx(0.275)
     # A tenth of a second's work at peak, in 0.275 s.
     assert record["estimated_mfu"] == pytest.approx(0.1 / 0.275)
     assert record["flops_per_step"] == pytest.approx(4 * 197e11)
+    assert record["estimated_images_per_second"] == pytest.approx(40)
     text = report.told(compiled, record, topology, costliest=2)
+    assert "a step              one update, with a batch of 11 images" in text
     assert "3.00 GiB arguments + 1.00 GiB temporaries, 5.00 GiB in all of 15.75 GiB: fits" in text
     assert "all-gather        4 a step, 1 MB to every chip, 0.1000 s modelled, 75% of it overlapped" in text
     assert "2.7 steps a second, measured by its authors" in text

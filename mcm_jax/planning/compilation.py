@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mcm_jax.planning import cost, hlo
+from mcm_jax.planning.chips import Chip
 from mcm_jax.planning.cost import Operation
 from mcm_jax.planning.topologies import Topology
 
@@ -28,6 +29,10 @@ class Plan:
     operations: tuple[Operation, ...]
     text: str  # the compiled module
     doubts: tuple[str, ...] = ()  # what could not be read from it
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether a chip has the memory; a program may compile all the same."""
+        return self.total_bytes <= chip.hbm_bytes
 
     def seconds(self, *kinds: str) -> float:
         """Of the step: of the operations of these kinds, all if none are named, that nothing hides."""
@@ -58,6 +63,11 @@ class TooLarge:
 
     needed_bytes: float | None  # None: the compiler did not say
     available_bytes: float
+
+    def fits(self, chip: Chip) -> bool:
+        """It does not."""
+        del chip
+        return False
 
 
 def plan(

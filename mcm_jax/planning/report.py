@@ -6,6 +6,13 @@ from mcm_jax.planning.compilation import Plan, TooLarge
 from mcm_jax.planning.topologies import Topology
 
 _GIB = 2**30
+_A_STEP = {
+    "train": "one update, with a batch",
+    "sample": "one batch of samples, from noise to pixels,",
+    "features": "one batch through FID's network,",
+}
+# How many samples a FID takes (SPEC 7).
+FID_SAMPLES = 50_000
 
 
 def record(
@@ -13,20 +20,28 @@ def record(
     topology: Topology,
     *,
     num_params: int,
-    published: float | None,
+    program: str,
+    images: int,
+    published: float | None = None,
     fitting: str | None = None,
     seconds_unfused: float | None = None,
 ) -> dict[str, Any]:
     """What --json writes. Of a program that does not fit only its memory is known.
 
+    Of a program other than the train step "step" is one execution.
+
     Args:
+      images: of one execution, over all chips.
       published: steps a second that the paper's authors measured.
       fitting: flags with which a program that does not fit would.
       seconds_unfused: of the step with attention written out, see `compilation.seconds_unfused`.
     """
     chip = topology.chip
     result: dict[str, Any] = {
+        "program": program,
         "topology": topology.name,
+        "chips": topology.num_chips,
+        "images_per_step": images,
         "params": num_params,
         "hbm_capacity_bytes": int(chip.hbm_bytes),
         "published_steps_per_second": published,
@@ -41,13 +56,14 @@ def record(
     flops = compiled.flops * topology.num_chips
     modelled = seconds - compiled.seconds("estimated")
     return result | {
-        "fits": compiled.total_bytes <= chip.hbm_bytes,
+        "fits": compiled.fits(chip),
         "hbm_bytes_per_chip": compiled.total_bytes,
         "hbm_argument_bytes": compiled.argument_bytes,
         "hbm_temporary_bytes": compiled.temporary_bytes,
         "flops_per_step": flops,
         "estimated_step_seconds": seconds,
         "estimated_steps_per_second": 1 / seconds,
+        "estimated_images_per_second": result["images_per_step"] / seconds,
         "estimated_mfu": compiled.flops / chip.peak_flops / seconds,
         "estimated_step_seconds_attention_unfused": seconds_unfused,
         "modelled_share": modelled / seconds,
@@ -67,6 +83,7 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     lines = [
         f"{topology.name}: {topology.num_chips} chips. The compiler's estimates and models of ours, "
         "no measurements.",
+        f"a step              {_A_STEP[record['program']]} of {record['images_per_step']} images",
         f"parameters          {record['params'] / 1e6:.1f} M",
     ]
     if isinstance(compiled, TooLarge):
@@ -83,6 +100,7 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
         f"estimated step      {record['estimated_step_seconds']:.4f} s, "
         f"{record['estimated_steps_per_second']:.2f} steps a second, "
         f"{100 * record['estimated_mfu']:.0f}% of peak",
+        *_images(record),
         f"  of it             {compiled.seconds('estimated'):.4f} s the compiler's estimate",
         *_modelled(compiled),
         f"  modelled in all   {100 * record['modelled_share']:.0f}% of the step",
@@ -101,6 +119,13 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     lines += [f"not known           {doubt}" for doubt in compiled.doubts]
     lines += ["", f"the {costliest} costliest operations, ms a step", *_operations(compiled, costliest)]
     return "\n".join(lines)
+
+
+def _images(record: dict[str, Any]) -> list[str]:
+    if record["program"] == "train":
+        return []
+    rate = record["estimated_images_per_second"]
+    return [f"estimated images    {rate:.0f} a second, {FID_SAMPLES} in {FID_SAMPLES / rate:.1f} s"]
 
 
 def _remedy(record: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """Many plans as one table in Markdown; estimates, models and the paper's numbers told apart."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from mcm_jax.planning.report import FID_SAMPLES
 
 _GIB = 2**30
 _MARK = "[?]"
@@ -23,31 +25,129 @@ _COLUMNS = (
 )
 
 
+_SAMPLING_COLUMNS = (
+    "plan",
+    "slice",
+    "program",
+    "images at once",
+    "estimated, s",
+    "of it modelled",
+    "estimated images a second",
+    f"{FID_SAMPLES:,} images, s",
+    "share of peak",
+    "GiB a chip",
+)
+_SCALING_COLUMNS = (
+    "slice",
+    "chips",
+    "images an update",
+    "a chip",
+    "estimated step, s",
+    "of it modelled",
+    "estimated images a second",
+)
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """One section for every set of overrides, the configs as they are first; a row for every record.
 
-    records: what `plan --json` writes.
+    records: what `plan --json` writes. Train steps come first, sampling and features after them.
     """
-    ordered = sorted(records, key=lambda one: (one["overrides"], one["params"], one["config"]))
+    ordered = sorted(records, key=_order)
     lines = []
-    for overrides, group in itertools.groupby(ordered, key=lambda one: one["overrides"]):
-        lines += [f"With `{' '.join(overrides)}`" if overrides else "The configs as they are", ""]
-        lines += [_line(_COLUMNS), _line("---" for _ in _COLUMNS), *(_line(_cells(one)) for one in group), ""]
-    doubts = [f"{_MARK} {_name(one)}: {doubt}." for one in ordered for doubt in one.get("doubts", ())]
+    for (trains, overrides), group in itertools.groupby(ordered, key=lambda one: _order(one)[:2]):
+        title = f"With `{' '.join(overrides)}`" if overrides else "The configs as they are"
+        columns, cells = (_COLUMNS, _cells) if trains == 0 else (_SAMPLING_COLUMNS, _sampling_cells)
+        lines += [title, "", *_rows(columns, (cells(one) for one in group))]
+    return _text(lines, ordered)
+
+
+def scaling(records: Sequence[dict[str, Any]]) -> str:
+    """Train steps of one config on several slices: with equal batches a chip, then with equal batches.
+
+    Every row is compared with the smallest slice of its table.
+    """
+    train = sorted((one for one in records if one["program"] == "train"), key=lambda one: one["chips"])
+    fitting = [one for one in train if one["fits"]]
+    lines = []
+    for title, sort, compared in (
+        ("images a chip", lambda one: one["images_per_step"] / one["chips"], _slower),
+        ("images an update", lambda one: one["images_per_step"], _faster),
+    ):
+        for value, group in itertools.groupby(sorted(fitting, key=sort), key=sort):
+            ones = list(group)
+            if len(ones) > 1:
+                first = ones[0]
+                columns = (*_SCALING_COLUMNS, compared(first, first)[0])
+                cells = ([*_scaling_cells(one), compared(first, one)[1]] for one in ones)
+                lines += [f"{_config(first)}, {value:g} {title}", "", *_rows(columns, cells)]
+    for one in train:
+        if not one["fits"]:
+            lines += [
+                f"{_config(one)}, {one['images_per_step']} images on {one['topology']}: {_said(one)}.",
+                "",
+            ]
+    return _text(lines, train)
+
+
+def _order(record: dict[str, Any]) -> tuple[Any, ...]:
+    programs = ("train", "sample", "features")
+    rank = programs.index(record["program"])
+    return rank > 0, record["overrides"], record["params"] if rank == 0 else 0, record["config"], rank
+
+
+def _slower(first: dict[str, Any], one: dict[str, Any]) -> tuple[str, str]:
+    ratio = one["estimated_step_seconds"] / first["estimated_step_seconds"]
+    return "step / smallest slice's", f"{ratio:.3f}"
+
+
+def _faster(first: dict[str, Any], one: dict[str, Any]) -> tuple[str, str]:
+    speed = first["estimated_step_seconds"] / one["estimated_step_seconds"]
+    return "times as fast on times the chips", f"{speed:.2f} on {one['chips'] / first['chips']:g}"
+
+
+def _scaling_cells(record: dict[str, Any]) -> list[str]:
+    seconds, images = record["estimated_step_seconds"], record["images_per_step"]
+    return [
+        record["topology"],
+        f"{record['chips']}",
+        f"{images}",
+        f"{images / record['chips']:g}",
+        f"{seconds:.4f}",
+        f"{100 * record['modelled_share']:.0f}%",
+        f"{images / seconds:.0f}",
+    ]
+
+
+def _sampling_cells(record: dict[str, Any]) -> list[str]:
+    name = [_name(record), record["topology"], record["program"], f"{record['images_per_step']}"]
+    if not record["fits"]:
+        return [*name, _said(record), *[""] * (len(_SAMPLING_COLUMNS) - 6), _size(record)]
+    rate = record["estimated_images_per_second"]
+    return [
+        *name,
+        f"{record['estimated_step_seconds']:.3f}",
+        f"{100 * record['modelled_share']:.0f}%",
+        f"{rate:.0f}",
+        f"{FID_SAMPLES / rate:.1f}",
+        f"{100 * record['estimated_mfu']:.0f}%",
+        _size(record),
+    ]
+
+
+def _text(lines: list[str], records: Sequence[dict[str, Any]]) -> str:
+    """The tables, then what is not known of their rows, then when and with what they were made."""
+    doubts = [f"{_MARK} {_config(one)}: {doubt}." for one in records for doubt in one.get("doubts", ())]
     return "\n".join([*lines, *doubts, *_made(records)]) + "\n"
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
     if not record["fits"]:
-        needed = record["hbm_bytes_per_chip"]
-        size = "more than there are" if needed is None else f"{needed / _GIB:.1f}"
-        remedy = record["would_fit_with"]
-        said = f"does not fit, would with {remedy}" if remedy else "does not fit, nor with what was tried"
-        return [_name(record), record["topology"], said, *[""] * (len(_COLUMNS) - 4), size]
+        return [_name(record), record["topology"], _said(record), *[""] * (len(_COLUMNS) - 4), _size(record)]
     seconds, published = record["estimated_step_seconds"], record["published_steps_per_second"]
     unfused = record["estimated_step_seconds_attention_unfused"]
     return [
-        _name(record) + (f" {_MARK}" if record["doubts"] else ""),
+        _name(record),
         record["topology"],
         f"{seconds:.3f}",
         f"{record['seconds_modelled_kernels']:.3f}",
@@ -59,11 +159,25 @@ def _cells(record: dict[str, Any]) -> list[str]:
         "" if unfused is None else f"{1 / unfused:.2f}",
         _ratio(unfused, published),
         f"{100 * record['estimated_mfu']:.0f}%",
-        f"{record['hbm_bytes_per_chip'] / _GIB:.1f}",
+        _size(record),
     ]
 
 
+def _said(record: dict[str, Any]) -> str:
+    remedy = record["would_fit_with"]
+    return f"does not fit, would with {remedy}" if remedy else "does not fit, nor with what was tried"
+
+
+def _size(record: dict[str, Any]) -> str:
+    needed = record["hbm_bytes_per_chip"]
+    return "more than there are" if needed is None else f"{needed / _GIB:.1f}"
+
+
 def _name(record: dict[str, Any]) -> str:
+    return f"{_config(record)} {_MARK}" if record.get("doubts") else _config(record)
+
+
+def _config(record: dict[str, Any]) -> str:
     file, _, row = record["config"].rpartition("/")[2].partition(":")
     return f"{file.removesuffix('.py')} {row}".strip()
 
@@ -79,6 +193,10 @@ def _made(records: Sequence[dict[str, Any]]) -> list[str]:
         "Compiled on " + date + " with " + ", ".join(f"{name} {version}" for name, version in versions) + "."
         for date, *versions in made
     ]
+
+
+def _rows(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    return [_line(columns), _line("---" for _ in columns), *(_line(one) for one in cells), ""]
 
 
 def _line(cells: Any) -> str:

@@ -10,7 +10,10 @@ RECORD = {
     "overrides": [],
     "date": "2026-01-02",
     "versions": {"jax": "1.0", "libtpu": "2.0"},
+    "program": "train",
     "topology": "v5e:8x8",
+    "chips": 64,
+    "images_per_step": 2048,
     "params": 394,
     "fits": True,
     "hbm_bytes_per_chip": 3 * 2**30,
@@ -25,10 +28,10 @@ RECORD = {
 }
 
 
-def rows(records):
+def rows(records, show=table.table):
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.table(records).splitlines()
+        for line in show(records).splitlines()
         if line.startswith("|")
     ]
 
@@ -55,7 +58,7 @@ def test_a_step_that_does_not_fit():
     refused = compilation.TooLarge(17.0 * 2**30, 15.75 * 2**30)
     compiled = compilation.Plan(0, 0, 16 * 2**30, (OPERATION,), "")
     for plan, fitting, size in ((refused, "--config.model.remat=full", "17.0"), (compiled, None, "16.0")):
-        record = report.record(plan, topology, num_params=10, published=None, fitting=fitting)
+        record = report.record(plan, topology, program="train", num_params=10, images=8, fitting=fitting)
         header, _, row = rows([made | record])
         said = f"would with {fitting}" if fitting else "nor with what was tried"
         assert row[2] == f"does not fit, {said}" and row[-1] == size
@@ -79,3 +82,34 @@ def test_sections_order_and_versions():
     assert text.index("The configs as they are") < text.index("With `--config.model.remat=full`")
     assert text.index("small,ct") < text.index("large,cd") < text.index("With")
     assert "Compiled on 2026-01-02 with jax 1.0, libtpu 2.0.\n" in text and "on 2026-01-03 with" in text
+
+
+def test_sampling_stands_apart():
+    sample = RECORD | {"program": "sample", "images_per_step": 4096, "estimated_images_per_second": 16384.0}
+    refused = sample | {"program": "features", "fits": False, "would_fit_with": None}
+    text = table.table([refused, sample, RECORD])
+    assert text.count("The configs as they are") == 2
+    *_, header, _, row, last = rows([refused, sample, RECORD])
+    assert row == [
+        *("imagenet64 small,ct,steps=8", "v5e:8x8", "sample", "4096"),
+        *("0.250", "21%", "16384", "3.1", "50%", "3.0"),
+    ]
+    assert last[2:5] == ["features", "4096", "does not fit, nor with what was tried"] and last[-1] == "3.0"
+    assert len(header) == len(row) == len(last)
+
+
+def test_scaling():
+    """Twice the chips with twice the batch, and with the same; a table begins with its smallest slice."""
+    twice = {"topology": "v5e:8x16", "chips": 128}
+    weak = RECORD | twice | {"images_per_step": 4096, "estimated_step_seconds": 0.26}
+    strong = RECORD | twice | {"estimated_step_seconds": 0.16}
+    refused = RECORD | {"topology": "v5e:2x4", "chips": 8, "fits": False, "would_fit_with": None}
+    records = [weak, strong, RECORD, refused]
+    text = table.scaling(records)
+    assert "imagenet64 small,ct,steps=8, 32 images a chip\n" in text
+    assert "imagenet64 small,ct,steps=8, 2048 images an update\n" in text
+    header, _, first, second, _, _, third, fourth = rows(records, table.scaling)
+    assert first == ["v5e:8x8", "64", "2048", "32", "0.2500", "21%", "8192", "1.000"]
+    assert second == ["v5e:8x16", "128", "4096", "32", "0.2600", "21%", "15754", "1.040"]
+    assert third[-1] == "1.00 on 1" and fourth[-1] == "1.56 on 2" and len(header) == len(first)
+    assert "2048 images on v5e:2x4: does not fit, nor with what was tried.\n" in text
