@@ -20,7 +20,7 @@ def test_layers_and_parameters(abstract):
     assert len(layers) == 94
     channels = sum(layer.bias.shape[0] for layer in layers)
     kernels = sum(layer.kernel.size for layer in layers)
-    # Those of torchvision's inception_v3 without its two classifiers, which has 21,785,568 parameters: kernels,
+    # Those of torchvision's inception_v3 without its two classifiers, 21,785,568 parameters in all: kernels,
     # and a scale and a bias a channel.
     assert (channels, kernels) == (17_216, 21_751_136)
     assert abstract.fc.kernel.size + abstract.fc.bias.size == 2_065_392
