@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Plans the train step of the paper's eight networks and systems for the slices that its authors used, without a
 # TPU, and prints one table: the compiler's estimates beside the paper's measured speeds. Every row twice: as
-# configured, and in a plain form (attention written out, every block computed again, blocks in a loop).
-# One after another, ten minutes or more each on 2 cores, and 10 GB.
+# configured, and in a plain form (attention written out, every block computed again, blocks in a loop). Then what
+# 50,000 samples of the small networks and their features take.
+# One after another, 5 to 30 minutes each on 2 cores, and up to 15 GB.
 #
 #   bash launch/plan_table.sh                     runs/plan
 #   bash launch/plan_table.sh --out=DIR --plain=no
@@ -45,6 +46,13 @@ for size in small large; do
       [ "$plain" = no ] || plan "$size-$resolution-$system-plain" "${row[@]}" --config.model.attention=einsum \
         --config.model.remat=full --config.model.unroll=False
     done
+  done
+done
+for resolution in 64 128; do
+  echo "== imagenet$resolution, small, sampling"
+  row=("--config=configs/imagenet$resolution.py:small,cd,steps=8" --topology=v5e:8x8)
+  for program in sample features; do
+    plan "small-$resolution-$program" "${row[@]}" "--program=$program"
   done
 done
 echo

@@ -102,6 +102,7 @@ def plan(
         program=program,
         num_params=size.num_params,
         images=size.images,
+        accumulation_steps=config.training.accumulation_steps if program == "train" else 1,
         published=published,
         fitting=fitting,
         seconds_unfused=unfused,

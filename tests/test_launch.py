@@ -1,6 +1,7 @@
 """The launchers' dry runs: what they would do, without doing it."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def test_the_table_of_plans_has_the_papers_eight_speeds_twice(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line.removeprefix("+ ") for line in result.stdout.splitlines()]
     plans = [line.split() for line in lines if "mcm_jax.plan --json" in line]
-    assert len(plans) == len({plan[3] for plan in plans}) == 16
+    assert len(plans) == len({plan[3] for plan in plans}) == 16 + 4
+    plans = [plan for plan in plans if not any(flag.startswith("--program=") for flag in plan)]
     for size, topology in (("small", "v5e:8x8"), ("large", "v5e:16x16")):
         for resolution in (64, 128):
             for system in ("ct", "cd"):
@@ -75,11 +77,30 @@ def test_the_table_of_plans_has_the_papers_eight_speeds_twice(tmp_path):
                 assert [len(overrides) for overrides in plain] == [0, 3]
     assert lines[-1] == f"python -m mcm_jax.plan --table={tmp_path}"
     (tmp_path / "small-64-ct.json").touch()  # Is not made again.
-    assert dry_run("plan_table.sh", f"--out={tmp_path}", "--plain=no").stdout.count("--json") == 7
+    assert dry_run("plan_table.sh", f"--out={tmp_path}", "--plain=no").stdout.count("--json") == 7 + 4
 
 
-@pytest.mark.parametrize("argument", ["--plain=maybe", "--out="])
-def test_bad_input_of_the_table_of_plans(argument):
-    result = dry_run("plan_table.sh", argument)
+def test_the_scaling_is_planned_at_32_images_a_chip_and_at_2048_in_all(tmp_path):
+    result = dry_run("plan_scaling.sh", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "--json" in line]
+    sizes = []
+    for line in lines:
+        numbers = {name: int(value) for name, value in re.findall(r"(fsdp|batch_size|steps)=(\d+)", line)}
+        height, width = (int(n) for n in re.search(r"v5e:(\d+)x(\d+)", line).groups())
+        assert numbers["fsdp"] == height * width
+        sizes.append((height * width, numbers["batch_size"], numbers["steps"]))
+    weak = [(chips, 32 * chips, 1) for chips in (8, 16, 32, 64, 128, 256)]
+    strong = [(8, 2048, 8), (16, 2048, 4), (32, 2048, 2), (128, 2048, 1), (256, 2048, 1)]
+    assert sorted(sizes) == sorted(weak + strong)
+    assert result.stdout.splitlines()[-1] == f"+ python -m mcm_jax.plan --scaling={tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("script", "argument"),
+    [("plan_table.sh", "--plain=maybe"), ("plan_table.sh", "--out="), ("plan_scaling.sh", "--plain=no")],
+)
+def test_bad_input_of_the_tables_of_plans(script, argument):
+    result = dry_run(script, argument)
     assert result.returncode == 2
     assert f"{argument} is not an option; there are --out=DIR" in result.stderr

@@ -22,6 +22,7 @@ def record(
     num_params: int,
     program: str,
     images: int,
+    accumulation_steps: int = 1,
     published: float | None = None,
     fitting: str | None = None,
     seconds_unfused: float | None = None,
@@ -32,6 +33,7 @@ def record(
 
     Args:
       images: of one execution, over all chips.
+      accumulation_steps: parts of them that are computed one after the other.
       published: steps a second that the paper's authors measured.
       fitting: flags with which a program that does not fit would.
       seconds_unfused: of the step with attention written out, see `compilation.seconds_unfused`.
@@ -42,6 +44,7 @@ def record(
         "topology": topology.name,
         "chips": topology.num_chips,
         "images_per_step": images,
+        "accumulation_steps": accumulation_steps,
         "params": num_params,
         "hbm_capacity_bytes": int(chip.hbm_bytes),
         "published_steps_per_second": published,

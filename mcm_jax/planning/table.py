@@ -42,6 +42,7 @@ _SCALING_COLUMNS = (
     "chips",
     "images an update",
     "a chip",
+    "in parts",
     "estimated step, s",
     "of it modelled",
     "estimated images a second",
@@ -63,24 +64,25 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def scaling(records: Sequence[dict[str, Any]]) -> str:
-    """Train steps of one config on several slices: with equal batches a chip, then with equal batches.
+    """Train steps of a config on several slices: with equal batches a chip, then with equal batches.
 
     Every row is compared with the smallest slice of its table.
     """
     train = sorted((one for one in records if one["program"] == "train"), key=lambda one: one["chips"])
-    fitting = [one for one in train if one["fits"]]
     lines = []
-    for title, sort, compared in (
+    for title, size, compared in (
         ("images a chip", lambda one: one["images_per_step"] / one["chips"], _slower),
         ("images an update", lambda one: one["images_per_step"], _faster),
     ):
-        for value, group in itertools.groupby(sorted(fitting, key=sort), key=sort):
-            ones = list(group)
+        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for one in train:
+            if one["fits"]:
+                groups.setdefault((_config(one), size(one)), []).append(one)
+        for (config, value), ones in sorted(groups.items()):
             if len(ones) > 1:
-                first = ones[0]
-                columns = (*_SCALING_COLUMNS, compared(first, first)[0])
-                cells = ([*_scaling_cells(one), compared(first, one)[1]] for one in ones)
-                lines += [f"{_config(first)}, {value:g} {title}", "", *_rows(columns, cells)]
+                columns = (*_SCALING_COLUMNS, compared(ones[0], ones[0])[0])
+                cells = ([*_scaling_cells(one), compared(ones[0], one)[1]] for one in ones)
+                lines += [f"{config}, {value:g} {title}{_common(ones)}", "", *_rows(columns, cells)]
     for one in train:
         if not one["fits"]:
             lines += [
@@ -88,6 +90,12 @@ def scaling(records: Sequence[dict[str, Any]]) -> str:
                 "",
             ]
     return _text(lines, train)
+
+
+def _common(records: Sequence[dict[str, Any]]) -> str:
+    """The overrides that all of them have."""
+    overrides = [flag for flag in records[0]["overrides"] if all(flag in one["overrides"] for one in records)]
+    return f", with `{' '.join(overrides)}`" if overrides else ""
 
 
 def _order(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -113,6 +121,7 @@ def _scaling_cells(record: dict[str, Any]) -> list[str]:
         f"{record['chips']}",
         f"{images}",
         f"{images / record['chips']:g}",
+        f"{record['accumulation_steps']}",
         f"{seconds:.4f}",
         f"{100 * record['modelled_share']:.0f}%",
         f"{images / seconds:.0f}",

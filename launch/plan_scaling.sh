@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Plans one train step, of the small network for ImageNet64 with CT, for slices of 8 to 256 TPU v5e chips, without a
+# TPU, and prints how the estimates change: at 32 images a chip, and at 2048 images in all (in parts of 32 images a
+# chip where there would be more). Blocks are in a loop, which compiles faster; the step is a slower one than that
+# of plan_table.sh.
+# Eleven plans one after another, some minutes each on 2 cores.
+#
+#   bash launch/plan_scaling.sh                   runs/scaling
+#   bash launch/plan_scaling.sh --out=DIR
+#   bash launch/plan_scaling.sh --dry-run         prints the commands, as MCM_DRY_RUN=1 does
+#
+# DIR is relative to the checkout. Every plan is kept there as it is made, so that the same command continues where an
+# earlier one stopped. After a change of the program, or of a library, take another directory.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+out=runs/scaling
+for argument in "$@"; do
+  case "$argument" in
+    --out=?*) out="${argument#*=}" ;;
+    --dry-run) export MCM_DRY_RUN=1 ;;
+    *) mcm_refuse "$argument is not an option; there are --out=DIR and --dry-run" ;;
+  esac
+done
+mcm_environment plan
+
+# plan SHAPE CHIPS IMAGES PARTS
+plan() {
+  local file="$out/$2-chips-$3-images.json"
+  [ -f "$file" ] || mcm_run python -m mcm_jax.plan --json="$file" \
+    --config=configs/imagenet64.py:small,ct,steps=8 --topology="v5e:$1" --config.model.unroll=False \
+    --config.mesh.fsdp="$2" --config.training.batch_size="$3" --config.training.accumulation_steps="$4" || return
+}
+
+mcm_run mkdir -p "$out"
+for shape in 2x4 4x4 4x8 8x8 8x16 16x16; do
+  chips=$((${shape%x*} * ${shape#*x}))
+  parts=$((64 / chips))
+  plan "$shape" "$chips" $((32 * chips)) 1
+  [ "$chips" = 64 ] || plan "$shape" "$chips" 2048 $((parts > 1 ? parts : 1))
+done
+echo
+mcm_run python -m mcm_jax.plan --scaling="$out"
