@@ -2,7 +2,7 @@
 
 Network: EfficientNet (Tan & Le, arXiv:1905.11946) in its Lite0 form: no squeeze-excitation, ReLU6, 4.7M
 parameters. The weights were trained in TensorFlow, so padding is TensorFlow's SAME: at stride 2 and even
-sizes all of it lies at the bottom right. They come as a legacy .pth, read here without torch by an unpickler
+sizes all of it lies at the bottom right. They come as a .pth, read here without torch by an unpickler
 that knows only what tensors need.
 
 Compared once with the network's PyTorch implementation (efficientnet-lite-pytorch 0.1.0, torch 2.13.0, CPU)
@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import legacy_pth
+from mcm_jax.evaluation import pth
 
 NETWORK = "efficientnet-lite0"
 FEATURES = 1280
@@ -196,7 +196,7 @@ def _resize_matrix(source: int, target: int) -> Float32[np.ndarray, "target sour
 def load(path: str | Path | None = None) -> Weights:
     """The package's weights (or those in the .pth at `path`), batch norms folded in float64.
 
-    Raises InputError for a file that is missing, is no legacy .pth, or holds anything but this network's
+    Raises InputError for a file that is missing, is no .pth, or holds anything but this network's
     tensors.
     """
     path = Path(path) if path is not None else _package_file()
@@ -204,7 +204,7 @@ def load(path: str | Path | None = None) -> Weights:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot read the {NETWORK} weights ({error.strerror})") from error
-    tensors = legacy_pth.read(content, name=str(path))
+    tensors = pth.read(content, name=str(path))
     try:
         return Weights(_params(tensors), hashlib.sha256(content).hexdigest())
     except (KeyError, ValueError) as error:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import efficientnet, legacy_pth
+from mcm_jax.evaluation import efficientnet, pth
 
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
 
@@ -74,7 +74,7 @@ def naive_convolution(x: np.ndarray, kernel: np.ndarray, stride: int, groups: in
 
 def naive_network(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features and logits of one image at its own resolution."""
-    tensors = legacy_pth.read(package_file().read_bytes(), name="weights")
+    tensors = pth.read(package_file().read_bytes(), name="weights")
     tensors = {name: value.astype(np.float64) for name, value in tensors.items()}
 
     def norm(x, name):
@@ -200,7 +200,7 @@ def test_bad_weights_are_told_in_one_line(tmp_path):
         efficientnet.load(tmp_path / "none.pth")
     path = tmp_path / "other.pth"
     path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(InputError, match=r"other\.pth.*legacy") as error:
+    with pytest.raises(InputError, match=r"other\.pth.*plain tensors") as error:
         efficientnet.load(path)
     assert "\n" not in str(error.value)
 

@@ -3,13 +3,14 @@
 import io
 import pickle
 import struct
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import legacy_pth
+from mcm_jax.evaluation import pth
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -34,8 +35,16 @@ class _Writer(pickle._Pickler):
 
 
 class _Storage:
+    """The archive's references end before the view, which legacy files have."""
+
+    view: tuple = (None,)
+
     def __init__(self, key: str, count: int, kind: str = "FloatStorage"):
-        self.reference = ("storage", _Global("torch", kind), key, "cpu", count, None)
+        self._parts = ("storage", _Global("torch", kind), key, "cpu", count)
+
+    @property
+    def reference(self):
+        return (*self._parts, *self.view)
 
 
 class _Call:
@@ -68,10 +77,26 @@ def legacy_file(state, storages: dict[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
+def archive(state, storages: dict[str, np.ndarray], *, byteorder: bytes = b"little") -> bytes:
+    pickled, file = io.BytesIO(), io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Storage, "view", ())
+        _Writer(pickled, protocol=2).dump(state)
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("archive/data.pkl", pickled.getvalue())
+        made.writestr("archive/byteorder", byteorder)
+        for key, numbers in storages.items():
+            made.writestr(f"archive/data/{key}", numbers.tobytes())
+        made.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [legacy_file, archive])
 NUMBERS = np.arange(12, dtype=np.float32)
 
 
-def test_reads_offsets_strides_scalars_and_shared_storages():
+@LAYOUTS
+def test_reads_offsets_strides_scalars_and_shared_storages(layout):
     storage = _Storage("7", 12)
     counter = _Storage("8", 1, "LongStorage")
     state = OrderedDict(
@@ -80,13 +105,16 @@ def test_reads_offsets_strides_scalars_and_shared_storages():
         tail=tensor(storage, 10, (2,), (1,)),
         steps=tensor(counter, 0, (), ()),
     )
-    read = legacy_pth.read(legacy_file(state, {"7": NUMBERS, "8": np.array([2**40])}), name="x.pth")
+    content = layout(state, {"7": NUMBERS, "8": np.array([2**40])})
+    assert pth.recognises(content)
+    read = pth.read(content, name="x.pth")
     np.testing.assert_array_equal(read["whole"], NUMBERS.reshape(3, 4))
     np.testing.assert_array_equal(read["transposed"], NUMBERS.reshape(3, 4).T)
     np.testing.assert_array_equal(read["tail"], [10, 11])
     assert read["steps"] == 2**40 and read["steps"].shape == ()
 
 
+@LAYOUTS
 @pytest.mark.parametrize(
     ("module", "name", "argument"),
     [
@@ -97,14 +125,14 @@ def test_reads_offsets_strides_scalars_and_shared_storages():
         ("subprocess", "getoutput", "touch {marker}"),
         ("torch", "load", "x"),
         ("torch._utils", "_rebuild_parameter", "x"),
-        ("mcm_jax.evaluation.legacy_pth", "read", "x"),
+        ("mcm_jax.evaluation.pth", "read", "x"),
     ],
 )
-def test_refuses_every_name_that_a_state_dict_does_not_need(tmp_path, module, name, argument):
+def test_refuses_every_name_that_a_state_dict_does_not_need(tmp_path, module, name, argument, layout):
     marker = tmp_path / "marker"
     call = _Call(_Global(module, name), argument.format(marker=marker))
     with pytest.raises(InputError, match=f"x.pth.*{module}.{name}"):
-        legacy_pth.read(legacy_file(OrderedDict(evil=call), {}), name="x.pth")
+        pth.read(layout(OrderedDict(evil=call), {}), name="x.pth")
     assert not marker.exists()
 
 
@@ -118,6 +146,7 @@ def test_the_evil_pickle_is_evil(tmp_path):
     assert marker.exists()
 
 
+@LAYOUTS
 @pytest.mark.parametrize(
     ("offset", "shape", "strides"),
     [
@@ -129,17 +158,32 @@ def test_the_evil_pickle_is_evil(tmp_path):
         (0, (10**9, 10**9), (0, 0)),
     ],
 )
-def test_refuses_a_tensor_outside_its_storage(offset, shape, strides):
+def test_refuses_a_tensor_outside_its_storage(offset, shape, strides, layout):
     state = OrderedDict(w=tensor(_Storage("7", 12), offset, shape, strides))
     with pytest.raises(InputError, match="outside its storage"):
-        legacy_pth.read(legacy_file(state, {"7": NUMBERS}), name="x.pth")
+        pth.read(layout(state, {"7": NUMBERS}), name="x.pth")
 
 
-def test_refuses_what_is_cut_off_or_no_pth_at_all():
-    content = legacy_file(OrderedDict(w=tensor(_Storage("7", 12), 0, (12,), (1,))), {"7": NUMBERS})
-    legacy_pth.read(content, name="x.pth")
+@LAYOUTS
+def test_refuses_what_is_cut_off_or_no_pth_at_all(layout):
+    state = OrderedDict(w=tensor(_Storage("7", 12), 0, (12,), (1,)))
+    content = layout(state, {"7": NUMBERS})
+    pth.read(content, name="x.pth")
     for damaged in (content[:-1], content[:50], b"", b"PK\x03\x04 a zip", b"\x80\x02K\x01."):
-        with pytest.raises(InputError, match="not a legacy"):
-            legacy_pth.read(damaged, name="x.pth")
+        with pytest.raises(InputError, match=r"not a \.pth"):
+            pth.read(damaged, name="x.pth")
     with pytest.raises(InputError, match="cut off"):
-        legacy_pth.read(content[:-4], name="x.pth")
+        pth.read(layout(state, {"7": NUMBERS[:11]}), name="x.pth")
+
+
+def test_refuses_numbers_in_another_order():
+    content = archive(
+        OrderedDict(w=tensor(_Storage("7", 12), 0, (12,), (1,))), {"7": NUMBERS}, byteorder=b"big"
+    )
+    with pytest.raises(InputError, match="big-endian"):
+        pth.read(content, name="x.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02K\x01.", pickle.dumps({"a": 1}), b"8 bytes {}"])
+def test_knows_a_pth_by_its_beginning(content):
+    assert not pth.recognises(content)

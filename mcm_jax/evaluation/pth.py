@@ -1,0 +1,143 @@
+"""Reads the tensors of a .pth without torch and without running any of it.
+
+Two layouts. Since torch 1.6 a zip archive: ARCHIVE/data.pkl, the state dict, and for each storage a file
+ARCHIVE/data/KEY of its raw numbers. Before: four pickles (magic number, protocol version, system info, the
+state dict) and a fifth with the storages' keys, then for each key a little-endian int64 count and the raw
+numbers. A pickle may call whatever it names, so the unpickler resolves only what a state dict needs.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mcm_jax.errors import InputError
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_STORAGES = {
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def recognises(content: bytes) -> bool:
+    """Whether `content` begins as one of the layouts does."""
+    return content.startswith((b"PK\x03\x04", pickle.dumps(_MAGIC, protocol=2)))
+
+
+def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
+    """The state dict in `content`: names to arrays of their own, in C order. `name` is for the error message.
+
+    Raises InputError for everything that is not a plain state dict, malicious or merely damaged.
+    """
+    file = io.BytesIO(content)
+    try:
+        return _read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+    # A hostile or cut-off pickle can fail in any way at all; whichever it is, the file is unusable.
+    except Exception as error:
+        raise InputError(f"{name}: not a .pth of plain tensors ({' '.join(str(error).split())})") from error
+
+
+def _read_archive(file: io.BytesIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        (pickled,) = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        folder = pickled.removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise ValueError("big-endian numbers are not supported")
+        tensors = _tensors(_Unpickler(io.BytesIO(archive.read(pickled))).load())
+        storages = {
+            key: _numbers(archive.read(f"{folder}data/{key}"), storage)
+            for key, storage in _storages(tensors).items()
+        }
+    return _arrays(tensors, storages)
+
+
+def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
+    file.seek(0)
+    if _Unpickler(file).load() != _MAGIC:
+        raise ValueError("wrong magic number")
+    for _ in ("protocol version", "system info"):
+        _Unpickler(file).load()
+    tensors, keys = _tensors(_Unpickler(file).load()), _Unpickler(file).load()
+    wanted = _storages(tensors)
+    storages = {}
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        if count != wanted[key].count:
+            raise ValueError("cut off")
+        storages[key] = _numbers(file.read(count * wanted[key].dtype.itemsize), wanted[key])
+    return _arrays(tensors, storages)
+
+
+def _tensors(state: Any) -> dict[str, _Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, _Tensor)}
+
+
+def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
+    return {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+
+
+def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
+    if len(data) != storage.count * storage.dtype.itemsize:
+        raise ValueError("cut off")
+    return np.frombuffer(data, storage.dtype)
+
+
+def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: _as_array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows OrderedDict, torch's tensor rebuilding and its storage classes; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state dict needs")
+
+    def persistent_load(self, reference: Any) -> _Storage:
+        # The archive's references have no sixth part, which told of a view.
+        kind, dtype, key, _, count, *view = reference
+        if kind != "storage" or view not in ([], [None]):
+            raise pickle.UnpicklingError("storage views are not supported")
+        return _Storage(key, dtype, count)
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _as_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
+    """A strided view made only after checking that it stays inside its storage, then copied."""
+    sizes = (tensor.offset, *tensor.shape, *tensor.strides)
+    last = tensor.offset + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
+    )
+    if min(sizes) < 0 or 0 in tensor.shape or last >= len(numbers) or math.prod(tensor.shape) > len(numbers):
+        raise ValueError("a tensor reaches outside its storage")
+    steps = [stride * numbers.itemsize for stride in tensor.strides]
+    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, steps).copy()
