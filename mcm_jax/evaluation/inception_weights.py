@@ -1,0 +1,265 @@
+"""Reads the Inception network's weights from the forms they are passed around in, and keeps them in one.
+
+Known by content, whatever the file is called:
+
+- a .pth of PyTorch's, the port that pytorch-fid and torch-fidelity share;
+- TensorFlow's frozen graph, classify_image_graph_def.pb;
+- the pickle of jax-fid, read without running any of it;
+- what `write` wrote, a .safetensors.
+
+The first three hold a batch norm beside every convolution, which is folded in, in float64. All forms of the
+same weights give the same numbers, and one hash names them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation import pickles, pth
+from mcm_jax.evaluation.inception import Inception
+from mcm_jax.files import write_whole
+
+SOURCE = (
+    "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
+    "github.com/mseitzer/pytorch-fid, or classify_image_graph_def.pb out of "
+    "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and convert it with python -m mcm_jax.prepare --inception=FILE"
+)
+_EPSILON = 1e-3  # of the batch norms
+_FORMAT = "inception-2015-12-05, batch norms folded in"
+# Arrays of a convolution and its batch norm, or of the classifier, by our names; kernels are [h, w, in, out].
+_Layer = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """`params`: "layer.kernel" and "layer.bias" -> array; `sha256`: of all of them, equal for all forms."""
+
+    params: dict[str, np.ndarray]
+    sha256: str
+
+    def network(self) -> Inception:
+        """The network with these weights."""
+        model = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        found = [(path, variable.replace(self.params[_name(path)])) for path, variable in state]
+        nnx.update(model, nnx.from_flat_state(found))
+        return model
+
+
+def load(path: Path) -> Weights:
+    """The weights in a file of any of the forms.
+
+    Raises:
+      InputError: no such file, none of the forms, damaged, or weights of another network.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: there are no Inception weights; {SOURCE}") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from error
+    _check_name(path, content)
+    if pth.recognises(content):
+        return _folded(path, _of_pth(pth.read(content, name=str(path))))
+    if content[8:9] == b"{":
+        return _of_safetensors(path, content)
+    if content.startswith(b"\x80"):
+        return _folded(path, _of_pickle(pickles.read(content, name=str(path))))
+    return _folded(path, _of_graph(_constants(path, content)))
+
+
+def write(weights: Weights, path: Path) -> None:
+    """Keeps them as .safetensors, whole or not at all."""
+    metadata = {"format": _FORMAT, "sha256": weights.sha256}
+    write_whole(path, safetensors.numpy.save(weights.params, metadata))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _check_name(path: Path, content: bytes) -> None:
+    """PyTorch puts the first digits of a file's sha256 into its name."""
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    digest = hashlib.sha256(content).hexdigest()
+    if named is not None and not digest.startswith(named.group(1)):
+        raise InputError(
+            f"{path} is damaged: its sha256 begins with {digest[:8]}, not {named.group(1)} as its name says; "
+            "get it again"
+        )
+
+
+# From each form to layers by name.
+
+
+def _of_pth(tensors: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
+    def layer(name: str) -> _Layer:
+        if name == "fc":
+            return {"kernel": tensors["fc.weight"].T, "bias": tensors["fc.bias"]}
+        names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+        port = _capitalised(name)
+        return {
+            "kernel": tensors[f"{port}.conv.weight"].transpose(2, 3, 1, 0),
+            **{ours: tensors[f"{port}.bn.{theirs}"] for ours, theirs in names.items()},
+        }
+
+    return layer
+
+
+def _of_pickle(tree: Any) -> Callable[[str], _Layer]:
+    def layer(name: str) -> _Layer:
+        part = tree
+        for word in _capitalised(name).split("."):
+            part = part[word]
+        if name == "fc":
+            return part
+        names = {"scale": "scale", "bias": "bias", "mean": "mean", "variance": "var"}
+        return {
+            "kernel": part["conv"]["kernel"],
+            **{ours: part["bn"][theirs] for ours, theirs in names.items()},
+        }
+
+    return layer
+
+
+def _capitalised(name: str) -> str:
+    """A layer's name in PyTorch's port, and in jax-fid, which took it from there."""
+    return name.replace("conv2d", "Conv2d").replace("mixed", "Mixed")
+
+
+def _of_graph(constants: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
+    def layer(name: str) -> _Layer:
+        if name == "fc":
+            return {"kernel": constants["softmax/weights"], "bias": constants["softmax/biases"]}
+        names = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "variance": "moving_variance"}
+        scope = _scope(name)
+        return {
+            "kernel": constants[f"{scope}/conv2d_params"],
+            **{ours: constants[f"{scope}/batchnorm/{theirs}"] for ours, theirs in names.items()},
+        }
+
+    return layer
+
+
+_STEM = ("conv2d_1a_3x3", "conv2d_2a_3x3", "conv2d_2b_3x3", "conv2d_3b_1x1", "conv2d_4a_3x3")
+_BLOCKS = (
+    *("mixed_5b", "mixed_5c", "mixed_5d", "mixed_6a", "mixed_6b", "mixed_6c", "mixed_6d", "mixed_6e"),
+    *("mixed_7a", "mixed_7b", "mixed_7c"),
+)
+
+
+def _scope(name: str) -> str:
+    """A layer's scope in TensorFlow's graph, which numbers what it meets: conv, conv_1, ...; tower, tower_1.
+
+    A block's first branch has no tower where it is a single convolution.
+    """
+    if name in _STEM:
+        return _numbered("conv", _STEM.index(name))
+    block, layer = name.split(".")
+    branch, _, place = layer.rpartition("_") if re.search(r"_\d[ab]?$", layer) else (layer, "", "1")
+    towers = {
+        "mixed_5": ("branch5x5", "branch3x3dbl", "branch_pool"),
+        "mixed_6": ("branch7x7", "branch7x7dbl", "branch_pool"),
+        "mixed_7": ("branch3x3", "branch3x3dbl", "branch_pool"),
+        "mixed_6a": ("branch3x3dbl",),
+        "mixed_7a": ("branch3x3", "branch7x7x3"),
+    }
+    names = towers.get(block, towers[block[:7]])
+    scope = _numbered("mixed", _BLOCKS.index(block))
+    if branch in names:
+        scope += "/" + _numbered("tower", names.index(branch))
+    if place[-1] in "ab":
+        return f"{scope}/mixed/" + _numbered("conv", "ab".index(place[-1]))
+    return f"{scope}/" + _numbered("conv", int(place) - 1)
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name
+
+
+def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
+    """The constants of a frozen graph by name."""
+    import tensorflow as tf  # Slow to import.
+    from google.protobuf.message import DecodeError
+
+    graph = tf.compat.v1.GraphDef()
+    try:
+        graph.ParseFromString(content)
+    except DecodeError as error:
+        raise InputError(
+            f"{path} holds no Inception weights: no .pth, frozen graph, pickle or .safetensors; {SOURCE}"
+        ) from error
+    constants = [node for node in graph.node if node.op == "Const"]
+    return {node.name: tf.make_ndarray(node.attr["value"].tensor) for node in constants}
+
+
+def _of_safetensors(path: Path, content: bytes) -> Weights:
+    """What `write` wrote, and nothing else."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        params, metadata = safetensors.numpy.load(content), header["__metadata__"]
+        given_format, sha256 = metadata["format"], metadata["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: not Inception weights in .safetensors, or damaged ({error}); {SOURCE}"
+        ) from error
+    weights = _checked(path, params)
+    if (given_format, sha256) != (_FORMAT, weights.sha256):
+        raise InputError(
+            f"{path} is damaged: its numbers are not those that were written; convert them again"
+        )
+    return weights
+
+
+def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
+    """norm(W * x) = (g W) * x + (b - g m), g = scale / sqrt(variance + eps): in float64, rounded once."""
+    params: dict[str, np.ndarray] = {}
+    for name in {full.rpartition(".")[0]: None for full in _shapes()}:
+        try:
+            found = {key: np.asarray(value, np.float64) for key, value in layer(name).items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is not the Inception network of 2015-12-05: no {error}; {SOURCE}"
+            ) from error
+        kernel, bias = found["kernel"], found["bias"]
+        if name != "fc":
+            gain = found["scale"] / np.sqrt(found["variance"] + _EPSILON)
+            kernel, bias = kernel * gain, bias - gain * found["mean"]
+        params[f"{name}.kernel"] = np.ascontiguousarray(kernel, np.float32)
+        params[f"{name}.bias"] = np.ascontiguousarray(bias, np.float32)
+    return _checked(path, params)
+
+
+def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
+    """Names, shapes and finiteness; then the hash."""
+    shapes = _shapes()
+    found = {name: value.shape for name, value in params.items()}
+    if found != shapes:
+        wrong = sorted(name for name in shapes.keys() | found if shapes.get(name) != found.get(name))
+        name = wrong[0]
+        raise InputError(
+            f"{path} is not the Inception network of 2015-12-05: {name} is {found.get(name, 'missing')} and "
+            f"should be {shapes.get(name, 'absent')}; {SOURCE}"
+        )
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        if not np.isfinite(params[name]).all():
+            raise InputError(f"{path} is damaged: {name} is not finite; get it again")
+        digest.update(name.encode() + params[name].astype("<f4").tobytes())
+    return Weights(params, digest.hexdigest())
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    """Of all parameters by name."""
+    model = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+    return {_name(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -1,0 +1,101 @@
+"""Reads arrays out of a pickle without running any of it: dictionaries, lists, numbers, text, numpy arrays.
+
+A pickle may call whatever it names, so the unpickler resolves only what numpy's arrays need, and to code of
+ours.
+"""
+
+import io
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+
+from mcm_jax.errors import InputError
+
+
+def read(content: bytes, *, name: str) -> Any:
+    """What the pickle holds. `name` is for the error message.
+
+    Raises InputError for everything else that a pickle can hold, malicious or merely damaged.
+    """
+    try:
+        return _plain(_Unpickler(io.BytesIO(content), encoding="latin1").load())
+    # A hostile or cut-off pickle can fail in any way at all; whichever it is, the file is unusable.
+    except Exception as error:
+        raise InputError(f"{name}: not a pickle of plain arrays ({' '.join(str(error).split())})") from error
+
+
+class _Array:
+    """Stands for an array while it is unpickled: made empty, then given its state, as numpy's pickles do."""
+
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        *_, shape, dtype, is_fortran, data = state
+        self.value = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+    """numpy._core.numeric._frombuffer, for numbers only."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biufSU":
+        raise pickle.UnpicklingError(f"an array of {dtype}")
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
+        raise pickle.UnpicklingError("an array's numbers are cut off")
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _empty(*_: Any) -> _Array:
+    """numpy._core.multiarray._reconstruct."""
+    return _Array()
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """numpy._core.multiarray.scalar."""
+    return _from_buffer(data, dtype, ())[()]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """_codecs.encode, by which Python 3 writes bytes for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text as {encoding}")
+    return text.encode(encoding)
+
+
+_KNOWN = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+} | {
+    (f"numpy.{core}.{module}", name): function
+    for core in ("core", "_core")
+    for module, name, function in (
+        ("multiarray", "_reconstruct", _empty),
+        ("multiarray", "scalar", _scalar),
+        ("numeric", "_frombuffer", _from_buffer),
+    )
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no array needs")
+        return _KNOWN[module, name]
+
+
+def _plain(value: Any) -> Any:
+    """With arrays in place of what stood for them."""
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise pickle.UnpicklingError("an array without numbers")
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(part) for part in value)
+    if value is None or isinstance(value, bool | int | float | str | bytes | np.generic | np.ndarray):
+        return value
+    raise pickle.UnpicklingError(f"a {type(value).__name__}")
