@@ -24,6 +24,19 @@ def frechet_distance(
     return float(max(difference @ difference + np.trace(cov_1) + np.trace(cov_2) - 2.0 * root_trace, 0.0))
 
 
+def frechet_distance_of_rows(rows: Float64[np.ndarray, "N D"], others: Float64[np.ndarray, "M D"]) -> float:
+    """`frechet_distance` of the moments of two sets of vectors, without their D x D covariances.
+
+    With centred rows A and B, divided by sqrt(n - 1), cov_1 = A^T A and cov_2 = B^T B, and the trace of the
+    root is the sum of the singular values of A B^T: an N x M matrix, small where there are few rows.
+    """
+    mean_1, mean_2 = rows.mean(axis=0), others.mean(axis=0)
+    a, b = (rows - mean_1) / np.sqrt(len(rows) - 1), (others - mean_2) / np.sqrt(len(others) - 1)
+    root_trace = np.sum(scipy.linalg.svdvals(a @ b.T))
+    difference = mean_1 - mean_2
+    return float(max(difference @ difference + np.sum(a**2) + np.sum(b**2) - 2.0 * root_trace, 0.0))
+
+
 def _factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D R"]:
     """F of shape [D, rank] with F F^T = cov, by Cholesky's factorisation with pivots.
 

@@ -32,7 +32,8 @@ from mcm_jax.files import write_whole
 SOURCE = (
     "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
     "github.com/mseitzer/pytorch-fid, or classify_image_graph_def.pb out of "
-    "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and convert it with python -m mcm_jax.prepare --inception=FILE"
+    "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and convert it with "
+    "python -m mcm_jax.prepare --inception=FILE"
 )
 _EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"

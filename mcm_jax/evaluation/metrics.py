@@ -1,7 +1,10 @@
-"""What is accumulated over features: their moments, and how close each comes to a reference set."""
+"""What is computed from features besides the Frechet distance: moments, class scores, kernels, neighbours."""
+
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+import scipy.special
+from jaxtyping import Bool, Float, Float64, Int
 
 from mcm_jax.errors import InputError
 
@@ -52,6 +55,126 @@ class Moments:
         return self.count <= len(self.mean)
 
 
+class ClassScores:
+    """The Inception score (Salimans et al., arXiv:1606.03498) of images in a known order, part by part.
+
+    exp(E_x KL(p(y | x) || p(y))) = exp(E_x sum_y p log p - sum_y p(y) log p(y)), of each of ten equal parts
+    of the images in order; the score is their mean. It lies between 1, where all images look alike, and
+    the number of classes.
+    """
+
+    PARTS = 10
+
+    def __init__(self, num: int, classes: int):
+        """num: images in all."""
+        self._num = num
+        self._counts = np.zeros(self.PARTS)
+        self._probabilities = np.zeros((self.PARTS, classes))
+        self._entropies = np.zeros(self.PARTS)
+
+    def update(self, logits: Float[np.ndarray, "N classes"], indices: Int[np.ndarray, " N"]) -> None:
+        """Adds images by their place among all, which need not come in order."""
+        log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+        p = np.exp(log_p)
+        part = indices * self.PARTS // self._num
+        np.add.at(self._counts, part, 1)
+        np.add.at(self._probabilities, part, p)
+        np.add.at(self._entropies, part, np.sum(p * log_p, axis=1))
+
+    def merge(self, other: "ClassScores") -> None:
+        """Adds what `other` has seen of the same images."""
+        self._counts = self._counts + other._counts
+        self._probabilities = self._probabilities + other._probabilities
+        self._entropies = self._entropies + other._entropies
+
+    @property
+    def score(self) -> float:
+        """Of all images; NaN where there are fewer than parts."""
+        if not np.all(self._counts):
+            return float("nan")
+        marginal = self._probabilities / self._counts[:, None]
+        information = self._entropies / self._counts - np.sum(scipy.special.xlogy(marginal, marginal), axis=1)
+        return float(np.mean(np.exp(information)))
+
+
+def kernel_distance(
+    features: Float[np.ndarray, "N D"], reference_features: Float[np.ndarray, "M D"], *, chunk: int = 1024
+) -> float:
+    """KID (Binkowski et al., arXiv:1801.01401): MMD^2 with k(x, y) = (x.y / D + 1)^3, its unbiased estimate.
+
+    Of all rows at once, not the mean over random subsets that many evaluators report: that has the same
+    expectation and more variance. In float64; it can come out below 0.
+    """
+
+    def total(rows: np.ndarray, others: np.ndarray) -> float:
+        return sum(
+            float(np.sum((x @ y.T / x.shape[1] + 1.0) ** 3))
+            for x in _chunks(rows, chunk)
+            for y in _chunks(others, chunk)
+        )
+
+    def among(rows: np.ndarray) -> float:
+        diagonal = sum(
+            float(np.sum((np.sum(x**2, axis=1) / x.shape[1] + 1.0) ** 3)) for x in _chunks(rows, chunk)
+        )
+        return (total(rows, rows) - diagonal) / (len(rows) * (len(rows) - 1))
+
+    between = total(features, reference_features) / (len(features) * len(reference_features))
+    return among(features) + among(reference_features) - 2.0 * between
+
+
+def precision_recall(
+    features: Float[np.ndarray, "N D"],
+    reference_features: Float[np.ndarray, "M D"],
+    *,
+    neighbours: int = 3,
+    chunk: int = 1024,
+) -> tuple[float, float]:
+    """(precision, recall) of Kynkaanniemi et al., arXiv:1904.06991.
+
+    Every row stands for a ball that reaches to its third nearest neighbour in its own set. Precision is the
+    share of samples within some ball of the reference's, recall the share of the reference's within some ball
+    of the samples'. Both depend on both counts: compare equal ones only.
+    """
+    for rows in (features, reference_features):
+        if len(rows) <= neighbours:
+            raise InputError(
+                f"precision and recall need more than {neighbours} images on both sides, there are "
+                f"{len(rows)}: give more"
+            )
+    balls = _neighbour_distances(features, neighbours, chunk)
+    reference_balls = _neighbour_distances(reference_features, neighbours, chunk)
+    precision = _share_within(features, reference_features, reference_balls, chunk)
+    return precision, _share_within(reference_features, features, balls, chunk)
+
+
+def _neighbour_distances(rows: np.ndarray, neighbours: int, chunk: int) -> Float64[np.ndarray, " N"]:
+    """Squared distance from every row to its n-th nearest other row."""
+    result = []
+    for first, x in zip(range(0, len(rows), chunk), _chunks(rows, chunk), strict=True):
+        nearest = np.zeros((len(x), 0))
+        for begin, y in zip(range(0, len(rows), chunk), _chunks(rows, chunk), strict=True):
+            squares = _squared_distances(x, y)
+            own = np.arange(max(first, begin), min(first + len(x), begin + len(y)))
+            squares[own - first, own - begin] = np.inf
+            nearest = np.concatenate([nearest, squares], axis=1)
+            kept = min(neighbours, nearest.shape[1])
+            nearest = np.partition(nearest, kept - 1, axis=1)[:, :kept]
+        result.append(nearest.max(axis=1))
+    return np.concatenate(result)
+
+
+def _share_within(rows: np.ndarray, centres: np.ndarray, balls: np.ndarray, chunk: int) -> float:
+    """The share of rows within any of the balls, given by their squared radii."""
+    found = 0
+    for x in _chunks(rows, chunk):
+        within = np.zeros(len(x), bool)
+        for begin, y in zip(range(0, len(centres), chunk), _chunks(centres, chunk), strict=True):
+            within |= np.any(_squared_distances(x, y) <= balls[begin : begin + len(y)], axis=1)
+        found += int(within.sum())
+    return found / len(rows)
+
+
 def nearest_neighbour_distances(
     features: Float[np.ndarray, "N D"], reference_features: Float[np.ndarray, "M D"], *, chunk: int = 1024
 ) -> Float64[np.ndarray, " N"]:
@@ -60,13 +183,18 @@ def nearest_neighbour_distances(
     Computed as |h|^2 - 2 h.r + |r|^2, clamped at 0: an exact copy comes out as 0 to about 1e-7 |h|.
     The mean over samples near 0, or far below the mean over unseen real images, says that samples are copies.
     """
-    nearest = np.full(len(features), np.inf)
-    for start in range(0, len(reference_features), chunk):
-        reference = reference_features[start : start + chunk].astype(np.float64)
-        reference_norms = np.sum(reference**2, axis=1)
-        for begin in range(0, len(features), chunk):
-            rows = features[begin : begin + chunk].astype(np.float64)
-            squares = np.sum(rows**2, axis=1)[:, None] - 2.0 * rows @ reference.T + reference_norms
-            part = nearest[begin : begin + chunk]
-            np.minimum(part, squares.min(axis=1), out=part)
-    return np.sqrt(np.maximum(nearest, 0.0))
+    nearest = []
+    for x in _chunks(features, chunk):
+        squares = [_squared_distances(x, y).min(axis=1) for y in _chunks(reference_features, chunk)]
+        nearest.append(np.min(squares, axis=0))
+    return np.sqrt(np.concatenate(nearest)) if nearest else np.zeros(0)
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[Float64[np.ndarray, "_ D"]]:
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size].astype(np.float64)
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Float64[np.ndarray, "N M"]:
+    squares = np.sum(x**2, axis=1)[:, None] - 2.0 * x @ y.T + np.sum(y**2, axis=1)
+    return np.maximum(squares, 0.0)

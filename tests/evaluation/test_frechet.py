@@ -6,7 +6,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcm_jax.evaluation.frechet import frechet_distance
+from mcm_jax.evaluation.frechet import frechet_distance, frechet_distance_of_rows
 
 
 def random_gaussian(seed: int, dimension: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -88,3 +88,12 @@ def test_null_directions_add_no_rounding():
     zero, identity, line = np.zeros(200), np.eye(200), 9 * np.outer(u, u)
     assert frechet_distance(zero, identity, zero, line) == pytest.approx(203, abs=1e-9)
     assert frechet_distance(zero, line, zero, identity) == pytest.approx(203, abs=1e-9)
+
+
+@pytest.mark.parametrize(("count", "other"), [(2, 3), (5, 40), (60, 30)])
+def test_of_rows_is_of_their_moments(count, other):
+    rng = np.random.default_rng(2)
+    rows, others = rng.normal(size=(count, 9)), rng.normal(size=(other, 9)) * 2 + 1
+    moments = [(part.mean(axis=0), np.cov(part, rowvar=False)) for part in (rows, others)]
+    expected = frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance_of_rows(rows, others) == pytest.approx(expected, rel=1e-9)

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation.metrics import Moments, nearest_neighbour_distances
+from mcm_jax.evaluation.metrics import (
+    ClassScores,
+    Moments,
+    kernel_distance,
+    nearest_neighbour_distances,
+    precision_recall,
+)
 
 # Far from the origin, where a sum of squares would lose what the covariance is made of.
 OFFSET = 1e4
@@ -85,3 +91,96 @@ def test_nearest_neighbours_are_those_of_the_full_distance_matrix(chunk):
 def test_a_copy_is_its_own_nearest_neighbour_at_distance_zero():
     data = np.random.default_rng(0).uniform(0, 6, (20, 1280)).astype(np.float32)
     assert nearest_neighbour_distances(data, data[::-1]).max() < 1e-5
+
+
+def logits(count: int, classes: int = 4) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(count, classes), scale=2).astype(np.float32)
+
+
+def test_the_inception_score_is_the_mean_of_its_tenths():
+    """By the definition, a divergence from the marginal for every image."""
+    drawn = logits(43)
+    p = np.exp(drawn.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    # Image i belongs to tenth floor(10 i / 43).
+    parts = [p[[i for i in range(43) if 10 * i // 43 == part]] for part in range(10)]
+    scores = [np.exp(np.mean(np.sum(q * np.log(q / q.mean(axis=0)), axis=1))) for q in parts]
+    whole = ClassScores(43, 4)
+    whole.update(drawn, np.arange(43))
+    assert whole.score == pytest.approx(np.mean(scores), rel=1e-12)
+    assert np.std(scores) > 0.01
+
+
+def test_class_scores_know_no_order_and_no_host():
+    drawn, order = logits(40), np.random.default_rng(4).permutation(40)
+    whole, first, second = (ClassScores(40, 4) for _ in range(3))
+    whole.update(drawn, np.arange(40))
+    first.update(drawn[order[:13]], order[:13])
+    second.update(drawn[order[13:]], order[13:])
+    first.merge(second)
+    assert first.score == pytest.approx(whole.score, rel=1e-12)
+
+
+def test_class_scores_at_their_ends():
+    """1 where all look alike, the number of classes where each is one of them for sure, which is finite."""
+    sure = 1e4 * np.eye(4, dtype=np.float32)[np.arange(40) % 4]
+    for drawn, expected in ((np.ones((40, 4), np.float32), 1), (sure, 4)):
+        scores = ClassScores(40, 4)
+        scores.update(drawn, np.arange(40))
+        assert scores.score == pytest.approx(expected)
+    assert np.isnan(ClassScores(40, 4).score)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_kid_is_the_unbiased_estimate_over_all_pairs(chunk):
+    draw = np.random.default_rng(5)
+    x, y = draw.normal(size=(7, 3)), draw.normal(size=(5, 3)) + 1
+
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / 3 + 1) ** 3
+
+    def mean(pairs):
+        return float(np.mean([kernel(a, b) for a, b in pairs]))
+
+    expected = (
+        mean([(x[i], x[j]) for i in range(7) for j in range(7) if i != j])
+        + mean([(y[i], y[j]) for i in range(5) for j in range(5) if i != j])
+        - 2 * mean([(a, b) for a in x for b in y])
+    )
+    assert kernel_distance(x, y, chunk=chunk) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kid_of_one_distribution_is_zero_on_average():
+    draw = np.random.default_rng(6)
+    found = [kernel_distance(draw.normal(size=(20, 2)), draw.normal(size=(30, 2))) for _ in range(400)]
+    # Four standard errors of the mean.
+    assert abs(np.mean(found)) < 4 * np.std(found) / 20 and min(found) < 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_precision_and_recall_are_the_definition(chunk):
+    draw = np.random.default_rng(7)
+    samples, reference = draw.normal(size=(23, 2)), draw.normal(size=(31, 2)) * [1, 0.3] + [0.5, 0]
+
+    def radius(rows, i):
+        return sorted(np.linalg.norm(rows[i] - row) for j, row in enumerate(rows) if j != i)[2]
+
+    def within(row, rows):
+        return any(np.linalg.norm(row - centre) <= radius(rows, i) for i, centre in enumerate(rows))
+
+    expected = (
+        np.mean([within(row, reference) for row in samples]),
+        np.mean([within(row, samples) for row in reference]),
+    )
+    assert precision_recall(samples, reference, chunk=chunk) == pytest.approx(expected)
+    assert 0 < expected[0] < 1 and expected[0] != expected[1]
+
+
+def test_precision_and_recall_at_their_ends():
+    rows_ = np.random.default_rng(8).normal(size=(20, 3))
+    assert precision_recall(rows_, rows_) == (1.0, 1.0)
+    assert precision_recall(rows_, rows_ + 100) == (0.0, 0.0)
+    # All samples one image: each is right, and they cover nothing else.
+    assert precision_recall(np.repeat(rows_[:1], 9, axis=0), rows_) == (1.0, pytest.approx(1 / 20))
+    with pytest.raises(InputError, match="more than 3 images"):
+        precision_recall(rows_[:3], rows_)
