@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
 # Runs every test, in a .venv of its own making. Arguments go to pytest, e.g. bash launch/test.sh -k steps
+#
+#   bash launch/test.sh --parity    compares features and metrics with torch-fidelity and pytorch-fid instead,
+#                                   which are installed with PyTorch into an environment of their own, .venv-parity
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
+if [ "${1:-}" = --parity ]; then
+  shift
+  MCM_VENV="${MCM_VENV:-$PWD/.venv}-parity" mcm_environment parity test
+  mcm_run python -m pytest tests/parity "$@"
+  exit
+fi
 mcm_environment test
 mcm_run ruff check .
 mcm_run ruff format --check .

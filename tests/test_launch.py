@@ -48,6 +48,13 @@ def test_test_runs_every_check():
         assert check in result.stdout
 
 
+def test_parity_has_an_environment_of_its_own():
+    result = dry_run("test.sh", "--parity", "-x")
+    assert result.returncode == 0, result.stderr
+    assert "[parity,test]" in result.stdout and "-parity/bin/python -m pip install" in result.stdout
+    assert result.stdout.splitlines()[-1] == "+ python -m pytest tests/parity -x"
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [

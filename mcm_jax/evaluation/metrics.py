@@ -67,7 +67,7 @@ class ClassScores:
 
     def __init__(self, num: int, classes: int):
         """num: images in all."""
-        self._num = num
+        self._ends = np.arange(1, self.PARTS + 1) * num // self.PARTS
         self._counts = np.zeros(self.PARTS)
         self._probabilities = np.zeros((self.PARTS, classes))
         self._entropies = np.zeros(self.PARTS)
@@ -76,7 +76,7 @@ class ClassScores:
         """Adds images by their place among all, which need not come in order."""
         log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
-        part = indices * self.PARTS // self._num
+        part = np.searchsorted(self._ends, indices, side="right")
         np.add.at(self._counts, part, 1)
         np.add.at(self._probabilities, part, p)
         np.add.at(self._entropies, part, np.sum(p * log_p, axis=1))
