@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mcm_jax import sharding
 from mcm_jax.configuration import Config
 from mcm_jax.diffusion import schedules, segments
 from mcm_jax.diffusion.network import ModelFn
@@ -23,7 +24,7 @@ from mcm_jax.objectives.diffusion import diffusion_loss
 from mcm_jax.objectives.guidance import guidance_loss
 from mcm_jax.objectives.progressive import progressive_loss
 from mcm_jax.objectives.tract import tract_loss
-from mcm_jax.training import optimizer, sharding, step
+from mcm_jax.training import optimizer, step
 
 CHANNELS = 3
 

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mcm_jax import experiment, samplers, trainer
+from mcm_jax import experiment, samplers, sharding, trainer
 from mcm_jax.configuration import Config
 from mcm_jax.evaluation.inception import Inception
-from mcm_jax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mcm_jax import distributed, experiment, files, samplers, sampling, workdirs
+from mcm_jax import distributed, experiment, files, samplers, sampling, sharding, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.errors import InputError
 from mcm_jax.samplers import Sampling
-from mcm_jax.training import sharding
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 
 Images = UInt8[np.ndarray, "N r r 3"]

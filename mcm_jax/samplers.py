@@ -9,14 +9,13 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mcm_jax import experiment, sampling
+from mcm_jax import experiment, sampling, sharding
 from mcm_jax.configuration import Config
 from mcm_jax.data.pixels import to_uint8
 from mcm_jax.diffusion import schedules
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.errors import InputError
 from mcm_jax.models.network import Network
-from mcm_jax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mcm_jax import configuration, distributed, experiment, validation, workdirs
+from mcm_jax import configuration, distributed, experiment, sharding, validation, workdirs
 from mcm_jax.configuration import Config
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
@@ -22,7 +22,7 @@ from mcm_jax.models.network import Network
 from mcm_jax.models.uvit import UViTSpec
 from mcm_jax.pictures import image_grid
 from mcm_jax.runs import Run
-from mcm_jax.training import loop, sharding, step
+from mcm_jax.training import loop, step
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 

@@ -15,10 +15,10 @@ _PREAMBLE = """
 import json, os, sys
 from pathlib import Path
 import jax
-from mcm_jax import distributed, files, pictures, runs, trainer
+from mcm_jax import distributed, files, pictures, runs, sharding, trainer
 from mcm_jax.data import pipeline
 from mcm_jax.errors import InputError
-from mcm_jax.training import loop, observer, sharding
+from mcm_jax.training import loop, observer
 from tests import tiny
 
 INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # To ask JAX would start its back end.

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from configs import imagenet64, imagenet128
-from mcm_jax import configuration, experiment, validation
+from mcm_jax import configuration, experiment, sharding, validation
 from mcm_jax.errors import InputError
 from mcm_jax.models.network import Network
 from mcm_jax.reporting import paper
-from mcm_jax.training import sharding, step
+from mcm_jax.training import step
 
 FILES = {64: imagenet64, 128: imagenet128}
 BOTH = pytest.mark.parametrize("resolution", FILES)

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import experiment, runs, trainer, validation, workdirs
+from mcm_jax import experiment, runs, sharding, trainer, validation, workdirs
 from mcm_jax.data import pipeline
 from mcm_jax.errors import InputError
 from mcm_jax.pictures import image_grid
-from mcm_jax.training import loop, observer, sharding, step
+from mcm_jax.training import loop, observer, step
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.loop import NonFiniteError
 from tests import tiny

@@ -30,11 +30,11 @@ import torch_uvit
 from absl import flags
 from ml_collections import config_flags
 
-from mcm_jax import command_line, experiment, validation
+from mcm_jax import command_line, experiment, sharding, validation
 from mcm_jax.configuration import Config
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.network import Network
-from mcm_jax.training import sharding, step
+from mcm_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[2] / "configs/openmoji.py:teacher"), "A diffusion config."

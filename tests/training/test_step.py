@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax.training import sharding, step
+from mcm_jax import sharding
+from mcm_jax.training import step
 
 
 def mesh_of(data, fsdp):

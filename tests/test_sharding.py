@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mcm_jax import experiment, rows, validation
+from mcm_jax import experiment, rows, sharding, validation
 from mcm_jax.errors import InputError
-from mcm_jax.training import sharding
 
 pytestmark = pytest.mark.multi_device
 
