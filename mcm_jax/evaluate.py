@@ -1,6 +1,7 @@
 """Samples trained runs and scores the samples; one JSON line for each result.
 
     python -m mcm_jax.evaluate --workdir=runs/teacher,runs/cd4 --num=2048
+    python -m mcm_jax.evaluate --workdir=runs/cd8 --num=50000 --features=inception
 
 appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples beside it, and prints what the
 numbers mean. Several workdirs in one call share the compiled feature network and the reference statistics.
@@ -12,7 +13,7 @@ import functools
 import importlib.metadata
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ from absl import flags
 from mcm_jax import command_line
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import efficientnet, protocol
-from mcm_jax.evaluation.references import Cache, Reference
+from mcm_jax.evaluation import efficientnet, inception_weights, protocol, published
+from mcm_jax.evaluation.features import Extractor, FeatureNetwork
+from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.files import append_line, require_writable
 from mcm_jax.pictures import image_grid, save_png
 from mcm_jax.sampling import Sampler, XVar
 
 SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
+DEFAULT_METRICS = {
+    "efficientnet": ("frechet", "nearest"),
+    "inception": ("frechet", "sfid", "inception_score"),
+}
 RESULTS = Path("evaluation") / "results.jsonl"
 _TRAINING_ONLY = (
     *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
@@ -58,7 +64,11 @@ class Options:
     parameters: str = "ema"
     checkpoint_step: int | None = None
     data_dir: str | None = None
+    features: str = "efficientnet"
+    inception: Path = Path("data") / inception_weights.FILE
     input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
+    metrics: tuple[str, ...] | None = None
+    reference: Path | None = None
     cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
 
@@ -76,46 +86,84 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     must mend.
     """
     _check(options)
-    extractor = efficientnet.Extractor(efficientnet.load(), input_resolution=options.input_resolution)
+    network = _network(options)
+    metrics = options.metrics or DEFAULT_METRICS[options.features]
+    protocol.check_metrics(metrics, network, num=options.num)
+    extractor = Extractor(network)
     cache = Cache(options.cache_dir)
+    published_reference = None
+    if options.reference is not None:
+        published_reference = published.read(options.reference, extractor)
     # All runs are loaded before the first is sampled, so that a bad one costs no time.
     load = functools.partial(load_run, checkpoint_step=options.checkpoint_step, data_dir=options.data_dir)
     kinds = PARAMETERS[options.parameters]
     runs = [(kind, load(workdir, parameters=kind)) for workdir in options.workdirs for kind in kinds]
     for _, run in runs:
-        run.check_data()
+        if published_reference is None:
+            run.check_data()
         run.sampling_record(**options.how)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
     records = []
     for kind, run in runs:
         print(f"{run.workdir}: sampling {options.num} images with its {kind} parameters", flush=True)
-        record = evaluate_run(run, options, extractor, cache, parameters=kind)
+        scored = functools.partial(evaluate_run, run, options, extractor, parameters=kind, metrics=metrics)
+        if published_reference is None:
+            record = scored(**_data_set(run, options, extractor, cache))
+        else:
+            record = scored(reference=published_reference)
         append_line(Path(run.workdir) / RESULTS, record)
         print(table(record, Path(run.workdir)), flush=True)
         records.append(record)
     return records
 
 
+def _network(options: Options) -> FeatureNetwork:
+    if options.features == "inception":
+        return inception_weights.load(options.inception).network()
+    if options.reference is not None:
+        raise InputError(
+            f"--reference={options.reference} is of Inception's features; add --features=inception"
+        )
+    return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
+
+
+def _data_set(run: Any, options: Options, extractor: Extractor, cache: Cache) -> dict[str, Any]:
+    """What a run is compared with where no file is: its training images, and the bounds that they give."""
+    reference = _reference(run, "train", extractor, cache)
+    test = _reference(run, "test", extractor, cache) if run.dataset.num_examples.get("test", 0) >= 2 else None
+    return {
+        "reference": reference,
+        "also_first": test.count if test is not None else 0,
+        "bounds": lambda: protocol.floors_and_ceilings(
+            extractor,
+            cache,
+            reference=reference,
+            reference_images=lambda: run.blocks("train"),
+            test=test,
+            untrained_images=lambda: _untrained_images(run, options),
+            untrained_num=min(options.untrained_num, options.num),
+            untrained_identity=_untrained_identity(run, options),
+        ),
+    }
+
+
 def evaluate_run(
-    run: Any, options: Options, extractor: efficientnet.Extractor, cache: Cache, *, parameters: str
+    run: Any,
+    options: Options,
+    extractor: Extractor,
+    *,
+    parameters: str,
+    metrics: Sequence[str],
+    reference: Reference,
+    also_first: int = 0,
+    bounds: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, Any]:
     """Samples one run and scores the samples; returns the record and draws the grid it names."""
     sampling = run.sampling_record(**options.how)
-    reference = _reference(run, "train", extractor, cache)
-    test = _reference(run, "test", extractor, cache) if run.dataset.num_examples.get("test", 0) >= 2 else None
     samples = _Samples(run, options)
-    also_first = test.count if test is not None else 0
-    scores = protocol.evaluate_samples(samples, extractor, reference, also_first=also_first)
-    bounds = protocol.floors_and_ceilings(
-        extractor,
-        cache,
-        reference=reference,
-        reference_images=lambda: run.images("train")[0],
-        test=test,
-        untrained_images=lambda: _untrained_images(run, options),
-        untrained_num=min(options.untrained_num, options.num),
-        untrained_identity=_untrained_identity(run, options, sampling),
+    scores = protocol.evaluate_samples(
+        samples, extractor, reference, num=options.num, metrics=metrics, also_first=also_first
     )
     sampler = _file_name(sampling)
     name = f"samples_step{run.checkpoint_step}_{parameters}_{sampler}_seed{options.seed}.png"
@@ -128,9 +176,9 @@ def evaluate_run(
         **sampling,
         "num_samples": scores.num_samples,
         "metrics": scores.metrics,
-        "bounds": bounds,
+        "bounds": bounds(),
         "rank_deficient": scores.rank_deficient,
-        "features": extractor.description,
+        "features": extractor.network.description,
         "reference": reference.description,
         "grid": str(grid),
         "sampling_seconds": round(samples.seconds, 3),
@@ -158,16 +206,16 @@ class _Samples:
         self.first: np.ndarray = np.zeros((0,), np.uint8)
         self.seconds = 0.0
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         options = self._options
         for first in range(0, options.num, _BLOCK):
             start = time.monotonic()
             count = min(_BLOCK, options.num - first)
-            images, _ = self._run.sample(count, seed=options.seed, first=first, **options.how)
+            images, labels = self._run.sample(count, seed=options.seed, first=first, **options.how)
             self.seconds += time.monotonic() - start
             if first == 0:
                 self.first = images[:_GRID_IMAGES].copy()
-            yield images
+            yield images, labels
 
 
 def _run_record(run: Any, parameters: str) -> dict[str, Any]:
@@ -185,7 +233,7 @@ def _run_record(run: Any, parameters: str) -> dict[str, Any]:
     }
 
 
-def _reference(run: Any, split: str, extractor: efficientnet.Extractor, cache: Cache) -> Reference:
+def _reference(run: Any, split: str, extractor: Extractor, cache: Cache) -> Reference:
     info = run.dataset
     identity = {
         "fingerprint": info.fingerprints[split],
@@ -193,21 +241,20 @@ def _reference(run: Any, split: str, extractor: efficientnet.Extractor, cache: C
         "resolution": info.resolution,
         "preprocessing": str(info.preprocessing),
     }
-    return cache.reference(extractor, split=split, identity=identity, images=lambda: run.images(split)[0])
+    return cache.reference(extractor, split=split, identity=identity, images=lambda: run.blocks(split))
 
 
-def _untrained_images(run: Any, options: Options) -> np.ndarray:
+def _untrained_images(run: Any, options: Options) -> Blocks:
     num = min(options.untrained_num, options.num)
-    images, _ = run.untrained().sample(num, seed=options.seed, **options.how)
-    return images
+    yield run.untrained().sample(num, seed=options.seed, **options.how)
 
 
-def _untrained_identity(run: Any, options: Options, sampling: dict[str, Any]) -> dict[str, Any]:
+def _untrained_identity(run: Any, options: Options) -> dict[str, Any]:
     """The config but for what only training reads: teacher and students share their untrained network."""
     config = dataclasses.asdict(run.config)
     for section in _TRAINING_ONLY:
         config.pop(section, None)
-    return {"config": config, "seed": options.seed, **sampling}
+    return {"config": config, "seed": options.seed, **run.sampling_record(**options.how)}
 
 
 def _check(options: Options) -> None:
@@ -226,16 +273,24 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name}={value}: it is one of {', '.join(choices)}")
     if options.guidance is not None and not options.guidance >= 0:
         raise InputError(f"--guidance={options.guidance}: 0 is none, larger is more; it can't be negative")
+    if options.features not in DEFAULT_METRICS:
+        raise InputError(f"--features={options.features}: it is one of {', '.join(DEFAULT_METRICS)}")
     if options.parameters not in PARAMETERS:
         raise InputError(f"--parameters={options.parameters}: it is one of {', '.join(PARAMETERS)}")
 
 
 _MEANINGS = (
-    ("test_images_fd", "test images in place of samples: about the best there is at this count"),
-    ("mean_image_fd", "the mean training image, repeated: no better than that is no model"),
-    ("untrained_network_fd", "the same network before training"),
     ("test_images_nearest", "the same for test images; samples far below it are copies"),
+    ("test_images", "test images in place of samples: about the best there is at this count"),
+    ("mean_image", "the mean training image, repeated: no better than that is no model"),
+    ("untrained_network", "the same network before training"),
     ("nearest_neighbour", "mean feature distance from a sample to its nearest training image"),
+    ("sfid", "Frechet distance of spatial features, lower is better"),
+    ("inception_score", "mean over ten parts, higher is better"),
+    ("kid", "unbiased kernel distance to the reference, lower is better"),
+    ("precision", "share of samples among the reference's images, higher is better"),
+    ("recall", "share of the reference's images among the samples, higher is better"),
+    ("class_fid", "mean over classes of each one's distance, lower is better"),
 )
 
 
@@ -251,8 +306,8 @@ def table(record: dict[str, Any], workdir: Path) -> str:
         lines.append(f"  {name:<44} {value:>10.3f}   {_meaning(name, record)}")
     if record["rank_deficient"]:
         lines.append(
-            f"  note: a side has no more images than the {efficientnet.FEATURES} features, so its covariance "
-            "is singular: compare equal counts only"
+            "  note: a side has no more images than there are features, so its covariance is singular: "
+            "compare equal counts only"
         )
     lines.append(
         f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
@@ -265,11 +320,11 @@ def _meaning(name: str, record: dict[str, Any]) -> str:
     for start, meaning in _MEANINGS:
         if name.startswith(start):
             return meaning
-    count = int(name.rsplit("_", 1)[1])
-    reference = f"Frechet distance to the {record['reference']['count']} training images, lower is better"
-    return (
-        reference if count == record["num_samples"] else f"that of the first {count}, beside the test images"
-    )
+    count, reference = protocol.count_of(name), record["reference"]
+    if count != record["num_samples"]:
+        return f"that of the first {count}, beside the test images"
+    of = reference.get("file", f"the {reference['count']} training images")
+    return f"Frechet distance to {of}, lower is better"
 
 
 def define_flags() -> None:
@@ -289,10 +344,27 @@ def define_flags() -> None:
     flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
     flags.DEFINE_integer("checkpoint_step", None, "Default: the last one.", lower_bound=0)
     flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")
+    flags.DEFINE_enum(
+        "features",
+        Options.features,
+        tuple(DEFAULT_METRICS),
+        "inception: those of FID, whose weights you bring; efficientnet: a proxy that is installed.",
+    )
+    flags.DEFINE_string(
+        "inception",
+        str(Options.inception),
+        "Inception's weights, as mcm_jax.prepare --inception=FILE left them.",
+    )
+    flags.DEFINE_list("metrics", None, f"Of {', '.join(protocol.METRICS)}; default: those that cost little.")
+    flags.DEFINE_string(
+        "reference",
+        None,
+        "File of statistics as ADM, EDM and others publish them; default: the run's training images.",
+    )
     flags.DEFINE_integer(
         "input_resolution",
         Options.input_resolution,
-        "Side that images are resized to for their features; distances compare only where it is equal.",
+        "Side that images are resized to for efficientnet; distances compare only where it is equal.",
         lower_bound=efficientnet.MIN_INPUT_RESOLUTION,
     )
     flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Where reference statistics are kept.")
@@ -310,10 +382,13 @@ def main() -> None:
     options = Options(
         workdirs=tuple(Path(workdir) for workdir in values.workdir),
         cache_dir=Path(values.cache_dir),
+        inception=Path(values.inception),
+        reference=None if values.reference is None else Path(values.reference),
+        metrics=None if values.metrics is None else tuple(values.metrics),
         **{
             field.name: getattr(values, field.name)
             for field in dataclasses.fields(Options)
-            if field.name not in ("workdirs", "cache_dir")
+            if field.name not in ("workdirs", "cache_dir", "inception", "reference", "metrics")
         },
     )
     if options.workdirs:

@@ -1,6 +1,8 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
 For your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
+
+For FID, once, the weights of its feature network: --inception=FILE.
 """
 
 import contextlib
@@ -217,6 +219,26 @@ def _publish(built: Path, target: Path, *, retired: Path) -> None:
         raise
 
 
+def convert_inception(source: Path, data_dir: Path) -> str:
+    """Writes the weights in `source` where `evaluate` looks for them; returns what to say.
+
+    Raises:
+      InputError: the weights are at fault, or data_dir cannot be written to.
+    """
+    from mcm_jax.evaluation import inception_weights  # Slow to import.
+
+    weights = inception_weights.load(source)
+    target = data_dir / inception_weights.FILE
+    with _writing_to(data_dir):
+        inception_weights.write(weights, target)
+    size = sum(value.size for value in weights.params.values())
+    return (
+        f"Inception of 2015-12-05: {size:,} weights, batch norms folded in\n"
+        f"  sha256 of the weights {weights.sha256}\n  {target}\n"
+        "next: python -m mcm_jax.evaluate --workdir=runs/... --features=inception --num=50000"
+    )
+
+
 def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
     """What the program prints at the end: sizes, hashes, where it is, and what to run next."""
     width = max(len(name) for name in (*info.class_names, "all"))
@@ -252,7 +274,18 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("dataset", None, "openmoji, or folder for a folder of images.", required=True)
+    flags.DEFINE_string("dataset", None, "openmoji, or folder for a folder of images.")
+    flags.DEFINE_string(
+        "inception",
+        None,
+        "Convert Inception's weights, in any form they are passed around in, to what evaluate reads.",
+    )
+    flags.register_multi_flags_validator(
+        ["dataset", "inception"],
+        lambda given: (given["dataset"] is None) != (given["inception"] is None),
+        message="give --dataset=NAME for a data set or --inception=FILE for the weights of FID's network, "
+        "one of them",
+    )
     flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
     flags.DEFINE_string("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
     flags.DEFINE_string("manual_dir", None, "folder: where the images are, one subfolder a class or none.")
@@ -265,6 +298,9 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()  # It knows no totals; the builders show their own.
     values = flags.FLAGS
+    if values.inception is not None:
+        print(convert_inception(Path(values.inception).expanduser(), Path(values.data_dir).expanduser()))
+        return
     chosen = plan(
         dataset=values.dataset, resolution=values.resolution, manual_dir=values.manual_dir, name=values.name
     )

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +159,22 @@ class Run:
 
     def images(self, split: str) -> tuple[Images, Labels]:
         """All images and labels of a split of the run's data set; see `check_data`."""
+        return pipeline.load_arrays(self._open(split))
+
+    def blocks(self, split: str, *, size: int = 1024) -> Iterator[tuple[Images, Labels]]:
+        """The same, so many at a time: a split may be larger than memory."""
+        source = self._open(split)
+        for start in range(0, len(source), size):
+            yield source.gather(np.arange(start, min(start + size, len(source))))
+
+    def _open(self, split: str) -> pipeline.Source:
         self.check_data()
-        source = pipeline.open_split(
+        return pipeline.open_split(
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
             resolution=self.dataset.resolution,
             split=split,
         )
-        return pipeline.load_arrays(source)
 
     def check_data(self) -> None:
         """Raises InputError unless the run's data set is there, with the images it was trained on."""

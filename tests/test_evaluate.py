@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,20 +16,9 @@ from PIL import Image
 from mcm_jax import evaluate as program
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet
-from mcm_jax.evaluation.efficientnet import FEATURES, Extractor, Weights
+from tests.evaluation.pixels import PixelExtractor, network
 
 SIDE = 4
-
-
-class PixelExtractor(Extractor):
-    """The pixels as the first features: no network, no compilation."""
-
-    def __init__(self, weights: Weights, *, input_resolution: int):
-        self.weights, self.input_resolution = weights, input_resolution
-
-    def __call__(self, images):
-        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
-        return np.pad(pixels, ((0, 0), (0, FEATURES - pixels.shape[1])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +90,11 @@ class FakeRun:
     def check_data(self):
         """The fake's data never changes."""
 
-    def images(self, split):
+    def blocks(self, split):
         self.asked.append(("images", split))
         count = self.dataset.num_examples[split]
         images = np.random.default_rng(count).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-        return images, np.zeros(count, np.int32)
+        yield images, np.zeros(count, np.int32)
 
 
 class Loader:
@@ -120,7 +111,7 @@ class Loader:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(efficientnet, "Extractor", PixelExtractor)
+    monkeypatch.setattr(program, "Extractor", PixelExtractor)
 
 
 @pytest.fixture
@@ -192,6 +183,54 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
     assert record["reference"]["split"] == "train" and record["reference"]["count"] == 60
     assert datetime.datetime.fromisoformat(record["created"]).utcoffset() == datetime.timedelta(0)
     assert set(record["versions"]) == {"jax", "flax", "mcm_jax"}
+
+
+INCEPTION = network((("pool", 30), ("spatial", 12), ("logits", 9)), distance="fid", sha256="beef")
+
+
+@pytest.fixture
+def inception(options, monkeypatch) -> program.Options:
+    """Options with a stand-in for Inception's weights: pixels, of the same three kinds of features."""
+    weights = SimpleNamespace(network=lambda: INCEPTION)
+    monkeypatch.setattr(program.inception_weights, "load", lambda path: weights)
+    return dataclasses.replace(options, features="inception")
+
+
+def test_inceptions_features_give_fid_by_name(inception):
+    (record,) = program.evaluate(inception, Loader())
+    assert list(record["metrics"]) == ["fid_40", "fid_12", "sfid_40", "inception_score_40"]
+    assert set(record["bounds"]) == {
+        "mean_image_fid",
+        "test_images_fid_12",
+        "test_images_nearest_neighbour_distance",
+        "untrained_network_fid_16",
+    }
+    assert record["features"] == INCEPTION.description
+
+
+def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_path, capsys):
+    path = tmp_path / "reference.npz"
+    np.savez(path, mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
+    load = Loader()
+    chosen = dataclasses.replace(inception, reference=path, metrics=("frechet", "sfid"))
+    (record,) = program.evaluate(chosen, load)
+    # The file has no moments of spatial features.
+    assert list(record["metrics"]) == ["fid_40"] and record["bounds"] == {}
+    assert record["reference"] == {
+        "file": "reference.npz",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "count": None,
+    }
+    assert [call[0] for call in load.runs[0].asked] == ["sample"]
+    assert "Frechet distance to reference.npz, lower is better" in capsys.readouterr().out
+
+
+def test_without_weights_it_says_where_to_get_them(options, tmp_path):
+    load = Loader()
+    chosen = dataclasses.replace(options, features="inception", inception=tmp_path / "none")
+    with pytest.raises(InputError, match=r"there are no Inception weights; get .*prepare --inception=FILE"):
+        program.evaluate(chosen, load)
+    assert not load.calls
 
 
 def test_the_grid_shows_the_first_samples(options, workdirs):
@@ -287,6 +326,12 @@ def test_the_table_names_each_number(options, capsys):
         ({"guidance": -1.0}, "--guidance=-1.0: 0 is none"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
+        ({"features": "vgg"}, "--features=vgg: it is one of efficientnet, inception"),
+        ({"metrics": ("kid",)}, "--metrics=kid is defined on Inception's features only"),
+        (
+            {"reference": Path("x.npz")},
+            "--reference=x.npz is of Inception's features; add",
+        ),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
     ],
 )

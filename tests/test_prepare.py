@@ -11,6 +11,8 @@ from PIL import Image
 from mcm_jax import prepare
 from mcm_jax.data import folder, layout
 from mcm_jax.errors import InputError
+from mcm_jax.evaluation import inception_weights
+from tests.evaluation import test_inception_weights
 
 
 @pytest.fixture
@@ -191,6 +193,29 @@ def test_program_reports_and_names_the_next_command(images, tmp_path):
     )
     assert (info.path / "preview.png").exists()
     assert sum(json.loads((info.path / "summary.json").read_text())["num_examples"].values()) == 6
+
+
+def test_inceptions_weights_are_converted(tmp_path):
+    weights = test_inception_weights.random_layers()
+    source = tmp_path / "weights.pickle"
+    source.write_bytes(test_inception_weights.as_pickle(weights))
+    done = run(f"--inception={source}", f"--data_dir={tmp_path / 'data'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    target = tmp_path / "data" / "inception-2015-12-05.safetensors"
+    assert f"{inception_weights.load(target).sha256}\n  {target}\n" in done.stdout
+    assert "--features=inception" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--inception=none.pth"], "none.pth: there are no Inception weights; get pt_inception"),
+        (["--inception=x", "--dataset=openmoji"], "give --dataset=NAME for a data set or --inception=FILE"),
+    ],
+)
+def test_bad_weights_are_one_line(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--resolution=4"], ["--dataset=openmoji", "--resolution=big"]])

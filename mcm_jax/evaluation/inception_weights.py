@@ -25,7 +25,8 @@ import safetensors.numpy
 from flax import nnx
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import pickles, pth
+from mcm_jax.evaluation import inception, pickles, pth
+from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.evaluation.inception import Inception
 from mcm_jax.files import write_whole
 
@@ -35,6 +36,7 @@ SOURCE = (
     "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and convert it with "
     "python -m mcm_jax.prepare --inception=FILE"
 )
+FILE = "inception-2015-12-05.safetensors"
 _EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"
 # Arrays of a convolution and its batch norm, or of the classifier, by our names; kernels are [h, w, in, out].
@@ -48,13 +50,18 @@ class Weights:
     params: dict[str, np.ndarray]
     sha256: str
 
-    def network(self) -> Inception:
-        """The network with these weights."""
-        model = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
-        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    def network(self) -> FeatureNetwork:
+        """`inception.Inception` with these weights, for evaluation."""
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
+        state = nnx.to_flat_state(abstract)
         found = [(path, variable.replace(self.params[_name(path)])) for path, variable in state]
-        nnx.update(model, nnx.from_flat_state(found))
-        return model
+        return FeatureNetwork(
+            params=nnx.from_flat_state(found),
+            apply=lambda params, images: nnx.merge(graph, params)(images)._asdict(),
+            dimensions={"pool": inception.POOL, "spatial": inception.SPATIAL, "logits": inception.CLASSES},
+            distance="fid",
+            description={"network": "inception-2015-12-05", "sha256": self.sha256},
+        )
 
 
 def load(path: Path) -> Weights:

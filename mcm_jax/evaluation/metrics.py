@@ -8,6 +8,9 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from mcm_jax.errors import InputError
 
+# Of precision and recall, as everyone takes them.
+NEIGHBOURS = 3
+
 
 class Moments:
     """Count, mean and covariance of vectors that arrive in chunks, in float64 (Chan, Golub & LeVeque 1979).
@@ -127,7 +130,7 @@ def precision_recall(
     features: Float[np.ndarray, "N D"],
     reference_features: Float[np.ndarray, "M D"],
     *,
-    neighbours: int = 3,
+    neighbours: int = NEIGHBOURS,
     chunk: int = 1024,
 ) -> tuple[float, float]:
     """(precision, recall) of Kynkaanniemi et al., arXiv:1904.06991.

@@ -64,7 +64,13 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+def _no_bytes() -> bytes:
+    """bytes, by which the same writes b""."""
+    return b""
+
+
 _KNOWN = {
+    ("__builtin__", "bytes"): _no_bytes,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): _encode,

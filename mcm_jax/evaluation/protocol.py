@@ -1,25 +1,45 @@
 """From images to the numbers of a result (SPEC 7), with the floors and ceilings that make them readable.
 
-The Frechet distance is on EfficientNet-Lite0 features: a proxy that orders models of one data set, not
-comparable with any FID. It is biased upwards with few samples, so every name ends in the count:
-`fd_effnet_lite0_2048`.
+On Inception's features of 50,000 samples the Frechet distance is the field's FID. On EfficientNet-Lite0's it
+is a proxy that orders models of one data set, comparable with no FID. Both are biased upwards with few
+samples, so every name ends in the count: `fid_50k`, `fid_2048`, `fd_effnet_lite0_2048`.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from mcm_jax.evaluation.efficientnet import FEATURES, Extractor
-from mcm_jax.evaluation.frechet import frechet_distance
-from mcm_jax.evaluation.metrics import Moments, nearest_neighbour_distances
-from mcm_jax.evaluation.references import Cache, Reference
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation.features import Extractor, FeatureNetwork
+from mcm_jax.evaluation.frechet import frechet_distance, frechet_distance_of_rows
+from mcm_jax.evaluation.metrics import (
+    NEIGHBOURS,
+    ClassScores,
+    Moments,
+    kernel_distance,
+    nearest_neighbour_distances,
+    precision_recall,
+)
+from mcm_jax.evaluation.references import Blocks, Cache, Reference
 
-DISTANCE = "fd_effnet_lite0"
 NEAREST = "nearest_neighbour_distance"
+# What may be asked for, and of which features beyond "pool" it is.
+METRICS = {
+    "frechet": (),
+    "nearest": (),
+    "sfid": ("spatial",),
+    "inception_score": ("logits",),
+    "kid": ("logits",),
+    "precision_recall": ("logits",),
+    "class_fid": ("logits",),
+}
+# Of single images, so that all features are held and the reference must have kept its own.
+_OF_SINGLE_IMAGES = ("kid", "precision_recall", "class_fid")
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
@@ -34,32 +54,121 @@ class Scores:
     features_seconds: float
 
 
-def evaluate_samples(
-    batches: Iterable[Images], extractor: Extractor, reference: Reference, *, also_first: int = 0
-) -> Scores:
-    """Scores a stream of uint8 images against a reference, holding one batch at a time.
+def counted(name: str, count: int) -> str:
+    """The name of a metric of so many samples."""
+    return f"{name}_50k" if count == 50_000 else f"{name}_{count}"
 
-    Metrics: `fd_effnet_lite0_{n}` for all n of them; the same for the first `also_first`, where that is fewer
-    (to stand beside another set of that size); and, where the reference kept its features, the mean distance
-    to the nearest one.
+
+def count_of(name: str) -> int:
+    """How many samples a metric of that name is of."""
+    count = name.rsplit("_", 1)[1]
+    return 50_000 if count == "50k" else int(count)
+
+
+_FEWEST = {"inception_score": ClassScores.PARTS, "precision_recall": NEIGHBOURS + 1}
+
+
+def check_metrics(metrics: Sequence[str], network: FeatureNetwork, *, num: int) -> None:
+    """Raises InputError for a metric that there is not, or not of these features or so few samples."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise InputError(f"--metrics={metric}: there are {', '.join(METRICS)}")
+        if not set(METRICS[metric]) <= set(network.dimensions):
+            raise InputError(
+                f"--metrics={metric} is defined on Inception's features only: add --features=inception"
+            )
+        if num < _FEWEST.get(metric, 2):
+            raise InputError(f"--metrics={metric} needs {_FEWEST[metric]} samples or more, --num={num}")
+
+
+def evaluate_samples(
+    blocks: Blocks,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    num: int,
+    metrics: Sequence[str] = ("frechet", "nearest"),
+    also_first: int = 0,
+) -> Scores:
+    """Scores a stream of `num` uint8 images against a reference, holding one block of images at a time.
+
+    Metrics are left out for which the reference lacks what they need, spatial moments or single images, or
+    for which there are too few samples.
+
+    Args:
+      metrics: of METRICS.
+      also_first: the Frechet distance is also told of that many, where there are more samples (to stand
+        beside another set of that size).
     """
-    whole, first = Moments(FEATURES), Moments(FEATURES)
-    nearest_sum, seconds = 0.0, 0.0
-    for batch in batches:
+    sizes, distance = extractor.network.dimensions, extractor.network.distance
+    whole, first = Moments(sizes["pool"]), Moments(sizes["pool"])
+    spatial = Moments(sizes["spatial"]) if "sfid" in metrics and "spatial" in reference.moments else None
+    classes = ClassScores(num, sizes["logits"]) if "inception_score" in metrics else None
+    singles = reference.features is not None and set(metrics) & set(_OF_SINGLE_IMAGES)
+    rows, labels, nearest_sum, seconds = [], [], 0.0, 0.0
+    for images, of_images in blocks:
         start = time.monotonic()
-        features = extractor(batch)
+        found = extractor(images)
         seconds += time.monotonic() - start
-        first.update(features[: max(also_first - whole.count, 0)])
-        whole.update(features)
-        if reference.features is not None:
-            nearest_sum += float(nearest_neighbour_distances(features, reference.features).sum())
-    metrics = {f"{DISTANCE}_{whole.count}": _distance(whole, reference)}
-    if 2 <= first.count < whole.count:
-        metrics[f"{DISTANCE}_{first.count}"] = _distance(first, reference)
-    if reference.features is not None:
-        metrics[NEAREST] = nearest_sum / whole.count
-    rank_deficient = whole.rank_deficient or reference.rank_deficient
-    return Scores(metrics, whole.count, rank_deficient, seconds)
+        pool, indices = found["pool"], whole.count + np.arange(len(images))
+        first.update(pool[: max(also_first - whole.count, 0)])
+        whole.update(pool)
+        if spatial is not None:
+            spatial.update(found["spatial"])
+        if classes is not None:
+            classes.update(found["logits"], indices)
+        if singles:
+            rows.append(pool)
+            labels.append(of_images)
+        if "nearest" in metrics and reference.features is not None:
+            nearest_sum += float(nearest_neighbour_distances(pool, reference.features).sum())
+    if whole.count != num:
+        raise ValueError(f"{whole.count} images came, {num} were announced")
+    result = {}
+    if "frechet" in metrics:
+        result[counted(distance, num)] = _distance(whole, reference)
+        if 2 <= first.count < num:
+            result[counted(distance, first.count)] = _distance(first, reference)
+    if spatial is not None:
+        result[counted("sfid", num)] = _distance(spatial, reference, "spatial")
+    if classes is not None and not math.isnan(classes.score):
+        result[counted("inception_score", num)] = classes.score
+    if singles:
+        result |= _of_single_images(np.concatenate(rows), np.concatenate(labels), reference, metrics)
+    if "nearest" in metrics and reference.features is not None:
+        result[NEAREST] = nearest_sum / num
+    return Scores(result, num, whole.rank_deficient or reference.rank_deficient, seconds)
+
+
+def _of_single_images(
+    rows: np.ndarray, labels: np.ndarray, reference: Reference, metrics: Sequence[str]
+) -> dict[str, float]:
+    result, num = {}, len(rows)
+    if "kid" in metrics:
+        result[counted("kid", num)] = kernel_distance(rows, reference.features)
+    if "precision_recall" in metrics:
+        precision, recall = precision_recall(rows, reference.features)
+        result |= {counted("precision", num): precision, counted("recall", num): recall}
+    if "class_fid" in metrics and reference.labels is not None:
+        distance = class_distance(rows, labels, reference.features, reference.labels)
+        if not math.isnan(distance):
+            result[counted("class_fid", num)] = distance
+    return result
+
+
+def class_distance(
+    rows: np.ndarray, labels: np.ndarray, reference_rows: np.ndarray, reference_labels: np.ndarray
+) -> float:
+    """The mean over classes of the Frechet distance between a class's samples and its reference images.
+
+    Classes with fewer than two images on a side are left out; NaN where all are.
+    """
+    distances = []
+    for label in np.unique(labels):
+        pair = (rows[labels == label], reference_rows[reference_labels == label])
+        if min(len(part) for part in pair) >= 2:
+            distances.append(frechet_distance_of_rows(*(part.astype(np.float64) for part in pair)))
+    return float(np.mean(distances)) if distances else float("nan")
 
 
 def floors_and_ceilings(
@@ -67,33 +176,33 @@ def floors_and_ceilings(
     cache: Cache,
     *,
     reference: Reference,
-    reference_images: Callable[[], Images],
+    reference_images: Callable[[], Blocks],
     test: Reference | None,
-    untrained_images: Callable[[], Images] | None = None,
+    untrained_images: Callable[[], Blocks] | None = None,
     untrained_num: int = 0,
     untrained_identity: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """What other images score against the same reference; each kept in the cache.
 
-    - `test_images_fd_effnet_lite0_{n}`: the n test images. Real images get no lower at that count (floor).
+    DISTANCE is what the network calls its Frechet distance.
+
+    - `test_images_DISTANCE_{n}`: the n test images. Real images get no lower at that count (floor).
     - `test_images_nearest_neighbour_distance`: how far an unseen real image is from its nearest training
       image.
-    - `mean_image_fd_effnet_lite0`: the training set's mean image, repeated; any count gives the same
-      (ceiling).
-    - `untrained_network_fd_effnet_lite0_{n}`: `untrained_images()`, n of them, sampled by the caller from the
-      same network before training (ceiling); `untrained_identity` is what determines them.
+    - `mean_image_DISTANCE`: the training set's mean image, repeated; any count gives the same (ceiling).
+    - `untrained_network_DISTANCE_{n}`: `untrained_images()`, n of them, sampled by the caller from the same
+      network before training (ceiling); `untrained_identity` is what determines them.
     """
+    name = extractor.network.distance
     bounds = dict(
         cache.numbers(
             {"bound": "mean image", "reference": reference.sha256},
-            lambda: {
-                f"mean_image_{DISTANCE}": _mean_image_distance(extractor, reference, reference_images())
-            },
+            lambda: {f"mean_image_{name}": _mean_image_distance(extractor, reference, reference_images())},
         )
     )
     if test is not None and test.count >= 2:
         identity = {"bound": "test images", "reference": reference.sha256, "test": test.sha256}
-        bounds |= cache.numbers(identity, lambda: _test_bounds(reference, test))
+        bounds |= cache.numbers(identity, lambda: _test_bounds(name, reference, test))
     if untrained_images is not None and untrained_num >= 2:
         identity = {"bound": "untrained network", "reference": reference.sha256, "num": untrained_num}
         bounds |= cache.numbers(
@@ -103,27 +212,32 @@ def floors_and_ceilings(
     return bounds
 
 
-def _distance(moments: Moments, reference: Reference) -> float:
-    return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.cov)
+def _distance(moments: Moments, reference: Reference, name: str = "pool") -> float:
+    return frechet_distance(moments.mean, moments.covariance, *reference.moments[name])
 
 
-def _mean_image_distance(extractor: Extractor, reference: Reference, images: Images) -> float:
+def _mean_image_distance(extractor: Extractor, reference: Reference, blocks: Blocks) -> float:
     """All samples equal: mean their features, covariance zero."""
-    mean_image = np.rint(images.mean(axis=0, dtype=np.float64)).astype(np.uint8)
-    features = extractor(mean_image[None])[0].astype(np.float64)
-    return frechet_distance(features, np.zeros((FEATURES, FEATURES)), reference.mean, reference.cov)
+    total, count = 0.0, 0
+    for images, _ in blocks:
+        total, count = total + images.sum(axis=0, dtype=np.float64), count + len(images)
+    mean_image = np.rint(total / count).astype(np.uint8)
+    features = extractor(mean_image[None])["pool"][0].astype(np.float64)
+    return frechet_distance(features, np.zeros((len(features), len(features))), *reference.moments["pool"])
 
 
-def _test_bounds(reference: Reference, test: Reference) -> dict[str, float]:
-    distance = frechet_distance(test.mean, test.cov, reference.mean, reference.cov)
-    bounds = {f"test_images_{DISTANCE}_{test.count}": distance}
+def _test_bounds(name: str, reference: Reference, test: Reference) -> dict[str, float]:
+    distance = frechet_distance(*test.moments["pool"], *reference.moments["pool"])
+    bounds = {f"test_images_{counted(name, test.count)}": distance}
     if test.features is not None and reference.features is not None:
         nearest = nearest_neighbour_distances(test.features, reference.features)
         bounds[f"test_images_{NEAREST}"] = float(nearest.mean())
     return bounds
 
 
-def _untrained_bounds(extractor: Extractor, reference: Reference, images: Images) -> dict[str, float]:
-    moments = Moments(FEATURES)
-    moments.update(extractor(images))
-    return {f"untrained_network_{DISTANCE}_{moments.count}": _distance(moments, reference)}
+def _untrained_bounds(extractor: Extractor, reference: Reference, blocks: Blocks) -> dict[str, float]:
+    moments = Moments(extractor.network.dimensions["pool"])
+    for images, _ in blocks:
+        moments.update(extractor(images)["pool"])
+    name = counted(extractor.network.distance, moments.count)
+    return {f"untrained_network_{name}": _distance(moments, reference)}

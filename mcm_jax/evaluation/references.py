@@ -4,45 +4,53 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64, Int, UInt8
 
-from mcm_jax.evaluation.efficientnet import FEATURES, Extractor
+from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.files import require_writable, write_whole
 
-# Part of every key: raise it whenever the numbers computed here or in efficientnet.py change.
-VERSION = 1
-# Above this many images their features are not kept (1,280 floats each: 100 MB at the limit), and no
-# distances to nearest neighbours are reported.
-MAX_KEPT_FEATURES = 20_000
-_BLOCK = 1024
+# Part of every key: raise it whenever the numbers computed here or by a network change.
+VERSION = 2
+# Above this many images their features are not kept (2,048 floats each at most: 410 MB at the limit), and
+# nothing is reported that compares samples with single images.
+MAX_KEPT_FEATURES = 50_000
+
+
+# Images with their labels, in blocks.
+Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, "_"]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Moments of one split's features. `sha256` names it: equal hashes mean comparable distances."""
+    """What samples are compared with: moments of images' features, and of a small set the features too.
 
-    split: str
+    Attributes:
+      sha256: names it; equal hashes mean comparable distances.
+      description: what a result must say about it.
+      count: images behind the moments; None: unknown.
+      moments: (mean, covariance) by name of the features, "pool" at least.
+      features: "pool" of every image, or of some of them.
+      labels: of these.
+    """
+
     sha256: str
-    count: int
-    mean: Float64[np.ndarray, " D"]
-    cov: Float64[np.ndarray, "D D"]
-    features: Float32[np.ndarray, "N D"] | None
+    description: dict[str, Any]
+    count: int | None
+    moments: dict[str, tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]]
+    features: Float32[np.ndarray, "N D"] | None = None
+    labels: Int[np.ndarray, " N"] | None = None
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether the count is too small for a covariance of full rank."""
-        return self.count <= len(self.mean)
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What a result must say about its reference."""
-        return {"split": self.split, "count": self.count, "sha256": self.sha256}
+        """Whether the count is known to be too small for a covariance of full rank."""
+        mean, _ = self.moments["pool"]
+        return self.count is not None and self.count <= len(mean)
 
 
 class Cache:
@@ -58,22 +66,24 @@ class Cache:
         *,
         split: str,
         identity: Mapping[str, Any],
-        images: Callable[[], UInt8[np.ndarray, "N H W 3"]],
+        images: Callable[[], Blocks],
     ) -> Reference:
         """The statistics of `images()`, called only when they are not here yet.
 
         identity is what determines the images, their fingerprint first; features and code version are added
         to it.
         """
-        key = content_hash({"version": VERSION, "split": split, **extractor.description, **identity})
+        key = content_hash({"version": VERSION, "split": split, **extractor.network.description, **identity})
         path = self.directory / f"reference_{key}.npz"
-        kept = _read(path, lambda: _load_reference(path, split=split, key=key))
+        kept = _read(path, lambda: _load_reference(path, extractor, split=split, key=key))
         if kept is not None:
             return kept
         reference = _compute_reference(extractor, images(), split=split, key=key)
-        arrays = {"mean": reference.mean, "cov": reference.cov, "count": np.int64(reference.count)}
+        arrays: dict[str, Any] = {"count": np.int64(reference.count)}
+        for name, (mean, cov) in reference.moments.items():
+            arrays |= {f"mean_{name}": mean, f"cov_{name}": cov}
         if reference.features is not None:
-            arrays["features"] = reference.features
+            arrays |= {"features": reference.features, "labels": reference.labels}
         write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         return reference
 
@@ -110,24 +120,51 @@ def _read(path: Path, load: Callable[[], Any]) -> Any | None:
         return None
 
 
-def _load_reference(path: Path, *, split: str, key: str) -> Reference:
+def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
-    reference = Reference(
-        split=split,
-        sha256=key,
-        count=int(arrays["count"]),
-        mean=arrays["mean"],
-        cov=arrays["cov"],
-        features=arrays.get("features"),
+    names = _moment_names(extractor)
+    return checked(
+        Reference(
+            sha256=key,
+            description=_description(split, int(arrays["count"]), key),
+            count=int(arrays["count"]),
+            moments={name: (arrays[f"mean_{name}"], arrays[f"cov_{name}"]) for name in names},
+            features=arrays.get("features"),
+            labels=arrays.get("labels"),
+        ),
+        extractor,
     )
-    if reference.mean.shape != (FEATURES,) or reference.cov.shape != (FEATURES, FEATURES):
-        raise ValueError(f"shapes {reference.mean.shape} and {reference.cov.shape}")
-    if reference.features is not None and reference.features.shape != (reference.count, FEATURES):
-        raise ValueError(f"features of shape {reference.features.shape} for {reference.count} images")
-    if not (np.isfinite(reference.mean).all() and np.isfinite(reference.cov).all()):
-        raise ValueError("not finite")
+
+
+def checked(reference: Reference, extractor: Extractor) -> Reference:
+    """The reference itself, if its arrays are finite and of the extractor's dimensions.
+
+    Raises:
+      ValueError: naming the array.
+    """
+    for name, (mean, cov) in reference.moments.items():
+        size = extractor.network.dimensions[name]
+        if mean.shape != (size,) or cov.shape != (size, size):
+            raise ValueError(
+                f"{name}: moments of shapes {mean.shape} and {cov.shape}, not of {size} features"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            raise ValueError(f"{name}: moments that are not finite")
+    if reference.features is not None:
+        size = extractor.network.dimensions["pool"]
+        if reference.features.ndim != 2 or reference.features.shape[1] != size:
+            raise ValueError(f"features of shape {reference.features.shape}, not [N, {size}]")
     return reference
+
+
+def _moment_names(extractor: Extractor) -> list[str]:
+    """Features whose distribution is compared, which class scores are not."""
+    return [name for name in extractor.network.dimensions if name != "logits"]
+
+
+def _description(split: str, count: int, key: str) -> dict[str, Any]:
+    return {"split": split, "count": count, "sha256": key}
 
 
 def _load_numbers(path: Path) -> dict[str, float]:
@@ -137,21 +174,24 @@ def _load_numbers(path: Path) -> dict[str, float]:
     return content["numbers"]
 
 
-def _compute_reference(
-    extractor: Extractor, images: UInt8[np.ndarray, "N H W 3"], *, split: str, key: str
-) -> Reference:
-    moments = Moments(FEATURES)
-    kept = [] if len(images) <= MAX_KEPT_FEATURES else None
-    for start in range(0, len(images), _BLOCK):
-        block = extractor(images[start : start + _BLOCK])
-        moments.update(block)
-        if kept is not None:
-            kept.append(block)
+def _compute_reference(extractor: Extractor, blocks: Blocks, *, split: str, key: str) -> Reference:
+    sizes = extractor.network.dimensions
+    moments = {name: Moments(sizes[name]) for name in _moment_names(extractor)}
+    rows, labels = [], []
+    for images, of_images in blocks:
+        found = extractor(images)
+        for name, seen in moments.items():
+            seen.update(found[name])
+        if moments["pool"].count <= MAX_KEPT_FEATURES:
+            rows.append(found["pool"])
+            labels.append(of_images)
+    count = moments["pool"].count
+    kept = count <= MAX_KEPT_FEATURES
     return Reference(
-        split=split,
         sha256=key,
-        count=moments.count,
-        mean=moments.mean,
-        cov=moments.covariance,
-        features=np.concatenate(kept) if kept else None,
+        description=_description(split, count, key),
+        count=count,
+        moments={name: (seen.mean, seen.covariance) for name, seen in moments.items()},
+        features=np.concatenate(rows) if kept else None,
+        labels=np.concatenate(labels) if kept else None,
     )

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcm_jax.reporting.results import DISTANCE, OBJECTIVES, Collection, Conditions, Result, Run
+from mcm_jax.reporting.results import DISTANCES, OBJECTIVES, Collection, Conditions, Result, Run
 
 # Settings that do not change what is learned, or that a result states itself.
 _NOT_LEARNED = {
@@ -16,6 +17,11 @@ _NOT_LEARNED = {
     "data": ("data_dir",),
     "training": ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "sample_every_steps"),
 }
+
+
+_COUNTED = re.compile(
+    rf"(test_images_|untrained_network_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Group:
     @property
     def distance(self) -> str:
         """Name of the distance of all samples."""
-        return f"{DISTANCE}_{self.conditions.num_samples}"
+        count = self.conditions.num_samples
+        return f"{self.conditions.distance}_{'50k' if count == 50_000 else count}"
 
     @property
     def distances(self) -> tuple[str, ...]:
@@ -64,8 +71,10 @@ class Estimate:
 
 def count_of(name: str) -> int | None:
     """The number of images at the end of a distance's name, bound or metric; None if it has none."""
-    head, _, count = name.rpartition("_")
-    return int(count) if head.endswith(DISTANCE) and count.isdecimal() else None
+    found = _COUNTED.fullmatch(name)
+    if found is None:
+        return None
+    return 50_000 if found.group("count") == "50k" else int(found.group("count"))
 
 
 def group(collection: Collection) -> tuple[list[Group], list[str]]:

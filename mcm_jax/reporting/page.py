@@ -16,9 +16,9 @@ MEASURED_HERE = (
     "from a paper, and none compares with a published number."
 )
 METRIC = (
-    "The Frechet distance compares mean and covariance of the features that an ImageNet classifier "
-    "(EfficientNet-Lite0) computes of the samples with those of the training images. 0 means the same mean "
-    "and covariance; lower is better. It orders models of one data set; it says nothing beside a distance on "
+    "The Frechet distance compares mean and covariance of the features that an ImageNet classifier, named "
+    "above each table, computes of the samples with those of the training images. 0 means the same mean and "
+    "covariance; lower is better. It orders models of one data set; it says nothing beside a distance on "
     "other features, of other images, or of another number of samples: few samples score higher, so the "
     "number is part of its name."
 )

@@ -12,7 +12,9 @@ from mcm_jax.errors import InputError
 # Names that other programs write; not imported from there, because a report needs neither JAX nor TFDS.
 RESULTS = Path("evaluation") / "results.jsonl"
 RUN_FILE = "run.json"
-DISTANCE = "fd_effnet_lite0"
+_INCEPTION = "inception-2015-12-05"
+# What each network calls its Frechet distance; on Inception's features it is FID.
+DISTANCES = {"efficientnet-lite0": "fd_effnet_lite0", _INCEPTION: "fid"}
 NEAREST = "nearest_neighbour_distance"
 OBJECTIVES = ("diffusion", "guidance", "cd", "ct", "progressive", "tract")
 # Models of all of time, sampled with any number of steps.
@@ -36,10 +38,15 @@ class Conditions:
     guidance: float
     features_network: str
     features_sha256: str
-    input_resolution: int
+    input_resolution: int | None  # None: the network has but one
     reference_sha256: str
-    reference_split: str
-    reference_count: int
+    reference: str  # the split of the data set, or the file
+    reference_count: int | None  # None: of a file, unknown
+
+    @property
+    def distance(self) -> str:
+        """What the Frechet distance is called, without its count of samples."""
+        return DISTANCES[self.features_network]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +194,9 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
     """Checks one record; unknown fields are ignored."""
     fields = _Fields(record, place)
     features, reference = fields.section("features"), fields.section("reference")
+    network, from_file = features.text("network"), "file" in reference.content
+    if network not in DISTANCES:
+        raise features.error("network", f"is {network!r}, not one of {', '.join(DISTANCES)}")
     objective = fields.text("objective")
     if objective not in OBJECTIVES:
         raise fields.error("objective", f"is {objective!r}, not one of {', '.join(OBJECTIVES)}")
@@ -206,12 +216,14 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
             parameters=fields.text("parameters"),
             label_rule=fields.text("label_rule"),
             guidance=fields.number("guidance"),
-            features_network=features.text("network"),
+            features_network=network,
             features_sha256=features.text("sha256"),
-            input_resolution=features.whole("input_resolution"),
+            input_resolution=features.whole("input_resolution")
+            if "input_resolution" in features.content
+            else None,
             reference_sha256=reference.text("sha256"),
-            reference_split=reference.text("split"),
-            reference_count=reference.whole("count"),
+            reference=reference.text("file" if from_file else "split"),
+            reference_count=None if from_file else reference.whole("count"),
         ),
         objective=objective,
         training_seed=fields.whole("training_seed"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mcm_jax.reporting.averages import Estimate, Group, bounds, count_of
-from mcm_jax.reporting.results import DISTANCE, NEAREST, Collection, Conditions, Run
+from mcm_jax.reporting.results import NEAREST, Collection, Conditions, Run
 
 _COLUMNS = {
     "diffusion": "Teacher",
@@ -115,10 +115,14 @@ def conditions_text(group: Group) -> str:
         f"sampling {'seed' if len(group.seeds) == 1 else 'seeds'} {', '.join(map(str, group.seeds))}",
         _LABELS.get(c.label_rule, c.label_rule),
         *([f"guidance {c.guidance:g}"] if c.guidance else []),
-        f"against the {c.reference_count} images of split {c.reference_split} "
-        f"(reference {c.reference_sha256[:12]})",
-        f"{c.features_network} features ({c.features_sha256[:12]}) at "
-        f"{c.input_resolution}x{c.input_resolution} pixels",
+        (
+            f"against the statistics in {c.reference} "
+            if c.reference_count is None
+            else f"against the {c.reference_count} images of split {c.reference} "
+        )
+        + f"(reference {c.reference_sha256[:12]})",
+        f"{c.features_network} features ({c.features_sha256[:12]})"
+        + (f" at {c.input_resolution}x{c.input_resolution} pixels" if c.input_resolution else ""),
     ]
     return "; ".join(parts) + "."
 
@@ -128,18 +132,18 @@ def distance_bounds(group: Group, metric: str) -> list[Bound]:
 
     Fewer images score higher, so that a floor of fewer images would be none.
     """
-    found = []
+    found, distance = [], group.conditions.distance
     for name, (low, high) in bounds(group).items():
         count = count_of(name)
-        if name == f"mean_image_{DISTANCE}":
+        if name == f"mean_image_{distance}":
             label = "ceiling (mean image)"
             meaning = "the mean training image, repeated. Whoever scores no better has no model."
-        elif name == f"untrained_network_{DISTANCE}_{count}":
+        elif name.startswith(f"untrained_network_{distance}_"):
             label = "ceiling (untrained network)"
             meaning = (
                 f"{count} samples of the same networks before their first update, where training starts."
             )
-        elif name == f"test_images_{DISTANCE}_{count}" and count == count_of(metric):
+        elif name.startswith(f"test_images_{distance}_") and count == count_of(metric):
             label = "floor (test images)"
             meaning = (
                 f"{count} test images in place of samples: real images that no network was trained on. "

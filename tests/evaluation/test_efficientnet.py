@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, pth
+from mcm_jax.evaluation.features import Extractor
 
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
 
@@ -29,8 +30,9 @@ def weights() -> efficientnet.Weights:
 
 
 @pytest.fixture(scope="module")
-def extractor(weights) -> efficientnet.Extractor:
-    return efficientnet.Extractor(weights, input_resolution=32, batch_size=8)
+def extractor(weights):
+    extract = Extractor(efficientnet.network(weights, input_resolution=32), batch_per_device=8)
+    return lambda images: extract(images)["pool"]
 
 
 def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
@@ -169,25 +171,6 @@ def test_enlarging_twice_has_the_textbook_weights():
     np.testing.assert_array_equal(efficientnet._resize_matrix(3, 6), quarters)
 
 
-def test_features_do_not_depend_on_what_else_is_in_the_batch(extractor):
-    """Fixed padded batches: bit for bit, however many images come at once."""
-    images = noise(19, 16)
-    whole = extractor(images)
-    assert whole.shape == (19, 1280) and whole.dtype == np.float32
-    np.testing.assert_array_equal(
-        whole[8:11], np.concatenate([extractor(images[i : i + 1]) for i in (8, 9, 10)])
-    )
-    changed = images.copy()
-    changed[3] = 0
-    same = np.arange(19) != 3
-    np.testing.assert_array_equal(extractor(changed)[same], whole[same])
-    assert np.abs(extractor(changed)[3] - whole[3]).max() > 1e-2
-
-
-def test_no_images_have_no_features(extractor):
-    assert extractor(noise(0, 16)).shape == (0, 1280)
-
-
 def test_the_extractor_computes_the_features(extractor, weights):
     images = noise(3, 16)
     np.testing.assert_allclose(
@@ -207,4 +190,4 @@ def test_bad_weights_are_told_in_one_line(tmp_path):
 
 def test_too_small_an_input_is_refused(weights):
     with pytest.raises(InputError, match="input_resolution=16"):
-        efficientnet.Extractor(weights, input_resolution=16)
+        efficientnet.network(weights, input_resolution=16)

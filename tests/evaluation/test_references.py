@@ -5,21 +5,10 @@ import pytest
 
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import references
-from mcm_jax.evaluation.efficientnet import FEATURES, Extractor, Weights
 from mcm_jax.evaluation.references import Cache, Reference
+from tests.evaluation.pixels import PixelExtractor, network
 
-
-class PixelExtractor(Extractor):
-    """The pixels as the first features: no network, no compilation."""
-
-    def __init__(self, sha256: str = "f00d", input_resolution: int = 96):
-        self.weights, self.input_resolution = Weights({}, sha256), input_resolution
-
-    def __call__(self, images):
-        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
-        return np.pad(pixels, ((0, 0), (0, FEATURES - pixels.shape[1])))
-
-
+LABELS = np.arange(30, dtype=np.int32) % 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
 IDENTITY = {"fingerprint": "abc", "resolution": 4}
 
@@ -28,11 +17,12 @@ class Asker:
     """Asks a cache for the reference of IMAGES and counts how often the images were wanted."""
 
     def __init__(self, directory):
-        self.directory, self.loads = directory, 0
+        self.directory, self.loads, self.block = directory, 0, 30
 
     def images(self):
         self.loads += 1
-        return IMAGES
+        for start in range(0, 30, self.block):
+            yield IMAGES[start : start + self.block], LABELS[start : start + self.block]
 
     def __call__(self, extractor=None, split="train", identity=IDENTITY) -> Reference:
         # A new cache each time, as in a new process.
@@ -47,25 +37,43 @@ def ask(tmp_path) -> Asker:
 
 
 def assert_equal(one: Reference, other: Reference) -> None:
-    assert (one.split, one.sha256, one.count) == (other.split, other.sha256, other.count)
-    for name in ("mean", "cov", "features"):
+    assert (one.description, one.sha256, one.count) == (other.description, other.sha256, other.count)
+    for name in ("features", "labels"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert one.moments.keys() == other.moments.keys()
+    for name, pair in one.moments.items():
+        for a, b in zip(pair, other.moments[name], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_the_statistics_are_those_of_the_images(ask):
     reference = ask()
-    features = PixelExtractor()(IMAGES)
+    features = PixelExtractor()(IMAGES)["pool"]
     assert reference.count == 30 and reference.rank_deficient
-    np.testing.assert_allclose(reference.mean, features.mean(axis=0, dtype=np.float64), atol=1e-12)
-    np.testing.assert_allclose(reference.cov, np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
+    assert reference.description == {"split": "train", "count": 30, "sha256": reference.sha256}
+    mean, cov = reference.moments["pool"]
+    np.testing.assert_allclose(mean, features.mean(axis=0, dtype=np.float64), atol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(features.astype(np.float64), rowvar=False), atol=1e-12)
     np.testing.assert_array_equal(reference.features, features)
+    np.testing.assert_array_equal(reference.labels, LABELS)
 
 
-def test_blocks_do_not_matter(ask, tmp_path, monkeypatch):
-    whole = ask()
-    monkeypatch.setattr(references, "_BLOCK", 7)
-    parts = Asker(tmp_path / "other")()
-    np.testing.assert_allclose(parts.cov, whole.cov, atol=1e-12)
+def test_spatial_features_have_moments_of_their_own_and_class_scores_none(ask):
+    inception = PixelExtractor(network((("pool", 40), ("spatial", 12), ("logits", 5))))
+    reference = ask(extractor=inception)
+    assert set(reference.moments) == {"pool", "spatial"}
+    np.testing.assert_allclose(
+        reference.moments["spatial"][0], inception(IMAGES)["spatial"].mean(axis=0), atol=1e-6
+    )
+    assert_equal(ask(extractor=inception), reference)
+
+
+def test_blocks_do_not_matter(ask, tmp_path):
+    whole, other = ask(), Asker(tmp_path / "other")
+    other.block = 7
+    parts = other()
+    for a, b in zip(parts.moments["pool"], whole.moments["pool"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
     np.testing.assert_array_equal(parts.features, whole.features)
 
 
@@ -78,8 +86,8 @@ def test_the_second_time_no_image_is_loaded(ask):
 @pytest.mark.parametrize(
     "change",
     [
-        {"extractor": PixelExtractor(sha256="beef")},
-        {"extractor": PixelExtractor(input_resolution=112)},
+        {"extractor": PixelExtractor(network(sha256="beef"))},
+        {"extractor": PixelExtractor(network(input_resolution=112))},
         {"split": "test"},
         {"identity": {**IDENTITY, "fingerprint": "abd"}},
         {"identity": {**IDENTITY, "resolution": 5}},
@@ -133,7 +141,8 @@ def test_a_pickle_in_the_cache_is_damage_and_is_not_run(ask, tmp_path):
     """Arrays of objects are pickles: np.load would run them."""
     first, marker = ask(), tmp_path / "marker"
     (path,) = ask.directory.glob("*.npz")
-    np.savez(path, mean=np.array([Evil(str(marker))], object), cov=first.cov, count=first.count)
+    _, cov = first.moments["pool"]
+    np.savez(path, mean_pool=np.array([Evil(str(marker))], object), cov_pool=cov, count=first.count)
     assert_equal(ask(), first)
     assert ask.loads == 2 and not marker.exists()
 

@@ -1,11 +1,10 @@
 """Our Inception network beside torch-fidelity's and pytorch-fid's, with the same random weights in all."""
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from mcm_jax.evaluation import inception_weights
+from mcm_jax.evaluation.features import Extractor
 
 torch = pytest.importorskip("torch")
 pytorch_fid = pytest.importorskip("pytorch_fid.inception")
@@ -39,9 +38,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(file):
-    network = inception_weights.load(file).network()
-    run = nnx.jit(lambda network, images: network(images))
-    return lambda images: jax.tree.map(np.asarray, run(network, images))
+    return Extractor(inception_weights.load(file).network(), batch_per_device=3)
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +89,13 @@ def test_features_are_torch_fidelitys(ours, fidelity, size):
     drawn = images(size)
     found, expected = ours(drawn), fidelity(drawn)
     for name in ("pool", "spatial", "logits"):
-        assert_close(getattr(found, name), expected[name])
+        assert_close(found[name], expected[name])
 
 
 def test_the_classifiers_bias_is_what_our_logits_lack(file, ours, fidelity):
     drawn = images(64)
     bias = inception_weights.load(file).params["fc.bias"]
-    assert_close(ours(drawn).logits + bias, fidelity(drawn)["biased"])
+    assert_close(ours(drawn)["logits"] + bias, fidelity(drawn)["biased"])
 
 
 def test_features_are_pytorch_fids(file, ours):
@@ -115,4 +112,4 @@ def test_features_are_pytorch_fids(file, ours):
     scaled = (torch.from_numpy(drawn).permute(0, 3, 1, 2).float() - 128) / 128
     with torch.no_grad():
         (pool,) = model(scaled)
-    assert_close(ours(drawn).pool, pool.flatten(1).numpy())
+    assert_close(ours(drawn)["pool"], pool.flatten(1).numpy())

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from mcm_jax.errors import InputError
-from mcm_jax.reporting import results
+from mcm_jax.reporting import averages, results, tables
 from tests.reporting.made_up import RECORD, record, write
 
 METRIC = "fd_effnet_lite0_1024"
@@ -15,19 +16,26 @@ METRIC = "fd_effnet_lite0_1024"
 
 def test_names_are_those_that_the_other_programs_write():
     from mcm_jax import evaluate, workdirs
-    from mcm_jax.evaluation import protocol
+    from mcm_jax.evaluation import efficientnet, inception_weights, protocol
 
     assert results.RESULTS == evaluate.RESULTS
     assert results.RUN_FILE == workdirs.RUN_FILE
-    assert (results.DISTANCE, results.NEAREST) == (protocol.DISTANCE, protocol.NEAREST)
+    assert results.NEAREST == protocol.NEAREST
+    efficient = efficientnet.network(efficientnet.load())
+    weights = inception_weights.Weights(dict.fromkeys(inception_weights._shapes(), np.zeros(1)), "f00d")
+    for network in (efficient, weights.network()):
+        assert results.DISTANCES[network.description["network"]] == network.distance
+        for count in (1024, 50_000):
+            assert averages.count_of(protocol.counted(network.distance, count)) == count
+    assert averages.count_of("sfid_50k") is None
 
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
     from mcm_jax import evaluate
-    from mcm_jax.evaluation import efficientnet
-    from tests.test_evaluate import Loader, PixelExtractor
+    from tests.evaluation.pixels import PixelExtractor
+    from tests.test_evaluate import Loader
 
-    monkeypatch.setattr(efficientnet, "Extractor", PixelExtractor)
+    monkeypatch.setattr(evaluate, "Extractor", PixelExtractor)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
     options = evaluate.Options(
         workdirs=(tmp_path / "runs" / "cd4",), num=40, cache_dir=tmp_path / "cache", untrained_num=16
@@ -39,6 +47,22 @@ def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
     assert (result.metrics, result.bounds) == (written["metrics"], written["bounds"])
     assert result.conditions.reference_sha256 == written["reference"]["sha256"]
     assert results.read_grid(result).startswith(b"\x89PNG")
+
+
+def test_a_fid_against_a_published_file(tmp_path):
+    of = {
+        "metrics": {"fid_50k": 1.5, "sfid_50k": 4.0, "inception_score_50k": 60.0},
+        "bounds": {},
+        "num_samples": 50_000,
+        "features": {"network": "inception-2015-12-05", "sha256": "f" * 64},
+        "reference": {"file": "imagenet64.npz", "sha256": "a" * 64, "count": None},
+    }
+    write(tmp_path / "cd4", record(**of))
+    (group,), _ = averages.group(results.collect(tmp_path))
+    assert group.distance == "fid_50k" and group.distances == ("fid_50k",)
+    assert "against the statistics in imagenet64.npz" in tables.conditions_text(group)
+    ((estimate,), _) = averages.estimates(group, "fid_50k", {})
+    assert estimate.mean == 1.5
 
 
 @pytest.mark.parametrize("grid", ["../secret.png", "missing.png", "evaluation/results.jsonl"])

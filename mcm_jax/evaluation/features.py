@@ -1,0 +1,79 @@
+"""Features of images by a network, a fixed padded batch at a time over all devices of a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from mcm_jax import sharding
+
+# Measured on 2 cores: activations of 8 images stay in the caches, 64 at once are a quarter slower.
+_CPU_MICRO_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureNetwork:
+    """A network that metrics are defined on.
+
+    Attributes:
+      params: the pytree that `apply` takes.
+      apply: (params, uint8 images [B, H, W, 3]) -> {name: [B, D]}; no example influences another.
+      dimensions: D by name. "pool" is among them; "spatial" and "logits" are where they are Inception's.
+      distance: what the Frechet distance of "pool" is called in results.
+      description: what a result must say about its features.
+    """
+
+    params: Any
+    apply: Callable[[Any, Array], dict[str, Array]]
+    dimensions: dict[str, int]
+    distance: str
+    description: dict[str, Any]
+
+
+class Extractor:
+    """`extract(images) -> features by name`, compiled once for every size of images.
+
+    Every call runs the same fixed padded batch, so that an image's features do not depend on how many images
+    came with it, and padding is cut off before anything is returned. Of several processes every one gets all.
+    """
+
+    def __init__(self, network: FeatureNetwork, *, mesh: Mesh | None = None, batch_per_device: int = 64):
+        """mesh: default, all devices."""
+        self.network = network
+        self._mesh = mesh or sharding.make_mesh(data=-1, fsdp=1)
+        self._batch = batch_per_device * self._mesh.size
+        self._params = sharding.replicate(self._mesh, network.params)
+        over_batch = sharding.batch_sharding(self._mesh).spec
+        self._run = jax.jit(
+            jax.shard_map(
+                self._on_one_device,
+                mesh=self._mesh,
+                in_specs=(jax.sharding.PartitionSpec(), over_batch),
+                out_specs=over_batch,
+                check_vma=False,
+            )
+        )
+
+    def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> dict[str, np.ndarray]:
+        """float32 [N, D] by name."""
+        parts = [{name: np.zeros((0, size), np.float32) for name, size in self.network.dimensions.items()}]
+        for start in range(0, len(images), self._batch):
+            batch = images[start : start + self._batch]
+            padded = np.pad(batch, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
+            found = self._run(self._params, sharding.split(self._mesh, padded))
+            parts.append({name: sharding.gather(rows)[: len(batch)] for name, rows in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.network.dimensions}
+
+    def _on_one_device(self, params: Any, images: Array) -> dict[str, Array]:
+        """Its batch as a loop over cache-sized parts on a CPU, whole elsewhere."""
+        part = _CPU_MICRO_BATCH
+        if jax.default_backend() != "cpu" or len(images) % part:
+            return self.network.apply(params, images)
+        parts = images.reshape(-1, part, *images.shape[1:])
+        found = lax.map(lambda x: self.network.apply(params, x), parts)
+        return jax.tree.map(lambda rows: rows.reshape(len(images), -1), found)

@@ -1,0 +1,27 @@
+"""The pixels as features: no network, no compilation."""
+
+import numpy as np
+
+from mcm_jax.evaluation.features import Extractor, FeatureNetwork
+
+
+def network(
+    dimensions=(("pool", 48),), *, distance="fd_effnet_lite0", sha256="f00d", input_resolution=96
+) -> FeatureNetwork:
+    """Its features are the first pixels of an image, over 255, zero where there are no more."""
+    description = {"network": "pixels", "sha256": sha256, "input_resolution": input_resolution}
+    return FeatureNetwork(None, lambda *_: {}, dict(dimensions), distance, description)
+
+
+class PixelExtractor(Extractor):
+    """`Extractor` by numpy."""
+
+    def __init__(self, of: FeatureNetwork | None = None):
+        self.network = of or network()
+
+    def __call__(self, images):
+        pixels = images.reshape(len(images), -1).astype(np.float32) / 255
+        return {
+            name: np.pad(pixels, ((0, 0), (0, max(size - pixels.shape[1], 0))))[:, :size]
+            for name, size in self.network.dimensions.items()
+        }
