@@ -72,7 +72,7 @@ def plan(
         raw_config = raw_config.copy_and_resolve_references()
         raw_config.teacher_checkpoint = "any"  # Its shapes are the student's.
     config = validation.validate(raw_config)
-    num_classes = num_classes or NUM_CLASSES.get(config.data.dataset)
+    num_classes = num_classes or NUM_CLASSES.get(config.data.dataset.partition("/")[0])
     if num_classes is None:
         raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
     size, compiled = _compile(program, config, described, num_classes)

@@ -1,5 +1,8 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
+For ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, which holds ILSVRC2012_img_train.tar and
+ILSVRC2012_img_val.tar, or TFDS's imagenet2012; imagenet/adm prepares it as ADM's references were.
+
 For your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
 
 For FID, once, the weights of its feature network: --inception=FILE.
@@ -11,7 +14,9 @@ import errno
 import hashlib
 import io
 import math
+import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,30 +27,45 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from mcm_jax import command_line, pictures
-from mcm_jax.data import folder, layout, openmoji
+from mcm_jax.data import folder, imagenet, layout, openmoji, shards
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
 
 MAX_RESOLUTION = 2048
 PREVIEW_FILE = "preview.png"
+# More are not listed one by one.
+_FEW_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Checked input: what to build and how to describe it.
 
-    `source` identifies the files it is made from; `make_builder` takes the data_dir to write to.
+    `source` identifies the files it is made from. `write` writes all records below a directory and returns
+    where; None: other hosts have not written theirs yet. With `resumes` it goes on from what it wrote before.
     """
 
     dataset: str
     resolution: int
     source: str
     preprocessing: str
-    make_builder: Callable[[Path], tfds.core.DatasetBuilder]
+    write: Callable[[Path], Path | None]
+    resumes: bool = False
 
 
-def plan(*, dataset: str, resolution: int, manual_dir: str | None = None, name: str | None = None) -> Plan:
+def plan(
+    *,
+    dataset: str,
+    resolution: int,
+    manual_dir: str | None = None,
+    name: str | None = None,
+    workers: int | None = None,
+    host: tuple[int, int] = (0, 1),
+) -> Plan:
     """Checks the input and lists the folder, before any long work.
+
+    Args:
+      workers, host: imagenet: processes (None: one a core), and which of how many hosts this is.
 
     Raises:
       InputError: unknown dataset, resolution out of range, a missing or empty folder, a bad name.
@@ -56,7 +76,14 @@ def plan(*, dataset: str, resolution: int, manual_dir: str | None = None, name: 
         return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
-    raise InputError(f"--dataset={dataset}: it must be openmoji or folder (with --manual_dir=PATH)")
+    if dataset in ("imagenet", "imagenet/adm"):
+        if name is not None:
+            raise InputError("--name belongs to --dataset=folder: leave it out")
+        return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
+    raise InputError(
+        f"--dataset={dataset}: it must be openmoji, imagenet, imagenet/adm or folder (these with "
+        "--manual_dir=PATH)"
+    )
 
 
 def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
@@ -70,7 +97,7 @@ def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None)
         resolution=resolution,
         source=openmoji.source(),
         preprocessing=openmoji.preprocessing(resolution),
-        make_builder=lambda data_dir: openmoji.OpenMoji(config=config, data_dir=data_dir),
+        write=lambda staging: _by_builder(openmoji.OpenMoji(config=config, data_dir=staging), staging),
     )
 
 
@@ -97,16 +124,48 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
         resolution=resolution,
         source=source,
         preprocessing=folder.preprocessing(resolution),
-        make_builder=lambda data_dir: folder.Folder(config=config, data_dir=data_dir),
+        write=lambda staging: _by_builder(folder.Folder(config=config, data_dir=staging), staging),
     )
 
 
-def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo, bool]:
+def _plan_imagenet(
+    dataset: str, resolution: int, *, manual_dir: str | None, workers: int | None, host: tuple[int, int]
+) -> Plan:
+    if not manual_dir:
+        raise InputError(
+            f"--dataset={dataset} needs --manual_dir=PATH, where {imagenet.TRAIN_TAR} and "
+            f"{imagenet.TEST_TAR} are, or TFDS's imagenet2012"
+        )
+    preparation = "adm" if dataset == "imagenet/adm" else "area"
+    source = imagenet.open_source(manual_dir)
+    wanted = imagenet.shards(source, resolution=resolution, preparation=preparation)
+    features = imagenet.features(resolution)
+
+    def write(staging: Path) -> Path | None:
+        directory = layout.dataset_dir(staging, dataset=dataset, resolution=resolution)
+        settings = {"name": "imagenet", "features": features}
+        if shards.write(wanted, directory, workers=workers, host=host[0], hosts=host[1], **settings):
+            return None
+        shards.complete(wanted, directory, version=layout.VERSION, **settings)
+        return directory
+
+    return Plan(
+        dataset=dataset,
+        resolution=resolution,
+        source=source.fingerprint,
+        preprocessing=imagenet.preprocessing(resolution, preparation),
+        write=write,
+        resumes=True,
+    )
+
+
+def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo | None, bool]:
     """Builds the data set unless it is complete; returns its description and whether it was built.
 
     All writing happens in a hidden directory, which takes the target's place by a rename when everything
     is in it: an interrupted run leaves what was there before. A killed one also leaves the hidden directory,
-    .incomplete-*, which is never read and may be deleted.
+    .incomplete-*, which is never read as a data set; where the plan resumes, the same command goes on in it,
+    else it may be deleted. The description is None where other hosts have not written their part yet.
 
     Raises:
       InputError: data_dir cannot be written to; a source image cannot be read; the complete data set was
@@ -115,10 +174,15 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
     target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
     if not overwrite and (existing := _existing(target, chosen)):
         return existing, False
-    with _make_staging(data_dir, prefix=f".incomplete-{target.parent.name}-") as staging:
+    with _make_staging(data_dir, chosen) as staging:
         with _writing_to(data_dir, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            built = _build(chosen, Path(staging))
-            _publish(built, target, retired=Path(staging) / "retired")
+            written = chosen.write(Path(staging))
+            if written is None:
+                return None, False
+            _describe(chosen, written)
+            _publish(written, target, retired=Path(staging) / "retired")
+    if chosen.resumes:
+        shutil.rmtree(staging, ignore_errors=True)
     return layout.read_summary(target), True
 
 
@@ -138,10 +202,17 @@ def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
     return existing
 
 
-def _make_staging(data_dir: Path, *, prefix: str) -> tempfile.TemporaryDirectory:
+def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextManager[str]:
+    prefix = f".incomplete-{chosen.dataset.replace('/', '-')}-"
     with _writing_to(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
+        if not chosen.resumes:
+            return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
+        # Found again by the same command, and by no other.
+        of = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
+        staging = data_dir / f"{prefix}{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+        staging.mkdir(exist_ok=True)
+        return contextlib.nullcontext(str(staging))
 
 
 @contextlib.contextmanager
@@ -158,9 +229,8 @@ def _writing_to(data_dir: Path, *error_numbers: int) -> Iterator[None]:
         ) from error
 
 
-def _build(chosen: Plan, staging: Path) -> Path:
-    """Writes records, preview and, last, the summary; returns their directory."""
-    builder = chosen.make_builder(staging)
+def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
+    """Writes what a TFDS builder makes."""
     # TFDS prints lines about downloads and about the staging path, which would mislead.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(
@@ -168,7 +238,12 @@ def _build(chosen: Plan, staging: Path) -> Path:
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             download_dir=staging / "downloads",
         )
-    directory = Path(builder.data_dir)
+    return Path(builder.data_dir)
+
+
+def _describe(chosen: Plan, directory: Path) -> None:
+    """Reads all that was written, and adds a preview and, last, the summary."""
+    builder = tfds.builder_from_directory(directory)
     class_names = tuple(builder.info.features["label"].names)
     splits = {split: builder.as_data_source(split) for split in layout.SPLITS}
     surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
@@ -185,7 +260,6 @@ def _build(chosen: Plan, staging: Path) -> Path:
         path=directory,
     )
     layout.write_summary(info, directory)
-    return directory
 
 
 def _survey(records: Sequence[dict[str, Any]], *, num_classes: int) -> tuple[tuple[int, ...], str]:
@@ -248,10 +322,12 @@ def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
         f"  {info.preprocessing}",
         f"  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples),
     ]
-    for label, name in enumerate(info.class_names):
+    for label, name in enumerate(info.class_names if info.num_classes <= _FEW_CLASSES else ()):
         counts = "  ".join(f"{info.class_counts[split][label]:7}" for split in info.num_examples)
         lines.append(f"  {name:{width}}  {counts}")
     lines.append(f"  {'all':{width}}  " + "  ".join(f"{count:7}" for count in info.num_examples.values()))
+    if info.num_classes > _FEW_CLASSES:
+        lines.append(f"  {info.num_classes} classes, {_whole(info)}")
     lines += [f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()]
     lines += [
         f"  {info.path}",
@@ -261,12 +337,23 @@ def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
     return "\n".join(lines)
 
 
+def _whole(info: DatasetInfo) -> str:
+    missing = {split: count - info.num_examples[split] for split, count in imagenet.COUNTS.items()}
+    if not any(missing.values()):
+        return "all of ILSVRC2012"
+    return f"not all of ILSVRC2012: it has {' and '.join(f'{n:,}' for n in imagenet.COUNTS.values())} images"
+
+
 def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
     builder = info.dataset.partition("/")[0]
-    command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
-    if builder == "folder":
+    if builder == "imagenet":
+        command = f"python -m mcm_jax.train --config=configs/imagenet{info.resolution}.py:small,teacher"
+    else:
+        command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
+    if "/" in info.dataset:
         command += f" --config.data.dataset={info.dataset}"
-    command += f" --config.data.resolution={info.resolution}"
+    if builder != "imagenet":
+        command += f" --config.data.resolution={info.resolution}"
     if data_dir != layout.DEFAULT_DATA_DIR:
         command += f" --config.data.data_dir={shlex.quote(data_dir)}"
     return command + " --workdir=runs/teacher"
@@ -274,7 +361,9 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("dataset", None, "openmoji, or folder for a folder of images.")
+    flags.DEFINE_string(
+        "dataset", None, "openmoji; imagenet, imagenet/adm; or folder for a folder of images."
+    )
     flags.DEFINE_string(
         "inception",
         None,
@@ -288,9 +377,27 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
     flags.DEFINE_string("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
-    flags.DEFINE_string("manual_dir", None, "folder: where the images are, one subfolder a class or none.")
+    flags.DEFINE_string(
+        "manual_dir",
+        None,
+        "folder: where the images are, one subfolder a class or none. imagenet: where its tars are, or "
+        "TFDS's imagenet2012 (also gs://).",
+    )
+    flags.DEFINE_integer("workers", None, "imagenet: processes; default: one a core.", lower_bound=0)
+    flags.DEFINE_string(
+        "host", "1/1", "imagenet: K/N on the K-th of N hosts that share data_dir and run the same command."
+    )
     flags.DEFINE_string("name", None, "folder: what to call the data set; default: the folder's own name.")
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace what is there.")
+
+
+def _host(given: str) -> tuple[int, int]:
+    """(index from 0, count) of "K/N"."""
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", given)
+    number, count = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise InputError(f"--host={given}: it must be K/N with K from 1 to N, such as 1/4")
+    return number - 1, count
 
 
 def main() -> None:
@@ -302,9 +409,17 @@ def main() -> None:
         print(convert_inception(Path(values.inception).expanduser(), Path(values.data_dir).expanduser()))
         return
     chosen = plan(
-        dataset=values.dataset, resolution=values.resolution, manual_dir=values.manual_dir, name=values.name
+        dataset=values.dataset,
+        resolution=values.resolution,
+        manual_dir=values.manual_dir,
+        name=values.name,
+        workers=values.workers,
+        host=_host(values.host),
     )
     info, built = prepare(chosen, data_dir=Path(values.data_dir).expanduser(), overwrite=values.overwrite)
+    if info is None:
+        print(f"host {values.host} has written its part; the last host to do so completes the data set")
+        return
     print(report(info, built=built, data_dir=values.data_dir))
 
 

@@ -113,6 +113,11 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a readable image ({reason}), replace or remove the file") from error
+    return square_area(image, resolution)
+
+
+def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    """Central square crop, then area resize: each pixel is the mean over its part of the square."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

@@ -1,7 +1,8 @@
 """Where prepared data sets lie on disk, and the summary beside the records that makes one complete.
 
-A data set is named by a string: 'openmoji', or 'folder/<name>' for a folder of images. TFDS puts it into
-<data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
+A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' for another preparation of it, or
+'folder/<name>' for a folder of images. TFDS puts it into <data_dir>/<builder>/<config>/<version>/, here
+openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
 writes the summary last and renames the finished directory into place in one step, so that a directory
 with a summary is complete and one without is not.
 """
@@ -66,18 +67,19 @@ def image_feature(resolution: int) -> tfds.features.Tensor:
 
 
 def config_name(dataset: str, resolution: int) -> str:
-    """'32' for openmoji, 'pets_32' for folder/pets.
+    """'32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
 
     Raises:
       InputError: the string names no data set.
     """
     builder, _, name = dataset.partition("/")
-    if dataset == "openmoji":
+    if dataset in ("openmoji", "imagenet"):
         return str(resolution)
-    if builder == "folder" and FOLDER_NAME.fullmatch(name):
+    if dataset == "imagenet/adm" or (builder == "folder" and FOLDER_NAME.fullmatch(name)):
         return f"{name}_{resolution}"
     raise InputError(
-        f"data set {dataset!r} is unknown: use 'openmoji' or 'folder/<name>' (letters, digits, _, -)"
+        f"data set {dataset!r} is unknown: use 'openmoji', 'imagenet', 'imagenet/adm' or 'folder/<name>' "
+        "(letters, digits, _, -)"
     )
 
 
@@ -100,9 +102,13 @@ def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
 def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, overwrite: bool = False) -> str:
     """The command that makes the data set; PATH stands where only the user knows the folder."""
     builder, _, name = dataset.partition("/")
-    command = f"python -m mcm_jax.prepare --dataset={builder} --resolution={resolution}"
-    if name:
-        command += f" --manual_dir=PATH --name={name}"
+    folder = builder == "folder"
+    named = builder if folder else dataset
+    command = f"python -m mcm_jax.prepare --dataset={named} --resolution={resolution}"
+    if builder in ("folder", "imagenet"):
+        command += " --manual_dir=PATH"
+    if folder:
+        command += f" --name={name}"
     if str(data_dir) != DEFAULT_DATA_DIR:
         command += f" --data_dir={shlex.quote(str(data_dir))}"
     return command + (" --overwrite" if overwrite else "")

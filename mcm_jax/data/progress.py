@@ -1,6 +1,6 @@
 """A progress bar on terminals, nothing elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -9,7 +9,11 @@ from rich.progress import track
 T = TypeVar("T")
 
 
-def bar(items: Sequence[T], description: str) -> Iterator[T]:
-    """Yields the items while a bar on stderr shows how many are done and the time left."""
+def bar(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
+    """Yields the items while a bar on stderr shows how many are done and the time left.
+
+    total: how many there are, where they don't know.
+    """
     console = Console(stderr=True)
-    yield from track(items, description, console=console, transient=True, disable=not console.is_terminal)
+    how = {"console": console, "transient": True, "disable": not console.is_terminal}
+    yield from track(items, description, total, **how)

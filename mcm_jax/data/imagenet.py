@@ -1,0 +1,319 @@
+"""ImageNet (ILSVRC2012) from its original tar files or from TFDS's `imagenet2012`, a unit of work at a time.
+
+    manual_dir/ILSVRC2012_img_train.tar    a tar for each of 1,000 classes, with that class's images
+    manual_dir/ILSVRC2012_img_val.tar      50,000 images, here the split `test`
+
+Class names and the labels of the validation images are those that TFDS brings. A unit is what one output
+shard is made of, and can be read without the others: a class's tar, which lies at a known place in the outer
+one, or a stretch of the validation images or of a prepared data set.
+"""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.resources
+import io
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from PIL import Image
+
+from mcm_jax.data import folder, layout
+from mcm_jax.data.shards import Shard
+from mcm_jax.errors import InputError
+
+TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+# Of the whole of ILSVRC2012.
+COUNTS = {"train": 1_281_167, "test": 50_000}
+_TEST_UNIT = 1000
+_BLOCK = 512  # of a tar
+
+# area: central square crop, then the mean over areas (SPEC 7). adm: as the references that ADM published
+# (Dhariwal & Nichol, arXiv:2105.05233) were made: halved by a box filter while both sides are at least twice
+# too long, then bicubic, then the central crop.
+Preparation = Literal["area", "adm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one shard is made of; `place` is the source's own business."""
+
+    split: str
+    place: Any
+    count: int | None  # of images; None: only reading tells
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An image file: its name, content and class."""
+
+    name: str
+    content: bytes
+    label: int
+
+
+class Source(abc.ABC):
+    """Where the images come from; picklable, so that other processes can read.
+
+    Attributes:
+      fingerprint: identifies the files.
+    """
+
+    fingerprint: str
+
+    @abc.abstractmethod
+    def units(self) -> list[Unit]:
+        """All, in the order of their shards."""
+
+    @abc.abstractmethod
+    def read(self, unit: Unit) -> Iterator[Encoded]:
+        """The images of one."""
+
+
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """WordNet ids of the 1,000 classes, ascending, as everyone numbers them."""
+    return tuple(_tfds_text("labels.txt"))
+
+
+def _tfds_text(name: str) -> list[str]:
+    path = importlib.resources.files("tensorflow_datasets") / "datasets" / "imagenet2012" / name
+    return path.read_text().split()
+
+
+class Tars(Source):
+    """The original tar files, read where they lie."""
+
+    def __init__(self, manual_dir: Path):
+        """Reads the index of both, not the images.
+
+        Raises:
+          InputError: a file is missing, cut off, or no tar of ILSVRC2012.
+        """
+        self._paths = {"train": manual_dir / TRAIN_TAR, "test": manual_dir / TEST_TAR}
+        for path in self._paths.values():
+            if not path.is_file():
+                raise InputError(
+                    f"--manual_dir={manual_dir} has no {path.name}; get {TRAIN_TAR} and {TEST_TAR} from "
+                    "https://image-net.org/download-images and put both there"
+                )
+        self._classes = _members(self._paths["train"])
+        self._images = sorted(_members(self._paths["test"]), key=lambda member: member.name)
+        labels = {name: label for label, name in enumerate(class_names())}
+        strangers = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
+        if strangers:
+            raise InputError(f"{self._paths['train']}: {strangers[0]} is the tar of no class of ILSVRC2012")
+        self._labels = labels
+        # By the order of names, whatever the order in the tar, as TFDS assigns them.
+        test_labels = _tfds_text("validation_labels.txt")
+        if len(self._images) > len(test_labels):
+            raise InputError(
+                f"{self._paths['test']} has {len(self._images)} files, ILSVRC2012 only {COUNTS['test']}"
+            )
+        self._test_labels = [labels[name] for name in test_labels[: len(self._images)]]
+        listing = "".join(f"{one.name} {one.size}\n" for one in (*self._classes, *self._images))
+        self.fingerprint = f"tars {hashlib.sha256(listing.encode()).hexdigest()}"
+
+    def units(self) -> list[Unit]:
+        """One a class, in the classes' order, then the validation images."""
+        classes = sorted(self._classes, key=lambda member: member.name)
+        train = [Unit("train", (one.offset, one.size, one.name), None) for one in classes]
+        starts = range(0, len(self._images), _TEST_UNIT)
+        return train + [Unit("test", start, min(_TEST_UNIT, len(self._images) - start)) for start in starts]
+
+    def read(self, unit: Unit) -> Iterator[Encoded]:
+        """The images of a unit, in the tar's order.
+
+        Raises:
+          InputError: the class's tar is cut off.
+        """
+        path = self._paths[unit.split]
+        with path.open("rb") as file:
+            if unit.split == "train":
+                offset, size, name = unit.place
+                file.seek(offset)
+                inner = file.read(size)
+                label = self._labels[name.removesuffix(".tar")]
+                for member in _members_of(io.BytesIO(inner), f"{name} in {path}"):
+                    content = inner[member.offset : member.offset + member.size]
+                    yield Encoded(member.name, content, label)
+                return
+            for index in range(unit.place, unit.place + unit.count):
+                member = self._images[index]
+                file.seek(member.offset)
+                yield Encoded(member.name, file.read(member.size), self._test_labels[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    name: str
+    offset: int  # of the data
+    size: int
+
+
+def _members(path: Path) -> list[_Member]:
+    with path.open("rb") as file:
+        return _members_of(file, str(path))
+
+
+def _members_of(file: Any, name: str) -> list[_Member]:
+    """Every file in a tar that is whole: Python's tarfile takes one that ends between two files for whole."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = [_Member(one.name, one.offset_data, one.size) for one in tar if one.isfile()]
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise InputError(f"{name} is no tar or is cut off ({error}); get it again") from error
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):  # What ends an archive.
+        raise InputError(f"{name} is cut off; get it again")
+    return members
+
+
+class Prepared(Source):
+    """TFDS's `imagenet2012`, prepared before, here or in a bucket (gs://)."""
+
+    def __init__(self, data_dir: str):
+        """data_dir: TFDS's, or the data set's own directory in it.
+
+        Raises:
+          InputError: there is none.
+        """
+        try:
+            self._builder = tfds.builder("imagenet2012", data_dir=data_dir, try_gcs=False)
+            if not self._builder.info.splits:
+                raise FileNotFoundError("it has no splits")
+        except (OSError, ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
+            raise InputError(
+                f"--manual_dir={data_dir} holds neither {TRAIN_TAR} nor a prepared imagenet2012 "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
+        self._names = {"train": "train", "test": "validation"}
+        missing = [name for name in self._names.values() if name not in self._builder.info.splits]
+        if missing:
+            raise InputError(f"--manual_dir={data_dir}: imagenet2012 there has no split {missing[0]}")
+        if tuple(self._builder.info.features["label"].names) != class_names():
+            raise InputError(f"--manual_dir={data_dir}: imagenet2012 there numbers other classes")
+        lengths = {name: self._builder.info.splits[name].shard_lengths for name in self._names.values()}
+        self.fingerprint = f"imagenet2012 {self._builder.version} {lengths}"
+
+    def units(self) -> list[Unit]:
+        """One for every shard of the prepared data set."""
+        result = []
+        for split, name in self._names.items():
+            start = 0
+            for length in self._builder.info.splits[name].shard_lengths:
+                result.append(Unit(split, start, length))
+                start += length
+        return result
+
+    def read(self, unit: Unit) -> Iterator[Encoded]:
+        """The images of a unit, as they are stored there."""
+        raw = {"image": tfds.decode.SkipDecoding()}
+        name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
+        if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            stored = self._builder.as_data_source(name, decoders=raw)
+            examples = (stored[index] for index in range(first, last))
+        else:
+            stretch = tfds.core.ReadInstruction(name, from_=first, to=last, unit="abs")
+            examples = tfds.as_numpy(self._builder.as_dataset(split=stretch, decoders=raw))
+        for example in examples:
+            yield Encoded(example["file_name"].decode(), example["image"], int(example["label"]))
+
+
+def open_source(manual_dir: str) -> Source:
+    """Tar files where they are, else a prepared data set.
+
+    Raises:
+      InputError: neither is there, or what is there is damaged.
+    """
+    if any((Path(manual_dir) / name).exists() for name in (TRAIN_TAR, TEST_TAR)):
+        return Tars(Path(manual_dir))
+    return Prepared(manual_dir)
+
+
+def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[np.ndarray, "r r 3"]:
+    """Decoded by its content, not by its name.
+
+    One PNG of ILSVRC2012 is named .JPEG, some JPEGs are grey or CMYK. Orientation marks are passed over, as
+    by everyone who made references of it.
+
+    Raises:
+      InputError: it can't be decoded to the end.
+    """
+    try:
+        with Image.open(io.BytesIO(image.content)) as opened:
+            rgb = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{image.name}: not a readable image ({reason}); get the tar again") from error
+    return _PREPARATIONS[preparation](rgb, resolution)
+
+
+def preprocessing(resolution: int, preparation: Preparation) -> str:
+    """One sentence for results: crop, resize, by what."""
+    how = {
+        "area": f"central square crop, area resize to {resolution}x{resolution}",
+        "adm": f"ADM's: box halving, bicubic, central crop to {resolution}x{resolution}",
+    }
+    return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
+
+
+def _area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    return folder.square_area(image, resolution)
+
+
+def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - resolution) // 2, (pixels.shape[1] - resolution) // 2
+    return pixels[top : top + resolution, left : left + resolution]
+
+
+_PREPARATIONS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {"area": _area, "adm": _adm}
+
+
+def features(resolution: int) -> tfds.features.FeaturesDict:
+    """What a record holds: image, label, and the file's name in ILSVRC2012."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": layout.image_feature(resolution),
+            "label": tfds.features.ClassLabel(names=class_names()),
+            "file": tfds.features.Text(),
+        }
+    )
+
+
+def shards(source: Source, *, resolution: int, preparation: Preparation) -> list[Shard]:
+    """Every unit of the source as a shard to write."""
+    units = source.units()
+    counts = {split: sum(unit.split == split for unit in units) for split in COUNTS}
+    indices = {split: itertools.count() for split in COUNTS}
+    return [
+        Shard(
+            unit.split,
+            next(indices[unit.split]),
+            counts[unit.split],
+            functools.partial(_examples, source, unit, resolution, preparation),
+        )
+        for unit in units
+    ]
+
+
+def _examples(
+    source: Source, unit: Unit, resolution: int, preparation: Preparation
+) -> Iterator[dict[str, Any]]:
+    for image in source.read(unit):
+        pixels = load(image, resolution=resolution, preparation=preparation)
+        yield {"image": pixels, "label": image.label, "file": image.name}
