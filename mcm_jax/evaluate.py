@@ -4,16 +4,20 @@
     python -m mcm_jax.evaluate --workdir=runs/cd8 --num=50000 --features=inception
 
 appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples beside it, and prints what the
-numbers mean. Several workdirs in one call share the compiled feature network and the reference statistics.
+numbers mean. Several workdirs, checkpoints, step counts and guidance weights in one call are combined with
+each other, and share the compiled feature network and the reference statistics. What stands in the file already
+is not measured again, so that the same command continues an interrupted one.
 """
 
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
+import json
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mcm_jax import command_line
+from mcm_jax import command_line, workdirs
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, inception_weights, protocol, published
@@ -51,18 +55,18 @@ _GRID_TILE = 48
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The flags, see `define_flags`. None: as the run says."""
+    """The flags, see `define_flags`. None or no value: as the run says."""
 
     workdirs: tuple[Path, ...]
     num: int = 2048
-    steps: int | None = None
+    steps: tuple[int, ...] = ()
     sampler: str | None = None
     noise_grid: str | None = None
     x_var: str | None = None
-    guidance: float | None = None
+    guidance: tuple[float, ...] = ()
     seed: int = 0
     parameters: str = "ema"
-    checkpoint_step: int | None = None
+    checkpoint_step: tuple[int, ...] = ()
     data_dir: str | None = None
     features: str = "efficientnet"
     inception: Path = Path("data") / inception_weights.FILE
@@ -71,51 +75,155 @@ class Options:
     reference: Path | None = None
     cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
+    again: bool = False
 
     @property
-    def how(self) -> dict[str, Any]:
-        """The settings of the sampler, for `runs.Run.sample`."""
-        names = ("steps", "sampler", "noise_grid", "x_var", "guidance")
-        return {name: getattr(self, name) for name in names}
+    def hows(self) -> list[dict[str, Any]]:
+        """Every combination of the sampler's settings, for `runs.Run.sample`."""
+        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var")}
+        return [
+            {"steps": steps, **fixed, "guidance": guidance}
+            for steps in self.steps or (None,)
+            for guidance in self.guidance or (None,)
+        ]
 
 
 def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Scores every workdir of `options` with its EMA, raw or both parameters; returns the appended records.
+    """Scores every combination that `options` stand for; returns the records, old ones among them.
 
     load_run is `runs.load_run`. Raises InputError, before anything is sampled, for whatever the user
     must mend.
     """
     _check(options)
-    network = _network(options)
-    metrics = options.metrics or DEFAULT_METRICS[options.features]
-    protocol.check_metrics(metrics, network, num=options.num)
-    extractor = Extractor(network)
-    cache = Cache(options.cache_dir)
-    published_reference = None
-    if options.reference is not None:
-        published_reference = published.read(options.reference, extractor)
-    # All runs are loaded before the first is sampled, so that a bad one costs no time.
-    load = functools.partial(load_run, checkpoint_step=options.checkpoint_step, data_dir=options.data_dir)
-    kinds = PARAMETERS[options.parameters]
-    runs = [(kind, load(workdir, parameters=kind)) for workdir in options.workdirs for kind in kinds]
-    for _, run in runs:
-        if published_reference is None:
-            run.check_data()
-        run.sampling_record(**options.how)
+    evaluator = _Evaluator(options)
+    loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
     records = []
-    for kind, run in runs:
-        print(f"{run.workdir}: sampling {options.num} images with its {kind} parameters", flush=True)
-        scored = functools.partial(evaluate_run, run, options, extractor, parameters=kind, metrics=metrics)
-        if published_reference is None:
-            record = scored(**_data_set(run, options, extractor, cache))
-        else:
-            record = scored(reference=published_reference)
-        append_line(Path(run.workdir) / RESULTS, record)
-        print(table(record, Path(run.workdir)), flush=True)
-        records.append(record)
+    for kind, load in loaders:
+        run = load()
+        records += [evaluator(run, kind, how) for how in options.hows]
     return records
+
+
+def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]:
+    """(kind of parameters, what loads the run with them), all tried once, so that a bad one costs no time.
+
+    Several are not held at a time: a device may have room for one.
+    """
+    combinations = itertools.product(
+        options.workdirs, PARAMETERS[options.parameters], options.checkpoint_step or (None,)
+    )
+    load = functools.partial(load_run, data_dir=options.data_dir)
+    loaders = [
+        (kind, functools.partial(load, workdir, parameters=kind, checkpoint_step=step))
+        for workdir, kind, step in combinations
+    ]
+    for _, load in loaders:
+        run = load()
+        if options.reference is None:
+            run.check_data()
+        for how in options.hows:
+            run.sampling_record(**how)
+    return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
+
+
+class _Evaluator:
+    """What all results of one command share: the feature network, the references, the metrics."""
+
+    def __init__(self, options: Options):
+        network = _network(options)
+        self.options = options
+        self.metrics = options.metrics or DEFAULT_METRICS[options.features]
+        protocol.check_metrics(self.metrics, network, num=options.num)
+        self.extractor, self.cache = Extractor(network), Cache(options.cache_dir)
+        self.published: Reference | None = None
+        if options.reference is not None:
+            self.published = published.read(options.reference, self.extractor)
+
+    def __call__(self, run: Any, parameters: str, how: dict[str, Any]) -> dict[str, Any]:
+        """The stored result of these inputs, or a new one, which is appended; either is printed."""
+        workdir = Path(run.workdir)
+        reference = self.published or self._reference(run, "train")
+        inputs = {
+            **_run_record(run, parameters),
+            "seed": self.options.seed,
+            **run.sampling_record(**how),
+            "num_samples": self.options.num,
+            "asked": list(self.metrics),
+            "features": self.extractor.network.description,
+            "reference": reference.description,
+        }
+        record = None if self.options.again else _stored(workdir, inputs)
+        if record is None:
+            print(
+                f"{workdir}: sampling {self.options.num} images with its {parameters} parameters", flush=True
+            )
+            record = inputs | self._score(run, how, reference, name=_file_name(inputs))
+            append_line(workdir / RESULTS, record)
+        else:
+            print(f"{workdir}: measured before, --again measures it again")
+        print(table(record, workdir), flush=True)
+        return record
+
+    def _score(self, run: Any, how: dict[str, Any], reference: Reference, *, name: str) -> dict[str, Any]:
+        """Samples, scores, bounds, and the grid that `name` names."""
+        options, test = self.options, None
+        if self.published is None and run.dataset.num_examples.get("test", 0) >= 2:
+            test = self._reference(run, "test")
+        samples = _Samples(run, options, how)
+        scores = protocol.evaluate_samples(
+            samples,
+            self.extractor,
+            reference,
+            num=options.num,
+            metrics=self.metrics,
+            also_first=0 if test is None else test.count,
+        )
+        grid = RESULTS.parent / name
+        scale = -(-_GRID_TILE // samples.first.shape[1])
+        save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), Path(run.workdir) / grid)
+        return {
+            "metrics": scores.metrics,
+            "bounds": {} if self.published else self._bounds(run, how, reference, test),
+            "rank_deficient": scores.rank_deficient,
+            "grid": str(grid),
+            "sampling_seconds": round(samples.seconds, 3),
+            "features_seconds": round(scores.features_seconds, 3),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+        }
+
+    def _bounds(
+        self, run: Any, how: dict[str, Any], reference: Reference, test: Reference | None
+    ) -> dict[str, float]:
+        num = min(self.options.untrained_num, self.options.num)
+
+        def untrained() -> Blocks:
+            yield run.untrained().sample(num, seed=self.options.seed, **how)
+
+        return protocol.floors_and_ceilings(
+            self.extractor,
+            self.cache,
+            reference=reference,
+            reference_images=lambda: run.blocks("train"),
+            test=test,
+            untrained_images=untrained,
+            untrained_num=num,
+            untrained_identity=_untrained_identity(run, self.options.seed, run.sampling_record(**how)),
+        )
+
+    def _reference(self, run: Any, split: str) -> Reference:
+        info = run.dataset
+        identity = {
+            "fingerprint": info.fingerprints[split],
+            "dataset": info.dataset,
+            "resolution": info.resolution,
+            "preprocessing": str(info.preprocessing),
+        }
+        return self.cache.reference(
+            self.extractor, split=split, identity=identity, images=lambda: run.blocks(split)
+        )
 
 
 def _network(options: Options) -> FeatureNetwork:
@@ -128,81 +236,45 @@ def _network(options: Options) -> FeatureNetwork:
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
 
-def _data_set(run: Any, options: Options, extractor: Extractor, cache: Cache) -> dict[str, Any]:
-    """What a run is compared with where no file is: its training images, and the bounds that they give."""
-    reference = _reference(run, "train", extractor, cache)
-    test = _reference(run, "test", extractor, cache) if run.dataset.num_examples.get("test", 0) >= 2 else None
-    return {
-        "reference": reference,
-        "also_first": test.count if test is not None else 0,
-        "bounds": lambda: protocol.floors_and_ceilings(
-            extractor,
-            cache,
-            reference=reference,
-            reference_images=lambda: run.blocks("train"),
-            test=test,
-            untrained_images=lambda: _untrained_images(run, options),
-            untrained_num=min(options.untrained_num, options.num),
-            untrained_identity=_untrained_identity(run, options),
-        ),
-    }
+def _stored(workdir: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest result of these inputs in the run's file, unless the checkpoint was written since."""
+    try:
+        lines = (workdir / RESULTS).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return None
+    # As they come back from the file: tuples are lists there.
+    inputs = json.loads(json.dumps(inputs))
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            same = all(record[name] == value for name, value in inputs.items())
+            created = datetime.datetime.fromisoformat(record["created"]).timestamp() if same else 0.0
+        except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
+            continue
+        if same:
+            checkpoint = workdir / workdirs.CHECKPOINTS / str(inputs["checkpoint_step"])
+            return None if checkpoint.exists() and checkpoint.stat().st_mtime > created + 1 else record
+    return None
 
 
-def evaluate_run(
-    run: Any,
-    options: Options,
-    extractor: Extractor,
-    *,
-    parameters: str,
-    metrics: Sequence[str],
-    reference: Reference,
-    also_first: int = 0,
-    bounds: Callable[[], dict[str, float]] = dict,
-) -> dict[str, Any]:
-    """Samples one run and scores the samples; returns the record and draws the grid it names."""
-    sampling = run.sampling_record(**options.how)
-    samples = _Samples(run, options)
-    scores = protocol.evaluate_samples(
-        samples, extractor, reference, num=options.num, metrics=metrics, also_first=also_first
-    )
-    sampler = _file_name(sampling)
-    name = f"samples_step{run.checkpoint_step}_{parameters}_{sampler}_seed{options.seed}.png"
-    grid = RESULTS.parent / name
-    scale = -(-_GRID_TILE // samples.first.shape[1])
-    save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), Path(run.workdir) / grid)
-    return {
-        **_run_record(run, parameters),
-        "seed": options.seed,
-        **sampling,
-        "num_samples": scores.num_samples,
-        "metrics": scores.metrics,
-        "bounds": bounds(),
-        "rank_deficient": scores.rank_deficient,
-        "features": extractor.network.description,
-        "reference": reference.description,
-        "grid": str(grid),
-        "sampling_seconds": round(samples.seconds, 3),
-        "features_seconds": round(scores.features_seconds, 3),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
-    }
-
-
-def _file_name(sampling: dict[str, Any]) -> str:
-    """What tells samples of one run and seed apart; the usual settings are left out."""
-    name = f"{sampling['sampler']}{sampling['steps']}"
-    if sampling["noise_grid"] != "schedule":
-        name += f"_{sampling['noise_grid']}"
-    if sampling["x_var"] == "measured":
+def _file_name(inputs: dict[str, Any]) -> str:
+    """Of the grid: what tells samples of one run apart; the usual settings are left out."""
+    name = f"samples_step{inputs['checkpoint_step']}_{inputs['parameters']}"
+    name += f"_{inputs['sampler']}{inputs['steps']}"
+    if inputs["noise_grid"] != "schedule":
+        name += f"_{inputs['noise_grid']}"
+    if inputs["x_var"] == "measured":
         name += "_measured"
-    return name + (f"_g{sampling['guidance']:g}" if sampling["guidance"] else "")
+    if inputs["guidance"]:
+        name += f"_g{inputs['guidance']:g}"
+    return f"{name}_seed{inputs['seed']}.png"
 
 
 class _Samples:
     """The run's samples in blocks; remembers the first few and the time it took."""
 
-    def __init__(self, run: Any, options: Options):
-        self._run, self._options = run, options
+    def __init__(self, run: Any, options: Options, how: dict[str, Any]):
+        self._run, self._options, self._how = run, options, how
         self.first: np.ndarray = np.zeros((0,), np.uint8)
         self.seconds = 0.0
 
@@ -211,7 +283,7 @@ class _Samples:
         for first in range(0, options.num, _BLOCK):
             start = time.monotonic()
             count = min(_BLOCK, options.num - first)
-            images, labels = self._run.sample(count, seed=options.seed, first=first, **options.how)
+            images, labels = self._run.sample(count, seed=options.seed, first=first, **self._how)
             self.seconds += time.monotonic() - start
             if first == 0:
                 self.first = images[:_GRID_IMAGES].copy()
@@ -233,28 +305,12 @@ def _run_record(run: Any, parameters: str) -> dict[str, Any]:
     }
 
 
-def _reference(run: Any, split: str, extractor: Extractor, cache: Cache) -> Reference:
-    info = run.dataset
-    identity = {
-        "fingerprint": info.fingerprints[split],
-        "dataset": info.dataset,
-        "resolution": info.resolution,
-        "preprocessing": str(info.preprocessing),
-    }
-    return cache.reference(extractor, split=split, identity=identity, images=lambda: run.blocks(split))
-
-
-def _untrained_images(run: Any, options: Options) -> Blocks:
-    num = min(options.untrained_num, options.num)
-    yield run.untrained().sample(num, seed=options.seed, **options.how)
-
-
-def _untrained_identity(run: Any, options: Options) -> dict[str, Any]:
+def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
     """The config but for what only training reads: teacher and students share their untrained network."""
     config = dataclasses.asdict(run.config)
     for section in _TRAINING_ONLY:
         config.pop(section, None)
-    return {"config": config, "seed": options.seed, **run.sampling_record(**options.how)}
+    return {"config": config, "seed": seed, **sampling}
 
 
 def _check(options: Options) -> None:
@@ -265,14 +321,16 @@ def _check(options: Options) -> None:
             raise InputError(f"--workdir={workdir}: there is no such directory; train a run there first")
     if options.num < 2:
         raise InputError(f"--num={options.num}: a Frechet distance needs at least 2 samples; 2048 is usual")
-    if options.steps is not None and options.steps < 1:
-        raise InputError(f"--steps={options.steps}: sampling takes at least 1 step")
+    for steps in options.steps:
+        if steps < 1:
+            raise InputError(f"--steps={steps}: sampling takes at least 1 step")
     for name, choices in (("sampler", SAMPLERS), ("noise_grid", NOISE_GRIDS), ("x_var", X_VARS)):
         value = getattr(options, name)
         if value is not None and value not in choices:
             raise InputError(f"--{name}={value}: it is one of {', '.join(choices)}")
-    if options.guidance is not None and not options.guidance >= 0:
-        raise InputError(f"--guidance={options.guidance}: 0 is none, larger is more; it can't be negative")
+    for guidance in options.guidance:
+        if not guidance >= 0:
+            raise InputError(f"--guidance={guidance}: 0 is none, larger is more; it can't be negative")
     if options.features not in DEFAULT_METRICS:
         raise InputError(f"--features={options.features}: it is one of {', '.join(DEFAULT_METRICS)}")
     if options.parameters not in PARAMETERS:
@@ -331,18 +389,19 @@ def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.", required=True)
     flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
-    flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's own.", lower_bound=1)
+    flags.DEFINE_list("steps", [], "Sampling steps, several separated by commas; default: the run's own.")
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
     flags.DEFINE_enum("noise_grid", None, NOISE_GRIDS, "Noise levels; default: the run's own.")
     flags.DEFINE_enum(
         "x_var", None, X_VARS, "Variance of addim and noisy_ddim; measured: on training images, once."
     )
-    flags.DEFINE_float("guidance", None, "g, 0 is none; default: the run's own.", lower_bound=0)
+    flags.DEFINE_list("guidance", [], "g, 0 is none, several; default: the run's own.")
     flags.DEFINE_integer(
         "seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
     )
     flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
-    flags.DEFINE_integer("checkpoint_step", None, "Default: the last one.", lower_bound=0)
+    flags.DEFINE_list("checkpoint_step", [], "Updates of the checkpoint, several; default: the last one.")
+    flags.DEFINE_bool("again", False, "Also what was measured before, which is left as it is.")
     flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")
     flags.DEFINE_enum(
         "features",
@@ -373,10 +432,24 @@ def define_flags() -> None:
     )
 
 
+# Flags that are not as Options wants them.
+_READ_APART = (
+    *("workdirs", "cache_dir", "inception", "reference", "metrics"),
+    *("steps", "checkpoint_step", "guidance"),
+)
+
+
+def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(text) for text in given)
+    except ValueError as error:
+        raise InputError(f"--{flag}={','.join(given)}: it must be numbers separated by commas") from error
+
+
 def main() -> None:
     """Flags in, one call out."""
     # Slow to import: --help and bad flags need not wait for it.
-    from mcm_jax import distributed, runs, workdirs
+    from mcm_jax import distributed, runs
 
     values = flags.FLAGS
     options = Options(
@@ -385,10 +458,13 @@ def main() -> None:
         inception=Path(values.inception),
         reference=None if values.reference is None else Path(values.reference),
         metrics=None if values.metrics is None else tuple(values.metrics),
+        steps=_numbers("steps", values.steps, int),
+        checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),
+        guidance=_numbers("guidance", values.guidance, float),
         **{
             field.name: getattr(values, field.name)
             for field in dataclasses.fields(Options)
-            if field.name not in ("workdirs", "cache_dir", "inception", "reference", "metrics")
+            if field.name not in _READ_APART
         },
     )
     if options.workdirs:

@@ -20,6 +20,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
 
 RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
 
 # Settings that may change between two starts of the same run: they do not change what is learned.
 _FREE = {
@@ -91,7 +92,7 @@ def _check_place(
             f"--workdir={workdir} has {free / 1e9:.3f} GB free and its checkpoints need "
             f"{needed_bytes / 1e9:.3f} GB; make room or choose another directory"
         )
-    if trained_on is None and (workdir / "checkpoints").exists():
+    if trained_on is None and (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
     if trained_on is not None and trained_on.fingerprints != dataset.fingerprints:
         raise InputError(

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +110,16 @@ class Loader:
         return self.runs[-1]
 
 
+def pixels_for(asked):
+    """Pixels in place of a network, which tells of itself as the network would."""
+    if asked.distance == "fid":
+        return PixelExtractor(asked)
+    return PixelExtractor(dataclasses.replace(network(), description=asked.description))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(program, "Extractor", PixelExtractor)
+    monkeypatch.setattr(program, "Extractor", pixels_for)
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
     }
     assert {name: record[name] for name in expected} == expected
     assert set(record) - set(expected) == {
-        *("metrics", "bounds", "features", "reference", "sampling_seconds", "features_seconds"),
+        *("metrics", "bounds", "features", "reference", "asked", "sampling_seconds", "features_seconds"),
         *("created", "versions"),
     }
     assert list(record["metrics"]) == [
@@ -250,12 +258,12 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     changed = dataclasses.replace(
         options,
         seed=5,
-        steps=8,
+        steps=(8,),
         sampler="addim",
         noise_grid="karras",
         x_var="measured",
-        guidance=0.5,
-        checkpoint_step=200,
+        guidance=(0.5,),
+        checkpoint_step=(200,),
         data_dir="/data",
         untrained_num=0,
     )
@@ -268,7 +276,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     ]
     assert samples == expected
     monkeypatch.setattr(program, "_BLOCK", 1000)
-    (whole,) = program.evaluate(changed, Loader())
+    (whole,) = program.evaluate(dataclasses.replace(changed, again=True), Loader())
     assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
     assert "untrained_network_fd_effnet_lite0_16" not in whole["bounds"]
 
@@ -283,6 +291,8 @@ def test_every_workdir_with_both_kinds_of_parameters(options, workdirs):
     assert len({record["reference"]["sha256"] for record in records}) == 1
     grids = {(workdir.name, path.name) for workdir in workdirs for path in workdir.glob("evaluation/*.png")}
     assert len(grids) == 4
+    # Every run is tried before the first is sampled, and loaded again for its turn.
+    assert [call[:2] for call in load.calls] == 2 * expected
     loaded = [call for run in load.runs for call in run.asked if call[0] == "images"]
     assert sorted(loaded) == [("images", "test"), ("images", "train"), ("images", "train")]
 
@@ -290,7 +300,7 @@ def test_every_workdir_with_both_kinds_of_parameters(options, workdirs):
 def test_the_second_evaluation_computes_only_its_samples(options):
     program.evaluate(options, Loader())
     load = Loader()
-    program.evaluate(options, load)
+    program.evaluate(dataclasses.replace(options, again=True), load)
     assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
 
 
@@ -299,7 +309,7 @@ def test_results_are_added_and_never_lost(options, workdirs):
     path.parent.mkdir()
     path.write_text('{"old": 1}\n{"cut off')
     program.evaluate(options, Loader())
-    program.evaluate(options, Loader())
+    program.evaluate(dataclasses.replace(options, again=True), Loader())
     found = path.read_text().split("\n")
     assert found[:2] == ['{"old": 1}', '{"cut off'] and found[4] == "" and len(found) == 5
     assert json.loads(found[2])["metrics"] == json.loads(found[3])["metrics"]
@@ -319,11 +329,11 @@ def test_the_table_names_each_number(options, capsys):
         ({"workdirs": (Path("/no/such/run"),)}, "/no/such/run"),
         ({"workdirs": ()}, "--workdir"),
         ({"num": 1}, "--num=1"),
-        ({"steps": 0}, "--steps=0"),
+        ({"steps": (4, 0)}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
-        ({"guidance": -1.0}, "--guidance=-1.0: 0 is none"),
+        ({"guidance": (-1.0,)}, "--guidance=-1.0: 0 is none"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
         ({"features": "vgg"}, "--features=vgg: it is one of efficientnet, inception"),
@@ -398,6 +408,77 @@ def test_the_program_exits_with_2_on_bad_flags(arguments, message):
 
 def test_files_tell_unusual_samplers_apart():
     usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
+    usual |= {"checkpoint_step": 300, "parameters": "ema", "seed": 1}
     unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
-    assert program._file_name(usual) == "ddim4"
-    assert program._file_name(unusual) == "addim4_karras_measured_g0.5"
+    assert program._file_name(usual) == "samples_step300_ema_ddim4_seed1.png"
+    assert program._file_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
+
+
+def test_every_combination_in_one_command(options, workdirs):
+    load = Loader()
+    several = dataclasses.replace(
+        options,
+        workdirs=workdirs,
+        steps=(1, 2),
+        guidance=(0.0, 0.5),
+        checkpoint_step=(100, 200),
+        untrained_num=0,
+    )
+    records = program.evaluate(several, load)
+    found = [(one["workdir"], one["steps"], one["guidance"]) for one in records]
+    expected = [
+        (name.name, steps, g) for name in workdirs for _ in (100, 200) for steps in (1, 2) for g in (0.0, 0.5)
+    ]
+    assert found == expected
+    assert [call[2] for call in load.calls] == 2 * [100, 200, 100, 200]
+
+
+def test_an_interrupted_command_goes_on_where_it_was(options, workdirs):
+    """What stands in the file is taken from there, what was cut off is measured."""
+    several = dataclasses.replace(options, steps=(1, 2), untrained_num=0)
+    first, second = program.evaluate(several, Loader())
+    path = workdirs[0] / "evaluation" / "results.jsonl"
+    path.write_text(path.read_text()[:-30])
+    load = Loader()
+    again = program.evaluate(several, load)
+    assert again[0] == first and again[1]["metrics"] == second["metrics"]
+    assert [call[4] for call in load.runs[0].asked if call[0] == "sample"] == [2]
+    load = Loader()
+    assert program.evaluate(several, load) == again and load.runs[0].asked == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"parameters": "raw"}),
+        *({"metrics": ("frechet",)}, {"input_resolution": 48}),
+    ],
+)
+def test_other_inputs_are_another_result(options, change):
+    program.evaluate(options, Loader())
+    load = Loader()
+    program.evaluate(dataclasses.replace(options, **change), load)
+    assert [call for call in load.runs[0].asked if call[0] == "sample"]
+
+
+def test_a_checkpoint_that_was_written_since_is_measured_again(options, workdirs):
+    program.evaluate(options, Loader())
+    checkpoint = workdirs[0] / "checkpoints" / "300"
+    checkpoint.mkdir(parents=True)
+    for age, measured in ((-3600, False), (3600, True)):
+        changed = datetime.datetime.now().timestamp() + age
+        os.utime(checkpoint, (changed, changed))
+        load = Loader()
+        program.evaluate(options, load)
+        assert bool(load.runs[0].asked) == measured
+
+
+@pytest.mark.parametrize("flag", ["--steps=1,x", "--guidance=a", "--checkpoint_step=1.5"])
+def test_lists_of_numbers(flag):
+    done = subprocess.run(
+        [sys.executable, "-m", "mcm_jax.evaluate", "--workdir=x", flag],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and f"{flag}: it must be numbers separated by commas" in done.stderr

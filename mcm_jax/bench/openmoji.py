@@ -92,7 +92,7 @@ class Bench:
         options = evaluate.Options(
             workdirs=(workdir,),
             num=NUM_SAMPLES,
-            steps=cell.steps,
+            steps=(cell.steps,),
             sampler=cell.sampler,
             seed=cell.seed,
             cache_dir=self.data_dir / "reference_cache",

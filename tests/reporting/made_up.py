@@ -30,6 +30,7 @@ RECORD = {
     "clip": "last",
     "network_calls": 4,
     "num_samples": 1024,
+    "asked": ["frechet", "nearest"],
     "metrics": {
         "fd_effnet_lite0_1024": 480.0,
         "fd_effnet_lite0_132": 700.0,

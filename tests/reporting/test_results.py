@@ -32,10 +32,9 @@ def test_names_are_those_that_the_other_programs_write():
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
     from mcm_jax import evaluate
-    from tests.evaluation.pixels import PixelExtractor
-    from tests.test_evaluate import Loader
+    from tests.test_evaluate import Loader, pixels_for
 
-    monkeypatch.setattr(evaluate, "Extractor", PixelExtractor)
+    monkeypatch.setattr(evaluate, "Extractor", pixels_for)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
     options = evaluate.Options(
         workdirs=(tmp_path / "runs" / "cd4",), num=40, cache_dir=tmp_path / "cache", untrained_num=16
