@@ -5,34 +5,33 @@
 
 appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples beside it, and prints what the
 numbers mean. Several workdirs, checkpoints, step counts and guidance weights in one call are combined with
-each other, and share the compiled feature network and the reference statistics. What stands in the file already
-is not measured again, so that the same command continues an interrupted one.
+each other, and share the compiled feature network and the reference statistics. What stands in the file
+already is not measured again, so that the same command continues an interrupted one.
+
+    python -m mcm_jax.evaluate --images=samples.npz --features=inception --reference=imagenet64.npz
+
+scores images that any program made, uint8 under arr_0 or a folder of PNGs, prints the numbers, and with
+--results=FILE appends them there.
 """
 
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import itertools
-import json
-import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from mcm_jax import command_line, workdirs
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import efficientnet, inception_weights, protocol, published
-from mcm_jax.evaluation.features import Extractor, FeatureNetwork
-from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
+from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.evaluator import RESULTS, Draws, Evaluator
 from mcm_jax.files import append_line, require_writable
-from mcm_jax.pictures import image_grid, save_png
 from mcm_jax.sampling import Sampler, XVar
 
 SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
@@ -41,23 +40,15 @@ DEFAULT_METRICS = {
     "efficientnet": ("frechet", "nearest"),
     "inception": ("frechet", "sfid", "inception_score"),
 }
-RESULTS = Path("evaluation") / "results.jsonl"
-_TRAINING_ONLY = (
-    *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
-    *("training", "mesh"),
-)
-# Samples held at a time: bounds memory at any --num.
-_BLOCK = 1024
-_GRID_IMAGES, _GRID_COLUMNS = 64, 8
-# Smallest side a sample is drawn at in the grid.
-_GRID_TILE = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The flags, see `define_flags`. None or no value: as the run says."""
 
-    workdirs: tuple[Path, ...]
+    workdirs: tuple[Path, ...] = ()
+    images: Path | None = None
+    results: Path | None = None
     num: int = 2048
     steps: tuple[int, ...] = ()
     sampler: str | None = None
@@ -73,6 +64,7 @@ class Options:
     input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
     metrics: tuple[str, ...] | None = None
     reference: Path | None = None
+    reference_split: str = "train"
     cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
     again: bool = False
@@ -95,15 +87,48 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     must mend.
     """
     _check(options)
-    evaluator = _Evaluator(options)
+    evaluator = _evaluator(options, num=options.num)
     loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
+    draws = Draws(options.num, options.seed, options.untrained_num)
     records = []
     for kind, load in loaders:
         run = load()
-        records += [evaluator(run, kind, how) for how in options.hows]
+        for how in options.hows:
+            inputs = evaluator.inputs(run, kind, draws, how)
+            record = None if options.again else evaluator.stored(run, inputs)
+            if record is None:
+                print(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters", flush=True)
+                record = evaluator.score(run, inputs, draws, how)
+            else:
+                print(f"{run.workdir}: measured before, --again measures it again")
+            print(table(record, Path(run.workdir)), flush=True)
+            records.append(record)
     return records
+
+
+def evaluate_images(options: Options) -> dict[str, Any]:
+    """Scores the images that `options` name; returns the record.
+
+    Raises InputError, before anything is computed, for whatever the user must mend.
+    """
+    _check(options)
+    if options.reference is None:
+        raise InputError(
+            f"--images={options.images} needs --reference=FILE of statistics, or DIR of a prepared data set"
+        )
+    images = image_files.open_images(options.images)
+    evaluator = _evaluator(options, num=images.num)
+    if "class_fid" in evaluator.metrics and not images.has_labels:
+        raise InputError(f"--metrics=class_fid: --images={options.images} has no labels (arr_1)")
+    if options.results is not None:
+        require_writable(options.results.absolute().parent, "--results, its directory")
+    record = evaluator.score_images(images)
+    if options.results is not None:
+        append_line(options.results, record)
+    print("\n".join([record["images"], *_numbers_told(record)]), flush=True)
+    return record
 
 
 def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]:
@@ -128,193 +153,30 @@ def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, 
     return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
 
 
-class _Evaluator:
-    """What all results of one command share: the feature network, the references, the metrics."""
-
-    def __init__(self, options: Options):
-        network = _network(options)
-        self.options = options
-        self.metrics = options.metrics or DEFAULT_METRICS[options.features]
-        protocol.check_metrics(self.metrics, network, num=options.num)
-        self.extractor, self.cache = Extractor(network), Cache(options.cache_dir)
-        self.published: Reference | None = None
-        if options.reference is not None:
-            self.published = published.read(options.reference, self.extractor)
-
-    def __call__(self, run: Any, parameters: str, how: dict[str, Any]) -> dict[str, Any]:
-        """The stored result of these inputs, or a new one, which is appended; either is printed."""
-        workdir = Path(run.workdir)
-        reference = self.published or self._reference(run, "train")
-        inputs = {
-            **_run_record(run, parameters),
-            "seed": self.options.seed,
-            **run.sampling_record(**how),
-            "num_samples": self.options.num,
-            "asked": list(self.metrics),
-            "features": self.extractor.network.description,
-            "reference": reference.description,
-        }
-        record = None if self.options.again else _stored(workdir, inputs)
-        if record is None:
-            print(
-                f"{workdir}: sampling {self.options.num} images with its {parameters} parameters", flush=True
-            )
-            record = inputs | self._score(run, how, reference, name=_file_name(inputs))
-            append_line(workdir / RESULTS, record)
-        else:
-            print(f"{workdir}: measured before, --again measures it again")
-        print(table(record, workdir), flush=True)
-        return record
-
-    def _score(self, run: Any, how: dict[str, Any], reference: Reference, *, name: str) -> dict[str, Any]:
-        """Samples, scores, bounds, and the grid that `name` names."""
-        options, test = self.options, None
-        if self.published is None and run.dataset.num_examples.get("test", 0) >= 2:
-            test = self._reference(run, "test")
-        samples = _Samples(run, options, how)
-        scores = protocol.evaluate_samples(
-            samples,
-            self.extractor,
-            reference,
-            num=options.num,
-            metrics=self.metrics,
-            also_first=0 if test is None else test.count,
-        )
-        grid = RESULTS.parent / name
-        scale = -(-_GRID_TILE // samples.first.shape[1])
-        save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), Path(run.workdir) / grid)
-        return {
-            "metrics": scores.metrics,
-            "bounds": {} if self.published else self._bounds(run, how, reference, test),
-            "rank_deficient": scores.rank_deficient,
-            "grid": str(grid),
-            "sampling_seconds": round(samples.seconds, 3),
-            "features_seconds": round(scores.features_seconds, 3),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
-        }
-
-    def _bounds(
-        self, run: Any, how: dict[str, Any], reference: Reference, test: Reference | None
-    ) -> dict[str, float]:
-        num = min(self.options.untrained_num, self.options.num)
-
-        def untrained() -> Blocks:
-            yield run.untrained().sample(num, seed=self.options.seed, **how)
-
-        return protocol.floors_and_ceilings(
-            self.extractor,
-            self.cache,
-            reference=reference,
-            reference_images=lambda: run.blocks("train"),
-            test=test,
-            untrained_images=untrained,
-            untrained_num=num,
-            untrained_identity=_untrained_identity(run, self.options.seed, run.sampling_record(**how)),
-        )
-
-    def _reference(self, run: Any, split: str) -> Reference:
-        info = run.dataset
-        identity = {
-            "fingerprint": info.fingerprints[split],
-            "dataset": info.dataset,
-            "resolution": info.resolution,
-            "preprocessing": str(info.preprocessing),
-        }
-        return self.cache.reference(
-            self.extractor, split=split, identity=identity, images=lambda: run.blocks(split)
-        )
+def _evaluator(options: Options, *, num: int) -> Evaluator:
+    network, metrics = _network(options), options.metrics or DEFAULT_METRICS[options.features]
+    protocol.check_metrics(metrics, network, num=num)
+    return Evaluator(
+        network,
+        metrics,
+        options.cache_dir,
+        reference=options.reference,
+        reference_split=options.reference_split,
+    )
 
 
 def _network(options: Options) -> FeatureNetwork:
     if options.features == "inception":
         return inception_weights.load(options.inception).network()
-    if options.reference is not None:
+    if options.reference is not None and not options.reference.is_dir():
         raise InputError(
             f"--reference={options.reference} is of Inception's features; add --features=inception"
         )
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
 
-def _stored(workdir: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest result of these inputs in the run's file, unless the checkpoint was written since."""
-    try:
-        lines = (workdir / RESULTS).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return None
-    # As they come back from the file: tuples are lists there.
-    inputs = json.loads(json.dumps(inputs))
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            same = all(record[name] == value for name, value in inputs.items())
-            created = datetime.datetime.fromisoformat(record["created"]).timestamp() if same else 0.0
-        except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
-            continue
-        if same:
-            checkpoint = workdir / workdirs.CHECKPOINTS / str(inputs["checkpoint_step"])
-            return None if checkpoint.exists() and checkpoint.stat().st_mtime > created + 1 else record
-    return None
-
-
-def _file_name(inputs: dict[str, Any]) -> str:
-    """Of the grid: what tells samples of one run apart; the usual settings are left out."""
-    name = f"samples_step{inputs['checkpoint_step']}_{inputs['parameters']}"
-    name += f"_{inputs['sampler']}{inputs['steps']}"
-    if inputs["noise_grid"] != "schedule":
-        name += f"_{inputs['noise_grid']}"
-    if inputs["x_var"] == "measured":
-        name += "_measured"
-    if inputs["guidance"]:
-        name += f"_g{inputs['guidance']:g}"
-    return f"{name}_seed{inputs['seed']}.png"
-
-
-class _Samples:
-    """The run's samples in blocks; remembers the first few and the time it took."""
-
-    def __init__(self, run: Any, options: Options, how: dict[str, Any]):
-        self._run, self._options, self._how = run, options, how
-        self.first: np.ndarray = np.zeros((0,), np.uint8)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        options = self._options
-        for first in range(0, options.num, _BLOCK):
-            start = time.monotonic()
-            count = min(_BLOCK, options.num - first)
-            images, labels = self._run.sample(count, seed=options.seed, first=first, **self._how)
-            self.seconds += time.monotonic() - start
-            if first == 0:
-                self.first = images[:_GRID_IMAGES].copy()
-            yield images, labels
-
-
-def _run_record(run: Any, parameters: str) -> dict[str, Any]:
-    return {
-        "workdir": Path(run.workdir).resolve().name,
-        "objective": run.objective,
-        "dataset": run.dataset.dataset,
-        "resolution": run.dataset.resolution,
-        "data_preprocessing": run.dataset.preprocessing,
-        "training_seed": run.seed,
-        "student_steps": run.student_steps,
-        "checkpoint_step": run.checkpoint_step,
-        "parameters": parameters,
-        "label_rule": run.label_rule,
-    }
-
-
-def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The config but for what only training reads: teacher and students share their untrained network."""
-    config = dataclasses.asdict(run.config)
-    for section in _TRAINING_ONLY:
-        config.pop(section, None)
-    return {"config": config, "seed": seed, **sampling}
-
-
 def _check(options: Options) -> None:
-    if not options.workdirs:
+    if not options.workdirs and options.images is None:
         raise InputError("--workdir names no directory: give a finished run's, several separated by commas")
     for workdir in options.workdirs:
         if not workdir.is_dir():
@@ -360,18 +222,25 @@ def table(record: dict[str, Any], workdir: Path) -> str:
         f"{record['parameters']} parameters; {record['steps']} steps of {record['sampler']}, "
         f"seed {record['seed']}"
     ]
-    for name, value in (record["metrics"] | record["bounds"]).items():
-        lines.append(f"  {name:<44} {value:>10.3f}   {_meaning(name, record)}")
-    if record["rank_deficient"]:
-        lines.append(
-            "  note: a side has no more images than there are features, so its covariance is singular: "
-            "compare equal counts only"
-        )
+    lines += _numbers_told(record)
     lines.append(
         f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
     )
     lines.append(f"  {workdir / RESULTS}, {workdir / record['grid']}")
     return "\n".join(lines)
+
+
+def _numbers_told(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  {name:<44} {value:>10.3f}   {_meaning(name, record)}"
+        for name, value in (record["metrics"] | record["bounds"]).items()
+    ]
+    if record["rank_deficient"]:
+        lines.append(
+            "  note: a side has no more images than there are features, so its covariance is singular: "
+            "compare equal counts only"
+        )
+    return lines
 
 
 def _meaning(name: str, record: dict[str, Any]) -> str:
@@ -381,13 +250,22 @@ def _meaning(name: str, record: dict[str, Any]) -> str:
     count, reference = protocol.count_of(name), record["reference"]
     if count != record["num_samples"]:
         return f"that of the first {count}, beside the test images"
-    of = reference.get("file", f"the {reference['count']} training images")
+    of = reference.get("file", f"the {reference['count']} images of split {reference.get('split')}")
     return f"Frechet distance to {of}, lower is better"
 
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.", required=True)
+    flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.")
+    flags.DEFINE_string(
+        "images", None, "Images of another program to evaluate in place of runs: an .npz (arr_0) or a folder."
+    )
+    flags.DEFINE_string("results", None, "With --images: file that the result is appended to.")
+    flags.register_multi_flags_validator(
+        ["workdir", "images"],
+        lambda given: (given["workdir"] is None) != (given["images"] is None),
+        message="give --workdir=DIR of a run or --images=PATH, one of them",
+    )
     flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
     flags.DEFINE_list("steps", [], "Sampling steps, several separated by commas; default: the run's own.")
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
@@ -418,8 +296,10 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "reference",
         None,
-        "File of statistics as ADM, EDM and others publish them; default: the run's training images.",
+        "File of statistics as ADM, EDM and others publish, or directory of a prepared data set; default: "
+        "the run's training images.",
     )
+    flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Of that data set.")
     flags.DEFINE_integer(
         "input_resolution",
         Options.input_resolution,
@@ -434,9 +314,13 @@ def define_flags() -> None:
 
 # Flags that are not as Options wants them.
 _READ_APART = (
-    *("workdirs", "cache_dir", "inception", "reference", "metrics"),
+    *("workdirs", "images", "results", "cache_dir", "inception", "reference", "metrics"),
     *("steps", "checkpoint_step", "guidance"),
 )
+
+
+def _path(given: str | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -453,10 +337,10 @@ def main() -> None:
 
     values = flags.FLAGS
     options = Options(
-        workdirs=tuple(Path(workdir) for workdir in values.workdir),
+        workdirs=tuple(Path(workdir) for workdir in values.workdir or ()),
+        **{name: _path(getattr(values, name)) for name in ("images", "results", "reference")},
         cache_dir=Path(values.cache_dir),
         inception=Path(values.inception),
-        reference=None if values.reference is None else Path(values.reference),
         metrics=None if values.metrics is None else tuple(values.metrics),
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),
@@ -471,7 +355,10 @@ def main() -> None:
         cache = workdirs.compilation_cache(options.workdirs[0])
         jax.config.update("jax_compilation_cache_dir", str(cache))
     with distributed.alone("evaluate"):
-        evaluate(options, runs.load_run)
+        if options.images is not None:
+            evaluate_images(options)
+        else:
+            evaluate(options, runs.load_run)
 
 
 if __name__ == "__main__":

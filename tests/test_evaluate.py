@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from mcm_jax import evaluate as program
+from mcm_jax import evaluator
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import efficientnet
+from mcm_jax.evaluation import efficientnet, protocol
 from tests.evaluation.pixels import PixelExtractor, network
 
 SIDE = 4
@@ -119,7 +120,7 @@ def pixels_for(asked):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(program, "Extractor", pixels_for)
+    monkeypatch.setattr(evaluator, "Extractor", pixels_for)
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_the_grid_shows_the_first_samples(options, workdirs):
 
 
 def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdirs, monkeypatch):
-    monkeypatch.setattr(program, "_BLOCK", 16)
+    monkeypatch.setattr(evaluator, "_BLOCK", 16)
     load = Loader()
     changed = dataclasses.replace(
         options,
@@ -275,7 +276,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
         for num, first in ((16, 0), (16, 16), (8, 32))
     ]
     assert samples == expected
-    monkeypatch.setattr(program, "_BLOCK", 1000)
+    monkeypatch.setattr(evaluator, "_BLOCK", 1000)
     (whole,) = program.evaluate(dataclasses.replace(changed, again=True), Loader())
     assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
     assert "untrained_network_fd_effnet_lite0_16" not in whole["bounds"]
@@ -410,8 +411,8 @@ def test_files_tell_unusual_samplers_apart():
     usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
     usual |= {"checkpoint_step": 300, "parameters": "ema", "seed": 1}
     unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
-    assert program._file_name(usual) == "samples_step300_ema_ddim4_seed1.png"
-    assert program._file_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
+    assert evaluator.grid_name(usual) == "samples_step300_ema_ddim4_seed1.png"
+    assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
 
 
 def test_every_combination_in_one_command(options, workdirs):
@@ -482,3 +483,82 @@ def test_lists_of_numbers(flag):
         timeout=120,
     )
     assert done.returncode == 2 and f"{flag}: it must be numbers separated by commas" in done.stderr
+
+
+def write_npz(path, count=40, seed=0):
+    images = np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+    np.savez(path, images, np.arange(count) % 3)
+    return images
+
+
+def test_images_of_another_program_against_a_published_file(inception, tmp_path, capsys):
+    write_npz(tmp_path / "samples.npz")
+    np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
+    chosen = dataclasses.replace(
+        inception,
+        workdirs=(),
+        images=tmp_path / "samples.npz",
+        reference=tmp_path / "reference.npz",
+        results=tmp_path / "results.jsonl",
+    )
+    record = program.evaluate_images(chosen)
+    assert json.loads((tmp_path / "results.jsonl").read_text()) == record
+    assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["images"] == "samples.npz"
+    assert record["reference"]["file"] == "reference.npz" and record["num_samples"] == 40
+    printed = capsys.readouterr().out
+    assert printed.startswith("samples.npz\n") and "Frechet distance to reference.npz" in printed
+
+
+def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
+    """The data set's own images are at distance zero from it."""
+    from mcm_jax.data import layout, pipeline
+
+    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
+    images, labels = pipeline.load_arrays(source)
+    np.savez(tmp_path / "samples.npz", images, labels)
+    directory = layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
+    chosen = dataclasses.replace(
+        inception,
+        workdirs=(),
+        images=tmp_path / "samples.npz",
+        reference=directory,
+        metrics=tuple(protocol.METRICS),
+    )
+    record = program.evaluate_images(chosen)
+    metrics = {name.rsplit("_", 1)[0]: value for name, value in record["metrics"].items()}
+    assert metrics["fid"] == pytest.approx(0, abs=1e-6) and metrics["sfid"] == pytest.approx(0, abs=1e-6)
+    assert metrics["class_fid"] == pytest.approx(0, abs=1e-6)
+    assert (metrics["precision"], metrics["recall"]) == (1.0, 1.0)
+    assert record["reference"]["split"] == "train" and record["reference"]["count"] == len(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": None}, "needs --reference=FILE of statistics, or DIR of a prepared data set"),
+        ({"reference": Path("DIR")}, "is no prepared data set"),
+        ({"metrics": ("class_fid",), "images": Path("BARE")}, "has no labels"),
+        ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
+        ({"images": Path("/no/where")}, "there is no such file or folder"),
+    ],
+)
+def test_bad_input_for_images(inception, tmp_path, change, said):
+    write_npz(tmp_path / "samples.npz")
+    np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz"))
+    np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
+    chosen = {"workdirs": (), "images": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
+    places = {Path("DIR"): tmp_path, Path("BARE"): tmp_path / "bare.npz"}
+    change = {
+        name: places.get(value, value) if isinstance(value, Path) else value for name, value in change.items()
+    }
+    with pytest.raises(InputError, match=said) as error:
+        program.evaluate_images(dataclasses.replace(inception, **(chosen | change)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--workdir=x", "--images=y"]])
+def test_runs_or_images(flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "mcm_jax.evaluate", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "give --workdir=DIR of a run or --images=PATH, one of them" in done.stderr

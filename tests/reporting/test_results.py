@@ -31,10 +31,10 @@ def test_names_are_those_that_the_other_programs_write():
 
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
-    from mcm_jax import evaluate
+    from mcm_jax import evaluate, evaluator
     from tests.test_evaluate import Loader, pixels_for
 
-    monkeypatch.setattr(evaluate, "Extractor", pixels_for)
+    monkeypatch.setattr(evaluator, "Extractor", pixels_for)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
     options = evaluate.Options(
         workdirs=(tmp_path / "runs" / "cd4",), num=40, cache_dir=tmp_path / "cache", untrained_num=16

@@ -1,0 +1,258 @@
+"""Results: samples of a run, or images from elsewhere, scored against a reference and kept."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mcm_jax import workdirs
+from mcm_jax.data import layout, pipeline
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation import image_files, protocol, published
+from mcm_jax.evaluation.features import Extractor, FeatureNetwork
+from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.files import append_line
+from mcm_jax.pictures import image_grid, save_png
+
+RESULTS = Path("evaluation") / "results.jsonl"
+_TRAINING_ONLY = (
+    *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
+    *("training", "mesh"),
+)
+# Samples held at a time: bounds memory at any number.
+_BLOCK = 1024
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
+# Smallest side a sample is drawn at in the grid.
+_GRID_TILE = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How many samples, of which seed, and how many of the untrained network (0: none)."""
+
+    num: int
+    seed: int = 0
+    untrained_num: int = 0
+
+
+class Evaluator:
+    """What all results of one command share: the feature network, the references, the metrics."""
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        metrics: Sequence[str],
+        cache_dir: Path,
+        *,
+        reference: Path | None = None,
+        reference_split: str = "train",
+    ):
+        """reference: a published file, or directory of a prepared data set; None: every run's own data set.
+
+        Raises:
+          InputError: there is no such reference, or it is of other features.
+        """
+        self.metrics = tuple(metrics)
+        self.extractor, self.cache = Extractor(network), Cache(cache_dir)
+        self.given: Reference | None = None
+        if reference is not None and reference.is_dir():
+            self.given = self._prepared(reference, reference_split)
+        elif reference is not None:
+            self.given = published.read(reference, self.extractor)
+
+    def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest result of these inputs in the run's file, unless the checkpoint was written since."""
+        workdir = Path(run.workdir)
+        try:
+            lines = (workdir / RESULTS).read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return None
+        # As they come back from the file: tuples are lists there.
+        inputs = json.loads(json.dumps(inputs))
+        for line in reversed(lines):
+            try:
+                record = json.loads(line)
+                same = all(record[name] == value for name, value in inputs.items())
+                created = datetime.datetime.fromisoformat(record["created"]).timestamp() if same else 0.0
+            except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
+                continue
+            if same:
+                checkpoint = workdir / workdirs.CHECKPOINTS / str(inputs["checkpoint_step"])
+                return None if checkpoint.exists() and checkpoint.stat().st_mtime > created + 1 else record
+        return None
+
+    def inputs(self, run: Any, parameters: str, draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
+        """All that a result depends on, as the record says it."""
+        return {
+            "workdir": Path(run.workdir).resolve().name,
+            "objective": run.objective,
+            "dataset": run.dataset.dataset,
+            "resolution": run.dataset.resolution,
+            "data_preprocessing": run.dataset.preprocessing,
+            "training_seed": run.seed,
+            "student_steps": run.student_steps,
+            "checkpoint_step": run.checkpoint_step,
+            "parameters": parameters,
+            "label_rule": run.label_rule,
+            "seed": draws.seed,
+            **run.sampling_record(**how),
+            "num_samples": draws.num,
+            "asked": list(self.metrics),
+            "features": self.extractor.network.description,
+            "reference": self._compared(run).description,
+        }
+
+    def score(self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
+        """Samples a run and scores the samples; appends the record to the run's file and draws its grid."""
+        workdir, reference, test = Path(run.workdir), self._compared(run), None
+        if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
+            test = self._reference(run.dataset, "test", run.blocks)
+        samples = _Samples(run, draws, how)
+        scores = protocol.evaluate_samples(
+            samples,
+            self.extractor,
+            reference,
+            num=draws.num,
+            metrics=self.metrics,
+            also_first=0 if test is None else test.count,
+        )
+        grid = RESULTS.parent / grid_name(inputs)
+        scale = -(-_GRID_TILE // samples.first.shape[1])
+        save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), workdir / grid)
+        record = {
+            **inputs,
+            "metrics": scores.metrics,
+            "bounds": {} if self.given else self._bounds(run, draws, how, reference, test),
+            "rank_deficient": scores.rank_deficient,
+            "grid": str(grid),
+            "sampling_seconds": round(samples.seconds, 3),
+            "features_seconds": round(scores.features_seconds, 3),
+            **_made(),
+        }
+        append_line(workdir / RESULTS, record)
+        return record
+
+    def _compared(self, run: Any) -> Reference:
+        return self.given or self._reference(run.dataset, "train", run.blocks)
+
+    def _bounds(
+        self, run: Any, draws: Draws, how: dict[str, Any], reference: Reference, test: Reference | None
+    ) -> dict[str, float]:
+        num = min(draws.untrained_num, draws.num)
+
+        def untrained() -> Blocks:
+            yield run.untrained().sample(num, seed=draws.seed, **how)
+
+        return protocol.floors_and_ceilings(
+            self.extractor,
+            self.cache,
+            reference=reference,
+            reference_images=lambda: run.blocks("train"),
+            test=test,
+            untrained_images=untrained,
+            untrained_num=num,
+            untrained_identity=_untrained_identity(run, draws.seed, run.sampling_record(**how)),
+        )
+
+    def score_images(self, images: image_files.ImageFiles) -> dict[str, Any]:
+        """The record of images that were made elsewhere."""
+        scores = protocol.evaluate_samples(
+            images.blocks(_BLOCK), self.extractor, self.given, num=images.num, metrics=self.metrics
+        )
+        return {
+            **images.description,
+            "num_samples": images.num,
+            "asked": list(self.metrics),
+            "metrics": scores.metrics,
+            "bounds": {},
+            "rank_deficient": scores.rank_deficient,
+            "features": self.extractor.network.description,
+            "reference": self.given.description,
+            "features_seconds": round(scores.features_seconds, 3),
+            **_made(),
+        }
+
+    def _prepared(self, directory: Path, split: str) -> Reference:
+        """Of a prepared data set's split, by its directory."""
+        try:
+            info = layout.read_summary(directory)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--reference={directory} is no prepared data set ({error}); name the directory that holds "
+                f"{layout.SUMMARY_FILE}"
+            ) from error
+        if split not in info.fingerprints:
+            raise InputError(f"--reference_split={split}: {directory} has {', '.join(info.fingerprints)}")
+
+        def blocks(split: str) -> Blocks:
+            place = {"data_dir": directory.absolute().parents[2], "dataset": info.dataset}
+            source = pipeline.open_split(**place, resolution=info.resolution, split=split)
+            for start in range(0, len(source), _BLOCK):
+                yield source.gather(np.arange(start, min(start + _BLOCK, len(source))))
+
+        return self._reference(info, split, blocks)
+
+    def _reference(self, info: Any, split: str, blocks: Callable[[str], Blocks]) -> Reference:
+        identity = {
+            "fingerprint": info.fingerprints[split],
+            "dataset": info.dataset,
+            "resolution": info.resolution,
+            "preprocessing": str(info.preprocessing),
+        }
+        return self.cache.reference(
+            self.extractor, split=split, identity=identity, images=lambda: blocks(split)
+        )
+
+
+def _made() -> dict[str, Any]:
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+    }
+
+
+def grid_name(inputs: dict[str, Any]) -> str:
+    """Of the grid: what tells samples of one run apart; the usual settings are left out."""
+    name = f"samples_step{inputs['checkpoint_step']}_{inputs['parameters']}"
+    name += f"_{inputs['sampler']}{inputs['steps']}"
+    if inputs["noise_grid"] != "schedule":
+        name += f"_{inputs['noise_grid']}"
+    if inputs["x_var"] == "measured":
+        name += "_measured"
+    if inputs["guidance"]:
+        name += f"_g{inputs['guidance']:g}"
+    return f"{name}_seed{inputs['seed']}.png"
+
+
+class _Samples:
+    """The run's samples in blocks; remembers the first few and the time it took."""
+
+    def __init__(self, run: Any, draws: Draws, how: dict[str, Any]):
+        self._run, self._draws, self._how = run, draws, how
+        self.first: np.ndarray = np.zeros((0,), np.uint8)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        draws = self._draws
+        for first in range(0, draws.num, _BLOCK):
+            start = time.monotonic()
+            count = min(_BLOCK, draws.num - first)
+            images, labels = self._run.sample(count, seed=draws.seed, first=first, **self._how)
+            self.seconds += time.monotonic() - start
+            if first == 0:
+                self.first = images[:_GRID_IMAGES].copy()
+            yield images, labels
+
+
+def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The config but for what only training reads: teacher and students share their untrained network."""
+    config = dataclasses.asdict(run.config)
+    for section in _TRAINING_ONLY:
+        config.pop(section, None)
+    return {"config": config, "seed": seed, **sampling}

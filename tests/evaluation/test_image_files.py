@@ -1,0 +1,114 @@
+"""Images of other programs: what is read is what they wrote, and what is none is told beforehand."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcm_jax.errors import InputError
+from mcm_jax.evaluation.image_files import open_images
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+
+
+def png(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for n, pixels in enumerate(IMAGES):
+        png(tmp_path / "images" / f"class {n % 2}" / f"{n}.png", pixels)
+    return tmp_path / "images"
+
+
+def all_of(found, size=2):
+    blocks = list(found.blocks(size))
+    return np.concatenate([images for images, _ in blocks]), np.concatenate([labels for _, labels in blocks])
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(5, dtype=np.int64)])
+def test_an_npz_as_adm_and_sample_write_it(labels, tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, *([IMAGES] if labels is None else [IMAGES, labels]))
+    found = open_images(path)
+    images, read = all_of(found)
+    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(read, np.zeros(5) if labels is None else labels)
+    assert found.num == 5 and found.has_labels == (labels is not None)
+    assert found.description["images"] == "samples.npz"
+
+
+def test_a_folder_in_the_order_of_its_paths(folder):
+    found = open_images(folder)
+    images, _ = all_of(found)
+    np.testing.assert_array_equal(images, IMAGES[[0, 2, 4, 1, 3]])
+    assert found.num == 5 and not found.has_labels
+
+
+def test_the_hash_is_of_the_content(folder, tmp_path):
+    first = open_images(folder).description
+    assert open_images(folder).description == first
+    png(folder / "class 0" / "0.png", 255 - IMAGES[0])
+    assert open_images(folder).description["sha256"] != first["sha256"]
+
+
+def test_grey_and_palette_images_become_rgb(tmp_path):
+    Image.fromarray(IMAGES[0]).convert("L").save(tmp_path / "grey.png")
+    images, _ = all_of(open_images(tmp_path))
+    assert images.shape == (1, 4, 6, 3) and (images[..., 0] == images[..., 1]).all()
+
+
+def text(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("no image")
+
+
+def cut_off(path):
+    content = io.BytesIO()
+    np.savez(content, IMAGES)
+    path.write_bytes(content.getvalue()[:-30])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "there is no such file or folder"),
+        (lambda path: path.mkdir(), "no images in that folder"),
+        (lambda path: text(path / "a.png"), "a.png: not a readable image"),
+        (lambda path: path.write_bytes(b"text"), "neither a whole .npz nor a folder"),
+        (cut_off, "neither a whole .npz nor a folder"),
+        (
+            lambda path: np.savez(path.open("wb"), x=IMAGES),
+            "arr_0 must hold uint8 images .*, and holds nothing",
+        ),
+        (
+            lambda path: np.savez(path.open("wb"), IMAGES / 255),
+            "arr_0 must hold uint8 images .* holds float64",
+        ),
+        (lambda path: np.savez(path.open("wb"), IMAGES, np.arange(4)), "arr_1 must hold 5 labels"),
+        (lambda path: np.save(path.open("wb"), IMAGES), "neither a whole .npz nor a folder"),
+    ],
+)
+def test_what_is_none(make, said, tmp_path):
+    path = tmp_path / "images"
+    make(path)
+    with pytest.raises(InputError, match=said) as error:
+        open_images(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_images_of_several_sizes(folder):
+    png(folder / "z.png", IMAGES[0].transpose(1, 0, 2))
+    with pytest.raises(InputError, match=r"several sizes, 0.png of 6x4 and z.png of 4x6"):
+        open_images(folder)
+
+
+def test_an_image_that_breaks_off(folder):
+    """Its head is whole: only reading tells."""
+    file = folder / "class 1" / "1.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"1\.png: not a readable image"):
+        all_of(open_images(folder))
