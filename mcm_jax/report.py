@@ -5,6 +5,11 @@
 reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (self-contained: pictures
 inside), `runs/report.md` and `runs/report.png` (samples side by side) beside it, and prints the table.
 
+    python -m mcm_jax.report --runs=runs --tables
+
+puts the paper's tables 1 to 5 beside the FIDs measured in those runs into `runs/tables.md` and prints them,
+and draws the samplers of a diffusion model against network calls into `runs/samplers.png`.
+
     python -m mcm_jax.report --figure=trajectories
 
 needs no runs. In about a minute it trains students of 1, 2 and 4 steps on two Gaussians on a line, draws
@@ -52,6 +57,30 @@ def report(runs: Path, out: Path | None = None) -> str:
     if picture is not None:
         write_asked_for(out.with_suffix(".png"), picture)
     for note in content.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return markdown
+
+
+def paper_tables(runs: Path) -> str:
+    """Writes the paper's tables beside our results into `runs`, and the samplers' figure; returns the tables.
+
+    Raises:
+      InputError: no results, a damaged file, or no place to write to.
+    """
+    from mcm_jax.reporting import paper_tables as tables
+
+    collection = results.collect(runs)
+    markdown = tables.markdown(collection)
+    write_asked_for(runs / "tables.md", markdown)
+    compared = tables.samplers(collection)
+    if compared is not None:
+        from mcm_jax.reporting import plots  # Imports matplotlib.
+        from mcm_jax.reporting.trajectories import png
+
+        title = f"Samplers of {compared.run}"
+        figure = plots.samplers_plot(compared.lines, title=title, distance=compared.distance)
+        write_asked_for(runs / "samplers.png", png(figure))
+    for note in collection.notes:
         print(f"note: {note}", file=sys.stderr)
     return markdown
 
@@ -129,6 +158,7 @@ def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.")
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure in place of a page.")
+    flags.DEFINE_bool("tables", False, "With --runs: the paper's tables beside our FIDs in place of a page.")
     flags.DEFINE_integer("seeds", 1, "Training seeds of every student in --figure.", lower_bound=1)
     flags.DEFINE_string("out", None, "Default: report.html in --runs, or the figure's name with .png.")
     flags.register_multi_flags_validator(
@@ -147,6 +177,9 @@ def main() -> None:
         print(f"The figure, after {time.monotonic() - began:.0f} s: {out}")
         return
     runs = Path(flags.FLAGS.runs)
+    if flags.FLAGS.tables:
+        print(paper_tables(runs))
+        return
     out = Path(flags.FLAGS.out) if flags.FLAGS.out else runs / "report.html"
     print(report(runs, out))
     print(f"The page, with plots and samples: {out}")

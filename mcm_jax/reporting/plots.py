@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -26,6 +26,27 @@ _DASHES = ("--", "-.", ":")
 # Names are text, not formulas; text as outlines looks the same on every machine, and the salt makes equal
 # figures equal files.
 _STYLE = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "mcm_jax"}
+
+
+@matplotlib.rc_context(_STYLE)
+def samplers_plot(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: str, distance: str) -> Figure:
+    """Distance against network calls an image, a line for each sampler and grid of noise levels."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in lines.items():
+        calls, values = zip(*sorted(points), strict=True)
+        axes.plot(calls, values, marker="o", markersize=4, linewidth=1.2, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("network calls an image")
+    axes.set_ylabel(f"{distance}\n(lower is better)")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
 
 
 @matplotlib.rc_context(_STYLE)

@@ -62,6 +62,7 @@ class Result:
     checkpoint_step: int
     steps: int
     sampler: str  # with what is unusual about it
+    network_calls: int  # of one image
     seed: int
     metrics: dict[str, float]
     bounds: dict[str, float]
@@ -231,6 +232,7 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
         checkpoint_step=fields.whole("checkpoint_step"),
         steps=fields.whole("steps"),
         sampler=_sampler(fields),
+        network_calls=fields.whole("network_calls"),
         seed=fields.whole("seed"),
         metrics=fields.section("metrics").numbers(),
         bounds=fields.section("bounds").numbers(),

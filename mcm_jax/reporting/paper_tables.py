@@ -1,0 +1,207 @@
+"""The paper's tables 1 to 5 beside what was measured here; a cell that was not run stays empty."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mcm_jax.reporting import paper
+from mcm_jax.reporting.averages import count_of
+from mcm_jax.reporting.results import Collection, Result, Run
+
+# Widths and blocks of the paper's networks, as configs/imagenet64.py and configs/imagenet128.py have them.
+_NETWORKS = {
+    (64, (256, 512, 1024), (3, 3, 16)): "small",
+    (64, (512, 1024, 2048), (3, 3, 16)): "large",
+    (128, (128, 256, 512, 1024), (3, 3, 3, 16)): "small",
+    (128, (256, 512, 1024, 2048), (3, 3, 3, 16)): "large",
+}
+_ANNEALED = "64->1280"
+_TEACHER_STEPS = 512
+_HEAD = ("steps", "paper's FID", "ours", "ours - paper's", "samples of ours", "reference of ours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What one number of the paper is of."""
+
+    size: str
+    resolution: int
+    system: str  # teacher, ct, cd, pd
+    steps: int
+    teacher_step: str = "addim"  # of cd and pd
+    teacher_steps: str = _ANNEALED  # of ct and cd
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One number of the paper; `cell` is None where nothing of ours could stand beside it."""
+
+    label: str
+    steps: int
+    fid: float
+    cell: Cell | None
+
+
+def rows() -> dict[str, list[Row]]:
+    """By table, in the paper's order."""
+    tables = paper.tables()
+    found = {name: list(_columns(name)) for name in ("table1", "table2", "table3", "table4")}
+    for name, value in tables["table1"]["diffusion_addim_512"].items():
+        size, data = name.split("/")
+        cell = Cell(size, int(data.removeprefix("imagenet")), "teacher", _TEACHER_STEPS)
+        found["table1"].append(Row(f"{size} {data}, diffusion model, aDDIM", _TEACHER_STEPS, value, cell))
+    found["table5"] = [
+        Row(f"{data}: {method}", steps, value, _of_literature(data, method, steps))
+        for data in ("imagenet64", "imagenet128")
+        for method, steps, value, _ in tables["table5"][data]
+    ]
+    return found
+
+
+def _columns(name: str) -> Iterator[Row]:
+    table = paper.tables()[name]
+    for index, column in enumerate(table["columns"][1:], start=1):
+        for row in table["rows"]:
+            if row[index] is not None:
+                cell = _cell(name, column, row[0])
+                yield Row(f"{cell.size} imagenet{cell.resolution}, {_system(cell)}", row[0], row[index], cell)
+
+
+def _cell(table: str, column: str, steps: int) -> Cell:
+    if table == "table1":
+        size, data, system = column.split("/")
+        return Cell(size, int(data.removeprefix("imagenet")), system, steps)
+    if table == "table2":
+        return Cell("large", 128, "cd", steps, teacher_steps=column)
+    if table == "table3":
+        return Cell("small", 64, column, steps)
+    return Cell("small", 64, "cd", steps, teacher_step=column)
+
+
+def _of_literature(data: str, method: str, steps: int) -> Cell | None:
+    """The authors' own rows of table 5: their large networks, and progressive distillation of a small one."""
+    systems = {"MultiStep-CT": "ct", "MultiStep-CD": "cd", "CT baseline": None}
+    if systems.get(method):
+        return Cell("large", int(data.removeprefix("imagenet")), systems[method], steps)
+    if (data, method) == ("imagenet64", "PD (reimpl. with aDDIM)"):
+        return Cell("small", 64, "pd", steps)
+    return None
+
+
+def _system(cell: Cell) -> str:
+    words = [cell.system.upper()]
+    if cell.system == "cd" and cell.teacher_step != "addim":
+        words.append(f"with {cell.teacher_step} as the teacher's step")
+    if cell.teacher_steps != _ANNEALED:
+        words.append(f"with {cell.teacher_steps} teacher steps")
+    return " ".join(words)
+
+
+def cell_of(result: Result, run: Run) -> Cell | None:
+    """Where a result of ours belongs; None where the paper has no such network, method or sampling."""
+    c, config = result.conditions, run.config
+    model, consistency = config.get("model", {}), config.get("consistency", {})
+    size = _NETWORKS.get((c.resolution, _whole(model.get("widths")), _whole(model.get("blocks"))))
+    if size is None or c.distance != "fid" or c.parameters != "ema" or not c.dataset.startswith("imagenet"):
+        return None
+    if result.objective == "diffusion":
+        taken = result.steps == _TEACHER_STEPS and result.sampler == "addim"
+        return Cell(size, c.resolution, "teacher", _TEACHER_STEPS) if taken else None
+    system = {"ct": "ct", "cd": "cd", "progressive": "pd"}.get(result.objective)
+    if system is None or result.steps != result.student_steps or result.sampler != "ddim":
+        return None
+    teacher_step = "addim" if system == "ct" else consistency.get("teacher_step", "addim")
+    first, last = consistency.get("teacher_steps_first", 64), consistency.get("teacher_steps_last", 1280)
+    teacher_steps = f"{first:g}" if first == last else f"{first:g}->{last:g}"
+    if system == "pd":
+        teacher_steps = _ANNEALED  # Means nothing to it.
+    return Cell(size, c.resolution, system, result.steps, teacher_step, teacher_steps)
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    return tuple(values) if isinstance(values, list | tuple) else ()
+
+
+def measured(collection: Collection) -> dict[Cell, Result]:
+    """Our results by cell: of several the one of most samples, and of those the newest."""
+    found: dict[Cell, Result] = {}
+    for result in sorted(collection.results, key=lambda one: (one.conditions.num_samples, one.created)):
+        run = collection.runs.get(result.run)
+        cell = None if run is None else cell_of(result, run)
+        if cell is not None and _fid(result) is not None:
+            found[cell] = result
+    return found
+
+
+def _fid(result: Result) -> float | None:
+    """Of all its samples."""
+    for name, value in result.metrics.items():
+        if name.startswith("fid_") and count_of(name) == result.conditions.num_samples:
+            return value
+    return None
+
+
+def markdown(collection: Collection) -> str:
+    """All five tables, and what their columns are."""
+    ours = measured(collection)
+    lines = [
+        "# The paper's tables",
+        "",
+        "The paper's FIDs are of 50,000 samples (Heek, Hoogeboom, Salimans 2024, arXiv:2403.06807v3). Ours "
+        "are what `mcm_jax.evaluate --features=inception` measured; empty: not run. One of fewer samples or "
+        "against another reference does not compare.",
+        "",
+    ]
+    for name, table in rows().items():
+        lines += [f"## Table {name.removeprefix('table')}: {paper.tables()[name]['what']}", ""]
+        lines += [_line(("", *_HEAD)), _line(["---"] * (1 + len(_HEAD)))]
+        lines += [_line(_cells(row, ours)) for row in table]
+        remark = paper.tables()[name].get("remark")
+        lines += ["", *([f"The paper: {remark}.", ""] if remark else [])]
+    return "\n".join(lines)
+
+
+def _cells(row: Row, ours: dict[Cell, Result]) -> list[str]:
+    result = None if row.cell is None else ours.get(row.cell)
+    cells = [row.label, f"{row.steps}", f"{row.fid:g}"]
+    if result is None:
+        return [*cells, "", "", "", ""]
+    value, c = _fid(result), result.conditions
+    return [
+        *cells,
+        f"{value:.2f}",
+        f"{value - row.fid:+.2f}",
+        f"{c.num_samples}",
+        f"{c.reference} ({c.reference_sha256[:8]})",
+    ]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Samplers:
+    """One diffusion model by several samplers: (network calls, distance) for each."""
+
+    run: str
+    distance: str
+    lines: dict[str, list[tuple[int, float]]]
+
+
+def samplers(collection: Collection) -> Samplers | None:
+    """The model with the most results on equal conditions; None where none was sampled in two ways."""
+    groups: dict[Any, dict[tuple[str, int], tuple[int, float]]] = {}
+    for result in sorted(collection.results, key=lambda one: one.created):
+        names = [name for name in result.metrics if count_of(name) == result.conditions.num_samples]
+        if result.student_steps is None and names:
+            key = (result.run, result.checkpoint_step, result.seed, result.conditions, names[0])
+            point = (result.network_calls, result.metrics[names[0]])
+            groups.setdefault(key, {})[result.sampler, result.steps] = point
+    if not groups or max(map(len, groups.values())) < 2:
+        return None
+    (run, *_, distance), points = max(groups.items(), key=lambda item: len(item[1]))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for (sampler, _), point in sorted(points.items()):
+        lines.setdefault(sampler, []).append(point)
+    return Samplers(run, distance, lines)
