@@ -40,7 +40,9 @@ def _field(default: Any, doc: str, *, low: int | float | None = None, high: int 
 class DataConfig:
     """Which images, and how they are read."""
 
-    dataset: str = _field("openmoji", "openmoji, or folder/NAME as prepared by mcm_jax.prepare")
+    dataset: str = _field(
+        "openmoji", "openmoji, imagenet, imagenet/adm or folder/NAME, as prepared by mcm_jax.prepare"
+    )
     data_dir: str = _field("data", "where prepared data sets lie")
     resolution: int = _field(32, "height and width of the images in pixels", low=1)
     horizontal_flip: bool = _field(

@@ -87,13 +87,15 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     must mend.
     """
     _check(options)
-    evaluator = _evaluator(options, num=options.num)
+    network = _network(options, num=options.num)
     loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
+    evaluator = _evaluator(options, network)
     draws = Draws(options.num, options.seed, options.untrained_num)
     records = []
     for kind, load in loaders:
+        run = None  # Before the next is loaded.
         run = load()
         for how in options.hows:
             inputs = evaluator.inputs(run, kind, draws, how)
@@ -119,11 +121,10 @@ def evaluate_images(options: Options) -> dict[str, Any]:
             f"--images={options.images} needs --reference=FILE of statistics, or DIR of a prepared data set"
         )
     images = image_files.open_images(options.images)
-    evaluator = _evaluator(options, num=images.num)
-    if "class_fid" in evaluator.metrics and not images.has_labels:
-        raise InputError(f"--metrics=class_fid: --images={options.images} has no labels (arr_1)")
+    network = _network(options, num=images.num)
     if options.results is not None:
         require_writable(options.results.absolute().parent, "--results, its directory")
+    evaluator = _evaluator(options, network)
     record = evaluator.score_images(images)
     if options.results is not None:
         append_line(options.results, record)
@@ -153,19 +154,29 @@ def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, 
     return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
 
 
-def _evaluator(options: Options, *, num: int) -> Evaluator:
-    network, metrics = _network(options), options.metrics or DEFAULT_METRICS[options.features]
-    protocol.check_metrics(metrics, network, num=num)
+def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:
     return Evaluator(
         network,
-        metrics,
+        _metrics(options),
         options.cache_dir,
+        asked=options.metrics is not None,
         reference=options.reference,
         reference_split=options.reference_split,
     )
 
 
-def _network(options: Options) -> FeatureNetwork:
+def _metrics(options: Options) -> tuple[str, ...]:
+    return options.metrics or DEFAULT_METRICS[options.features]
+
+
+def _network(options: Options, *, num: int) -> FeatureNetwork:
+    """The feature network, with the metrics of `num` images checked."""
+    network = _feature_network(options)
+    protocol.check_metrics(_metrics(options), network, num=num)
+    return network
+
+
+def _feature_network(options: Options) -> FeatureNetwork:
     if options.features == "inception":
         return inception_weights.load(options.inception).network()
     if options.reference is not None and not options.reference.is_dir():
@@ -193,6 +204,18 @@ def _check(options: Options) -> None:
     for guidance in options.guidance:
         if not guidance >= 0:
             raise InputError(f"--guidance={guidance}: 0 is none, larger is more; it can't be negative")
+    if options.reference is not None and not options.reference.exists():
+        raise InputError(f"--reference={options.reference}: there is no such file or directory")
+    if options.reference_split != "train" and (options.reference is None or not options.reference.is_dir()):
+        raise InputError(
+            f"--reference_split={options.reference_split} is of a prepared data set: add --reference=DIR"
+        )
+    sampling = (options.steps, options.guidance, options.checkpoint_step, options.sampler)
+    if options.images is not None and any(sampling):
+        raise InputError("--images are there already: leave out --steps, --guidance, --sampler and the like")
+    if options.workdirs and options.results is not None:
+        raise InputError("--results belongs to --images: a run's results are kept beside it")
+    require_writable(options.cache_dir, "--cache_dir")
     if options.features not in DEFAULT_METRICS:
         raise InputError(f"--features={options.features}: it is one of {', '.join(DEFAULT_METRICS)}")
     if options.parameters not in PARAMETERS:
@@ -232,7 +255,7 @@ def table(record: dict[str, Any], workdir: Path) -> str:
 
 def _numbers_told(record: dict[str, Any]) -> list[str]:
     lines = [
-        f"  {name:<44} {value:>10.3f}   {_meaning(name, record)}"
+        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, record)}"
         for name, value in (record["metrics"] | record["bounds"]).items()
     ]
     if record["rank_deficient"]:
@@ -320,7 +343,7 @@ _READ_APART = (
 
 
 def _path(given: str | None) -> Path | None:
-    return None if given is None else Path(given)
+    return None if given is None else Path(given).expanduser()
 
 
 def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -339,8 +362,8 @@ def main() -> None:
     options = Options(
         workdirs=tuple(Path(workdir) for workdir in values.workdir or ()),
         **{name: _path(getattr(values, name)) for name in ("images", "results", "reference")},
-        cache_dir=Path(values.cache_dir),
-        inception=Path(values.inception),
+        cache_dir=Path(values.cache_dir).expanduser(),
+        inception=Path(values.inception).expanduser(),
         metrics=None if values.metrics is None else tuple(values.metrics),
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),

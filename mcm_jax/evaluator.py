@@ -16,7 +16,7 @@ from mcm_jax.data import layout, pipeline
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
-from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference
 from mcm_jax.files import append_line
 from mcm_jax.pictures import image_grid, save_png
 
@@ -50,24 +50,31 @@ class Evaluator:
         metrics: Sequence[str],
         cache_dir: Path,
         *,
+        asked: bool = False,
         reference: Path | None = None,
         reference_split: str = "train",
     ):
-        """reference: a published file, or directory of a prepared data set; None: every run's own data set.
+        """Where no reference is given, computes nothing yet.
+
+        Args:
+          asked: the metrics were asked for: one that a reference can't give is the user's mistake.
+          reference: a published file, or directory of a prepared data set; None: every run's own data set.
 
         Raises:
           InputError: there is no such reference, or it is of other features.
         """
-        self.metrics = tuple(metrics)
+        self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
-            self.given = published.read(reference, self.extractor)
+            # Those that compare with single images.
+            single = {"nearest", "kid", "precision_recall", "class_fid"} & set(self.metrics)
+            self.given = published.read(reference, self.extractor, single_images=bool(single))
 
     def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest result of these inputs in the run's file, unless the checkpoint was written since."""
+        """The newest result of these inputs in the run's file."""
         workdir = Path(run.workdir)
         try:
             lines = (workdir / RESULTS).read_bytes().split(b"\n")
@@ -78,18 +85,22 @@ class Evaluator:
         for line in reversed(lines):
             try:
                 record = json.loads(line)
-                same = all(record[name] == value for name, value in inputs.items())
-                created = datetime.datetime.fromisoformat(record["created"]).timestamp() if same else 0.0
+                if all(record[name] == value for name, value in inputs.items()):
+                    return record
             except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
                 continue
-            if same:
-                checkpoint = workdir / workdirs.CHECKPOINTS / str(inputs["checkpoint_step"])
-                return None if checkpoint.exists() and checkpoint.stat().st_mtime > created + 1 else record
         return None
 
     def inputs(self, run: Any, parameters: str, draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
-        """All that a result depends on, as the record says it."""
+        """All that a result depends on, as the record says it.
+
+        Raises:
+          InputError: a metric was asked for that the reference can't give.
+        """
+        reference = self._compared(run)
+        self.require(reference)
         return {
+            "version": VERSION,
             "workdir": Path(run.workdir).resolve().name,
             "objective": run.objective,
             "dataset": run.dataset.dataset,
@@ -98,15 +109,24 @@ class Evaluator:
             "training_seed": run.seed,
             "student_steps": run.student_steps,
             "checkpoint_step": run.checkpoint_step,
+            "checkpoint": workdirs.checkpoint_identity(Path(run.workdir), run.checkpoint_step),
             "parameters": parameters,
             "label_rule": run.label_rule,
             "seed": draws.seed,
             **run.sampling_record(**how),
             "num_samples": draws.num,
-            "asked": list(self.metrics),
+            "untrained_num": draws.untrained_num,
+            "asked": self.metrics,
             "features": self.extractor.network.description,
-            "reference": self._compared(run).description,
+            "reference": reference.description,
         }
+
+    def require(self, reference: Reference, *, labelled: bool = True) -> None:
+        """Raises InputError for a metric that was asked for and that reference or images can't give."""
+        for metric in self.metrics if self._asked else ():
+            reason = protocol.lacking(metric, reference, labelled=labelled)
+            if reason is not None:
+                raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
 
     def score(self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
         """Samples a run and scores the samples; appends the record to the run's file and draws its grid."""
@@ -162,13 +182,14 @@ class Evaluator:
 
     def score_images(self, images: image_files.ImageFiles) -> dict[str, Any]:
         """The record of images that were made elsewhere."""
+        self.require(self.given, labelled=images.has_labels)
         scores = protocol.evaluate_samples(
             images.blocks(_BLOCK), self.extractor, self.given, num=images.num, metrics=self.metrics
         )
         return {
             **images.description,
             "num_samples": images.num,
-            "asked": list(self.metrics),
+            "asked": self.metrics,
             "metrics": scores.metrics,
             "bounds": {},
             "rank_deficient": scores.rank_deficient,
@@ -187,12 +208,20 @@ class Evaluator:
                 f"--reference={directory} is no prepared data set ({error}); name the directory that holds "
                 f"{layout.SUMMARY_FILE}"
             ) from error
+        place = {"dataset": info.dataset, "resolution": info.resolution}
+        data_dir = directory.resolve().parents[2] if len(directory.resolve().parents) > 2 else directory
+        if not layout.dataset_dir(data_dir, **place).is_dir() or not directory.samefile(
+            layout.dataset_dir(data_dir, **place)
+        ):
+            raise InputError(
+                f"--reference={directory}: {info.dataset} at {info.resolution} must lie in "
+                f"DIR/{layout.dataset_dir('', **place)}; move it back there"
+            )
         if split not in info.fingerprints:
             raise InputError(f"--reference_split={split}: {directory} has {', '.join(info.fingerprints)}")
 
         def blocks(split: str) -> Blocks:
-            place = {"data_dir": directory.absolute().parents[2], "dataset": info.dataset}
-            source = pipeline.open_split(**place, resolution=info.resolution, split=split)
+            source = pipeline.open_split(data_dir=data_dir, **place, split=split)
             for start in range(0, len(source), _BLOCK):
                 yield source.gather(np.arange(start, min(start + _BLOCK, len(source))))
 
@@ -205,9 +234,11 @@ class Evaluator:
             "resolution": info.resolution,
             "preprocessing": str(info.preprocessing),
         }
-        return self.cache.reference(
+        reference = self.cache.reference(
             self.extractor, split=split, identity=identity, images=lambda: blocks(split)
         )
+        told = {"dataset": info.dataset, "resolution": info.resolution}
+        return dataclasses.replace(reference, description={**told, **reference.description})
 
 
 def _made() -> dict[str, Any]:

@@ -126,7 +126,9 @@ def _compile(program: str, config: Any, topology: Any, num_classes: int) -> tupl
 def _smaller(program: str, config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
     """What to try when a program does not fit, in order of what it costs: each on top of the one before."""
     changes = []
-    if program != "train":
+    if program == "features":
+        return  # Its batch is no setting.
+    if program == "sample":
         images = config.sampling.batch_per_device // 2
         while images:
             changes.append(("sampling", "batch_per_device", images))
@@ -218,8 +220,8 @@ def define_flags() -> None:
         "program",
         "train",
         PROGRAMS,
-        "The update; or a batch of samples, config.sampling.batch_per_device on every chip; or what FID's "
-        "network makes of them.",
+        "The update; or a batch of samples, config.sampling.batch_per_device on every chip; or a batch of "
+        "images through FID's network.",
     )
     flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the numbers to this file.")

@@ -72,6 +72,8 @@ def plan(
     """
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
+    if not dataset.startswith("imagenet") and (workers is not None or host != (0, 1)):
+        raise InputError("--workers and --host belong to --dataset=imagenet: leave them out")
     if dataset == "openmoji":
         return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
     if dataset == "folder":
@@ -139,14 +141,16 @@ def _plan_imagenet(
     preparation = "adm" if dataset == "imagenet/adm" else "area"
     source = imagenet.open_source(manual_dir)
     wanted = imagenet.shards(source, resolution=resolution, preparation=preparation)
-    features = imagenet.features(resolution)
+    number, hosts = host
 
     def write(staging: Path) -> Path | None:
         directory = layout.dataset_dir(staging, dataset=dataset, resolution=resolution)
-        settings = {"name": "imagenet", "features": features}
-        if shards.write(wanted, directory, workers=workers, host=host[0], hosts=host[1], **settings):
+        place = shards.Place(directory, staging / "notes", "imagenet", imagenet.features(resolution))
+        shards.write(wanted, place, workers=workers, host=number, hosts=hosts)
+        if number > 0:
             return None
-        shards.complete(wanted, directory, version=layout.VERSION, **settings)
+        shards.wait(wanted, place)
+        shards.complete(wanted, place, version=layout.VERSION)
         return directory
 
     return Plan(
@@ -180,6 +184,8 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
             if written is None:
                 return None, False
             _describe(chosen, written)
+            if not overwrite and (existing := _existing(target, chosen)):  # Made by another process since.
+                return existing, False
             _publish(written, target, retired=Path(staging) / "retired")
     if chosen.resumes:
         shutil.rmtree(staging, ignore_errors=True)
@@ -306,10 +312,13 @@ def convert_inception(source: Path, data_dir: Path) -> str:
     with _writing_to(data_dir):
         inception_weights.write(weights, target)
     size = sum(value.size for value in weights.params.values())
+    elsewhere = (
+        "" if data_dir == Path(layout.DEFAULT_DATA_DIR) else f" --inception={shlex.quote(str(target))}"
+    )
     return (
         f"Inception of 2015-12-05: {size:,} weights, batch norms folded in\n"
         f"  sha256 of the weights {weights.sha256}\n  {target}\n"
-        "next: python -m mcm_jax.evaluate --workdir=runs/... --features=inception --num=50000"
+        f"next: python -m mcm_jax.evaluate --workdir=runs/... --features=inception{elsewhere} --num=50000"
     )
 
 
@@ -385,7 +394,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("workers", None, "imagenet: processes; default: one a core.", lower_bound=0)
     flags.DEFINE_string(
-        "host", "1/1", "imagenet: K/N on the K-th of N hosts that share data_dir and run the same command."
+        "host",
+        "1/1",
+        "imagenet: K/N on the K-th of N hosts that share data_dir; the first waits for the others.",
     )
     flags.DEFINE_string("name", None, "folder: what to call the data set; default: the folder's own name.")
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace what is there.")
@@ -418,7 +429,7 @@ def main() -> None:
     )
     info, built = prepare(chosen, data_dir=Path(values.data_dir).expanduser(), overwrite=values.overwrite)
     if info is None:
-        print(f"host {values.host} has written its part; the last host to do so completes the data set")
+        print(f"host {values.host} has written its part; host 1 completes the data set when all have")
         return
     print(report(info, built=built, data_dir=values.data_dir))
 

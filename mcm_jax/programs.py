@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from mcm_jax import experiment, samplers, sharding, trainer
 from mcm_jax.configuration import Config
-from mcm_jax.evaluation.inception import Inception
+from mcm_jax.evaluation import inception_weights
+from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ def train(config: Config, devices: Sequence[jax.Device], *, num_classes: int) ->
 
 def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
     """A batch of samples on every device, which has all parameters, as `runs.Run.sample` draws it."""
-    mesh, images = _whole(config, devices)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    images = config.sampling.batch_per_device * mesh.size
     network, how = experiment.build_network(config, num_classes=num_classes), samplers.resolve(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
     x_var = jax.ShapeDtypeStruct((how.steps,), jnp.float32) if how.x_var == "measured" else None
@@ -64,26 +65,19 @@ def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -
 
 
 def features(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
-    """What FID's network makes of a batch of samples on every device."""
+    """What FID's network makes of images of the config's size, as `evaluate` has it."""
     del num_classes  # Of the images, which the network does not ask.
-    mesh, images = _whole(config, devices)
-    graph, params = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
-    over_batch = sharding.batch_sharding(mesh)
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    network, images = inception_weights.abstract_network(), BATCH_PER_DEVICE * mesh.size
+    batch = jax.ShapeDtypeStruct((images, *samplers.image_shape(config)), jnp.uint8)
     arguments = (
-        _placed(params, sharding.replicated(mesh)),
-        _placed(jax.ShapeDtypeStruct((images, *samplers.image_shape(config)), jnp.uint8), over_batch),
+        _placed(network.params, sharding.replicated(mesh)),
+        _placed(batch, sharding.batch_sharding(mesh)),
     )
-    function = jax.jit(lambda params, x: nnx.merge(graph, params)(x), out_shardings=over_batch)
-    return Program(function, arguments, mesh, _count(params), images)
+    return Program(program(network, mesh), arguments, mesh, _count(network.params), images)
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample, "features": features}
-
-
-def _whole(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, int]:
-    """A mesh on which every device has all parameters, and the images that it samples at once."""
-    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
-    return mesh, config.sampling.batch_per_device * mesh.size
 
 
 def _placed(tree: Any, over: jax.sharding.Sharding) -> Any:

@@ -8,6 +8,7 @@ xla_cache/    compiled programs, so that a second start is fast
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,17 @@ from mcm_jax.errors import InputError
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
+_NOTE = "_CHECKPOINT_METADATA"
 
 # Settings that may change between two starts of the same run: they do not change what is learned.
 _FREE = {
     "data.data_dir",
     "mesh.data",
     "mesh.fsdp",
+    "model.remat",
+    "model.saved",
+    "model.unroll",
+    "model.attention",
     "sampling.sampler",
     "sampling.teacher_steps",
     "sampling.label_rule",
@@ -42,6 +48,17 @@ _FREE = {
     "training.keep_checkpoints",
     "training.sample_every_steps",
 }
+
+
+def checkpoint_identity(workdir: Path, step: int) -> str | None:
+    """A hash that tells a checkpoint from another of the same step: of Orbax's note of it, with its time.
+
+    It goes along when the directory is copied. None where there is no such note.
+    """
+    try:
+        return hashlib.sha256((workdir / CHECKPOINTS / str(step) / _NOTE).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def started(workdir: Path, config: Config) -> DatasetInfo | None:

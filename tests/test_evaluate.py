@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +170,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
     assert {name: record[name] for name in expected} == expected
     assert set(record) - set(expected) == {
         *("metrics", "bounds", "features", "reference", "asked", "sampling_seconds", "features_seconds"),
+        *("version", "checkpoint", "untrained_num"),
         *("created", "versions"),
     }
     assert list(record["metrics"]) == [
@@ -221,10 +221,10 @@ def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_pa
     path = tmp_path / "reference.npz"
     np.savez(path, mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
     load = Loader()
-    chosen = dataclasses.replace(inception, reference=path, metrics=("frechet", "sfid"))
+    chosen = dataclasses.replace(inception, reference=path)
     (record,) = program.evaluate(chosen, load)
     # The file has no moments of spatial features.
-    assert list(record["metrics"]) == ["fid_40"] and record["bounds"] == {}
+    assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["bounds"] == {}
     assert record["reference"] == {
         "file": "reference.npz",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -339,10 +339,6 @@ def test_the_table_names_each_number(options, capsys):
         ({"input_resolution": 8}, "input_resolution=8"),
         ({"features": "vgg"}, "--features=vgg: it is one of efficientnet, inception"),
         ({"metrics": ("kid",)}, "--metrics=kid is defined on Inception's features only"),
-        (
-            {"reference": Path("x.npz")},
-            "--reference=x.npz is of Inception's features; add",
-        ),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
     ],
 )
@@ -462,16 +458,35 @@ def test_other_inputs_are_another_result(options, change):
     assert [call for call in load.runs[0].asked if call[0] == "sample"]
 
 
-def test_a_checkpoint_that_was_written_since_is_measured_again(options, workdirs):
-    program.evaluate(options, Loader())
-    checkpoint = workdirs[0] / "checkpoints" / "300"
-    checkpoint.mkdir(parents=True)
-    for age, measured in ((-3600, False), (3600, True)):
-        changed = datetime.datetime.now().timestamp() + age
-        os.utime(checkpoint, (changed, changed))
+def test_another_checkpoint_of_the_same_step_is_another_result(options, workdirs):
+    """As after training anew in the same place, whatever the files' dates say."""
+    note = workdirs[0] / "checkpoints" / "300" / "_CHECKPOINT_METADATA"
+    note.parent.mkdir(parents=True)
+    for content, measured in (("1", True), ("2", True), ("2", False), ("1", False)):
+        note.write_text(content)
         load = Loader()
         program.evaluate(options, load)
         assert bool(load.runs[0].asked) == measured
+
+
+def test_the_order_in_which_metrics_are_asked_for_does_not_matter(inception):
+    program.evaluate(dataclasses.replace(inception, metrics=("kid", "frechet")), Loader())
+    load = Loader()
+    program.evaluate(dataclasses.replace(inception, metrics=("frechet", "kid", "kid")), load)
+    assert load.runs[0].asked == []
+
+
+def test_a_metric_that_the_reference_cannot_give_is_told_before_sampling(inception, tmp_path):
+    """Asked for it is a mistake; of the usual ones it is left out."""
+    np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
+    chosen = dataclasses.replace(inception, reference=tmp_path / "reference.npz")
+    for metric in ("sfid", "kid", "class_fid", "nearest"):
+        load = Loader()
+        with pytest.raises(InputError, match=f"--metrics={metric}: the reference"):
+            program.evaluate(dataclasses.replace(chosen, metrics=("frechet", metric)), load)
+        assert load.runs[0].asked == []
+    (record,) = program.evaluate(chosen, Loader())
+    assert list(record["metrics"]) == ["fid_40", "inception_score_40"]
 
 
 @pytest.mark.parametrize("flag", ["--steps=1,x", "--guidance=a", "--checkpoint_step=1.5"])
@@ -537,14 +552,19 @@ def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
     [
         ({"reference": None}, "needs --reference=FILE of statistics, or DIR of a prepared data set"),
         ({"reference": Path("DIR")}, "is no prepared data set"),
-        ({"metrics": ("class_fid",), "images": Path("BARE")}, "has no labels"),
+        ({"metrics": ("class_fid",)}, "class_fid: the reference has no single images"),
+        ({"steps": (1,)}, "--images are there already: leave out --steps"),
+        (
+            {"images": Path("BARE"), "metrics": ("kid",), "num": 7},
+            "--metrics=kid needs 2 images or more, there are 1",
+        ),
         ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
         ({"images": Path("/no/where")}, "there is no such file or folder"),
     ],
 )
 def test_bad_input_for_images(inception, tmp_path, change, said):
     write_npz(tmp_path / "samples.npz")
-    np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz"))
+    np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz")[:1])
     np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
     chosen = {"workdirs": (), "images": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
     places = {Path("DIR"): tmp_path, Path("BARE"): tmp_path / "bare.npz"}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from mcm_jax import plan as program
-from mcm_jax import rows
+from mcm_jax import programs, rows
 from mcm_jax.errors import InputError
 from mcm_jax.models import attention
 from mcm_jax.planning import compilation, report, topologies
@@ -92,9 +92,9 @@ def test_sampling_on_four_chips():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_features_on_four_chips():
+def test_features_on_four_chips(monkeypatch):
     raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
-    raw.sampling.batch_per_device = 2
+    monkeypatch.setattr(programs, "BATCH_PER_DEVICE", 2)
     record, _, _ = program.plan(raw, "v5e:2x2", program="features")
     assert record["doubts"] == [] and record["collective_bytes"] == {}
     # The network's layers have 5.711 billion multiply-adds an image; the compiler pads some of them.

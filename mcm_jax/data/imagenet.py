@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.resources
 import io
 import itertools
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,20 +106,24 @@ class Tars(Source):
                     f"--manual_dir={manual_dir} has no {path.name}; get {TRAIN_TAR} and {TEST_TAR} from "
                     "https://image-net.org/download-images and put both there"
                 )
-        self._classes = _members(self._paths["train"])
-        self._images = sorted(_members(self._paths["test"]), key=lambda member: member.name)
+        try:
+            self._classes, images = (_members(path) for path in self._paths.values())
+        except OSError as error:
+            raise InputError(
+                f"--manual_dir={manual_dir}: cannot read {error.filename} ({error.strerror})"
+            ) from error
+        self._images = sorted(images, key=lambda member: member.name)
         labels = {name: label for label, name in enumerate(class_names())}
         strangers = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
         if strangers:
             raise InputError(f"{self._paths['train']}: {strangers[0]} is the tar of no class of ILSVRC2012")
         self._labels = labels
-        # By the order of names, whatever the order in the tar, as TFDS assigns them.
         test_labels = _tfds_text("validation_labels.txt")
-        if len(self._images) > len(test_labels):
-            raise InputError(
-                f"{self._paths['test']} has {len(self._images)} files, ILSVRC2012 only {COUNTS['test']}"
-            )
-        self._test_labels = [labels[name] for name in test_labels[: len(self._images)]]
+        numbers = [_test_number(one.name) for one in self._images]
+        if None in numbers:
+            stranger = self._images[numbers.index(None)].name
+            raise InputError(f"{self._paths['test']}: {stranger} is no validation image of ILSVRC2012")
+        self._test_labels = [labels[test_labels[number - 1]] for number in numbers]
         listing = "".join(f"{one.name} {one.size}\n" for one in (*self._classes, *self._images))
         self.fingerprint = f"tars {hashlib.sha256(listing.encode()).hexdigest()}"
 
@@ -150,6 +155,13 @@ class Tars(Source):
                 member = self._images[index]
                 file.seek(member.offset)
                 yield Encoded(member.name, file.read(member.size), self._test_labels[index])
+
+
+def _test_number(name: str) -> int | None:
+    """1 to 50,000, of "ILSVRC2012_val_00000001.JPEG"; None: another name. The labels are in this order."""
+    found = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
+    number = int(found.group(1)) if found else 0
+    return number if 1 <= number <= COUNTS["test"] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +247,10 @@ def open_source(manual_dir: str) -> Source:
     Raises:
       InputError: neither is there, or what is there is damaged.
     """
-    if any((Path(manual_dir) / name).exists() for name in (TRAIN_TAR, TEST_TAR)):
-        return Tars(Path(manual_dir))
-    return Prepared(manual_dir)
+    directory = Path(manual_dir).expanduser()
+    if any((directory / name).exists() for name in (TRAIN_TAR, TEST_TAR)):
+        return Tars(directory)
+    return Prepared(manual_dir if "://" in manual_dir else str(directory))
 
 
 def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[np.ndarray, "r r 3"]:

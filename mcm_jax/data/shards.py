@@ -1,8 +1,8 @@
 """Writes a TFDS data set shard by shard: in parallel over processes and hosts, and on from where it stopped.
 
-A shard is written under another name, then renamed, and a note with its size and count beside it says that it
-is whole. Hosts share the directory, each does every n-th shard, and whoever finds all of them there completes
-the data set.
+A shard is written under another name, then renamed, and a note with its size and count, in a directory of its
+own, says that it is whole. Hosts share both directories, each writes every n-th shard, and the first one
+completes the data set when it finds all of them there.
 """
 
 import concurrent.futures
@@ -12,6 +12,8 @@ import functools
 import json
 import multiprocessing
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,53 +37,73 @@ class Shard:
     count: int
     examples: Callable[[], Iterator[dict[str, Any]]]  # picklable
 
-    def path(self, directory: Path, name: str) -> Path:
-        """Where TFDS looks for it."""
-        return directory / f"{name}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a data set's shards and their notes are written, its name, and what a record holds."""
+
+    directory: Path
+    notes: Path
+    name: str
+    features: tfds.features.FeaturesDict
+
+    def path(self, shard: Shard) -> Path:
+        """Where TFDS looks for a shard."""
+        number = f"{shard.index:05d}-of-{shard.count:05d}"
+        return self.directory / f"{self.name}-{shard.split}.array_record-{number}"
+
+    def note(self, shard: Shard) -> Path:
+        """Beside no shard: what is in `directory` is the data set and nothing else."""
+        return self.notes / f"{self.path(shard).name}.json"
+
+    def is_whole(self, shard: Shard) -> bool:
+        """Whether a shard was written to its end, and is as long as it was then."""
+        try:
+            return self.path(shard).stat().st_size == json.loads(self.note(shard).read_text())["bytes"]
+        except (OSError, ValueError, KeyError):
+            return False
 
 
 def write(
-    shards: Sequence[Shard],
-    directory: Path,
-    *,
-    name: str,
-    features: tfds.features.FeaturesDict,
-    workers: int | None = None,
-    host: int = 0,
-    hosts: int = 1,
-) -> int:
-    """Writes the shards of this host that are not there yet; returns how many of all are still missing.
+    shards: Sequence[Shard], place: Place, *, workers: int | None = None, host: int = 0, hosts: int = 1
+) -> None:
+    """Writes the shards of this host that are not there yet.
 
     Args:
-      name: of the data set.
       workers: processes; None: one a core; 0: this one.
 
     Raises:
       InputError: what reading the examples raises.
       OSError: of the disk.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    own = [shard for shard in shards[host::hosts] if not _is_whole(shard.path(directory, name))]
-    work = functools.partial(_write_one, directory=directory, name=name, features=features)
+    place.directory.mkdir(parents=True, exist_ok=True)
+    own = [shard for shard in shards[host::hosts] if not place.is_whole(shard)]
+    work = functools.partial(_write_one, place=place)
     if workers == 0:
         for shard in progress.bar(own, "shards"):
             work(shard)
     elif own:
         _in_parallel(work, own, workers or os.cpu_count() or 1)
-    return sum(not _is_whole(shard.path(directory, name)) for shard in shards)
 
 
-def complete(
-    shards: Sequence[Shard], directory: Path, *, name: str, features: tfds.features.FeaturesDict, **info: Any
-) -> None:
+def wait(shards: Sequence[Shard], place: Place, *, every_seconds: float = 10.0) -> None:
+    """Until other hosts have written theirs."""
+    missing = [shard for shard in shards if not place.is_whole(shard)]
+    if missing:
+        print(f"waiting for {len(missing)} shards of other hosts", file=sys.stderr, flush=True)
+    while missing:
+        time.sleep(every_seconds)
+        missing = [shard for shard in missing if not place.is_whole(shard)]
+
+
+def complete(shards: Sequence[Shard], place: Place, **info: Any) -> None:
     """Writes what TFDS needs besides the shards, which must all be there.
 
     info: for `tfds.core.DatasetInfo`, such as description.
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
-        note = json.loads(_note(shard.path(directory, name)).read_text())
-        notes.setdefault(shard.split, []).append(note)
+        notes.setdefault(shard.split, []).append(json.loads(place.note(shard).read_text()))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [
         tfds.core.SplitInfo(
@@ -89,9 +111,9 @@ def complete(
             shard_lengths=[note["examples"] for note in found],
             num_bytes=sum(note["bytes"] for note in found),
             filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=directory,
+                data_dir=place.directory,
                 template=template,
-                dataset_name=name,
+                dataset_name=place.name,
                 split=split,
                 filetype_suffix="array_record",
             ),
@@ -99,26 +121,24 @@ def complete(
         for split, found in notes.items()
     ]
     tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=features,
+        data_dir=place.directory,
+        features=place.features,
         split_infos=splits,
         filename_template=template,
         check_data=False,
         **info,
     )
-    for shard in shards:
-        _note(shard.path(directory, name)).unlink()
 
 
-def _write_one(shard: Shard, *, directory: Path, name: str, features: tfds.features.FeaturesDict) -> None:
-    path = shard.path(directory, name)
+def _write_one(shard: Shard, *, place: Place) -> None:
+    path = place.path(shard)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     try:
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)
         try:
             for example in shard.examples():
-                writer.write(features.serialize_example(example))
+                writer.write(place.features.serialize_example(example))
                 count += 1
         finally:
             writer.close()
@@ -131,20 +151,7 @@ def _write_one(shard: Shard, *, directory: Path, name: str, features: tfds.featu
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    write_whole(_note(path), json.dumps({"examples": count, "bytes": path.stat().st_size}))
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard was written to its end, and is as long as it was then."""
-    try:
-        note = json.loads(_note(path).read_text())
-        return path.stat().st_size == note["bytes"]
-    except (OSError, ValueError, KeyError):
-        return False
+    write_whole(place.note(shard), json.dumps({"examples": count, "bytes": path.stat().st_size}))
 
 
 def _in_parallel(work: Callable[[Shard], None], shards: Sequence[Shard], workers: int) -> None:

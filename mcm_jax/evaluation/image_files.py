@@ -60,8 +60,10 @@ def open_images(path: Path) -> ImageFiles:
         for start in range(0, len(images), size):
             yield images[start : start + size], of[start : start + size]
 
-    sha256 = hashlib.sha256(images.tobytes()).hexdigest()
-    return ImageFiles(len(images), labels is not None, {"images": path.name, "sha256": sha256}, blocks)
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(of))
+    description = {"images": path.name, "sha256": digest.hexdigest()}
+    return ImageFiles(len(images), labels is not None, description, blocks)
 
 
 def _folder(path: Path) -> ImageFiles:
@@ -75,6 +77,10 @@ def _folder(path: Path) -> ImageFiles:
         try:
             with Image.open(file) as image:
                 sizes.setdefault(image.size, file)
+                if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
+                    raise ValueError(
+                        f"of mode {image.mode}; take 8-bit RGB, grey or palette, not transparent"
+                    )
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(file, error) from error
         digest.update(file.read_bytes())

@@ -52,16 +52,23 @@ class Weights:
 
     def network(self) -> FeatureNetwork:
         """`inception.Inception` with these weights, for evaluation."""
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
-        state = nnx.to_flat_state(abstract)
+        abstract = abstract_network()
+        state = nnx.to_flat_state(abstract.params)
         found = [(path, variable.replace(self.params[_name(path)])) for path, variable in state]
-        return FeatureNetwork(
-            params=nnx.from_flat_state(found),
-            apply=lambda params, images: nnx.merge(graph, params)(images)._asdict(),
-            dimensions={"pool": inception.POOL, "spatial": inception.SPATIAL, "logits": inception.CLASSES},
-            distance="fid",
-            description={"network": "inception-2015-12-05", "sha256": self.sha256},
-        )
+        description = {**abstract.description, "sha256": self.sha256}
+        return dataclasses.replace(abstract, params=nnx.from_flat_state(found), description=description)
+
+
+def abstract_network() -> FeatureNetwork:
+    """The network with shapes in place of weights: to compile it."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
+    return FeatureNetwork(
+        params=abstract,
+        apply=lambda params, images: nnx.merge(graph, params)(images)._asdict(),
+        dimensions={"pool": inception.POOL, "spatial": inception.SPATIAL, "logits": inception.CLASSES},
+        distance="fid",
+        description={"network": "inception-2015-12-05"},
+    )
 
 
 def load(path: Path) -> Weights:

@@ -28,16 +28,10 @@ from mcm_jax.evaluation.metrics import (
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 
 NEAREST = "nearest_neighbour_distance"
-# What may be asked for, and of which features beyond "pool" it is.
-METRICS = {
-    "frechet": (),
-    "nearest": (),
-    "sfid": ("spatial",),
-    "inception_score": ("logits",),
-    "kid": ("logits",),
-    "precision_recall": ("logits",),
-    "class_fid": ("logits",),
-}
+# What may be asked for, in the order of results.
+METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
+# By name defined on the features of every network; the others on Inception's only.
+_OF_ALL_FEATURES = ("frechet", "nearest")
 # Of single images, so that all features are held and the reference must have kept its own.
 _OF_SINGLE_IMAGES = ("kid", "precision_recall", "class_fid")
 
@@ -73,12 +67,28 @@ def check_metrics(metrics: Sequence[str], network: FeatureNetwork, *, num: int) 
     for metric in metrics:
         if metric not in METRICS:
             raise InputError(f"--metrics={metric}: there are {', '.join(METRICS)}")
-        if not set(METRICS[metric]) <= set(network.dimensions):
+        if metric not in _OF_ALL_FEATURES and network.distance != "fid":
             raise InputError(
                 f"--metrics={metric} is defined on Inception's features only: add --features=inception"
             )
-        if num < _FEWEST.get(metric, 2):
-            raise InputError(f"--metrics={metric} needs {_FEWEST[metric]} samples or more, --num={num}")
+        fewest = _FEWEST.get(metric, 2)
+        if num < fewest:
+            raise InputError(f"--metrics={metric} needs {fewest} images or more, there are {num}")
+
+
+def lacking(metric: str, reference: Reference, *, labelled: bool = True) -> str | None:
+    """What a reference, or samples without labels, lack for a metric; None: nothing."""
+    if metric == "sfid" and "spatial" not in reference.moments:
+        return "the reference has no moments of spatial features"
+    if metric in (*_OF_SINGLE_IMAGES, "nearest") and reference.features is None:
+        return "the reference has no single images"
+    if metric == "precision_recall" and len(reference.features) <= NEIGHBOURS:
+        return f"the reference has no more than {NEIGHBOURS} images"
+    if metric == "class_fid" and reference.labels is None:
+        return "the reference's images have no labels"
+    if metric == "class_fid" and not labelled:
+        return "the images have no labels"
+    return None
 
 
 def evaluate_samples(
@@ -92,8 +102,7 @@ def evaluate_samples(
 ) -> Scores:
     """Scores a stream of `num` uint8 images against a reference, holding one block of images at a time.
 
-    Metrics are left out for which the reference lacks what they need, spatial moments or single images, or
-    for which there are too few samples.
+    Metrics are left out for which something is `lacking`, or for which there are too few samples.
 
     Args:
       metrics: of METRICS.
@@ -102,9 +111,10 @@ def evaluate_samples(
     """
     sizes, distance = extractor.network.dimensions, extractor.network.distance
     whole, first = Moments(sizes["pool"]), Moments(sizes["pool"])
-    spatial = Moments(sizes["spatial"]) if "sfid" in metrics and "spatial" in reference.moments else None
+    metrics = [metric for metric in METRICS if metric in metrics and not lacking(metric, reference)]
+    spatial = Moments(sizes["spatial"]) if "sfid" in metrics else None
     classes = ClassScores(num, sizes["logits"]) if "inception_score" in metrics else None
-    singles = reference.features is not None and set(metrics) & set(_OF_SINGLE_IMAGES)
+    singles = set(metrics) & set(_OF_SINGLE_IMAGES)
     rows, labels, nearest_sum, seconds = [], [], 0.0, 0.0
     for images, of_images in blocks:
         start = time.monotonic()
@@ -120,7 +130,7 @@ def evaluate_samples(
         if singles:
             rows.append(pool)
             labels.append(of_images)
-        if "nearest" in metrics and reference.features is not None:
+        if "nearest" in metrics:
             nearest_sum += float(nearest_neighbour_distances(pool, reference.features).sum())
     if whole.count != num:
         raise ValueError(f"{whole.count} images came, {num} were announced")
@@ -135,7 +145,7 @@ def evaluate_samples(
         result[counted("inception_score", num)] = classes.score
     if singles:
         result |= _of_single_images(np.concatenate(rows), np.concatenate(labels), reference, metrics)
-    if "nearest" in metrics and reference.features is not None:
+    if "nearest" in metrics:
         result[NEAREST] = nearest_sum / num
     return Scores(result, num, whole.rank_deficient or reference.rank_deficient, seconds)
 
@@ -149,7 +159,7 @@ def _of_single_images(
     if "precision_recall" in metrics:
         precision, recall = precision_recall(rows, reference.features)
         result |= {counted("precision", num): precision, counted("recall", num): recall}
-    if "class_fid" in metrics and reference.labels is not None:
+    if "class_fid" in metrics:
         distance = class_distance(rows, labels, reference.features, reference.labels)
         if not math.isnan(distance):
             result[counted("class_fid", num)] = distance

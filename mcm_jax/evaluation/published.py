@@ -24,10 +24,11 @@ from mcm_jax.evaluation.references import Reference, checked
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
-def read(path: Path, extractor: Extractor) -> Reference:
+def read(path: Path, extractor: Extractor, *, single_images: bool = False) -> Reference:
     """The reference in a file. Distances to another file's, or to a data set's, can't be compared with its.
 
-    ADM's images are put through `extractor`, for the metrics that compare with single images.
+    Args:
+      single_images: also put ADM's images through `extractor`, for metrics that compare with single ones.
 
     Raises:
       InputError: no such file, none of the forms, of other dimensions or not finite.
@@ -48,14 +49,14 @@ def read(path: Path, extractor: Extractor) -> Reference:
         moments = {"pool": _moments(arrays, *names[0])}
         if {"mu_s", "sigma_s"} <= set(arrays):
             moments["spatial"] = _moments(arrays, "mu_s", "sigma_s")
-        images = arrays.get("arr_0")
+        images = _images(arrays["arr_0"]) if single_images and "arr_0" in arrays else None
         return checked(
             Reference(
                 sha256=sha256,
                 description={"file": path.name, "sha256": sha256, "count": None},
                 count=None,
                 moments=moments,
-                features=None if images is None else extractor(_images(images))["pool"],
+                features=None if images is None else extractor(images)["pool"],
             ),
             extractor,
         )

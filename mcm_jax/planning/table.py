@@ -74,15 +74,16 @@ def scaling(records: Sequence[dict[str, Any]]) -> str:
         ("images a chip", lambda one: one["images_per_step"] / one["chips"], _slower),
         ("images an update", lambda one: one["images_per_step"], _faster),
     ):
-        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
         for one in train:
             if one["fits"]:
-                groups.setdefault((_config(one), size(one)), []).append(one)
-        for (config, value), ones in sorted(groups.items()):
+                groups.setdefault((_config(one), _others(one), size(one)), []).append(one)
+                _scaling_cells(one)  # Fails where it is no record.
+        for (config, others, value), ones in sorted(groups.items()):
             if len(ones) > 1:
                 columns = (*_SCALING_COLUMNS, compared(ones[0], ones[0])[0])
                 cells = ([*_scaling_cells(one), compared(ones[0], one)[1]] for one in ones)
-                lines += [f"{config}, {value:g} {title}{_common(ones)}", "", *_rows(columns, cells)]
+                lines += [f"{config}, {value:g} {title}{others}", "", *_rows(columns, cells)]
     for one in train:
         if not one["fits"]:
             lines += [
@@ -92,9 +93,11 @@ def scaling(records: Sequence[dict[str, Any]]) -> str:
     return _text(lines, train)
 
 
-def _common(records: Sequence[dict[str, Any]]) -> str:
-    """The overrides that all of them have."""
-    overrides = [flag for flag in records[0]["overrides"] if all(flag in one["overrides"] for one in records)]
+def _others(record: dict[str, Any]) -> str:
+    """Overrides but for those that a row tells."""
+    told = ("mesh.fsdp", "training.batch_size", "training.accumulation_steps")
+    starts = tuple(f"--config.{name}=" for name in told)
+    overrides = [flag for flag in record["overrides"] if not flag.startswith(starts)]
     return f", with `{' '.join(overrides)}`" if overrides else ""
 
 

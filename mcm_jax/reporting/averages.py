@@ -15,6 +15,7 @@ from mcm_jax.reporting.results import DISTANCES, OBJECTIVES, Collection, Conditi
 _NOT_LEARNED = {
     "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
     "data": ("data_dir",),
+    "model": ("remat", "saved", "unroll", "attention"),
     "training": ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "sample_every_steps"),
 }
 
@@ -179,13 +180,20 @@ def _evaluated(result: Result) -> tuple[Any, ...]:
 
 
 def _newest(results: Iterable[Result]) -> list[Result]:
-    """Of results that differ in nothing but their date the newest, in the order they were read."""
-    kept: dict[Any, Result] = {}
+    """Results that differ in their date or in what was asked for as one, in the order they were read.
+
+    Of every number the newest counts.
+    """
+    same: dict[Any, list[Result]] = {}
     for result in results:
-        key = (*_evaluated(result), result.checkpoint_step, result.seed)
-        if key not in kept or result.created >= kept[key].created:
-            kept[key] = result
-    return list(kept.values())
+        same.setdefault((*_evaluated(result), result.checkpoint_step, result.seed), []).append(result)
+    kept = []
+    for ones in same.values():
+        ones.sort(key=lambda one: one.created)
+        metrics = {name: value for one in ones for name, value in one.metrics.items()}
+        bounds = {name: value for one in ones for name, value in one.bounds.items()}
+        kept.append(dataclasses.replace(ones[-1], metrics=metrics, bounds=bounds))
+    return kept
 
 
 def _recipe(run: str, runs: Mapping[str, Run]) -> str:

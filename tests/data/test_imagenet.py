@@ -152,7 +152,7 @@ def test_a_prepared_data_set(manual_dir, tmp_path, workers):
     source = pipeline.open_split(data_dir=tmp_path, dataset="imagenet", resolution=RESOLUTION, split="test")
     assert len(source) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"imagenet"}
-    assert not list(info.path.glob("*.json.tmp")) and not list(info.path.glob("*.array_record-*.json"))
+    assert not list(info.path.glob("*.array_record-*.json"))
 
 
 def test_tars_and_tfds_give_the_same_images(manual_dir, tfds_dir, tmp_path):
@@ -256,6 +256,10 @@ def test_an_image_that_cannot_be_read_is_named(manual_dir, tmp_path):
             {imagenet.TRAIN_TAR: tar({"cats.tar": b""}), imagenet.TEST_TAR: tar({})},
             "cats.tar is the tar of no class",
         ),
+        (
+            {imagenet.TRAIN_TAR: tar({}), imagenet.TEST_TAR: tar({"._ILSVRC2012_val_00000001.JPEG": b""})},
+            "._ILSVRC2012_val_00000001.JPEG is no validation image",
+        ),
         ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "is no tar or is cut off"),
     ],
 )
@@ -303,17 +307,37 @@ def test_an_interrupted_preparation_goes_on_where_it_was(manual_dir, tmp_path, m
     assert {path.name for path in data_dir.iterdir()} == {"imagenet"}
 
 
-def test_hosts_share_the_work(manual_dir, tmp_path):
-    """Each writes its part; the last one completes, and it is the same data set as one host's."""
+def test_hosts_share_the_work(manual_dir, tmp_path, monkeypatch):
+    """Each writes its part; the first one waits and completes, and it is the same data set as one host's."""
     whole, _ = prepared(manual_dir, tmp_path / "whole")
     data_dir = tmp_path / "data"
-    for host in (0, 2):
-        assert prepared(manual_dir, data_dir, host=(host, 3)) == (None, False)
-        assert not (data_dir / "imagenet").exists()
-    info, built = prepared(manual_dir, data_dir, host=(1, 3))
+    assert prepared(manual_dir, data_dir, host=(1, 3)) == (None, False)
+    assert not (data_dir / "imagenet").exists()
+
+    def others(_):
+        """While the first waits, the last comes to its end."""
+        assert prepared(manual_dir, data_dir, host=(2, 3)) == (None, False)
+
+    monkeypatch.setattr(shards.time, "sleep", others)
+    info, built = prepared(manual_dir, data_dir, host=(0, 3))
     assert built and info.fingerprints == whole.fingerprints
-    again, built = prepared(manual_dir, data_dir, host=(0, 3))
-    assert not built and again == info
+    for host in range(3):
+        assert prepared(manual_dir, data_dir, host=(host, 3)) == (info, False)
+
+
+def test_an_interruption_after_the_last_shard_makes_none_again(manual_dir, tmp_path, monkeypatch):
+    """While all is read once more, for the hash."""
+
+    def interrupted(*_):
+        raise Interrupted
+
+    describe = prepare._describe
+    monkeypatch.setattr(prepare, "_describe", interrupted)
+    with pytest.raises(Interrupted):
+        prepared(manual_dir, tmp_path)
+    monkeypatch.setattr(prepare, "_describe", describe)
+    monkeypatch.setattr(shards, "_write_one", interrupted)
+    assert prepared(manual_dir, tmp_path)[1]
 
 
 def test_a_disk_that_fills_leaves_nothing_for_complete(manual_dir, tmp_path, monkeypatch):

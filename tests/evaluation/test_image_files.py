@@ -66,6 +66,16 @@ def text(path):
     path.write_text("no image")
 
 
+def transparent(path):
+    path.parent.mkdir()
+    Image.fromarray(IMAGES[0]).convert("RGBA").save(path)
+
+
+def deep(path):
+    path.parent.mkdir()
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(path)
+
+
 def cut_off(path):
     content = io.BytesIO()
     np.savez(content, IMAGES)
@@ -79,6 +89,8 @@ def cut_off(path):
         (lambda path: path.mkdir(), "no images in that folder"),
         (lambda path: text(path / "a.png"), "a.png: not a readable image"),
         (lambda path: path.write_bytes(b"text"), "neither a whole .npz nor a folder"),
+        (lambda path: transparent(path / "a.png"), "a.png: not a readable image .of mode RGBA; take 8-bit"),
+        (lambda path: deep(path / "a.png"), "a.png: not a readable image .of mode I;16; take 8-bit"),
         (cut_off, "neither a whole .npz nor a folder"),
         (
             lambda path: np.savez(path.open("wb"), x=IMAGES),

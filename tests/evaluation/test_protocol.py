@@ -215,7 +215,7 @@ def test_metrics_of_other_features_are_refused(metrics, said):
 @pytest.mark.parametrize(("metric", "fewest"), [("precision_recall", 4), ("inception_score", 10)])
 def test_too_few_samples_are_refused_beforehand(metric, fewest):
     protocol.check_metrics((metric,), INCEPTION.network, num=fewest)
-    with pytest.raises(InputError, match=f"needs {fewest} samples or more, --num={fewest - 1}"):
+    with pytest.raises(InputError, match=f"needs {fewest} images or more, there are {fewest - 1}"):
         protocol.check_metrics((metric,), INCEPTION.network, num=fewest - 1)
 
 

@@ -40,7 +40,7 @@ LAYOUTS = {
 def test_moments_of_every_layout(layout, tmp_path):
     path = tmp_path / "reference"
     LAYOUTS[layout](path)
-    reference = published.read(path, EXTRACTOR)
+    reference = published.read(path, EXTRACTOR, single_images=True)
     np.testing.assert_array_equal(reference.moments["pool"][0], MU)
     np.testing.assert_array_equal(reference.moments["pool"][1], SIGMA)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -52,9 +52,15 @@ def test_moments_of_every_layout(layout, tmp_path):
 def test_adms_images_and_spatial_moments(tmp_path):
     path = tmp_path / "reference"
     LAYOUTS["ADM's"](path)
-    reference = published.read(path, EXTRACTOR)
+    reference = published.read(path, EXTRACTOR, single_images=True)
     np.testing.assert_array_equal(reference.features, EXTRACTOR(IMAGES)["pool"])
     np.testing.assert_array_equal(reference.moments["spatial"][1], SIGMA[:3, :3])
+
+
+def test_adms_images_are_left_alone_where_nothing_needs_them(tmp_path):
+    path = tmp_path / "reference"
+    LAYOUTS["ADM's"](path)
+    assert published.read(path, EXTRACTOR).features is None
 
 
 def test_float32_moments_are_widened(tmp_path):
@@ -84,7 +90,7 @@ def test_what_is_no_reference(write, said, tmp_path):
     path = tmp_path / "reference"
     write(path)
     with pytest.raises(InputError, match=said) as error:
-        published.read(path, EXTRACTOR)
+        published.read(path, EXTRACTOR, single_images=True)
     assert str(error.value).startswith(f"--reference={path}") and "\n" not in str(error.value)
 
 
@@ -94,4 +100,4 @@ def test_a_cut_off_file_is_none(tmp_path):
         LAYOUTS[layout](path)
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(InputError, match=r"is damaged|not a pickle"):
-            published.read(path, EXTRACTOR)
+            published.read(path, EXTRACTOR, single_images=True)

@@ -102,16 +102,21 @@ def test_sampling_stands_apart():
 def test_scaling():
     """Twice the chips with twice the batch, and with the same; a table begins with its smallest slice."""
     twice = {"topology": "v5e:8x16", "chips": 128}
-    parts = {"images_per_step": 4096, "accumulation_steps": 2, "overrides": ["--a=1", "--b=2"]}
+    parts = {
+        "images_per_step": 4096,
+        "accumulation_steps": 2,
+        "overrides": ["--b=2", "--config.mesh.fsdp=128"],
+    }
     weak = RECORD | twice | parts | {"estimated_step_seconds": 0.26}
-    strong = RECORD | twice | {"estimated_step_seconds": 0.16}
+    strong = RECORD | twice | {"estimated_step_seconds": 0.16, "overrides": ["--b=2"]}
+    apart = strong | {"overrides": ["--c=3"], "estimated_step_seconds": 9.0}
     refused = RECORD | {"topology": "v5e:2x4", "chips": 8, "fits": False, "would_fit_with": None}
     record = RECORD | {"overrides": ["--b=2"]}
     other = RECORD | {"config": "configs/imagenet128.py:small,ct,steps=8"}
-    records = [weak, strong, record, refused, other]
+    records = [weak, strong, record, refused, other, apart]
     text = table.scaling(records)
     assert "imagenet64 small,ct,steps=8, 32 images a chip, with `--b=2`\n" in text
-    assert "imagenet64 small,ct,steps=8, 2048 images an update\n" in text
+    assert "imagenet64 small,ct,steps=8, 2048 images an update, with `--b=2`\n" in text
     header, _, first, second, _, _, third, fourth = rows(records, table.scaling)
     assert first == ["v5e:8x8", "64", "2048", "32", "1", "0.2500", "21%", "8192", "1.000"]
     assert second == ["v5e:8x16", "128", "4096", "32", "2", "0.2600", "21%", "15754", "1.040"]

@@ -150,3 +150,25 @@ def test_pictures_of_one_noise_by_training_seed_teacher_first(tmp_path):
     group = averages.Group(collection.results[0].conditions, (0, 3), collection.results)
     found = {seed: [result.run for result in members] for seed, members in averages.grids(group).items()}
     assert found == {0: ["teacher", "cd2", "cd8", "ct1"], 1: ["other"]}
+
+
+def test_numbers_that_were_asked_for_apart_are_one_result(tmp_path):
+    """Of each the newest counts."""
+    fields = [
+        {
+            "metrics": {"fd_effnet_lite0_1024": 5.0},
+            "bounds": {"a": 1.0},
+            "created": "2026-01-01T00:00:00+00:00",
+        },
+        {
+            "metrics": {"nearest_neighbour_distance": 7.0},
+            "bounds": {},
+            "created": "2026-01-03T00:00:00+00:00",
+        },
+        {"metrics": {"fd_effnet_lite0_1024": 6.0}, "bounds": {}, "created": "2026-01-02T00:00:00+00:00"},
+    ]
+    write(tmp_path / "cd4", *(record(**each) for each in fields))
+    (found,), _ = averages.group(results.collect(tmp_path))
+    (result,) = found.results
+    assert result.metrics == {"fd_effnet_lite0_1024": 6.0, "nearest_neighbour_distance": 7.0}
+    assert result.bounds == {"a": 1.0}

@@ -130,6 +130,8 @@ def test_where_results_belong(settings, changes, cell, tmp_path):
         ({"model": {"widths": [256, 512, 1024], "blocks": [3, 3, 4]}}, {}),
         ({}, {"resolution": 128}),
         ({}, {"dataset": "openmoji"}),
+        ({}, {"dataset": "imagenet/adm"}),
+        ({}, {"guidance": 0.5}),
         ({}, {"parameters": "raw"}),
         ({}, {"steps": 2}),
         ({}, {"sampler": "ddpm"}),
