@@ -69,9 +69,8 @@ class Evaluator:
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
-            # Those that compare with single images.
-            single = {"nearest", "kid", "precision_recall", "class_fid"} & set(self.metrics)
-            self.given = published.read(reference, self.extractor, single_images=bool(single))
+            single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
+            self.given = published.read(reference, self.extractor, single_images=single_images)
 
     def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The newest result of these inputs in the run's file."""

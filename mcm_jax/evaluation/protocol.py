@@ -32,8 +32,10 @@ NEAREST = "nearest_neighbour_distance"
 METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
 # By name defined on the features of every network; the others on Inception's only.
 _OF_ALL_FEATURES = ("frechet", "nearest")
-# Of single images, so that all features are held and the reference must have kept its own.
-_OF_SINGLE_IMAGES = ("kid", "precision_recall", "class_fid")
+# Of these all features of the samples are held.
+_HELD = ("kid", "precision_recall", "class_fid")
+# Compare with single images of the reference, which must have kept their features.
+OF_SINGLE_IMAGES = ("nearest", *_HELD)
 
 Images = UInt8[np.ndarray, "N H W 3"]
 
@@ -80,7 +82,7 @@ def lacking(metric: str, reference: Reference, *, labelled: bool = True) -> str 
     """What a reference, or samples without labels, lack for a metric; None: nothing."""
     if metric == "sfid" and "spatial" not in reference.moments:
         return "the reference has no moments of spatial features"
-    if metric in (*_OF_SINGLE_IMAGES, "nearest") and reference.features is None:
+    if metric in OF_SINGLE_IMAGES and reference.features is None:
         return "the reference has no single images"
     if metric == "precision_recall" and len(reference.features) <= NEIGHBOURS:
         return f"the reference has no more than {NEIGHBOURS} images"
@@ -114,7 +116,7 @@ def evaluate_samples(
     metrics = [metric for metric in METRICS if metric in metrics and not lacking(metric, reference)]
     spatial = Moments(sizes["spatial"]) if "sfid" in metrics else None
     classes = ClassScores(num, sizes["logits"]) if "inception_score" in metrics else None
-    singles = set(metrics) & set(_OF_SINGLE_IMAGES)
+    singles = set(metrics) & set(_HELD)
     rows, labels, nearest_sum, seconds = [], [], 0.0, 0.0
     for images, of_images in blocks:
         start = time.monotonic()
