@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Plans one train step, of the small network for ImageNet64 with CT, for slices of 8 to 256 TPU v5e chips, without a
 # TPU, and prints how the estimates change: at 32 images a chip, and at 2048 images in all (in parts of 32 images a
-# chip where there would be more). Blocks are in a loop, which compiles faster; the step is a slower one than that
-# of plan_table.sh.
+# chip where there would be more). Blocks are in a loop and computed again for the gradient, which compiles faster;
+# the step is a slower one than that of plan_table.sh.
 # Eleven plans one after another, some minutes each on 2 cores.
 #
 #   bash launch/plan_scaling.sh                   runs/scaling
@@ -30,7 +30,8 @@ plan() {
   local file="$out/$2-chips-$3-images.json"
   [ -f "$file" ] || mcm_run python -m mcm_jax.plan --json="$file" \
     --config=configs/imagenet64.py:small,ct,steps=8 --topology="v5e:$1" --config.model.unroll=False \
-    --config.mesh.fsdp="$2" --config.training.batch_size="$3" --config.training.accumulation_steps="$4" || return
+    --config.model.remat=full --config.mesh.fsdp="$2" --config.training.batch_size="$3" \
+    --config.training.accumulation_steps="$4" || return
 }
 
 mcm_run mkdir -p "$out"
