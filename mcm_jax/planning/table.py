@@ -56,9 +56,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """
     ordered = sorted(records, key=_order)
     lines = []
-    for (trains, overrides), group in itertools.groupby(ordered, key=lambda one: _order(one)[:2]):
+    for (others, overrides), group in itertools.groupby(ordered, key=lambda one: _order(one)[:2]):
         title = f"With `{' '.join(overrides)}`" if overrides else "The configs as they are"
-        columns, cells = (_COLUMNS, _cells) if trains == 0 else (_SAMPLING_COLUMNS, _sampling_cells)
+        columns, cells = _COLUMNS, _cells
+        if others:
+            title, columns, cells = f"Evaluation. {title}", _SAMPLING_COLUMNS, _sampling_cells
         lines += [title, "", *_rows(columns, (cells(one) for one in group))]
     return _text(lines, ordered)
 

@@ -89,7 +89,7 @@ def test_sampling_stands_apart():
     sample = RECORD | {"program": "sample", "images_per_step": 4096, "estimated_images_per_second": 16384.0}
     refused = sample | {"program": "features", "fits": False, "would_fit_with": None}
     text = table.table([refused, sample, RECORD])
-    assert text.count("The configs as they are") == 2
+    assert text.index("The configs as they are\n") < text.index("Evaluation. The configs as they are\n")
     *_, header, _, row, last = rows([refused, sample, RECORD])
     assert row == [
         *("imagenet64 small,ct,steps=8", "v5e:8x8", "sample", "4096"),
