@@ -65,6 +65,7 @@ class Evaluator:
         """
         self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
+        self._references: dict[tuple[Any, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
@@ -220,9 +221,7 @@ class Evaluator:
             raise InputError(f"--reference_split={split}: {directory} has {', '.join(info.fingerprints)}")
 
         def blocks(split: str) -> Blocks:
-            source = pipeline.open_split(data_dir=data_dir, **place, split=split)
-            for start in range(0, len(source), _BLOCK):
-                yield source.gather(np.arange(start, min(start + _BLOCK, len(source))))
+            return pipeline.blocks(pipeline.open_split(data_dir=data_dir, **place, split=split))
 
         return self._reference(info, split, blocks)
 
@@ -233,11 +232,17 @@ class Evaluator:
             "resolution": info.resolution,
             "preprocessing": str(info.preprocessing),
         }
-        reference = self.cache.reference(
-            self.extractor, split=split, identity=identity, images=lambda: blocks(split)
-        )
-        told = {"dataset": info.dataset, "resolution": info.resolution}
-        return dataclasses.replace(reference, description={**told, **reference.description})
+        # Read once: with its features it can be as large as all samples.
+        key = (split, *identity.values())
+        if key not in self._references:
+            reference = self.cache.reference(
+                self.extractor, split=split, identity=identity, images=lambda: blocks(split)
+            )
+            told = {"dataset": info.dataset, "resolution": info.resolution}
+            self._references[key] = dataclasses.replace(
+                reference, description={**told, **reference.description}
+            )
+        return self._references[key]
 
 
 def _made() -> dict[str, Any]:

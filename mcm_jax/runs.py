@@ -161,11 +161,9 @@ class Run:
         """All images and labels of a split of the run's data set; see `check_data`."""
         return pipeline.load_arrays(self._open(split))
 
-    def blocks(self, split: str, *, size: int = 1024) -> Iterator[tuple[Images, Labels]]:
-        """The same, so many at a time: a split may be larger than memory."""
-        source = self._open(split)
-        for start in range(0, len(source), size):
-            yield source.gather(np.arange(start, min(start + size, len(source))))
+    def blocks(self, split: str) -> Iterator[tuple[Any, Any]]:
+        """The same, some at a time; see `pipeline.blocks`."""
+        return pipeline.blocks(self._open(split))
 
     def _open(self, split: str) -> pipeline.Source:
         self.check_data()

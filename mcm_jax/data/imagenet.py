@@ -280,10 +280,6 @@ def preprocessing(resolution: int, preparation: Preparation) -> str:
     return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
 
 
-def _area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    return folder.square_area(image, resolution)
-
-
 def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -294,7 +290,7 @@ def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     return pixels[top : top + resolution, left : left + resolution]
 
 
-_PREPARATIONS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {"area": _area, "adm": _adm}
+_PREPARATIONS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {"area": folder.square_area, "adm": _adm}
 
 
 def features(resolution: int) -> tfds.features.FeaturesDict:

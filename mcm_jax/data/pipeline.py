@@ -23,6 +23,7 @@ __all__ = [
     "DatasetInfo",
     "RecordSource",
     "Source",
+    "blocks",
     "describe",
     "load_arrays",
     "open_split",
@@ -136,6 +137,14 @@ def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
         )
         reason = " ".join(str(error).split())
         raise InputError(f"{info.path} is damaged ({reason}), remake the data set with: {command}") from error
+
+
+def blocks(
+    source: Source, *, size: int = _CHUNK
+) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, "_"]]]:
+    """All images and labels of a split, in stored order, so many at a time: it may be larger than memory."""
+    for start in range(0, len(source), size):
+        yield source.gather(np.arange(start, min(start + size, len(source))))
 
 
 def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:

@@ -169,10 +169,6 @@ class Block(nnx.Module):
                 width = layer.channels
 
     def __call__(self, x: Float32[Array, "B H W C"]) -> Float32[Array, "B h w D"]:
-        return jnp.concatenate(self.parts(x), axis=-1)
-
-    def parts(self, x: Float32[Array, "B H W C"]) -> list[Float32[Array, "B h w _"]]:
-        """The branches before they are joined."""
         computed: dict[tuple[str, ...], Array] = {}
 
         def run(pool: _Pool, layers: tuple[_Conv, ...]) -> Array:
@@ -184,7 +180,7 @@ class Block(nnx.Module):
                 computed[names] = jax.nn.relu(convolution(run(pool, layers[:-1])))
             return computed[names]
 
-        return [run(pool, layers) for pool, layers in self._branches]
+        return jnp.concatenate([run(pool, layers) for pool, layers in self._branches], axis=-1)
 
 
 class Inception(nnx.Module):
@@ -211,10 +207,9 @@ class Inception(nnx.Module):
                 else:
                     x = _pooled(x, "halving")
             for name in _BLOCKS:
-                parts = getattr(self, name).parts(x)
-                if name == "mixed_6d":
-                    spatial = parts[0][..., :SPATIAL_CHANNELS]
-                x = jnp.concatenate(parts, axis=-1)
+                x = getattr(self, name)(x)
+                if name == "mixed_6d":  # Its first branch is mixed_6/conv.
+                    spatial = x[..., :SPATIAL_CHANNELS]
             pool = jnp.mean(x, axis=(1, 2))
             logits = pool @ self.fc.kernel[...]
         return Features(pool, spatial.reshape(len(images), -1), logits)

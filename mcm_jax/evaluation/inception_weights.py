@@ -12,6 +12,7 @@ same weights give the same numbers, and one hash names them.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -59,6 +60,7 @@ class Weights:
         return dataclasses.replace(abstract, params=nnx.from_flat_state(found), description=description)
 
 
+@functools.cache
 def abstract_network() -> FeatureNetwork:
     """The network with shapes in place of weights: to compile it."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
@@ -244,7 +246,7 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
             found = {key: np.asarray(value, np.float64) for key, value in layer(name).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path} is not the Inception network of 2015-12-05: no {error}; {SOURCE}"
+                f"{path} is not the Inception network of 2015-12-05: no {name} ({error!r}); {SOURCE}"
             ) from error
         kernel, bias = found["kernel"], found["bias"]
         if name != "fc":
@@ -276,5 +278,4 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Of all parameters by name."""
-    model = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
-    return {_name(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {_name(path): variable.shape for path, variable in nnx.to_flat_state(abstract_network().params)}

@@ -219,9 +219,7 @@ def _result(record: Any, *, place: str, run: str, directory: Path) -> Result:
             guidance=fields.number("guidance"),
             features_network=network,
             features_sha256=features.text("sha256"),
-            input_resolution=features.whole("input_resolution")
-            if "input_resolution" in features.content
-            else None,
+            input_resolution=None if network == _INCEPTION else features.whole("input_resolution"),
             reference_sha256=reference.text("sha256"),
             reference=reference.text("file" if from_file else "split"),
             reference_count=None if from_file else reference.whole("count"),

@@ -48,6 +48,13 @@ def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
     assert results.read_grid(result).startswith(b"\x89PNG")
 
 
+def test_features_of_several_resolutions_must_tell_theirs(tmp_path):
+    features = {"network": "efficientnet-lite0", "sha256": "f" * 64}
+    write(tmp_path / "cd4", record(features=features))
+    with pytest.raises(InputError, match=r"features\.input_resolution is missing"):
+        results.collect(tmp_path)
+
+
 def test_a_fid_against_a_published_file(tmp_path):
     of = {
         "metrics": {"fid_50k": 1.5, "sfid_50k": 4.0, "inception_score_50k": 60.0},
