@@ -219,6 +219,15 @@ def test_libraries_are_quiet_unless_asked():
     assert loud.stdout == "0 0\n" and loud.stderr.rstrip().endswith("E")
 
 
-def test_the_host_is_tuned_first():
-    done = program("print(os.environ['XLA_FLAGS'])", env={"XLA_FLAGS": "--xla_dump_to=/none"})
-    assert done.stdout.startswith("--xla_dump_to=/none --xla_cpu")
+@pytest.mark.parametrize(
+    ("variable", "ours"), [("XLA_FLAGS", "--xla_cpu"), ("LIBTPU_INIT_ARGS", "--xla_tpu")]
+)
+def test_the_compilers_are_tuned_first(variable, ours):
+    done = program(f"print(os.environ['{variable}'])", env={variable: "--xla_dump_to=/none"})
+    assert done.stdout.startswith(f"--xla_dump_to=/none {ours}")
+
+
+def test_a_users_setting_of_the_compiler_stays():
+    flag = "--xla_tpu_enable_windowed_einsum_for_all_gather"
+    done = program("print(os.environ['LIBTPU_INIT_ARGS'])", env={"LIBTPU_INIT_ARGS": f"{flag}=true"})
+    assert f"{flag}=true" in done.stdout and f"{flag}=false" not in done.stdout
