@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +121,7 @@ def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     rows = _mean_over_cells(np.asarray(image), resolution)
-    columns = _mean_over_cells(rows.swapaxes(0, 1), resolution)
+    columns = _mean_over_cells(np.ascontiguousarray(rows.swapaxes(0, 1)), resolution)
     return np.rint(columns.swapaxes(0, 1)).astype(np.uint8)
 
 
@@ -134,10 +133,14 @@ def _mean_over_cells(values: np.ndarray, count: int) -> np.ndarray:
     size = len(values)
     bounds = np.arange(count + 1) * size
     whole, part = bounds // count, (bounds % count) / count
-    total = np.uint32 if values.dtype == np.uint8 else values.dtype
-    sums = np.stack([values[a:b].sum(0, dtype=total) for a, b in itertools.pairwise(whole)])
+    lengths, column = np.diff(whole), (-1, *[1] * (values.ndim - 1))
+    exact = values.astype(np.uint32 if values.dtype == np.uint8 else values.dtype)
+    sums = np.zeros((count, *values.shape[1:]), exact.dtype)
+    for k in range(lengths.max()):
+        pixels = exact[np.minimum(whole[:-1] + k, size - 1)]
+        sums += pixels if k < lengths.min() else pixels * (k < lengths).astype(exact.dtype).reshape(column)
     # Each sum holds all of the pixel in which its cell begins and nothing of the one in which it ends.
-    cut = values[np.minimum(whole, size - 1)] * part.reshape(-1, *[1] * (values.ndim - 1))
+    cut = values[np.minimum(whole, size - 1)] * part.reshape(column)
     return (sums + np.diff(cut, axis=0)) * (count / size)
 
 
