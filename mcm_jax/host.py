@@ -35,13 +35,15 @@ def tune() -> None:
         given = os.environ.get(variable, "")
         ours = [flag for flag in flags if flag.partition("=")[0] not in given]
         os.environ[variable] = " ".join([given, *ours]).strip()
-    if sys.platform == "linux":
-        _keep_freed_pages()
+    keep_freed_pages()
 
 
-def _keep_freed_pages() -> None:
-    """XLA allocates its temporaries anew in every step; faulting the pages in again took a third of it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+def keep_freed_pages() -> None:
+    """XLA allocates its temporaries anew in every step; faulting the pages in again took a third of it.
+
+    For processes that `tune` does not reach: those that only read and resize images gain as much.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # another C library than glibc
         return
     mallopt(_M_ARENA_MAX, 1)

@@ -264,7 +264,8 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
     """
     try:
         with Image.open(io.BytesIO(image.content)) as opened:
-            rgb = opened.convert("RGB")
+            opened.load()
+            rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{image.name}: not a readable image ({reason}); get the tar again") from error

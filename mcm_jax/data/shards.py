@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from mcm_jax.data import progress
 from mcm_jax.files import write_whole
+from mcm_jax.host import keep_freed_pages
 
 # One record a group, as TFDS writes them: single records are read at random.
 _OPTIONS = "group_size:1"
@@ -158,7 +159,9 @@ def _in_parallel(work: Callable[[Shard], None], shards: Sequence[Shard], workers
     # Processes that are forked from one that has imported this and started no threads yet.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(shards)), mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(shards)), mp_context=context, initializer=keep_freed_pages
+    ) as pool:
         futures = [pool.submit(work, shard) for shard in shards]
         try:
             done = concurrent.futures.as_completed(futures)
