@@ -55,18 +55,6 @@ def joined() -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def alone(program: str) -> Iterator[None]:
-    """For a program of one process: raises InputError where several were started together."""
-    with joined():
-        if are_several():
-            raise InputError(
-                f"{program} runs in one process and {jax.process_count()} were started; start it on one host "
-                f"only, with {COUNT}=1"
-            )
-        yield
-
-
 def are_several() -> bool:
     """Whether processes have joined. Does not start JAX's back end where none have."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
@@ -120,6 +108,28 @@ def require_same(value: object, what: str) -> None:
             f"{what} of processes 0 and {other} differ; start all processes with the same command, from the "
             "same checkout, and with directories that all of them share"
         )
+
+
+def of_first(answer: bool) -> bool:
+    """What the first process answers, in all."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if are_several() else answer
+
+
+def exists(path: Path) -> bool:
+    """Whether the first process sees a file in a directory that all share; then all others see it too.
+
+    Raises:
+      InputError: one doesn't, however long it waits.
+    """
+    there = of_first(path.exists())
+    if there and are_several():
+        with together():
+            if not _appears(path):
+                raise InputError(
+                    f"{path} is there for process 0 and not for process {jax.process_index()}; name a "
+                    "directory that all processes share"
+                )
+    return there
 
 
 def require_shared(directory: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from mcm_jax import command_line, workdirs
+from mcm_jax import command_line, distributed, workdirs
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
@@ -81,16 +81,18 @@ class Options:
 
 
 def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Scores every combination that `options` stand for; returns the records, old ones among them.
+    """Scores every combination that `options` stand for; the first process returns the records, old ones too.
 
     load_run is `runs.load_run`. Raises InputError, before anything is sampled, for whatever the user
     must mend.
     """
-    _check(options)
-    network = _network(options, num=options.num)
+    with distributed.together():
+        _check(options)
+        network = _network(options, num=options.num)
     loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
         require_writable(workdir / RESULTS.parent, "the evaluation directory")
+        distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
     draws = Draws(options.num, options.seed, options.untrained_num)
     records = []
@@ -100,12 +102,13 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
         for how in options.hows:
             inputs = evaluator.inputs(run, kind, draws, how)
             record = None if options.again else evaluator.stored(run, inputs)
-            if record is None:
-                print(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters", flush=True)
+            if distributed.of_first(record is None):
+                distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
                 record = evaluator.score(run, inputs, draws, how)
             else:
-                print(f"{run.workdir}: measured before, --again measures it again")
-            print(table(record, Path(run.workdir)), flush=True)
+                distributed.say(f"{run.workdir}: measured before, --again measures it again")
+            if distributed.is_first():
+                print(table(record, Path(run.workdir)), flush=True)
             records.append(record)
     return records
 
@@ -115,20 +118,22 @@ def evaluate_images(options: Options) -> dict[str, Any]:
 
     Raises InputError, before anything is computed, for whatever the user must mend.
     """
-    _check(options)
-    if options.reference is None:
-        raise InputError(
-            f"--images={options.images} needs --reference=FILE of statistics, or DIR of a prepared data set"
-        )
-    images = image_files.open_images(options.images)
-    network = _network(options, num=images.num)
-    if options.results is not None:
-        require_writable(options.results.absolute().parent, "--results, its directory")
+    with distributed.together():
+        _check(options)
+        if options.reference is None:
+            raise InputError(
+                f"--images={options.images} needs --reference=FILE of statistics, or DIR of a prepared "
+                "data set"
+            )
+        images = image_files.open_images(options.images)
+        network = _network(options, num=images.num)
+        if options.results is not None:
+            require_writable(options.results.absolute().parent, "--results, its directory")
     evaluator = _evaluator(options, network)
     record = evaluator.score_images(images)
-    if options.results is not None:
+    if options.results is not None and distributed.is_first():
         append_line(options.results, record)
-    print("\n".join([record["images"], *_numbers_told(record)]), flush=True)
+    distributed.say("\n".join([record["images"], *_numbers_told(record)]))
     return record
 
 
@@ -355,8 +360,7 @@ def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[A
 
 def main() -> None:
     """Flags in, one call out."""
-    # Slow to import: --help and bad flags need not wait for it.
-    from mcm_jax import distributed, runs
+    from mcm_jax import runs  # Slow to import: --help and bad flags need not wait for it.
 
     values = flags.FLAGS
     options = Options(
@@ -377,7 +381,7 @@ def main() -> None:
     if options.workdirs:
         cache = workdirs.compilation_cache(options.workdirs[0])
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    with distributed.alone("evaluate"):
+    with distributed.joined():
         if options.images is not None:
             evaluate_images(options)
         else:

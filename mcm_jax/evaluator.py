@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mcm_jax import workdirs
+from mcm_jax import distributed, workdirs
 from mcm_jax.data import layout, pipeline
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import image_files, protocol, published
@@ -42,7 +42,11 @@ class Draws:
 
 
 class Evaluator:
-    """What all results of one command share: the feature network, the references, the metrics."""
+    """What all results of one command share: the feature network, the references, the metrics.
+
+    Several processes sample and extract features together, and each has all features: the sums over them are
+    a small part of the work, and equal in all. The first one writes.
+    """
 
     def __init__(
         self,
@@ -144,7 +148,8 @@ class Evaluator:
         )
         grid = RESULTS.parent / grid_name(inputs)
         scale = -(-_GRID_TILE // samples.first.shape[1])
-        save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), workdir / grid)
+        if distributed.is_first():
+            save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), workdir / grid)
         record = {
             **inputs,
             "metrics": scores.metrics,
@@ -155,7 +160,8 @@ class Evaluator:
             "features_seconds": round(scores.features_seconds, 3),
             **_made(),
         }
-        append_line(workdir / RESULTS, record)
+        if distributed.is_first():
+            append_line(workdir / RESULTS, record)
         return record
 
     def _compared(self, run: Any) -> Reference:

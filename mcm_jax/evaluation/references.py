@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
+from mcm_jax import distributed
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.files import require_writable, write_whole
@@ -54,11 +55,15 @@ class Reference:
 
 
 class Cache:
-    """A directory of results by content hash. A damaged file is computed again, with a note on stderr."""
+    """A directory of results by content hash. A damaged file is computed again, with a note on stderr.
+
+    Several processes share it: all compute, the first one writes.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         require_writable(self.directory, "--cache_dir")
+        distributed.require_shared(self.directory, "--cache_dir")
 
     def reference(
         self,
@@ -84,7 +89,8 @@ class Cache:
             arrays |= {f"mean_{name}": mean, f"cov_{name}": cov}
         if reference.features is not None:
             arrays |= {"features": reference.features, "labels": reference.labels}
-        write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        if distributed.is_first():
+            write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         return reference
 
     def numbers(
@@ -97,7 +103,8 @@ class Cache:
             return kept
         numbers = compute()
         content = {"numbers": numbers, "sha256": content_hash(numbers)}
-        write_whole(path, json.dumps(content, allow_nan=False))
+        if distributed.is_first():
+            write_whole(path, json.dumps(content, allow_nan=False))
         return numbers
 
 
@@ -109,7 +116,7 @@ def content_hash(fields: Mapping[str, Any]) -> str:
 
 def _read(path: Path, load: Callable[[], Any]) -> Any | None:
     """What `load` reads from `path`; None where there is no such file or it is damaged."""
-    if not path.exists():
+    if not distributed.exists(path):
         return None
     try:
         return load()
