@@ -41,7 +41,7 @@ class DataConfig:
     """Which images, and how they are read."""
 
     dataset: str = _field(
-        "openmoji", "openmoji, imagenet, imagenet/adm or folder/NAME, as prepared by mcm_jax.prepare"
+        "openmoji", "openmoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME, by mcm_jax.prepare"
     )
     data_dir: str = _field("data", "where prepared data sets lie")
     resolution: int = _field(32, "height and width of the images in pixels", low=1)

@@ -1,7 +1,8 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
 For ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, which holds ILSVRC2012_img_train.tar and
-ILSVRC2012_img_val.tar, or TFDS's imagenet2012; imagenet/adm prepares it as ADM's references were.
+ILSVRC2012_img_val.tar, or TFDS's imagenet2012; imagenet/adm prepares it as ADM's references were, and
+imagenet/resized takes TFDS's imagenet_resized.
 
 For your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
 
@@ -78,12 +79,12 @@ def plan(
         return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
-    if dataset in ("imagenet", "imagenet/adm"):
+    if dataset in layout.IMAGENETS:
         if name is not None:
             raise InputError("--name belongs to --dataset=folder: leave it out")
         return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
     raise InputError(
-        f"--dataset={dataset}: it must be openmoji, imagenet, imagenet/adm or folder (these with "
+        f"--dataset={dataset}: it must be openmoji, {', '.join(layout.IMAGENETS)} or folder (these with "
         "--manual_dir=PATH)"
     )
 
@@ -133,13 +134,14 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
 def _plan_imagenet(
     dataset: str, resolution: int, *, manual_dir: str | None, workers: int | None, host: tuple[int, int]
 ) -> Plan:
+    preparation = dataset.partition("/")[2] or "area"
     if not manual_dir:
-        raise InputError(
-            f"--dataset={dataset} needs --manual_dir=PATH, where {imagenet.TRAIN_TAR} and "
-            f"{imagenet.TEST_TAR} are, or TFDS's imagenet2012"
-        )
-    preparation = "adm" if dataset == "imagenet/adm" else "area"
-    source = imagenet.open_source(manual_dir)
+        files = f"{imagenet.TRAIN_TAR} and {imagenet.TEST_TAR} are, or TFDS's imagenet2012"
+        if preparation == "resized":
+            files = f"TFDS's imagenet_resized/{resolution}x{resolution} is"
+        raise InputError(f"--dataset={dataset} needs --manual_dir=PATH, where {files}")
+    resized_to = resolution if preparation == "resized" else None
+    source = imagenet.open_source(manual_dir, resized_to=resized_to)
     wanted = imagenet.shards(source, resolution=resolution, preparation=preparation)
     number, hosts = host
 
@@ -371,7 +373,7 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
     flags.DEFINE_string(
-        "dataset", None, "openmoji; imagenet, imagenet/adm; or folder for a folder of images."
+        "dataset", None, f"openmoji; {', '.join(layout.IMAGENETS)}; or folder for a folder of images."
     )
     flags.DEFINE_string(
         "inception",
@@ -390,7 +392,7 @@ def define_flags() -> None:
         "manual_dir",
         None,
         "folder: where the images are, one subfolder a class or none. imagenet: where its tars are, or "
-        "TFDS's imagenet2012 (also gs://).",
+        "TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's directory with imagenet_resized.",
     )
     flags.DEFINE_integer("workers", None, "imagenet: processes; default: one a core.", lower_bound=0)
     flags.DEFINE_string(

@@ -130,7 +130,10 @@ def test_other_images_under_the_same_name_are_refused(images, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "cifar"}, r"--dataset=cifar: it must be openmoji, imagenet, imagenet/adm or folder"),
+        (
+            {"dataset": "cifar"},
+            r"--dataset=cifar: it must be openmoji, imagenet, imagenet/adm, imagenet/resized or folder",
+        ),
         ({"resolution": 0}, r"--resolution=0: it must be from 1 to"),
         ({"resolution": 4096}, r"--resolution=4096: it must be from 1 to"),
         ({"name": "x"}, "belong to --dataset=folder"),

@@ -1,8 +1,9 @@
-"""ImageNet (ILSVRC2012) from its original tar files or from TFDS's `imagenet2012`, a unit of work at a time.
+"""ImageNet (ILSVRC2012) from its original tar files or from TFDS, a unit of work at a time.
 
     manual_dir/ILSVRC2012_img_train.tar    a tar for each of 1,000 classes, with that class's images
     manual_dir/ILSVRC2012_img_val.tar      50,000 images, here the split `test`
 
+or a data set that TFDS has prepared: `imagenet2012`, or `imagenet_resized`, whose images are small already.
 Class names and the labels of the validation images are those that TFDS brings. A unit is what one output
 shard is made of, and can be read without the others: a class's tar, which lies at a known place in the outer
 one, or a stretch of the validation images or of a prepared data set.
@@ -39,8 +40,10 @@ _BLOCK = 512  # of a tar
 
 # area: central square crop, then the mean over areas (SPEC 7). adm: as the references that ADM published
 # (Dhariwal & Nichol, arXiv:2105.05233) were made: halved by a box filter while both sides are at least twice
-# too long, then bicubic, then the central crop.
-Preparation = Literal["area", "adm"]
+# too long, then bicubic, then the central crop. resized: as TFDS's `imagenet_resized` has them, the
+# downsampled ImageNet of Chrabaszcz et al. (arXiv:1707.08819).
+Preparation = Literal["area", "adm", "resized"]
+RESIZED_TO = (8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,31 +194,33 @@ def _members_of(file: Any, name: str) -> list[_Member]:
 
 
 class Prepared(Source):
-    """TFDS's `imagenet2012`, prepared before, here or in a bucket (gs://)."""
+    """A data set of TFDS, prepared before, here or in a bucket (gs://)."""
 
-    def __init__(self, data_dir: str):
+    def __init__(self, data_dir: str, *, name: str = "imagenet2012"):
         """data_dir: TFDS's, or the data set's own directory in it.
 
         Raises:
           InputError: there is none.
         """
         try:
-            self._builder = tfds.builder("imagenet2012", data_dir=data_dir, try_gcs=False)
+            self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
             if not self._builder.info.splits:
                 raise FileNotFoundError("it has no splits")
         except (OSError, ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-            raise InputError(
-                f"--manual_dir={data_dir} holds neither {TRAIN_TAR} nor a prepared imagenet2012 "
-                f"({' '.join(str(error).split())[:200]})"
-            ) from error
+            wanted = f"neither {TRAIN_TAR} nor a" if name == "imagenet2012" else "no"
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"--manual_dir={data_dir} holds {wanted} prepared {name} ({reason})") from error
         self._names = {"train": "train", "test": "validation"}
         missing = [name for name in self._names.values() if name not in self._builder.info.splits]
         if missing:
-            raise InputError(f"--manual_dir={data_dir}: imagenet2012 there has no split {missing[0]}")
-        if tuple(self._builder.info.features["label"].names) != class_names():
-            raise InputError(f"--manual_dir={data_dir}: imagenet2012 there numbers other classes")
+            raise InputError(f"--manual_dir={data_dir}: {name} there has no split {missing[0]}")
+        # By name: imagenet_resized numbers the classes in another order.
+        names = self._builder.info.features["label"].names
+        if sorted(names) != list(class_names()):
+            raise InputError(f"--manual_dir={data_dir}: {name} there has other classes")
+        self._labels = [class_names().index(one) for one in names]
         lengths = {name: self._builder.info.splits[name].shard_lengths for name in self._names.values()}
-        self.fingerprint = f"imagenet2012 {self._builder.version} {lengths}"
+        self.fingerprint = f"{name} {self._builder.version} {lengths}"
 
     def units(self) -> list[Unit]:
         """One for every shard of the prepared data set."""
@@ -237,20 +242,30 @@ class Prepared(Source):
         else:
             stretch = tfds.core.ReadInstruction(name, from_=first, to=last, unit="abs")
             examples = tfds.as_numpy(self._builder.as_dataset(split=stretch, decoders=raw))
-        for example in examples:
-            yield Encoded(example["file_name"].decode(), example["image"], int(example["label"]))
+        for index, example in enumerate(examples, first):
+            file = example["file_name"].decode() if "file_name" in example else f"{name}_{index:07d}"
+            yield Encoded(file, example["image"], self._labels[int(example["label"])])
 
 
-def open_source(manual_dir: str) -> Source:
-    """Tar files where they are, else a prepared data set.
+def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
+    """Tar files where they are, else a data set that TFDS has prepared.
+
+    Args:
+      resized_to: take `imagenet_resized` of that size.
 
     Raises:
-      InputError: neither is there, or what is there is damaged.
+      InputError: neither is there, or what is there is damaged, or there are no images of that size.
     """
     directory = Path(manual_dir).expanduser()
+    data_dir = manual_dir if "://" in manual_dir else str(directory)
+    if resized_to is not None:
+        if resized_to not in RESIZED_TO:
+            sizes = ", ".join(map(str, RESIZED_TO))
+            raise InputError(f"--resolution={resized_to}: imagenet/resized has {sizes}")
+        return Prepared(data_dir, name=f"imagenet_resized/{resized_to}x{resized_to}")
     if any((directory / name).exists() for name in (TRAIN_TAR, TEST_TAR)):
         return Tars(directory)
-    return Prepared(manual_dir if "://" in manual_dir else str(directory))
+    return Prepared(data_dir)
 
 
 def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[np.ndarray, "r r 3"]:
@@ -277,6 +292,7 @@ def preprocessing(resolution: int, preparation: Preparation) -> str:
     how = {
         "area": f"central square crop, area resize to {resolution}x{resolution}",
         "adm": f"ADM's: box halving, bicubic, central crop to {resolution}x{resolution}",
+        "resized": f"downsampled to {resolution}x{resolution} by Chrabaszcz et al.",
     }
     return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
 
@@ -291,7 +307,17 @@ def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     return pixels[top : top + resolution, left : left + resolution]
 
 
-_PREPARATIONS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {"area": folder.square_area, "adm": _adm}
+def _as_it_is(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    if image.size != (resolution, resolution):
+        raise InputError(f"an image of imagenet_resized is {image.size}, not {resolution}x{resolution}")
+    return np.asarray(image)
+
+
+_PREPARATIONS: dict[Preparation, Callable[[Image.Image, int], np.ndarray]] = {
+    "area": folder.square_area,
+    "adm": _adm,
+    "resized": _as_it_is,
+}
 
 
 def features(resolution: int) -> tfds.features.FeaturesDict:

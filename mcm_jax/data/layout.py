@@ -1,8 +1,9 @@
 """Where prepared data sets lie on disk, and the summary beside the records that makes one complete.
 
-A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' for another preparation of it, or
-'folder/<name>' for a folder of images. TFDS puts it into <data_dir>/<builder>/<config>/<version>/, here
-openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
+A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' and 'imagenet/resized' for other
+preparations of it, or 'folder/<name>' for a folder of images. TFDS puts it into
+<data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/,
+imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
 writes the summary last and renames the finished directory into place in one step, so that a directory
 with a summary is complete and one without is not.
 """
@@ -24,6 +25,7 @@ VERSION = "1.0.0"
 SPLITS = ("train", "test")
 SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
+IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -67,7 +69,7 @@ def image_feature(resolution: int) -> tfds.features.Tensor:
 
 
 def config_name(dataset: str, resolution: int) -> str:
-    """'32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
+    """'32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets and so on.
 
     Raises:
       InputError: the string names no data set.
@@ -75,10 +77,10 @@ def config_name(dataset: str, resolution: int) -> str:
     builder, _, name = dataset.partition("/")
     if dataset in ("openmoji", "imagenet"):
         return str(resolution)
-    if dataset == "imagenet/adm" or (builder == "folder" and FOLDER_NAME.fullmatch(name)):
+    if dataset in IMAGENETS or (builder == "folder" and FOLDER_NAME.fullmatch(name)):
         return f"{name}_{resolution}"
     raise InputError(
-        f"data set {dataset!r} is unknown: use 'openmoji', 'imagenet', 'imagenet/adm' or 'folder/<name>' "
+        f"data set {dataset!r} is unknown: use openmoji, {', '.join(IMAGENETS)} or folder/<name> "
         "(letters, digits, _, -)"
     )
 

@@ -2,11 +2,13 @@
 
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 
 from mcm_jax import prepare
@@ -175,6 +177,55 @@ def test_adms_preparation_is_another_data_set(manual_dir, tmp_path):
     assert adm.path != area.path and adm.fingerprints != area.fingerprints
     assert "ADM's" in adm.preprocessing and "area resize" in area.preprocessing
     assert layout.describe(data_dir=tmp_path, dataset="imagenet/adm", resolution=RESOLUTION) == adm
+
+
+@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
+def resized_dir(request, tmp_path_factory):
+    """TFDS's own builder of imagenet_resized, on archives of the layout that it downloads."""
+    draw, data_dir = np.random.default_rng(0), tmp_path_factory.mktemp(f"resized_{request.param}")
+    # Numbered from 1 in its own order: kit fox, English setter and, last, dumbbell.
+    labels = {"train": np.array([1, 2, 1000, 1]), "val": np.array([2, 1])}
+    arrays = {
+        split: {"data": draw.integers(0, 256, (len(of), 3 * RESOLUTION**2), np.uint8), "labels": of}
+        for split, of in labels.items()
+    }
+    paths = []
+    for split, content in arrays.items():
+        file = io.BytesIO()
+        np.savez(file, **content)
+        paths.append(data_dir / f"Imagenet{RESOLUTION}_{split}_npz.zip")
+        with zipfile.ZipFile(paths[-1], "w") as archive:
+            archive.writestr(f"{split}_data_batch_1.npz", file.getvalue())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds.download.DownloadManager, "download", lambda *_: [epath.Path(p) for p in paths])
+        builder = tfds.builder(f"imagenet_resized/{RESOLUTION}x{RESOLUTION}", data_dir=data_dir)
+        builder.download_and_prepare(file_format=request.param)
+    return data_dir, arrays
+
+
+def test_small_images_keep_their_pixels_and_their_classes_names(resized_dir, tmp_path):
+    data_dir, arrays = resized_dir
+    info, _ = prepared(data_dir, tmp_path, "imagenet/resized")
+    assert info.num_examples == {"train": 4, "test": 2} and "Chrabaszcz" in info.preprocessing
+    assert info.path.parent.name == f"resized_{RESOLUTION}"
+    wnids = {1: "n02119789", 2: "n02100735", 1000: "n03255030"}
+    for split, ours in (("train", "train"), ("val", "test")):
+        content = arrays[split]
+        expected = {
+            (wnids[label], row.reshape(3, RESOLUTION, RESOLUTION).transpose(1, 2, 0).tobytes())
+            for row, label in zip(content["data"], content["labels"].tolist(), strict=True)
+        }
+        records = tfds.builder_from_directory(info.path).as_data_source(ours)
+        found = {(info.class_names[record["label"]], record["image"].tobytes()) for record in records}
+        assert found == expected and len(records) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(48, "imagenet/resized has 8, 16, 32, 64"), (64, "holds no prep")]
+)
+def test_small_images_that_are_not_there(size, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        imagenet.open_source(str(tmp_path), resized_to=size)
 
 
 def test_adm_halves_then_scales_then_crops():
