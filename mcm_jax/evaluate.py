@@ -191,6 +191,13 @@ def _feature_network(options: Options) -> FeatureNetwork:
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
 
+# What says which samples to draw.
+_OF_SAMPLING = (
+    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "seed", "parameters"),
+    *("checkpoint_step", "data_dir", "untrained_num", "again"),
+)
+
+
 def _check(options: Options) -> None:
     if not options.workdirs and options.images is None:
         raise InputError("--workdir names no directory: give a finished run's, several separated by commas")
@@ -215,9 +222,9 @@ def _check(options: Options) -> None:
         raise InputError(
             f"--reference_split={options.reference_split} is of a prepared data set: add --reference=DIR"
         )
-    sampling = (options.steps, options.guidance, options.checkpoint_step, options.sampler)
-    if options.images is not None and any(sampling):
-        raise InputError("--images are there already: leave out --steps, --guidance, --sampler and the like")
+    for field in dataclasses.fields(Options) if options.images is not None else ():
+        if field.name in _OF_SAMPLING and getattr(options, field.name) != field.default:
+            raise InputError(f"--{field.name} is of sampling, and --images are there already: leave it out")
     if options.workdirs and options.results is not None:
         raise InputError("--results belongs to --images: a run's results are kept beside it")
     require_writable(options.cache_dir, "--cache_dir")

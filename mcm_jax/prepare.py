@@ -31,6 +31,7 @@ from mcm_jax import command_line, pictures
 from mcm_jax.data import folder, imagenet, layout, openmoji, shards
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.errors import InputError
+from mcm_jax.files import full_disk_within
 
 MAX_RESOLUTION = 2048
 PREVIEW_FILE = "preview.png"
@@ -228,11 +229,13 @@ def _writing_to(data_dir: Path, *error_numbers: int) -> Iterator[None]:
     """Turns failures of the file system (all, or those of these numbers) into a line that names data_dir."""
     try:
         yield
-    except OSError as error:
-        if error_numbers and error.errno not in error_numbers:
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord's writer raises the latter where the disk is full.
+        cause = error if isinstance(error, OSError) else full_disk_within(error)
+        if cause is None or (error_numbers and cause.errno not in error_numbers):
             raise
         raise InputError(
-            f"--data_dir={data_dir}: cannot write there ({error.strerror}), choose a directory with write "
+            f"--data_dir={data_dir}: cannot write there ({cause.strerror}), choose a directory with write "
             "access and free space"
         ) from error
 

@@ -1,7 +1,9 @@
 """Samples images from a trained run, as a PNG grid or as arrays.
 
 python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
-python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz
+python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz --format=adm
+
+The second is what ADM's evaluator takes, and `mcm_jax.evaluate --images`.
 """
 
 import os
@@ -23,6 +25,11 @@ _OUT = flags.DEFINE_string(
     None,
     "FILE.png for a grid, FILE.npz for arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
     required=True,
+)
+# The suffix that --out must have.
+_FORMATS = {"grid": ".png", "adm": ".npz"}
+_FORMAT = flags.DEFINE_enum(
+    "format", None, list(_FORMATS), "grid or, as ADM's evaluator takes it, adm; default: as --out ends."
 )
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Network calls an image; default: the run's own.", lower_bound=1)
@@ -55,8 +62,10 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in a row of the grid.", lo
 def main() -> None:
     """Flags in, one file out."""
     out = Path(_OUT.value)
-    if out.suffix not in (".png", ".npz"):
+    if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
+    if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
+        raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
     if not os.access(out.absolute().parent, os.W_OK):

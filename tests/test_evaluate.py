@@ -500,6 +500,13 @@ def test_lists_of_numbers(flag):
     assert done.returncode == 2 and f"{flag}: it must be numbers separated by commas" in done.stderr
 
 
+def of_images(options, images, **changes):
+    """The options for images that are there already: nothing of sampling is asked for."""
+    default = program.Options
+    sampling = {"num": default.num, "untrained_num": default.untrained_num}
+    return dataclasses.replace(options, **{"workdirs": (), "images": images, **sampling, **changes})
+
+
 def write_npz(path, count=40, seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez(path, images, np.arange(count) % 3)
@@ -509,10 +516,9 @@ def write_npz(path, count=40, seed=0):
 def test_images_of_another_program_against_a_published_file(inception, tmp_path, capsys):
     write_npz(tmp_path / "samples.npz")
     np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
-    chosen = dataclasses.replace(
+    chosen = of_images(
         inception,
-        workdirs=(),
-        images=tmp_path / "samples.npz",
+        tmp_path / "samples.npz",
         reference=tmp_path / "reference.npz",
         results=tmp_path / "results.jsonl",
     )
@@ -532,10 +538,9 @@ def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
     images, labels = pipeline.load_arrays(source)
     np.savez(tmp_path / "samples.npz", images, labels)
     directory = layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
-    chosen = dataclasses.replace(
+    chosen = of_images(
         inception,
-        workdirs=(),
-        images=tmp_path / "samples.npz",
+        tmp_path / "samples.npz",
         reference=directory,
         metrics=tuple(protocol.METRICS),
     )
@@ -553,9 +558,11 @@ def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
         ({"reference": None}, "needs --reference=FILE of statistics, or DIR of a prepared data set"),
         ({"reference": Path("DIR")}, "is no prepared data set"),
         ({"metrics": ("class_fid",)}, "class_fid: the reference has no single images"),
-        ({"steps": (1,)}, "--images are there already: leave out --steps"),
+        ({"steps": (1,)}, "--steps is of sampling, and --images are there already: leave it out"),
+        ({"seed": 1}, "--seed is of sampling"),
+        ({"num": 7}, "--num is of sampling"),
         (
-            {"images": Path("BARE"), "metrics": ("kid",), "num": 7},
+            {"images": Path("BARE"), "metrics": ("kid",)},
             "--metrics=kid needs 2 images or more, there are 1",
         ),
         ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
@@ -566,13 +573,13 @@ def test_bad_input_for_images(inception, tmp_path, change, said):
     write_npz(tmp_path / "samples.npz")
     np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz")[:1])
     np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
-    chosen = {"workdirs": (), "images": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
+    chosen = {"images": tmp_path / "samples.npz", "reference": tmp_path / "reference.npz"}
     places = {Path("DIR"): tmp_path, Path("BARE"): tmp_path / "bare.npz"}
     change = {
         name: places.get(value, value) if isinstance(value, Path) else value for name, value in change.items()
     }
     with pytest.raises(InputError, match=said) as error:
-        program.evaluate_images(dataclasses.replace(inception, **(chosen | change)))
+        program.evaluate_images(of_images(inception, **(chosen | change)))
     assert "\n" not in str(error.value)
 
 

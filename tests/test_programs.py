@@ -73,14 +73,19 @@ def test_sample_writes_a_grid_and_arrays(teacher, tmp_path):
     grid = call("sample", f"--workdir={teacher}", "--num=5", f"--out={tmp_path}/grid.png", "--columns=3")
     assert grid.returncode == 0, grid.stderr
     assert Image.open(tmp_path / "grid.png").size[0] > 3 * 8
-    arrays = call(
-        "sample", f"--workdir={teacher}", "--num=5", f"--out={tmp_path}/x.npz", "--steps=2", "--label=1"
-    )
+    out = (f"--out={tmp_path}/x.npz", "--format=adm")
+    arrays = call("sample", f"--workdir={teacher}", "--num=5", *out, "--steps=2", "--label=1")
     assert arrays.returncode == 0, arrays.stderr
     assert "2 steps of addim" in arrays.stdout
     with np.load(tmp_path / "x.npz") as content:
-        assert content["arr_0"].shape == (5, 8, 8, 3)
+        # Of which ADM's evaluator reads the first.
+        assert content["arr_0"].shape == (5, 8, 8, 3) and content["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(content["arr_1"], 1)
+
+
+def test_sample_refuses_a_name_that_is_not_of_the_format(teacher, tmp_path):
+    result = call("sample", f"--workdir={teacher}", f"--out={tmp_path}/x.png", "--format=adm")
+    assert result.returncode == 2 and "x.png must end in .npz for --format=adm" in result.stderr
 
 
 def test_sample_refuses_an_unknown_class(teacher, tmp_path):

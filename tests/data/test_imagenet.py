@@ -411,6 +411,27 @@ def test_a_disk_that_fills_leaves_nothing_for_complete(manual_dir, tmp_path, mon
     assert not list((tmp_path / "data").rglob("*.array_record*"))
 
 
+def test_a_disk_that_fills_as_arrayrecord_tells_it(manual_dir, tmp_path, monkeypatch):
+    """By a RuntimeError, seen on a full disk."""
+
+    def full(_, record):
+        raise RuntimeError("write() failed: No space left on device; writing x.tmp; at byte 1560576")
+
+    monkeypatch.setattr(shards.ArrayRecordWriter, "write", full)
+    with pytest.raises(InputError, match="cannot write there .No space left on device"):
+        prepared(manual_dir, tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*.array_record*"))
+
+
+def test_another_error_while_writing_stays_what_it_is(manual_dir, tmp_path, monkeypatch):
+    def broken(_, record):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(shards.ArrayRecordWriter, "write", broken)
+    with pytest.raises(RuntimeError, match="no luck"):
+        prepared(manual_dir, tmp_path / "data")
+
+
 @pytest.mark.parametrize("host", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_hosts_are_numbered_from_one(host):
     with pytest.raises(InputError, match=f"--host={host}: it must be K/N"):
