@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mcm_jax import distributed, workdirs
-from mcm_jax.data import layout, pipeline
+from mcm_jax.data import layout, pipeline, progress
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
@@ -241,8 +241,12 @@ class Evaluator:
         # Read once: with its features it can be as large as all samples.
         key = (split, *identity.values())
         if key not in self._references:
+            count = -(-info.num_examples[split] // pipeline.BLOCK)
             reference = self.cache.reference(
-                self.extractor, split=split, identity=identity, images=lambda: blocks(split)
+                self.extractor,
+                split=split,
+                identity=identity,
+                images=lambda: progress.bar(blocks(split), f"features of {split} images", total=count),
             )
             told = {"dataset": info.dataset, "resolution": info.resolution}
             self._references[key] = dataclasses.replace(
@@ -281,7 +285,7 @@ class _Samples:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         draws = self._draws
-        for first in range(0, draws.num, _BLOCK):
+        for first in progress.bar(range(0, draws.num, _BLOCK), "samples and their features"):
             start = time.monotonic()
             count = min(_BLOCK, draws.num - first)
             images, labels = self._run.sample(count, seed=draws.seed, first=first, **self._how)

@@ -32,7 +32,8 @@ __all__ = [
     "train_batches",
 ]
 
-_CHUNK = 1024
+# Images read at a time where a whole split is.
+BLOCK = 1024
 # Grain asks its source for a length; 2**62 batches are never reached.
 _ENDLESS = 2**62
 
@@ -140,7 +141,7 @@ def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
 
 
 def blocks(
-    source: Source, *, size: int = _CHUNK
+    source: Source, *, size: int = BLOCK
 ) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, "_"]]]:
     """All images and labels of a split, in stored order, so many at a time: it may be larger than memory."""
     for start in range(0, len(source), size):
@@ -155,8 +156,8 @@ def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.
     images, labels = source.gather(indices[:1])
     images = np.empty((len(source), *images.shape[1:]), images.dtype)
     labels = np.empty(len(source), labels.dtype)
-    for start in range(0, len(source), _CHUNK):
-        chunk = indices[start : start + _CHUNK]
+    for start in range(0, len(source), BLOCK):
+        chunk = indices[start : start + BLOCK]
         images[chunk], labels[chunk] = source.gather(chunk)
     return images, labels
 

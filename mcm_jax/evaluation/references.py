@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
 from mcm_jax import distributed
+from mcm_jax.errors import InputError
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.files import require_writable, write_whole
@@ -193,6 +194,11 @@ def _compute_reference(extractor: Extractor, blocks: Blocks, *, split: str, key:
             rows.append(found["pool"])
             labels.append(of_images)
     count = moments["pool"].count
+    if count > 1 and not np.diag(moments["pool"].covariance).any():
+        raise InputError(
+            f"the features of all {count} images of the reference are equal, every distance would be 0: give "
+            "the right weights and images"
+        )
     kept = count <= MAX_KEPT_FEATURES
     return Reference(
         sha256=key,

@@ -46,6 +46,13 @@ def assert_equal(one: Reference, other: Reference) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def test_features_that_are_all_equal_are_told(ask):
+    """As weights of zeros give them."""
+    ask.images = lambda: iter([(np.zeros_like(IMAGES), LABELS)])
+    with pytest.raises(InputError, match="the features of all 30 images of the reference are equal"):
+        ask()
+
+
 def test_the_statistics_are_those_of_the_images(ask):
     reference = ask()
     features = PixelExtractor()(IMAGES)["pool"]
