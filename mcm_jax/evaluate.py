@@ -68,6 +68,7 @@ class Options:
     cache_dir: Path = Path("data") / "reference_cache"
     untrained_num: int = 512
     again: bool = False
+    allow_singular: bool = False
 
     @property
     def hows(self) -> list[dict[str, Any]]:
@@ -177,7 +178,7 @@ def _metrics(options: Options) -> tuple[str, ...]:
 def _network(options: Options, *, num: int) -> FeatureNetwork:
     """The feature network, with the metrics of `num` images checked."""
     network = _feature_network(options)
-    protocol.check_metrics(_metrics(options), network, num=num)
+    protocol.check_metrics(_metrics(options), network, num=num, allow_singular=options.allow_singular)
     return network
 
 
@@ -340,6 +341,11 @@ def define_flags() -> None:
         Options.input_resolution,
         "Side that images are resized to for efficientnet; distances compare only where it is equal.",
         lower_bound=efficientnet.MIN_INPUT_RESOLUTION,
+    )
+    flags.DEFINE_bool(
+        "allow_singular",
+        False,
+        "Also a FID of no more samples than features (2,048), to see that all works: it says little.",
     )
     flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Where reference statistics are kept.")
     flags.DEFINE_integer(

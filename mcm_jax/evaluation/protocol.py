@@ -62,10 +62,18 @@ def count_of(name: str) -> int:
 
 
 _FEWEST = {"inception_score": ClassScores.PARTS, "precision_recall": NEIGHBOURS + 1}
+# Frechet distances, and the features whose covariance they need.
+_COVARIANCES = {"frechet": "pool", "sfid": "spatial"}
 
 
-def check_metrics(metrics: Sequence[str], network: FeatureNetwork, *, num: int) -> None:
-    """Raises InputError for a metric that there is not, or not of these features or so few samples."""
+def check_metrics(
+    metrics: Sequence[str], network: FeatureNetwork, *, num: int, allow_singular: bool = False
+) -> None:
+    """Raises InputError for a metric that there is not, or not of these features or so few samples.
+
+    allow_singular: of a FID and sFID too, of no more samples than features, whose covariance is singular. The
+    proxy is always told of any number: it names its count and is compared at equal counts only.
+    """
     for metric in metrics:
         if metric not in METRICS:
             raise InputError(f"--metrics={metric}: there are {', '.join(METRICS)}")
@@ -76,6 +84,12 @@ def check_metrics(metrics: Sequence[str], network: FeatureNetwork, *, num: int) 
         fewest = _FEWEST.get(metric, 2)
         if num < fewest:
             raise InputError(f"--metrics={metric} needs {fewest} images or more, there are {num}")
+        size = network.dimensions.get(_COVARIANCES.get(metric, ""), 0)
+        if network.distance == "fid" and num <= size and not allow_singular:
+            raise InputError(
+                f"--metrics={metric} needs more than {size} images for a covariance of full rank, there are "
+                f"{num}; give more (50000 are usual), or --allow_singular to have it all the same"
+            )
 
 
 def lacking(metric: str, reference: Reference, *, labelled: bool = True) -> str | None:

@@ -209,7 +209,19 @@ def test_classes_that_one_side_lacks_are_left_out():
 def test_metrics_of_other_features_are_refused(metrics, said):
     with pytest.raises(InputError, match=said):
         protocol.check_metrics(metrics, network(), num=50)
-    protocol.check_metrics(tuple(protocol.METRICS), INCEPTION.network, num=10)
+    protocol.check_metrics(tuple(protocol.METRICS), INCEPTION.network, num=31)
+
+
+@pytest.mark.parametrize(("metric", "size"), [("frechet", 30), ("sfid", 12)])
+def test_a_singular_fid_has_to_be_asked_for(metric, size):
+    """Of the pool features and the spatial ones; the proxy is told of any number."""
+    protocol.check_metrics((metric,), INCEPTION.network, num=size + 1)
+    with pytest.raises(
+        InputError, match=f"--metrics={metric} needs more than {size} images for a covariance"
+    ):
+        protocol.check_metrics((metric,), INCEPTION.network, num=size)
+    protocol.check_metrics((metric,), INCEPTION.network, num=size, allow_singular=True)
+    protocol.check_metrics(("frechet",), network(), num=2)
 
 
 @pytest.mark.parametrize(("metric", "fewest"), [("precision_recall", 4), ("inception_score", 10)])
