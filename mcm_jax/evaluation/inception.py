@@ -221,6 +221,10 @@ class Inception(nnx.Module):
             logits = pool @ self.fc.kernel[...]
         return Features(pool, spatial.reshape(len(images), -1), logits)
 
+    def features(self, images: UInt8[Array, "B H W 3"]) -> Float32[Array, "B 2048"]:
+        """The pool features alone, of which FID is."""
+        return self(images).pool
+
 
 def resized(x: Float32[Array, "B H W C"]) -> Float32[Array, "B 299 299 C"]:
     """Bilinear, on TensorFlow 1's grid; see `resize_matrix`. The values keep their range."""

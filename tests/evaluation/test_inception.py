@@ -30,6 +30,8 @@ def test_shapes(abstract):
     found = nnx.eval_shape(lambda m, x: m(x), abstract, jax.ShapeDtypeStruct((2, 9, 7, 3), jnp.uint8))
     assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    pool = nnx.eval_shape(lambda m, x: m.features(x), abstract, jax.ShapeDtypeStruct((2, 9, 7, 3), jnp.uint8))
+    assert pool.shape == found.pool.shape
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 64, 127, 128, 256, 299, 333])
