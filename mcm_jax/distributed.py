@@ -45,8 +45,11 @@ def joined() -> Iterator[None]:
     _join()
     try:
         yield
-    except (InputError, SystemExit):
-        # All processes raise these together, and part as after a run that ended well.
+    except (InputError, SystemExit) as error:
+        # All processes raise these together, and part as after a run that ended well. One that raised it
+        # alone would wait for the others in vain.
+        if are_several():
+            _leave_after(_WAITING_SECONDS, 2 if isinstance(error, InputError) else error.code)
         raise
     except BaseException as error:
         if are_several():
@@ -113,6 +116,11 @@ def require_same(value: object, what: str) -> None:
 def of_first(answer: bool) -> bool:
     """What the first process answers, in all."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if are_several() else answer
+
+
+def all_answer(answer: bool) -> bool:
+    """Whether all processes answer yes."""
+    return bool(multihost_utils.process_allgather(np.array(answer)).all()) if are_several() else answer
 
 
 def exists(path: Path) -> bool:
@@ -226,6 +234,12 @@ def _waiting(whom: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _leave_after(seconds: float, code: int) -> None:
+    timer = threading.Timer(seconds, _leave, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def _leave(code: int) -> None:

@@ -90,9 +90,11 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     with distributed.together():
         _check(options)
         network = _network(options, num=options.num)
+    distributed.require_same((options, network.description), "flags and weights")
     loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
-        require_writable(workdir / RESULTS.parent, "the evaluation directory")
+        with distributed.together():
+            require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
     draws = Draws(options.num, options.seed, options.untrained_num)
@@ -102,6 +104,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
         run = load()
         for how in options.hows:
             inputs = evaluator.inputs(run, kind, draws, how)
+            distributed.require_same(inputs, "runs, data sets and references")
             record = None if options.again else evaluator.stored(run, inputs)
             if distributed.of_first(record is None):
                 distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
@@ -130,6 +133,7 @@ def evaluate_images(options: Options) -> dict[str, Any]:
         network = _network(options, num=images.num)
         if options.results is not None:
             require_writable(options.results.absolute().parent, "--results, its directory")
+    distributed.require_same((options, network.description, images.description), "flags, weights and images")
     evaluator = _evaluator(options, network)
     record = evaluator.score_images(images)
     if options.results is not None and distributed.is_first():

@@ -360,13 +360,15 @@ def _whole(info: DatasetInfo) -> str:
 
 def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
     builder = info.dataset.partition("/")[0]
+    paper = info.resolution in (64, 128)  # What ImageNet's configs are for.
     if builder == "imagenet":
-        command = f"python -m mcm_jax.train --config=configs/imagenet{info.resolution}.py:small,teacher"
+        config = f"imagenet{info.resolution}" if paper else "imagenet64"
+        command = f"python -m mcm_jax.train --config=configs/{config}.py:small,teacher"
     else:
         command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
     if "/" in info.dataset:
         command += f" --config.data.dataset={info.dataset}"
-    if builder != "imagenet":
+    if builder != "imagenet" or not paper:
         command += f" --config.data.resolution={info.resolution}"
     if data_dir != layout.DEFAULT_DATA_DIR:
         command += f" --config.data.data_dir={shlex.quote(data_dir)}"

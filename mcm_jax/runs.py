@@ -209,7 +209,7 @@ class Run:
             return None
         if how not in self._x_var:
             path = self._x_var_path(how)
-            if path is not None and path.exists():
+            if path is not None and distributed.exists(path):
                 mean = json.loads(path.read_text())["mean_square_error"]
             else:
                 mean = self._measure_x_var(how)

@@ -452,6 +452,67 @@ def test_moments_do_not_depend_on_processes_devices_or_batches(tmp_path):
     assert scores[0] > 1.01
 
 
+def test_processes_that_are_given_other_images_are_told(tmp_path):
+    """Of one name, as a file in every host's own /tmp would be."""
+    code = """
+from mcm_jax import evaluate
+from mcm_jax.evaluation.features import FeatureNetwork
+import numpy as np
+place = Path(sys.argv[1]) / str(INDEX)
+place.mkdir()
+np.savez(place / "samples.npz", np.full((4, 8, 8, 3), int(INDEX), np.uint8))
+np.savez(place / "reference.npz", mu=np.zeros(2), sigma=np.eye(2))
+os.chdir(place)
+network = FeatureNetwork({}, lambda _, x: {"pool": x[:, 0, 0, :2]}, {"pool": 2}, "fid", {"network": "toy"})
+evaluate._feature_network = lambda options: network
+options = evaluate.Options(
+    images=Path("samples.npz"), reference=Path("reference.npz"), features="inception", metrics=("frechet",),
+    cache_dir=Path(sys.argv[1]) / "cache",
+)
+with distributed.joined():
+    try:
+        evaluate.evaluate_images(options)
+    except InputError as error:
+        log("error", str(error))
+"""
+    with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
+        assert members.codes() == [0, 0], members.everything()
+    for index in (0, 1):
+        (said,) = logged(tmp_path / "logs", "error", index)
+        assert "flags, weights and images of processes 0 and 1 differ" in said
+
+
+def test_a_cache_that_one_process_cannot_read_is_computed_by_all(tmp_path):
+    code = """
+from mcm_jax.evaluation import references
+directory = Path(sys.argv[1]) / "cache"
+with distributed.joined():
+    for turn in range(3):
+        if turn == 2 and INDEX == "1":
+            references._load_numbers = lambda path: 1 / 0
+        ran = []
+        numbers = references.Cache(directory).numbers({"of": "x"}, lambda: ran.append(1) or {"n": 1.0})
+        log("turns", [numbers["n"], len(ran)])
+"""
+    with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
+        assert members.codes() == [0, 0], members.everything()
+    for index in (0, 1):
+        assert logged(tmp_path / "logs", "turns", index) == [[1.0, 1], [1.0, 0], [1.0, 1]]
+
+
+def test_a_process_that_is_wrong_alone_does_not_wait_for_the_others(tmp_path):
+    code = """
+distributed._WAITING_SECONDS = 1.0
+with distributed.joined():
+    if INDEX == "1":
+        raise InputError("no such file here")
+    distributed.require_same(1, "numbers")
+"""
+    with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
+        codes = members.codes(timeout=150)
+        assert codes[1] == 2 and codes[0] != 0, members.everything()
+
+
 def test_a_mistake_in_evaluation_is_told_by_all(tmp_path):
     codes, members = program("evaluate", f"--workdir={tmp_path / 'none'}", directory=tmp_path / "logs")
     assert codes == [2, 2], members.everything()

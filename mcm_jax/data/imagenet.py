@@ -292,8 +292,9 @@ def preprocessing(resolution: int, preparation: Preparation) -> str:
     how = {
         "area": f"central square crop, area resize to {resolution}x{resolution}",
         "adm": f"ADM's: box halving, bicubic, central crop to {resolution}x{resolution}",
-        "resized": f"downsampled to {resolution}x{resolution} by Chrabaszcz et al.",
     }
+    if preparation == "resized":
+        return f"downsampled to {resolution}x{resolution} by Chrabaszcz et al."
     return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
 
 

@@ -18,7 +18,7 @@ from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
-VERSION = 2
+VERSION = 3
 # Above this many images their features are not kept (2,048 floats each at most: 410 MB at the limit), and
 # nothing is reported that compares samples with single images.
 MAX_KEPT_FEATURES = 50_000
@@ -63,7 +63,8 @@ class Cache:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        require_writable(self.directory, "--cache_dir")
+        with distributed.together():
+            require_writable(self.directory, "--cache_dir")
         distributed.require_shared(self.directory, "--cache_dir")
 
     def reference(
@@ -119,13 +120,15 @@ def _read(path: Path, load: Callable[[], Any]) -> Any | None:
     """What `load` reads from `path`; None where there is no such file or it is damaged."""
     if not distributed.exists(path):
         return None
+    kept = None
     try:
-        return load()
+        kept = load()
     # A damaged file can fail in any way that zip, npy and JSON know; each means the same.
     except Exception as error:
         reason = " ".join(str(error).split())
         print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
-        return None
+    # Computing is the work of all.
+    return kept if distributed.all_answer(kept is not None) else None
 
 
 def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
@@ -185,19 +188,20 @@ def _load_numbers(path: Path) -> dict[str, float]:
 def _compute_reference(extractor: Extractor, blocks: Blocks, *, split: str, key: str) -> Reference:
     sizes = extractor.network.dimensions
     moments = {name: Moments(sizes[name]) for name in _moment_names(extractor)}
-    rows, labels = [], []
+    rows, labels, differ = [], [], False
     for images, of_images in blocks:
         found = extractor(images)
+        differ = differ or bool((images != images[:1]).any())
         for name, seen in moments.items():
             seen.update(found[name])
         if moments["pool"].count <= MAX_KEPT_FEATURES:
             rows.append(found["pool"])
             labels.append(of_images)
     count = moments["pool"].count
-    if count > 1 and not np.diag(moments["pool"].covariance).any():
+    if differ and not np.diag(moments["pool"].covariance).any():
         raise InputError(
-            f"the features of all {count} images of the reference are equal, every distance would be 0: give "
-            "the right weights and images"
+            f"the features of all {count} images of the reference are equal, though the images differ, and "
+            "every distance would be 0: give the right weights"
         )
     kept = count <= MAX_KEPT_FEATURES
     return Reference(

@@ -92,6 +92,13 @@ def test_pools_are_the_librarys(shape):
         np.testing.assert_allclose(inception._pooled(x, pool), y, atol=1e-6)
 
 
+def test_what_follows_an_average_is_one_pointwise_convolution():
+    """Only then may it go first."""
+    averaged = [layers for block in inception._BLOCKS.values() for pool, layers in block if pool == "average"]
+    assert len(averaged) == 8 and all(len(layers) == 1 for layers in averaged)
+    assert {layer.kernel for layers in averaged for layer in layers} == {(1, 1)}
+
+
 def test_the_convolution_before_the_average_is_the_one_behind_it():
     x = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
     layer = inception._conv("branch_pool", 3, 1)
