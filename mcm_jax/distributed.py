@@ -49,7 +49,8 @@ def joined() -> Iterator[None]:
         # All processes raise these together, and part as after a run that ended well. One that raised it
         # alone would wait for the others in vain.
         if are_several():
-            _leave_after(_WAITING_SECONDS, 2 if isinstance(error, InputError) else error.code)
+            code = 2 if isinstance(error, InputError) else error.code or 0
+            _leave_after(_WAITING_SECONDS, code if isinstance(code, int) else 1)
         raise
     except BaseException as error:
         if are_several():
