@@ -1,11 +1,12 @@
 """Results: samples of a run, or images from elsewhere, scored against a reference and kept."""
 
+import copy
 import dataclasses
 import datetime
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from mcm_jax.data import layout, pipeline, progress
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
-from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference
+from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
+from mcm_jax.evaluation.unfinished import Unfinished
 from mcm_jax.files import append_line
 from mcm_jax.pictures import image_grid, save_png
 
@@ -140,31 +142,34 @@ class Evaluator:
         workdir, reference, test = Path(run.workdir), self._compared(run), None
         if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
             test = self._reference(run.dataset, "test", run.blocks)
-        samples = _Samples(run, draws, how)
-        scores = protocol.evaluate_samples(
-            samples,
+        tally = protocol.Tally(
             self.extractor,
             reference,
             num=draws.num,
             metrics=self.metrics,
             also_first=0 if test is None else test.count,
         )
+        name = f"unfinished_{content_hash(json.loads(json.dumps(inputs)))[:16]}.npz"
+        unfinished = Unfinished(workdir / RESULTS.parent / name)
+        seconds, first_images = _sample_into(tally, run, draws, how, unfinished)
+        scores = tally.scores()
         grid = RESULTS.parent / grid_name(inputs)
-        scale = -(-_GRID_TILE // samples.first.shape[1])
         if distributed.is_first():
-            save_png(image_grid(samples.first, _GRID_COLUMNS, scale=scale), workdir / grid)
+            scale = -(-_GRID_TILE // first_images.shape[1])
+            save_png(image_grid(first_images, _GRID_COLUMNS, scale=scale), workdir / grid)
         record = {
             **inputs,
             "metrics": scores.metrics,
             "bounds": {} if self.given else self._bounds(run, draws, how, reference, test),
             "rank_deficient": scores.rank_deficient,
             "grid": str(grid),
-            "sampling_seconds": round(samples.seconds, 3),
+            "sampling_seconds": round(seconds, 3),
             "features_seconds": round(scores.features_seconds, 3),
             **_made(),
         }
         if distributed.is_first():
             append_line(workdir / RESULTS, record)
+        unfinished.finish()
         return record
 
     def _compared(self, run: Any) -> Reference:
@@ -278,24 +283,30 @@ def grid_name(inputs: dict[str, Any]) -> str:
     return f"{name}_seed{inputs['seed']}.png"
 
 
-class _Samples:
-    """The run's samples in blocks; remembers the first few and the time it took."""
+def _sample_into(
+    tally: protocol.Tally, run: Any, draws: Draws, how: dict[str, Any], unfinished: Unfinished
+) -> tuple[float, np.ndarray]:
+    """Adds the run's samples, from where an interrupted evaluation was; keeps what there is.
 
-    def __init__(self, run: Any, draws: Draws, how: dict[str, Any]):
-        self._run, self._draws, self._how = run, draws, how
-        self.first: np.ndarray = np.zeros((0,), np.uint8)
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        draws = self._draws
-        for first in progress.bar(range(0, draws.num, _BLOCK), "samples and their features"):
-            start = time.monotonic()
-            count = min(_BLOCK, draws.num - first)
-            images, labels = self._run.sample(count, seed=draws.seed, first=first, **self._how)
-            self.seconds += time.monotonic() - start
-            if first == 0:
-                self.first = images[:_GRID_IMAGES].copy()
-            yield images, labels
+    Returns:
+      (seconds of sampling, the first images).
+    """
+    seconds, first_images = 0.0, np.zeros((0,), np.uint8)
+    arrays = unfinished.read(copy.copy(tally).go_on_from)
+    if arrays is not None:
+        tally.go_on_from(arrays)
+        seconds, first_images = float(arrays["seconds"]), arrays["first_images"]
+        distributed.say(f"going on after the {tally.count} samples of an evaluation that was interrupted")
+    for first in progress.bar(range(tally.count, draws.num, _BLOCK), "samples and their features"):
+        start = time.monotonic()
+        images, labels = run.sample(min(_BLOCK, draws.num - first), seed=draws.seed, first=first, **how)
+        seconds += time.monotonic() - start
+        if first == 0:
+            first_images = images[:_GRID_IMAGES].copy()
+        tally.update(images, labels)
+        also = {"seconds": np.array(seconds), "first_images": first_images}
+        unfinished.keep(lambda also=also: tally.arrays() | also)
+    return seconds, first_images
 
 
 def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:

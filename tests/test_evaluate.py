@@ -16,7 +16,7 @@ from PIL import Image
 from mcm_jax import evaluate as program
 from mcm_jax import evaluator
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import efficientnet, protocol
+from mcm_jax.evaluation import efficientnet, protocol, unfinished
 from tests.evaluation.pixels import PixelExtractor, network
 
 SIDE = 4
@@ -442,6 +442,55 @@ def test_an_interrupted_command_goes_on_where_it_was(options, workdirs):
     assert [call[4] for call in load.runs[0].asked if call[0] == "sample"] == [2]
     load = Loader()
     assert program.evaluate(several, load) == again and load.runs[0].asked == []
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Blocks of ten samples, all kept; (n): an interruption before sample n; returns what is sampled."""
+    monkeypatch.setattr(evaluator, "_BLOCK", 10)
+    monkeypatch.setattr(unfinished, "EVERY_SECONDS", -1.0)
+    sample, asked = FakeRun.sample, []
+
+    def set_stop(at):
+        def interrupted(self, count, *, first=0, **how):
+            if first == at:
+                raise KeyboardInterrupt
+            asked.append(first)
+            return sample(self, count, first=first, **how)
+
+        asked.clear()
+        monkeypatch.setattr(FakeRun, "sample", interrupted)
+        return asked
+
+    return set_stop
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, stop_at, capsys):
+    """To the same numbers to the last bit, of every metric, and the same grid."""
+    options = dataclasses.replace(inception, metrics=tuple(protocol.METRICS), untrained_num=0)
+    (expected,) = program.evaluate(options, Loader())
+    grid = (workdirs[0] / expected["grid"]).read_bytes()
+    (workdirs[0] / "evaluation/results.jsonl").unlink()
+    stop_at(20)
+    with pytest.raises(KeyboardInterrupt):
+        program.evaluate(options, Loader())
+    asked = stop_at(None)
+    (found,) = program.evaluate(options, Loader())
+    assert asked == [20, 30] and "going on after the 20 samples" in capsys.readouterr().out
+    assert found["metrics"] == expected["metrics"] and len(found["metrics"]) >= 8
+    assert (workdirs[0] / found["grid"]).read_bytes() == grid
+    assert not list((workdirs[0] / "evaluation").glob("unfinished*"))
+
+
+def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, stop_at, capsys):
+    stop_at(20)
+    with pytest.raises(KeyboardInterrupt):
+        program.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
+    (kept,) = (workdirs[0] / "evaluation").glob("unfinished*")
+    kept.write_bytes(kept.read_bytes()[:-50])
+    asked = stop_at(None)
+    program.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
+    assert asked == [0, 10, 20, 30] and "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What is computed from features besides the Frechet distance: moments, class scores, kernels, neighbours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import scipy.special
@@ -45,6 +45,18 @@ class Moments:
         self.mean = self.mean + difference * (other.count / count)
         self.count = count
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that it has seen, to go on from."""
+        return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
+        """The inverse of `arrays`."""
+        moments = cls(len(arrays["mean"]))
+        moments.count, moments.mean = int(arrays["count"]), arrays["mean"]
+        moments._scatter = arrays["scatter"]
+        return moments
+
     @property
     def covariance(self) -> Float64[np.ndarray, "D D"]:
         """The unbiased covariance, S / (n - 1)."""
@@ -83,6 +95,19 @@ class ClassScores:
         np.add.at(self._counts, part, 1)
         np.add.at(self._probabilities, part, p)
         np.add.at(self._entropies, part, np.sum(p * log_p, axis=1))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that it has seen."""
+        sums = {"counts": self._counts, "probabilities": self._probabilities, "entropies": self._entropies}
+        return {"ends": self._ends, **sums}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClassScores":
+        """The inverse of `arrays`."""
+        scores = cls(int(arrays["ends"][-1]), arrays["probabilities"].shape[1])
+        scores._counts, scores._entropies = arrays["counts"], arrays["entropies"]
+        scores._probabilities = arrays["probabilities"]
+        return scores
 
     def merge(self, other: "ClassScores") -> None:
         """Adds what `other` has seen of the same images."""

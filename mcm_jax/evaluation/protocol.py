@@ -107,63 +107,125 @@ def lacking(metric: str, reference: Reference, *, labelled: bool = True) -> str 
     return None
 
 
-def evaluate_samples(
-    blocks: Blocks,
-    extractor: Extractor,
-    reference: Reference,
-    *,
-    num: int,
-    metrics: Sequence[str] = ("frechet", "nearest"),
-    also_first: int = 0,
-) -> Scores:
-    """Scores a stream of `num` uint8 images against a reference, holding one block of images at a time.
+class Tally:
+    """What the metrics of a stream of samples need, block by block; it can be kept, and gone on with."""
 
-    Metrics are left out for which something is `lacking`, or for which there are too few samples.
+    def __init__(
+        self,
+        extractor: Extractor,
+        reference: Reference,
+        *,
+        num: int,
+        metrics: Sequence[str] = ("frechet", "nearest"),
+        also_first: int = 0,
+    ):
+        """Metrics are left out for which something is `lacking`, or for which there are too few samples.
 
-    Args:
-      metrics: of METRICS.
-      also_first: the Frechet distance is also told of that many, where there are more samples (to stand
-        beside another set of that size).
-    """
-    sizes, distance = extractor.network.dimensions, extractor.network.distance
-    whole, first = Moments(sizes["pool"]), Moments(sizes["pool"])
-    metrics = [metric for metric in METRICS if metric in metrics and not lacking(metric, reference)]
-    spatial = Moments(sizes["spatial"]) if "sfid" in metrics else None
-    classes = ClassScores(num, sizes["logits"]) if "inception_score" in metrics else None
-    singles = set(metrics) & set(_HELD)
-    rows, labels, nearest_sum, seconds = [], [], 0.0, 0.0
-    for images, of_images in blocks:
+        Args:
+          num: samples in all.
+          metrics: of METRICS.
+          also_first: the Frechet distance is also told of that many, where there are more samples (to stand
+            beside another set of that size).
+        """
+        sizes = extractor.network.dimensions
+        self._extractor, self._reference = extractor, reference
+        self._num, self._also_first = num, also_first
+        self._metrics = [name for name in METRICS if name in metrics and not lacking(name, reference)]
+        self._moments = {"whole": Moments(sizes["pool"]), "first": Moments(sizes["pool"])}
+        if "sfid" in self._metrics:
+            self._moments["spatial"] = Moments(sizes["spatial"])
+        self._classes = ClassScores(num, sizes["logits"]) if "inception_score" in self._metrics else None
+        self._rows: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._nearest_sum, self._seconds = 0.0, 0.0
+
+    @property
+    def count(self) -> int:
+        """Samples that have been seen."""
+        return self._moments["whole"].count
+
+    def update(self, images: Images, labels: np.ndarray) -> None:
+        """Adds the samples that come next."""
         start = time.monotonic()
-        found = extractor(images)
-        seconds += time.monotonic() - start
-        pool, indices = found["pool"], whole.count + np.arange(len(images))
-        first.update(pool[: max(also_first - whole.count, 0)])
-        whole.update(pool)
-        if spatial is not None:
-            spatial.update(found["spatial"])
-        if classes is not None:
-            classes.update(found["logits"], indices)
-        if singles:
-            rows.append(pool)
-            labels.append(of_images)
-        if "nearest" in metrics:
-            nearest_sum += float(nearest_neighbour_distances(pool, reference.features).sum())
-    if whole.count != num:
-        raise ValueError(f"{whole.count} images came, {num} were announced")
-    result = {}
-    if "frechet" in metrics:
-        result[counted(distance, num)] = _distance(whole, reference)
-        if 2 <= first.count < num:
-            result[counted(distance, first.count)] = _distance(first, reference)
-    if spatial is not None:
-        result[counted("sfid", num)] = _distance(spatial, reference, "spatial")
-    if classes is not None and not math.isnan(classes.score):
-        result[counted("inception_score", num)] = classes.score
-    if singles:
-        result |= _of_single_images(np.concatenate(rows), np.concatenate(labels), reference, metrics)
-    if "nearest" in metrics:
-        result[NEAREST] = nearest_sum / num
-    return Scores(result, num, whole.rank_deficient or reference.rank_deficient, seconds)
+        found = self._extractor(images)
+        self._seconds += time.monotonic() - start
+        pool, before = found["pool"], self.count
+        self._moments["first"].update(pool[: max(self._also_first - before, 0)])
+        self._moments["whole"].update(pool)
+        if "spatial" in self._moments:
+            self._moments["spatial"].update(found["spatial"])
+        if self._classes is not None:
+            self._classes.update(found["logits"], before + np.arange(len(images)))
+        if set(self._metrics) & set(_HELD):
+            self._rows.append(pool)
+            self._labels.append(labels)
+        if "nearest" in self._metrics:
+            distances = nearest_neighbour_distances(pool, self._reference.features)
+            self._nearest_sum += float(distances.sum())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that has been seen."""
+        parts = {name: moments.arrays() for name, moments in self._moments.items()}
+        if self._classes is not None:
+            parts["classes"] = self._classes.arrays()
+        if self._rows:
+            parts["held"] = {"rows": np.concatenate(self._rows), "labels": np.concatenate(self._labels)}
+        parts["sums"] = {"nearest": np.array(self._nearest_sum), "seconds": np.array(self._seconds)}
+        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+    def go_on_from(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `arrays`, in a tally of the same samples and metrics.
+
+        Raises:
+          KeyError: they are of another one.
+        """
+
+        def part(name: str) -> dict[str, np.ndarray]:
+            found = {
+                key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(name + "/")
+            }
+            if not found:
+                raise KeyError(name)
+            return found
+
+        moments = {name: Moments.of_arrays(part(name)) for name in self._moments}
+        classes = None if self._classes is None else ClassScores.of_arrays(part("classes"))
+        held, sums = [], part("sums")
+        if set(self._metrics) & set(_HELD):
+            held = [part("held")]
+        self._moments, self._classes = moments, classes
+        self._rows, self._labels = [one["rows"] for one in held], [one["labels"] for one in held]
+        self._nearest_sum, self._seconds = float(sums["nearest"]), float(sums["seconds"])
+
+    def scores(self) -> Scores:
+        """Of all `num` samples; fewer are an error."""
+        whole, num = self._moments["whole"], self._num
+        if whole.count != num:
+            raise ValueError(f"{whole.count} images came, {num} were announced")
+        first, distance, result = self._moments["first"], self._extractor.network.distance, {}
+        if "frechet" in self._metrics:
+            result[counted(distance, num)] = _distance(whole, self._reference)
+            if 2 <= first.count < num:
+                result[counted(distance, first.count)] = _distance(first, self._reference)
+        if "spatial" in self._moments:
+            result[counted("sfid", num)] = _distance(self._moments["spatial"], self._reference, "spatial")
+        if self._classes is not None and not math.isnan(self._classes.score):
+            result[counted("inception_score", num)] = self._classes.score
+        if self._rows:
+            held = np.concatenate(self._rows), np.concatenate(self._labels)
+            result |= _of_single_images(*held, self._reference, self._metrics)
+        if "nearest" in self._metrics:
+            result[NEAREST] = self._nearest_sum / num
+        rank_deficient = whole.rank_deficient or self._reference.rank_deficient
+        return Scores(result, num, rank_deficient, self._seconds)
+
+
+def evaluate_samples(blocks: Blocks, extractor: Extractor, reference: Reference, **how: Any) -> Scores:
+    """Scores a stream of uint8 images, one block after another held; `how` as of `Tally`."""
+    tally = Tally(extractor, reference, **how)
+    for images, labels in blocks:
+        tally.update(images, labels)
+    return tally.scores()
 
 
 def _of_single_images(

@@ -1,9 +1,9 @@
 """Statistics of reference images, computed once and kept under a hash of everything they depend on."""
 
+import copy
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mcm_jax import distributed
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
+from mcm_jax.evaluation.unfinished import Arrays, Unfinished, read_kept
 from mcm_jax.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
@@ -82,10 +83,11 @@ class Cache:
         """
         key = content_hash({"version": VERSION, "split": split, **extractor.network.description, **identity})
         path = self.directory / f"reference_{key}.npz"
-        kept = _read(path, lambda: _load_reference(path, extractor, split=split, key=key))
+        kept = read_kept(path, lambda: _load_reference(path, extractor, split=split, key=key))
         if kept is not None:
             return kept
-        reference = _compute_reference(extractor, images(), split=split, key=key)
+        unfinished = Unfinished(self.directory / f"unfinished_{key}.npz")
+        reference = _compute_reference(extractor, images(), unfinished, split=split, key=key)
         arrays: dict[str, Any] = {"count": np.int64(reference.count)}
         for name, (mean, cov) in reference.moments.items():
             arrays |= {f"mean_{name}": mean, f"cov_{name}": cov}
@@ -93,6 +95,7 @@ class Cache:
             arrays |= {"features": reference.features, "labels": reference.labels}
         if distributed.is_first():
             write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        unfinished.finish()
         return reference
 
     def numbers(
@@ -100,7 +103,7 @@ class Cache:
     ) -> dict[str, float]:
         """`compute()`, or what it gave for the same identity before."""
         path = self.directory / f"numbers_{content_hash({'version': VERSION, **identity})}.json"
-        kept = _read(path, lambda: _load_numbers(path))
+        kept = read_kept(path, lambda: _load_numbers(path))
         if kept is not None:
             return kept
         numbers = compute()
@@ -114,21 +117,6 @@ def content_hash(fields: Mapping[str, Any]) -> str:
     """sha256 of the fields as canonical JSON."""
     text = json.dumps(dict(fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path, load: Callable[[], Any]) -> Any | None:
-    """What `load` reads from `path`; None where there is no such file or it is damaged."""
-    if not distributed.exists(path):
-        return None
-    kept = None
-    try:
-        kept = load()
-    # A damaged file can fail in any way that zip, npy and JSON know; each means the same.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
-    # Computing is the work of all.
-    return kept if distributed.all_answer(kept is not None) else None
 
 
 def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
@@ -185,30 +173,82 @@ def _load_numbers(path: Path) -> dict[str, float]:
     return content["numbers"]
 
 
-def _compute_reference(extractor: Extractor, blocks: Blocks, *, split: str, key: str) -> Reference:
-    sizes = extractor.network.dimensions
-    moments = {name: Moments(sizes[name]) for name in _moment_names(extractor)}
-    rows, labels, differ = [], [], False
-    for images, of_images in blocks:
-        found = extractor(images)
-        differ = differ or bool((images != images[:1]).any())
-        for name, seen in moments.items():
+class _Sums:
+    """What a reference is made of, block by block."""
+
+    def __init__(self, extractor: Extractor):
+        sizes = extractor.network.dimensions
+        self._extractor = extractor
+        self._moments = {name: Moments(sizes[name]) for name in _moment_names(extractor)}
+        self._rows: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._differ = False
+
+    @property
+    def count(self) -> int:
+        return self._moments["pool"].count
+
+    def update(self, images: np.ndarray, labels: np.ndarray) -> None:
+        found = self._extractor(images)
+        self._differ = self._differ or bool((images != images[:1]).any())
+        for name, seen in self._moments.items():
             seen.update(found[name])
-        if moments["pool"].count <= MAX_KEPT_FEATURES:
-            rows.append(found["pool"])
-            labels.append(of_images)
-    count = moments["pool"].count
-    if differ and not np.diag(moments["pool"].covariance).any():
-        raise InputError(
-            f"the features of all {count} images of the reference are equal, though the images differ, and "
-            "every distance would be 0: give the right weights"
+        if self.count <= MAX_KEPT_FEATURES:
+            self._rows.append(found["pool"])
+            self._labels.append(labels)
+        else:
+            self._rows, self._labels = [], []
+
+    def arrays(self) -> Arrays:
+        parts = {name: seen.arrays() for name, seen in self._moments.items()}
+        flat = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        return {
+            "differ": np.array(self._differ),
+            "rows": np.concatenate(self._rows) if self._rows else np.zeros((0, 0), np.float32),
+            "labels": np.concatenate(self._labels) if self._labels else np.zeros(0, np.int32),
+            **flat,
+        }
+
+    def go_on_from(self, arrays: Arrays) -> None:
+        """The inverse of `arrays`; KeyError where they are of other features."""
+        fields = ("count", "mean", "scatter")
+        self._moments = {
+            name: Moments.of_arrays({field: arrays[f"{name}/{field}"] for field in fields})
+            for name in self._moments
+        }
+        self._rows = [arrays["rows"]] if len(arrays["rows"]) else []
+        self._labels = [arrays["labels"]] if len(arrays["rows"]) else []
+        self._differ = bool(arrays["differ"])
+
+    def reference(self, *, split: str, key: str) -> Reference:
+        if self._differ and not np.diag(self._moments["pool"].covariance).any():
+            raise InputError(
+                f"the features of all {self.count} images of the reference are equal, though the images "
+                "differ, and every distance would be 0: give the right weights"
+            )
+        return Reference(
+            sha256=key,
+            description=_description(split, self.count, key),
+            count=self.count,
+            moments={name: (seen.mean, seen.covariance) for name, seen in self._moments.items()},
+            features=np.concatenate(self._rows) if self._rows else None,
+            labels=np.concatenate(self._labels) if self._rows else None,
         )
-    kept = count <= MAX_KEPT_FEATURES
-    return Reference(
-        sha256=key,
-        description=_description(split, count, key),
-        count=count,
-        moments={name: (seen.mean, seen.covariance) for name, seen in moments.items()},
-        features=np.concatenate(rows) if kept else None,
-        labels=np.concatenate(labels) if kept else None,
-    )
+
+
+def _compute_reference(
+    extractor: Extractor, blocks: Blocks, unfinished: Unfinished, *, split: str, key: str
+) -> Reference:
+    sums = _Sums(extractor)
+    arrays = unfinished.read(copy.copy(sums).go_on_from)
+    if arrays is not None:
+        sums.go_on_from(arrays)
+        distributed.say(f"going on after the first {sums.count} images of split {split}")
+    done, seen = sums.count, 0
+    for images, labels in blocks:
+        fresh = slice(max(done - seen, 0), None)  # Of an interrupted computation some have been seen.
+        seen += len(images)
+        if seen > done:
+            sums.update(images[fresh], labels[fresh])
+            unfinished.keep(sums.arrays)
+    return sums.reference(split=split, key=key)

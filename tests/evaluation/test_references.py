@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mcm_jax.errors import InputError
-from mcm_jax.evaluation import references
+from mcm_jax.evaluation import references, unfinished
 from mcm_jax.evaluation.references import Cache, Reference
 from tests.evaluation.pixels import PixelExtractor, network
 
@@ -44,6 +44,33 @@ def assert_equal(one: Reference, other: Reference) -> None:
     for name, pair in one.moments.items():
         for a, b in zip(pair, other.moments[name], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("limit", [50_000, 12])
+def test_an_interrupted_reference_goes_on_where_it_was(ask, monkeypatch, limit):
+    """To the last bit, though what was seen ends within a block; with and without single images."""
+    monkeypatch.setattr(references, "MAX_KEPT_FEATURES", limit)
+    monkeypatch.setattr(unfinished, "EVERY_SECONDS", -1.0)
+    ask.block = 10
+    expected = ask()
+    (path,) = ask.directory.glob("reference_*.npz")
+    path.unlink()
+    seen = []
+
+    class Counting(PixelExtractor):
+        def __call__(self, images):
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            seen.append(len(images))
+            return super().__call__(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(Counting())
+    seen.clear()
+    ask.block = 15
+    found = ask(Counting())
+    assert seen == [10] and not list(ask.directory.glob("unfinished_*"))
+    assert_equal(found, expected)
 
 
 def test_features_that_are_all_equal_are_told(ask):
