@@ -25,6 +25,8 @@ from mcm_jax.errors import InputError
 COORDINATOR, COUNT, INDEX = "MCM_COORDINATOR", "MCM_NUM_PROCESSES", "MCM_PROCESS_ID"
 
 _WAITING_SECONDS = 30.0
+# How long processes may take to part, one of them still writing.
+_PARTING_SECONDS = 120.0
 # How long a new file may take to be seen by another host: more than the caches of NFS.
 _SHARED_SECONDS = 90.0
 
@@ -45,12 +47,13 @@ def joined() -> Iterator[None]:
     _join()
     try:
         yield
-    except (InputError, SystemExit) as error:
-        # All processes raise these together, and part as after a run that ended well. One that raised it
-        # alone would wait for the others in vain.
+    except InputError:
+        # All processes raise it together, and part as after a run that ended well. One that raised it alone
+        # would wait for the others in vain.
         if are_several():
-            code = 2 if isinstance(error, InputError) else error.code or 0
-            _leave_after(_WAITING_SECONDS, code if isinstance(code, int) else 1)
+            _leave_after(_PARTING_SECONDS, 2)
+        raise
+    except SystemExit:
         raise
     except BaseException as error:
         if are_several():

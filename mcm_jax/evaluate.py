@@ -108,7 +108,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
             record = None if options.again else evaluator.stored(run, inputs)
             if distributed.of_first(record is None):
                 distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
-                record = evaluator.score(run, inputs, draws, how)
+                record = evaluator.score(run, inputs, draws, how, again=options.again)
             else:
                 distributed.say(f"{run.workdir}: measured before, --again measures it again")
             if distributed.is_first():

@@ -18,7 +18,7 @@ from mcm_jax.errors import InputError
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
-from mcm_jax.evaluation.unfinished import Unfinished
+from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.files import append_line
 from mcm_jax.pictures import image_grid, save_png
 
@@ -77,10 +77,7 @@ class Evaluator:
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
             single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
-            with distributed.together():
-                self.given = published.read(reference, self.extractor, single_images=single_images)
-        if self.given is not None:
-            distributed.require_same(self.given.description, "references")
+            self.given = published.read(reference, self.extractor, single_images=single_images)
 
     def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The newest result of these inputs in the run's file."""
@@ -137,20 +134,25 @@ class Evaluator:
             if reason is not None:
                 raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
 
-    def score(self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
-        """Samples a run and scores the samples; appends the record to the run's file and draws its grid."""
+    def score(
+        self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any], *, again: bool = False
+    ) -> dict[str, Any]:
+        """Samples a run and scores the samples; appends the record to the run's file and draws its grid.
+
+        Goes on from what an interrupted call with the same inputs has kept, unless it is to begin `again`.
+        """
         workdir, reference, test = Path(run.workdir), self._compared(run), None
         if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
             test = self._reference(run.dataset, "test", run.blocks)
+        also_first = 0 if test is None else test.count
         tally = protocol.Tally(
-            self.extractor,
-            reference,
-            num=draws.num,
-            metrics=self.metrics,
-            also_first=0 if test is None else test.count,
+            self.extractor, reference, num=draws.num, metrics=self.metrics, also_first=also_first
         )
-        name = f"unfinished_{content_hash(json.loads(json.dumps(inputs)))[:16]}.npz"
-        unfinished = Unfinished(workdir / RESULTS.parent / name)
+        # All that the sums depend on.
+        name = content_hash({**inputs, "also_first": also_first, "versions": _versions()})[:16]
+        unfinished = Unfinished(workdir / RESULTS.parent / f"unfinished_{name}.npz")
+        if again:
+            unfinished.finish()
         seconds, first_images = _sample_into(tally, run, draws, how, unfinished)
         scores = tally.scores()
         grid = RESULTS.parent / grid_name(inputs)
@@ -266,8 +268,12 @@ class Evaluator:
 def _made() -> dict[str, Any]:
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")}
 
 
 def grid_name(inputs: dict[str, Any]) -> str:
@@ -291,8 +297,13 @@ def _sample_into(
     Returns:
       (seconds of sampling, the first images).
     """
+
+    def check(arrays: Arrays) -> None:
+        copy.copy(tally).go_on_from(arrays)
+        arrays["seconds"], arrays["first_images"]
+
     seconds, first_images = 0.0, np.zeros((0,), np.uint8)
-    arrays = unfinished.read(copy.copy(tally).go_on_from)
+    arrays = unfinished.read(check)
     if arrays is not None:
         tally.go_on_from(arrays)
         seconds, first_images = float(arrays["seconds"]), arrays["first_images"]

@@ -493,16 +493,24 @@ with distributed.joined():
         ran = []
         numbers = references.Cache(directory).numbers({"of": "x"}, lambda: ran.append(1) or {"n": 1.0})
         log("turns", [numbers["n"], len(ran)])
+    try:
+        references.Cache(directory).numbers({"of": INDEX}, lambda: {"n": 2.0})
+    except InputError as error:
+        log("turns", str(error))
 """
     with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
         assert members.codes() == [0, 0], members.everything()
     for index in (0, 1):
-        assert logged(tmp_path / "logs", "turns", index) == [[1.0, 1], [1.0, 0], [1.0, 1]]
+        *turns, refused = logged(tmp_path / "logs", "turns", index)
+        assert turns == [[1.0, 1], [1.0, 0], [1.0, 1]]
+        # What is of other things in each process is kept as none of them.
+        assert "data sets, weights or flags of processes 0 and 1 differ" in refused
+    assert len(list((tmp_path / "logs/cache").glob("numbers_*"))) == 1
 
 
 def test_a_process_that_is_wrong_alone_does_not_wait_for_the_others(tmp_path):
     code = """
-distributed._WAITING_SECONDS = 1.0
+distributed._PARTING_SECONDS = 1.0
 with distributed.joined():
     if INDEX == "1":
         raise InputError("no such file here")

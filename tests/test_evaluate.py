@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import subprocess
@@ -480,6 +481,44 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, sto
     assert found["metrics"] == expected["metrics"] and len(found["metrics"]) >= 8
     assert (workdirs[0] / found["grid"]).read_bytes() == grid
     assert not list((workdirs[0] / "evaluation").glob("unfinished*"))
+
+
+def test_again_begins_anew(options, stop_at):
+    options = dataclasses.replace(options, untrained_num=0)
+    stop_at(20)
+    with pytest.raises(KeyboardInterrupt):
+        program.evaluate(options, Loader())
+    asked = stop_at(None)
+    program.evaluate(dataclasses.replace(options, again=True), Loader())
+    assert asked == [0, 10, 20, 30]
+
+
+def test_what_was_kept_is_of_one_count_beside_the_test_images(options, stop_at):
+    """A reference that is given brings no test images, though it be the run's own: other sums."""
+    options = dataclasses.replace(options, untrained_num=0)
+    stop_at(20)
+    with pytest.raises(KeyboardInterrupt):
+        program.evaluate(options, Loader())
+    asked = stop_at(None)
+    load = Loader()
+
+    def without_test_images(*arguments, **how):
+        run = load(*arguments, **how)
+        run.dataset = dataclasses.replace(run.dataset, num_examples={"train": 60})
+        return run
+
+    program.evaluate(options, without_test_images)
+    assert asked == [0, 10, 20, 30]
+
+
+def test_a_disk_that_has_no_room_for_what_is_kept(options, stop_at, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(unfinished, "write_whole", full)
+    stop_at(None)
+    (record,) = program.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
+    assert record["metrics"] and "an interruption will begin anew" in capsys.readouterr().err
 
 
 def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, stop_at, capsys):

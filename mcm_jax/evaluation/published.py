@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mcm_jax import distributed
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation import pickles
 from mcm_jax.evaluation.features import Extractor
@@ -33,12 +34,14 @@ def read(path: Path, extractor: Extractor, *, single_images: bool = False) -> Re
     Raises:
       InputError: no such file, none of the forms, of other dimensions or not finite.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"--reference={path}: can't be read ({error.strerror})") from error
-    arrays = _arrays(path, content)
+    with distributed.together():
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"--reference={path}: can't be read ({error.strerror})") from error
     sha256 = hashlib.sha256(content).hexdigest()
+    distributed.require_same(sha256, "references")
+    arrays = _arrays(path, content)
     names = [pair for pair in _MOMENTS if set(pair) <= set(arrays)]
     if not names:
         raise InputError(

@@ -244,6 +244,7 @@ def _compute_reference(
     if arrays is not None:
         sums.go_on_from(arrays)
         distributed.say(f"going on after the first {sums.count} images of split {split}")
+    del arrays  # As large as all features.
     done, seen = sums.count, 0
     for images, labels in blocks:
         fresh = slice(max(done - seen, 0), None)  # Of an interrupted computation some have been seen.

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,22 @@ class Unfinished:
             check(arrays)
             return arrays
 
-        return read_kept(self._path, load)
+        arrays = read_kept(self._path, load)
+        # Another command may have replaced it between the reading of two processes.
+        distributed.require_same(_digest(arrays or {}), f"readings of {self._path}")
+        return arrays
 
     def keep(self, arrays: Callable[[], Arrays]) -> None:
         """Writes `arrays()` if the last time is long enough ago."""
         if time.monotonic() - self._written < EVERY_SECONDS or not distributed.is_first():
             return
         found = arrays()
-        write_whole(self._path, lambda file: np.savez(file, allow_pickle=False, **found))
+        try:
+            write_whole(self._path, lambda file: np.savez(file, allow_pickle=False, **found))
+        except OSError as error:  # The result itself needs little room.
+            print(
+                f"note: an interruption will begin anew, can't write {self._path} ({error})", file=sys.stderr
+            )
         self._written = time.monotonic()
 
     def finish(self) -> None:
@@ -48,8 +57,20 @@ class Unfinished:
             self._path.unlink(missing_ok=True)
 
 
+def _digest(arrays: Arrays) -> int:
+    digest = 0
+    for name in sorted(arrays):
+        digest = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), digest))
+    return digest
+
+
 def read_kept(path: Path, load: Callable[[], Any]) -> Any | None:
-    """What `load` reads from `path`; None where there is no such file or it is damaged, in any process."""
+    """What `load` reads from `path`; None where there is no such file or it is damaged, in any process.
+
+    Raises:
+      InputError: processes want different files; their names say what is in them.
+    """
+    distributed.require_same(path.name, "data sets, weights or flags")
     if not distributed.exists(path):
         return None
     kept = None
