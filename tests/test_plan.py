@@ -14,6 +14,7 @@ import pytest
 from mcm_jax import plan as program
 from mcm_jax import programs, rows
 from mcm_jax.errors import InputError
+from mcm_jax.evaluation import inception, inception_weights
 from mcm_jax.models import attention
 from mcm_jax.planning import compilation, report, topologies
 from mcm_jax.planning.cost import Operation
@@ -93,12 +94,22 @@ def test_sampling_on_four_chips():
 @pytest.mark.slow
 @needs_libtpu
 def test_features_on_four_chips(monkeypatch):
-    raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
+    """Of five of its eleven blocks, one of every kind but one: exact products compile slowly for a TPU."""
+    kept = ("mixed_5b", "mixed_6a", "mixed_6d", "mixed_7a", "mixed_7c")
+    monkeypatch.setattr(inception, "_BLOCKS", {name: inception._BLOCKS[name] for name in kept})
     monkeypatch.setattr(programs, "BATCH_PER_DEVICE", 2)
-    record, _, _ = program.plan(raw, "v5e:2x2", program="features")
+    inception_weights.abstract_network.cache_clear()
+    try:
+        network = inception_weights.abstract_network()
+        raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
+        record, _, _ = program.plan(raw, "v5e:2x2", program="features")
+    finally:
+        inception_weights.abstract_network.cache_clear()
+    images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
+    before_compilation = jax.jit(network.apply).lower(network.params, images).cost_analysis()["flops"]
     assert record["doubts"] == [] and record["collective_bytes"] == {}
-    # The network's layers have 5.711 billion multiply-adds an image; the compiler pads some of them.
-    assert 2 * 5.711e9 < record["flops_per_step"] / 8 < 1.2 * 2 * 5.711e9
+    # Some products are padded, the pools' operations are not counted.
+    assert 0.9 * before_compilation < record["flops_per_step"] < 1.2 * before_compilation
 
 
 @pytest.mark.slow
