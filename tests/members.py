@@ -1,5 +1,6 @@
 """Programs of several processes on this machine, as the hosts of a cluster run them, on CPU over loopback."""
 
+import json
 import os
 import re
 import socket
@@ -103,3 +104,24 @@ class Members:
     def everything(self):
         files = sorted(self.directory.glob("*.*"))
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in files)
+
+
+def logged(directory, name, index):
+    """What a process has put there by `log(name, ...)`."""
+    return [json.loads(line) for line in (directory / f"{name}.{index}.jsonl").read_text().splitlines()]
+
+
+# A program's own command line, after the preamble.
+_PROGRAM = """
+import runpy
+place = sys.argv.pop()
+sys.argv = ["program", *json.loads(ARGUMENTS)]
+runpy.run_module("mcm_jax.PROGRAM", run_name="__main__")
+"""
+
+
+def program(name, *arguments, directory, count=2):
+    """Runs `python -m mcm_jax.NAME ARGUMENTS` in every process; returns (exit codes, members)."""
+    code = _PROGRAM.replace("PROGRAM", name).replace("ARGUMENTS", repr(json.dumps(arguments)))
+    with Members(code, count=count, devices=1, directory=directory) as members:
+        return members.codes(), members
