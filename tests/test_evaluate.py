@@ -466,16 +466,26 @@ def stop_at(monkeypatch):
     return set_stop
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, stop_at, capsys):
+@pytest.fixture
+def interrupt(stop_at):
+    """Evaluates with these options to sample 20; returns what is sampled from then on."""
+
+    def run(options):
+        stop_at(20)
+        with pytest.raises(KeyboardInterrupt):
+            program.evaluate(options, Loader())
+        return stop_at(None)
+
+    return run
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, interrupt, capsys):
     """To the same numbers to the last bit, of every metric, and the same grid."""
     options = dataclasses.replace(inception, metrics=tuple(protocol.METRICS), untrained_num=0)
     (expected,) = program.evaluate(options, Loader())
     grid = (workdirs[0] / expected["grid"]).read_bytes()
     (workdirs[0] / "evaluation/results.jsonl").unlink()
-    stop_at(20)
-    with pytest.raises(KeyboardInterrupt):
-        program.evaluate(options, Loader())
-    asked = stop_at(None)
+    asked = interrupt(options)
     (found,) = program.evaluate(options, Loader())
     assert asked == [20, 30] and "going on after the 20 samples" in capsys.readouterr().out
     assert found["metrics"] == expected["metrics"] and len(found["metrics"]) >= 8
@@ -483,23 +493,17 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, sto
     assert not list((workdirs[0] / "evaluation").glob("unfinished*"))
 
 
-def test_again_begins_anew(options, stop_at):
+def test_again_begins_anew(options, interrupt):
     options = dataclasses.replace(options, untrained_num=0)
-    stop_at(20)
-    with pytest.raises(KeyboardInterrupt):
-        program.evaluate(options, Loader())
-    asked = stop_at(None)
+    asked = interrupt(options)
     program.evaluate(dataclasses.replace(options, again=True), Loader())
     assert asked == [0, 10, 20, 30]
 
 
-def test_what_was_kept_is_of_one_count_beside_the_test_images(options, stop_at):
+def test_what_was_kept_is_of_one_count_beside_the_test_images(options, interrupt):
     """A reference that is given brings no test images, though it be the run's own: other sums."""
     options = dataclasses.replace(options, untrained_num=0)
-    stop_at(20)
-    with pytest.raises(KeyboardInterrupt):
-        program.evaluate(options, Loader())
-    asked = stop_at(None)
+    asked = interrupt(options)
     load = Loader()
 
     def without_test_images(*arguments, **how):
@@ -521,14 +525,12 @@ def test_a_disk_that_has_no_room_for_what_is_kept(options, stop_at, monkeypatch,
     assert record["metrics"] and "an interruption will begin anew" in capsys.readouterr().err
 
 
-def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, stop_at, capsys):
-    stop_at(20)
-    with pytest.raises(KeyboardInterrupt):
-        program.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
+def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrupt, capsys):
+    options = dataclasses.replace(options, untrained_num=0)
+    asked = interrupt(options)
     (kept,) = (workdirs[0] / "evaluation").glob("unfinished*")
     kept.write_bytes(kept.read_bytes()[:-50])
-    asked = stop_at(None)
-    program.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
+    program.evaluate(options, Loader())
     assert asked == [0, 10, 20, 30] and "is damaged" in capsys.readouterr().err
 
 

@@ -26,6 +26,7 @@ from mcm_jax.evaluation.metrics import (
     precision_recall,
 )
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.evaluation.unfinished import Arrays, joined, part
 
 NEAREST = "nearest_neighbour_distance"
 # What may be asked for, in the order of results.
@@ -163,7 +164,7 @@ class Tally:
             distances = nearest_neighbour_distances(pool, self._reference.features)
             self._nearest_sum += float(distances.sum())
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> Arrays:
         """All that has been seen."""
         parts = {name: moments.arrays() for name, moments in self._moments.items()}
         if self._classes is not None:
@@ -171,28 +172,19 @@ class Tally:
         if self._rows:
             parts["held"] = {"rows": np.concatenate(self._rows), "labels": np.concatenate(self._labels)}
         parts["sums"] = {"nearest": np.array(self._nearest_sum), "seconds": np.array(self._seconds)}
-        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        return joined(parts)
 
-    def go_on_from(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def go_on_from(self, arrays: Arrays) -> None:
         """The inverse of `arrays`, in a tally of the same samples and metrics.
 
         Raises:
           KeyError: they are of another one.
         """
-
-        def part(name: str) -> dict[str, np.ndarray]:
-            found = {
-                key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(name + "/")
-            }
-            if not found:
-                raise KeyError(name)
-            return found
-
-        moments = {name: Moments.of_arrays(part(name)) for name in self._moments}
-        classes = None if self._classes is None else ClassScores.of_arrays(part("classes"))
-        held, sums = [], part("sums")
+        moments = {name: Moments.of_arrays(part(arrays, name)) for name in self._moments}
+        classes = None if self._classes is None else ClassScores.of_arrays(part(arrays, "classes"))
+        held, sums = [], part(arrays, "sums")
         if set(self._metrics) & set(_HELD):
-            held = [part("held")]
+            held = [part(arrays, "held")]
         self._moments, self._classes = moments, classes
         self._rows, self._labels = [one["rows"] for one in held], [one["labels"] for one in held]
         self._nearest_sum, self._seconds = float(sums["nearest"]), float(sums["seconds"])

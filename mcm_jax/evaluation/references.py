@@ -15,7 +15,7 @@ from mcm_jax import distributed
 from mcm_jax.errors import InputError
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
-from mcm_jax.evaluation.unfinished import Arrays, Unfinished, read_kept
+from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_kept
 from mcm_jax.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
@@ -200,22 +200,16 @@ class _Sums:
             self._rows, self._labels = [], []
 
     def arrays(self) -> Arrays:
-        parts = {name: seen.arrays() for name, seen in self._moments.items()}
-        flat = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
         return {
             "differ": np.array(self._differ),
             "rows": np.concatenate(self._rows) if self._rows else np.zeros((0, 0), np.float32),
             "labels": np.concatenate(self._labels) if self._labels else np.zeros(0, np.int32),
-            **flat,
+            **joined({name: seen.arrays() for name, seen in self._moments.items()}),
         }
 
     def go_on_from(self, arrays: Arrays) -> None:
         """The inverse of `arrays`; KeyError where they are of other features."""
-        fields = ("count", "mean", "scatter")
-        self._moments = {
-            name: Moments.of_arrays({field: arrays[f"{name}/{field}"] for field in fields})
-            for name in self._moments
-        }
+        self._moments = {name: Moments.of_arrays(part(arrays, name)) for name in self._moments}
         self._rows = [arrays["rows"]] if len(arrays["rows"]) else []
         self._labels = [arrays["labels"]] if len(arrays["rows"]) else []
         self._differ = bool(arrays["differ"])

@@ -3,7 +3,7 @@
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,23 @@ class Unfinished:
         """Forgets it: the result stands elsewhere."""
         if distributed.is_first():
             self._path.unlink(missing_ok=True)
+
+
+def joined(parts: Mapping[str, Arrays]) -> Arrays:
+    """The arrays of several parts under "part/name"."""
+    return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+
+def part(arrays: Arrays, name: str) -> Arrays:
+    """One part's arrays out of `joined`.
+
+    Raises:
+      KeyError: it is not there.
+    """
+    found = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(name + "/")}
+    if not found:
+        raise KeyError(name)
+    return found
 
 
 def _digest(arrays: Arrays) -> int:
