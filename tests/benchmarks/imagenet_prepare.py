@@ -1,6 +1,6 @@
 """Preparing ImageNet from its tar files, against plain TFDS + tf.data on the same tars.
 
-    python tests/benchmarks/imagenet_prepare.py
+    python -m tests.benchmarks.imagenet_prepare
 
 Both end in a data set of uint8 images at their final size. TFDS's own builder first writes its imagenet2012
 from the tars, then tf.data decodes, crops and resizes, and a builder as TFDS's guide has it writes the small
@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from absl import app, flags
 from PIL import Image
 
 from mcm_jax.data import imagenet
+from tests.tars import tar
 
 # Photographs that are made, each of which stands for several.
 _DISTINCT = 200
@@ -88,9 +88,8 @@ def _total() -> int:
 def _turn(name: str, manual_dir: str) -> dict[str, float]:
     arguments = [f"--work={name}", f"--manual_dir={manual_dir}"]
     arguments += [f"--{flag.name}={flag.value}" for flag in (_RESOLUTION, _IMAGES, _CORES)]
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-m", "tests.benchmarks.imagenet_prepare", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -185,12 +184,12 @@ def _make_tars(directory: Path) -> float:
     distinct = [_photograph(draw) for _ in range(min(_DISTINCT, _total()))]
     names, files = imagenet.class_names()[:8], [distinct[n % _DISTINCT] for n in range(_total())]
     classes = {
-        f"{name}.tar": _tar({f"{name}_{n}.JPEG": files[n] for n in range(label, _IMAGES.value, len(names))})
+        f"{name}.tar": tar({f"{name}_{n}.JPEG": files[n] for n in range(label, _IMAGES.value, len(names))})
         for label, name in enumerate(names)
     }
     test = {f"ILSVRC2012_val_{n + 1:08d}.JPEG": file for n, file in enumerate(files[_IMAGES.value :])}
-    (directory / imagenet.TRAIN_TAR).write_bytes(_tar(classes))
-    (directory / imagenet.TEST_TAR).write_bytes(_tar(test))
+    (directory / imagenet.TRAIN_TAR).write_bytes(tar(classes))
+    (directory / imagenet.TEST_TAR).write_bytes(tar(test))
     return statistics.mean(len(file) for file in files)
 
 
@@ -204,16 +203,6 @@ def _photograph(draw: np.random.Generator, *, height: int = 375, width: int = 50
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def _tar(files: dict[str, bytes]) -> bytes:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:") as made:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            made.addfile(entry, io.BytesIO(data))
-    return content.getvalue()
 
 
 if __name__ == "__main__":

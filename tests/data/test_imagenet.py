@@ -14,6 +14,7 @@ from PIL import Image
 from mcm_jax import prepare
 from mcm_jax.data import folder, imagenet, layout, pipeline, shards
 from mcm_jax.errors import InputError
+from tests.tars import tar
 
 # Out of order, as tars may be.
 CLASSES = ("n01484850", "n01440764", "n15075141")
@@ -31,16 +32,6 @@ def encoded(image, kind="JPEG"):
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
     return file.getvalue()
-
-
-def tar(files):
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:") as made:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            made.addfile(entry, io.BytesIO(data))
-    return content.getvalue()
 
 
 def make_manual_dir(directory: Path) -> Path:

@@ -1,0 +1,15 @@
+"""Tar files, as ImageNet comes in."""
+
+import io
+import tarfile
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    """An archive of files by name."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:") as made:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            made.addfile(entry, io.BytesIO(data))
+    return content.getvalue()
