@@ -7,7 +7,7 @@ Rows as in configs/openmoji.py. R must be a multiple of 4 for the default networ
 
 import ml_collections
 
-from mcm_jax import rows
+from mcm_jax.config import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:

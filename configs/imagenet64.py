@@ -40,7 +40,7 @@ On another number of chips add --config.mesh.fsdp=CHIPS. The commands:
 
 import ml_collections
 
-from mcm_jax import paper_rows
+from mcm_jax.config import paper_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:

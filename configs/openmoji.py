@@ -19,7 +19,7 @@ No row of the paper's tables: 16x16 emoji, 1.6 million parameters, minutes on tw
 
 import ml_collections
 
-from mcm_jax import rows
+from mcm_jax.config import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:

@@ -53,6 +53,6 @@ Done in $minutes minutes. From here:
   more images       python -m mcm_jax.sample --workdir=$here/cd4 --num=64 --out=grid.png
   loss curves       tensorboard --logdir=$here
   your own images   python -m mcm_jax.prepare --dataset=folder --manual_dir=PATH --resolution=32
-  all settings      mcm_jax/configuration.py; set one with --config.SECTION.NAME=VALUE
+  all settings      mcm_jax/config/settings.py; set one with --config.SECTION.NAME=VALUE
 (in this checkout's environment: source .venv/bin/activate)
 EOF

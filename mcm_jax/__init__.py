@@ -8,11 +8,11 @@ images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mcm_jax.runs import Run
+    from mcm_jax.runs.run import Run
 
 
 def load(workdir: Any, **options: Any) -> "Run":
-    """The trained run in `workdir`, ready to sample from; options as of `runs.load_run`."""
-    from mcm_jax import runs  # `import mcm_jax` stays light: programs' --help need no JAX.
+    """The trained run in `workdir`, ready to sample from; options as of `runs.run.load_run`."""
+    from mcm_jax.runs.run import load_run  # `import mcm_jax` stays light: programs' --help need no JAX.
 
-    return runs.load_run(workdir, **options)
+    return load_run(workdir, **options)

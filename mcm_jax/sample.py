@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mcm_jax import command_line
-from mcm_jax.errors import InputError
-from mcm_jax.files import write_asked_for
-from mcm_jax.pictures import image_grid, save_png
+from mcm_jax.system import command_line
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.pictures import image_grid, save_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 _OUT = flags.DEFINE_string(
@@ -70,7 +70,7 @@ def main() -> None:
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"--out={out}: {out.parent} can't be written; choose another directory")
-    from mcm_jax import distributed  # Slow to import: --help and bad flags need not wait for it.
+    from mcm_jax.system import distributed  # Slow to import: --help and bad flags need not wait for it.
 
     with distributed.joined():
         _sample_to(out)
@@ -78,9 +78,10 @@ def main() -> None:
 
 def _sample_to(out: Path) -> None:
     """All processes sample together, the first one writes."""
-    from mcm_jax import distributed, runs
+    from mcm_jax.runs.run import load_run
+    from mcm_jax.system import distributed
 
-    run = runs.load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
+    run = load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
     labels = None
     if _LABEL.value is not None:
         if _LABEL.value >= run.dataset.num_classes:

@@ -5,7 +5,7 @@
         --config.teacher_checkpoint=runs/teacher
 
 The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first. For several hosts,
-where it is started on each, see mcm_jax/distributed.py and launch/.
+where it is started on each, see mcm_jax/system/distributed.py and launch/.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from mcm_jax import command_line
+from mcm_jax.system import command_line
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and row, e.g. configs/openmoji.py:cd,steps=4", lock_config=True
@@ -27,7 +27,8 @@ def main() -> None:
     """Flags in, one run out."""
     config = command_line.loaded_config(_CONFIG)
     # Slow to import: --help and a misspelt flag need not wait for it.
-    from mcm_jax import distributed, trainer
+    from mcm_jax.runs import trainer
+    from mcm_jax.system import distributed
 
     workdir = Path(_WORKDIR.value)
     with distributed.joined():

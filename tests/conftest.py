@@ -47,7 +47,7 @@ def shared_compilations(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher(tiny_data, tmp_path_factory):
     """workdir of a diffusion teacher after its four updates."""
-    from mcm_jax import trainer
+    from mcm_jax.runs import trainer
 
     workdir = tmp_path_factory.mktemp("runs") / "teacher"
     assert trainer.train(tiny.config(tiny_data), workdir)

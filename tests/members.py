@@ -16,9 +16,10 @@ _PREAMBLE = """
 import json, os, sys
 from pathlib import Path
 import jax
-from mcm_jax import distributed, files, pictures, runs, sharding, trainer
+from mcm_jax.runs import trainer
+from mcm_jax.system import distributed, files, pictures, sharding
 from mcm_jax.data import pipeline
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 from mcm_jax.training import loop, observer
 from tests import tiny
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import imagenet64
-from mcm_jax import experiment, sampling, validation
-from mcm_jax.diffusion import schedules
+from mcm_jax.config import validation
+from mcm_jax.diffusion import sampling, schedules
+from mcm_jax.runs import experiment
 from tests import tiny
 
 NULL_CLASS = 9

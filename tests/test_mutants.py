@@ -100,7 +100,7 @@ def test_gradients_are_let_through_and_stopped():
 
 
 def test_nothing_is_stopped_where_nothing_is_differentiated():
-    kinds = {m.kind for m in mutations.mutants_of("mcm_jax/sampling.py", GRADIENTS)}
+    kinds = {m.kind for m in mutations.mutants_of("mcm_jax/diffusion/sampling.py", GRADIENTS)}
     assert kinds == {"sign", "constant"}
 
 

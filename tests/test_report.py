@@ -8,9 +8,10 @@ import sys
 import pytest
 from PIL import Image
 
-from mcm_jax import report as program
 from mcm_jax.bench import trajectories
-from mcm_jax.errors import InputError
+from mcm_jax.bench import trajectories_figure as drawing
+from mcm_jax.reporting import reports
+from mcm_jax.system.errors import InputError
 from tests.reporting.made_up import TEACHER, record, write
 
 
@@ -40,7 +41,7 @@ def test_the_program_writes_the_page_and_prints_the_table(runs):
 
 
 def test_out_names_the_page_and_is_made(runs, tmp_path):
-    assert program.report(runs, tmp_path / "new" / "results.html")
+    assert reports.report(runs, tmp_path / "new" / "results.html")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "results.html",
         "results.md",
@@ -50,7 +51,7 @@ def test_out_names_the_page_and_is_made(runs, tmp_path):
 
 def test_the_same_results_make_the_same_page(runs, tmp_path):
     for name in ("a", "b"):
-        program.report(runs, tmp_path / f"{name}.html")
+        reports.report(runs, tmp_path / f"{name}.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
@@ -80,9 +81,9 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
 
 def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys, monkeypatch):
     # Another student would take as long again, to compile.
-    monkeypatch.setattr(program, "FIGURE_STEPS", (1, 4))
+    monkeypatch.setattr(drawing, "FIGURE_STEPS", (1, 4))
     out = tmp_path / "new" / "figure.png"
-    line = program.trajectories_figure(out, num_paths=6, num_samples=200, num_updates=2)
+    line = drawing.trajectories_figure(out, num_paths=6, num_samples=200, num_updates=2)
     with Image.open(out) as picture:
         assert picture.format == "PNG" and max(picture.size) > 800
     assert "\n" not in line
@@ -98,8 +99,8 @@ def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys, monkeypa
 
 def test_the_figure_s_numbers_over_training_seeds(tmp_path, monkeypatch):
     """Mean and standard error of those that every seed has alone."""
-    monkeypatch.setattr(program, "FIGURE_STEPS", (1,))
-    monkeypatch.setattr(program, "_DRAWS", 2)
+    monkeypatch.setattr(drawing, "FIGURE_STEPS", (1,))
+    monkeypatch.setattr(drawing, "_DRAWS", 2)
     distances = {0: 0.25, 1: 0.5, 2: 0.75}
 
     def student(mixture, z_1, *, config, num_samples):
@@ -107,7 +108,7 @@ def test_the_figure_s_numbers_over_training_seeds(tmp_path, monkeypatch):
         return found._replace(distance=distances[config.seed])
 
     monkeypatch.setattr(trajectories, "student", student)
-    line = program.trajectories_figure(tmp_path / "figure.png", seeds=3, num_paths=2, num_samples=50)
+    line = drawing.trajectories_figure(tmp_path / "figure.png", seeds=3, num_paths=2, num_samples=50)
     # The sample's standard deviation is 1/4.
     assert f"1 step 0.2500 (0.5000 ± {0.25 / 3**0.5:.4f} over 3 training seeds), diffusion model" in line
 
@@ -118,7 +119,7 @@ def test_no_student_is_trained_for_a_picture_that_cannot_be_written(tmp_path, mo
     (tmp_path / "file").write_text("")
     for out in ("figure.jpg", "taken.png", "file/figure.png"):
         with pytest.raises(InputError, match="--out"):
-            program.trajectories_figure(tmp_path / out)
+            drawing.trajectories_figure(tmp_path / out)
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
@@ -131,7 +132,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(InputError, match="Input/output error"):
-        program.report(runs, out)
+        reports.report(runs, out)
     monkeypatch.undo()
     assert out.read_text() == out.with_suffix(".md").read_text() == "the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "runs"]

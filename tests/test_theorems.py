@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcm_jax import experiment, sampling
-from mcm_jax.diffusion import mixtures, process, schedules, segments, steps
+from mcm_jax.diffusion import mixtures, process, sampling, schedules, segments, steps
 from mcm_jax.objectives.consistency import consistency_loss
 from mcm_jax.objectives.progressive import progressive_loss
+from mcm_jax.runs import experiment
 from mcm_jax.training import step
 from tests import reference
 from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, numpy_x_hat

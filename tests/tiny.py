@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mcm_jax import configuration, experiment, prepare, validation, workdirs
-from mcm_jax.data import pipeline
+from mcm_jax.config import validation
+from mcm_jax.config.settings import default_config
+from mcm_jax.data import pipeline, preparation
+from mcm_jax.runs import experiment, workdirs
 from mcm_jax.training import step
 from mcm_jax.training.checkpoints import Checkpoints
 
@@ -22,16 +24,16 @@ def prepare_folder(directory: Path, *, resolution: int = 8, count: int = 40) -> 
         pixels = rng.integers(0, 256, (2, 2, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         Image.fromarray(pixels).save(path)
     data_dir = directory / "data"
-    plan = prepare.plan(
+    plan = preparation.plan(
         dataset="folder", resolution=resolution, manual_dir=str(directory / "images"), name="tiny"
     )
-    prepare.prepare(plan, data_dir=data_dir, overwrite=False)
+    preparation.prepare(plan, data_dir=data_dir, overwrite=False)
     return data_dir
 
 
 def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
     """A ConfigDict whose train step compiles in seconds."""
-    result = configuration.default_config()
+    result = default_config()
     result.objective = objective
     result.teacher_checkpoint = None if teacher is None else str(teacher)
     result.data.update(dataset="folder/tiny", data_dir=str(data_dir), resolution=8)

@@ -11,8 +11,8 @@ from typing import Any
 
 import ml_collections
 
-from mcm_jax.errors import InputError
-from mcm_jax.files import append_line
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import append_line
 
 Values = dict[str, float]
 

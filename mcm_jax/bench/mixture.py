@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mcm_jax import configuration, experiment, validation
 from mcm_jax.bench import vectors
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.vectors import VectorRun
-from mcm_jax.configuration import Config
+from mcm_jax.config import validation
+from mcm_jax.config.settings import Config, default_config
 from mcm_jax.diffusion import mixtures, process
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models.mlp import MLPSpec
+from mcm_jax.runs import experiment
 
 NUM_SAMPLES = 10_000
 # Samples share their noise across cells of a seed, and have none in common with other seeds.
@@ -67,7 +68,7 @@ class Setting:
         """What the paper leaves open; a mixture counts as data of the config's default resolution."""
         if self.dimension == 2:
             return ()
-        return choices(self.learning_rate, configuration.default_config().data.resolution)
+        return choices(self.learning_rate, default_config().data.resolution)
 
 
 MIXTURE_64D = Setting("mixture", dimension=64)
@@ -139,7 +140,7 @@ class Bench:
         """The stage of progressive distillation with this many steps, from the one before."""
         first = 2 * steps == self.setting.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        # Later teachers carry the adjustment already: configuration.ConsistencyConfig.later_xvar_frac.
+        # Later teachers carry the adjustment already: ConsistencyConfig.later_xvar_frac.
         overrides = () if first else (("consistency.xvar_frac", 0.0),)
         config = self._config(Cell(self.setting.name, "progressive", steps, seed, overrides))
         return vectors.train(
@@ -160,7 +161,7 @@ class Bench:
         )
 
     def _config(self, cell: Cell) -> Config:
-        config, setting = configuration.default_config(), self.setting
+        config, setting = default_config(), self.setting
         config.seed = cell.seed
         diffusion = cell.system in ("diffusion", "teacher")
         num_steps = setting.diffusion_updates if diffusion else setting.student_updates

@@ -12,12 +12,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_collections
 
-from mcm_jax import configuration, evaluate, prepare, rows, runs, trainer, validation
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.mixture import mean_difference
+from mcm_jax.config import rows, validation
+from mcm_jax.config.settings import stage_configs
+from mcm_jax.data import preparation
 from mcm_jax.data.pixels import to_float
+from mcm_jax.evaluation import scoring
+from mcm_jax.runs import trainer
+from mcm_jax.runs.run import load_run
 
 RESOLUTION = 16
 NUM_SAMPLES = 1024
@@ -75,8 +80,8 @@ class Bench:
     def __init__(self, setting: Setting, directory: Path, *, data_dir: Path = Path("data")):
         """Prepares the data set if it is not there. What the programs say goes to directory/log.txt."""
         self.setting, self.directory, self.data_dir = setting, directory, data_dir
-        plan = prepare.plan(dataset="openmoji", resolution=RESOLUTION)
-        prepare.prepare(plan, data_dir=data_dir)
+        plan = preparation.plan(dataset="openmoji", resolution=RESOLUTION)
+        preparation.prepare(plan, data_dir=data_dir)
         directory.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, cell: Cell) -> Values:
@@ -89,7 +94,7 @@ class Bench:
         teacher = self._train(Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule))
         if cell.system != "teacher":
             self._train(cell)
-        options = evaluate.Options(
+        options = scoring.Options(
             workdirs=(workdir,),
             num=NUM_SAMPLES,
             steps=(cell.steps,),
@@ -98,7 +103,7 @@ class Bench:
             cache_dir=self.data_dir / "reference_cache",
             untrained_num=0,
         )
-        (record,) = evaluate.evaluate(options, runs.load_run)
+        (record,) = scoring.evaluate(options, load_run)
         values = {"distance": record["metrics"][METRIC]}
         if cell.system == "ct":
             values["from_diffusion"] = _difference(workdir, teacher)
@@ -121,7 +126,7 @@ class Bench:
     def _workdir(self, cell: Cell) -> Path:
         """Where the trainer puts the model: stages of progressive distillation are below one directory."""
         config = validation.validate(self._config(cell))
-        return configuration.stage_configs(config, self._root(cell))[-1][0]
+        return stage_configs(config, self._root(cell))[-1][0]
 
     def _config(self, cell: Cell) -> ml_collections.ConfigDict:
         row = {"cd": f"cd,steps={cell.steps}", "ct": f"ct,steps={cell.steps}"}.get(cell.system, cell.system)
@@ -150,7 +155,7 @@ class Bench:
 
 def _difference(workdir: Path, teacher: Path) -> float:
     """`mean_difference` of two runs on training images."""
-    student_run, teacher_run = runs.load_run(workdir), runs.load_run(teacher)
+    student_run, teacher_run = load_run(workdir), load_run(teacher)
     images, labels = student_run.images("train")
     student_fn, teacher_fn = (
         functools.partial(run.network.apply, run.params) for run in (student_run, teacher_run)

@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import ndtri
 
-from mcm_jax import sampling
 from mcm_jax.bench import vectors
-from mcm_jax.configuration import Config, ConsistencyConfig, OptimizerConfig, TrainingConfig
-from mcm_jax.diffusion import mixtures, process, schedules, steps
+from mcm_jax.config.settings import Config, ConsistencyConfig, OptimizerConfig, TrainingConfig
+from mcm_jax.diffusion import mixtures, process, sampling, schedules, steps
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.models.mlp import MLPSpec

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mcm_jax import experiment, sampling
-from mcm_jax.configuration import Config
-from mcm_jax.diffusion import mixtures, schedules
+from mcm_jax.config.settings import Config
+from mcm_jax.diffusion import mixtures, sampling, schedules
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.models.mlp import MLPSpec
 from mcm_jax.models.network import Network, Params
+from mcm_jax.runs import experiment
 from mcm_jax.training import step
 
 # Apart from the keys of the updates, which are fold_in(key(seed), 0), 1, ...

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageOps
 
-from mcm_jax.data import layout, progress, splits
-from mcm_jax.errors import InputError
+from mcm_jax.data import layout, splits
+from mcm_jax.system import progress
+from mcm_jax.system.errors import InputError
 
 SUFFIXES = frozenset(".avif .bmp .gif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
 

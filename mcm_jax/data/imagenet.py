@@ -30,7 +30,7 @@ from PIL import Image
 
 from mcm_jax.data import folder, layout
 from mcm_jax.data.shards import Shard
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 # Of the whole of ILSVRC2012.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test")

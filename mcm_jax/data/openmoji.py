@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.data import layout, progress, splits
+from mcm_jax.data import layout, splits
+from mcm_jax.system import progress
 
 CATEGORIES = (
     "Smileys & Emotion",

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt8
 from mcm_jax.data import layout
 from mcm_jax.data.layout import DatasetInfo, describe
 from mcm_jax.data.pixels import to_float, to_uint8
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 __all__ = [
     "ArraySource",

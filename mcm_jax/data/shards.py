@@ -21,9 +21,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mcm_jax.data import progress
-from mcm_jax.files import write_whole
-from mcm_jax.host import keep_freed_pages
+from mcm_jax.system import progress
+from mcm_jax.system.files import write_whole
+from mcm_jax.system.host import keep_freed_pages
 
 # One record a group, as TFDS writes them: single records are read at random.
 _OPTIONS = "group_size:1"

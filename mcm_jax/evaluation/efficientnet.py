@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import pth
 from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.system.errors import InputError
 
 NETWORK = "efficientnet-lite0"
 FEATURES = 1280

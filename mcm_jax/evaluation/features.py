@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from mcm_jax import sharding
+from mcm_jax.system import sharding
 
 BATCH_PER_DEVICE = 64
 # Measured on 2 cores: activations of 8 images stay in the caches, 64 at once are a quarter slower.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.references import Blocks
+from mcm_jax.system.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

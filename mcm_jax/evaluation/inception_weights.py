@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from mcm_jax.errors import InputError
+from mcm_jax.data import layout
 from mcm_jax.evaluation import inception, pickles, pth
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.evaluation.inception import Inception
-from mcm_jax.files import write_whole
+from mcm_jax.system import files
+from mcm_jax.system.errors import InputError
 
 SOURCE = (
     "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
@@ -38,6 +40,7 @@ SOURCE = (
     "python -m mcm_jax.prepare --inception=FILE"
 )
 FILE = "inception-2015-12-05.safetensors"
+DEFAULT_PATH = Path(layout.DEFAULT_DATA_DIR) / FILE
 _EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"
 # Arrays of a convolution and its batch norm, or of the classifier, by our names; kernels are [h, w, in, out].
@@ -98,7 +101,7 @@ def load(path: Path) -> Weights:
 def write(weights: Weights, path: Path) -> None:
     """Keeps them as .safetensors, whole or not at all."""
     metadata = {"format": _FORMAT, "sha256": weights.sha256}
-    write_whole(path, safetensors.numpy.save(weights.params, metadata))
+    files.write_whole(path, safetensors.numpy.save(weights.params, metadata))
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -279,3 +282,21 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Of all parameters by name."""
     return {_name(path): variable.shape for path, variable in nnx.to_flat_state(abstract_network().params)}
+
+
+def convert(source: Path, target: Path) -> str:
+    """Converts the weights in `source` to the file that `evaluate` reads; returns a summary.
+
+    Raises:
+      InputError: the weights are at fault, or the target cannot be written.
+    """
+    weights = load(source)
+    with files.writing_to(target.parent, "--data_dir"):
+        write(weights, target)
+    size = sum(value.size for value in weights.params.values())
+    elsewhere = "" if target == DEFAULT_PATH else f" --inception={shlex.quote(str(target))}"
+    return (
+        f"Inception of 2015-12-05: {size:,} weights, batch norms folded in\n"
+        f"  sha256 of the weights {weights.sha256}\n  {target}\n"
+        f"next: python -m mcm_jax.evaluate --workdir=runs/... --features=inception{elsewhere} --num=50000"
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Bool, Float, Float64, Int
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 # Of precision and recall, as everyone takes them.
 NEIGHBOURS = 3

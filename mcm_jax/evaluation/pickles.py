@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 
 def read(content: bytes, *, name: str) -> Any:

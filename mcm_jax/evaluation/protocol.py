@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.frechet import frechet_distance, frechet_distance_of_rows
 from mcm_jax.evaluation.metrics import (
@@ -27,6 +26,7 @@ from mcm_jax.evaluation.metrics import (
 )
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.evaluation.unfinished import Arrays, joined, part
+from mcm_jax.system.errors import InputError
 
 NEAREST = "nearest_neighbour_distance"
 # What may be asked for, in the order of results.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {

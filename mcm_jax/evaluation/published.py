@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from mcm_jax import distributed
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import pickles
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.references import Reference, checked
+from mcm_jax.system import distributed
+from mcm_jax.system.errors import InputError
 
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
-from mcm_jax import distributed
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_kept
-from mcm_jax.files import require_writable, write_whole
+from mcm_jax.system import distributed
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
 VERSION = 3

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mcm_jax import distributed
-from mcm_jax.files import write_whole
+from mcm_jax.system import distributed
+from mcm_jax.system.files import write_whole
 
 # What an interruption costs at most, and the step that it was in.
 EVERY_SECONDS = 60.0

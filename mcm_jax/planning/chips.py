@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

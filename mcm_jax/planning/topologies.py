@@ -7,8 +7,8 @@ import os
 import re
 from typing import Any
 
-from mcm_jax.errors import InputError
 from mcm_jax.planning.chips import CHIPS, Chip, chip
+from mcm_jax.system.errors import InputError
 
 # The slices that Google Cloud offers; libtpu knows more.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

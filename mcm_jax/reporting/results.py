@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 # Names that other programs write; not imported from there, because a report needs neither JAX nor TFDS.
 RESULTS = Path("evaluation") / "results.jsonl"

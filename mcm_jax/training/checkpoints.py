@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 from mcm_jax.training.state import TrainState
 
 Parameters = Literal["ema", "raw"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mcm_jax import sharding
+from mcm_jax.system import sharding
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 

@@ -11,7 +11,7 @@ from clu import metric_writers
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mcm_jax.pictures import save_png
+from mcm_jax.system.pictures import save_png
 
 Draw = Callable[[Any], UInt8[np.ndarray, "height width 3"]]
 

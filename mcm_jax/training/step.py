@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mcm_jax import sharding
+from mcm_jax.system import sharding
 from mcm_jax.training.state import TrainState
 
 # (params, teacher_params, target_params, batch, key, step) -> loss of every example

@@ -7,7 +7,7 @@ import pytest
 
 from mcm_jax.bench import cells
 from mcm_jax.bench.cells import Cell, Store
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 A = Cell("mixture", "cd", 4, 0)
 B = Cell("mixture", "cd", 4, 1, (("consistency.xvar_frac", 0.0), ("model.dropouts", (0.1, 0.1))), "addim")

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from mcm_jax import configuration, validation
 from mcm_jax.bench import openmoji
 from mcm_jax.bench.cells import Cell
+from mcm_jax.config import validation
+from mcm_jax.config.settings import stage_configs
 
 
 @pytest.mark.parametrize("setting", [openmoji.OPENMOJI, openmoji.QUICK], ids=["whole", "quick"])
@@ -15,7 +16,7 @@ def test_students_of_progressive_distillation_share_their_stages(setting):
     roots = set()
     for steps in setting.student_steps:
         cell = Cell("openmoji", "progressive", steps, seed=0)
-        stages = configuration.stage_configs(validation.validate(bench._config(cell)), bench._root(cell))
+        stages = stage_configs(validation.validate(bench._config(cell)), bench._root(cell))
         roots.add(bench._root(cell))
         assert all(workdir.parent == bench._root(cell) for workdir, _ in stages)
         assert stages[-1][0].name == f"steps_{steps}"

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mcm_jax import sampling
 from mcm_jax.bench import trajectories
-from mcm_jax.diffusion import mixtures, schedules
+from mcm_jax.diffusion import mixtures, sampling, schedules
 from tests import reference
 
 MIXTURE = mixtures.two_components()

@@ -101,17 +101,18 @@ def _timed_work() -> dict[str, float]:
 
 
 def _ours(data_dir: str) -> dict[str, float]:
-    from mcm_jax import host, prepare
+    from mcm_jax.data import preparation
+    from mcm_jax.system import host
 
     host.tune()  # As the program does.
     begin = time.perf_counter()
-    chosen = prepare.plan(
+    chosen = preparation.plan(
         dataset="imagenet",
         resolution=_RESOLUTION.value,
         manual_dir=_MANUAL_DIR.value,
         workers=0 if _CORES.value == 1 else _CORES.value,
     )
-    info, _ = prepare.prepare(chosen, data_dir=Path(data_dir))
+    info, _ = preparation.prepare(chosen, data_dir=Path(data_dir))
     seconds = time.perf_counter() - begin
     assert sum(info.num_examples.values()) == _total()
     return {"prepare": seconds}

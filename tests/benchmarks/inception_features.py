@@ -88,7 +88,7 @@ def _serve(name: str) -> None:
 
 
 def _evaluator(name: str) -> Any:
-    from mcm_jax import host
+    from mcm_jax.system import host
 
     weights = Path(_WEIGHTS.value)
     if name == "mcm_jax" or name.endswith("tuned"):

@@ -17,8 +17,8 @@ from typing import Any
 
 from absl import app, flags
 
-from mcm_jax import host, prepare
-from mcm_jax.data import pipeline
+from mcm_jax.data import pipeline, preparation
+from mcm_jax.system import host
 
 _RESOLUTION = flags.DEFINE_integer("resolution", 64, "Side of the images.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
@@ -31,8 +31,8 @@ def main(_: list[str]) -> None:
     host.tune()
     with tempfile.TemporaryDirectory() as directory:
         print("preparing", file=sys.stderr)
-        chosen = prepare.plan(dataset="openmoji", resolution=_RESOLUTION.value)
-        prepare.prepare(chosen, data_dir=Path(directory))
+        chosen = preparation.plan(dataset="openmoji", resolution=_RESOLUTION.value)
+        preparation.prepare(chosen, data_dir=Path(directory))
         source = pipeline.open_split(
             data_dir=directory,
             dataset="openmoji",

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from mcm_jax import command_line, experiment, rows, sampling, validation
+from mcm_jax.config import rows, validation
+from mcm_jax.diffusion import sampling
+from mcm_jax.runs import experiment
+from mcm_jax.system import command_line
 
 _RESOLUTION = flags.DEFINE_integer("resolution", 64, "Image side in pixels.", lower_bound=4)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at once.", lower_bound=1)

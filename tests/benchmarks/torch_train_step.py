@@ -8,7 +8,7 @@ mcm_jax.models.uvit), then our jitted step and PyTorch's take turns. A step is: 
 v-loss, gradients, global clip, Adam, averaged parameters. Prints a table and, last, one line of JSON;
 a ratio above 1 means that PyTorch is faster.
 
-Both run in one process with the settings of mcm_jax.host, as every program does; the JSON repeats the
+Both run in one process with the settings of mcm_jax.system.host, as every program does; the JSON repeats the
 environment. Needs an idle machine: PyTorch's threads spin and suffer most where cores are shared. There
 set OMP_WAIT_POLICY=passive and read the CPU milliseconds.
 """
@@ -30,10 +30,12 @@ import torch_uvit
 from absl import flags
 from ml_collections import config_flags
 
-from mcm_jax import command_line, experiment, sharding, validation
-from mcm_jax.configuration import Config
+from mcm_jax.config import validation
+from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.network import Network
+from mcm_jax.runs import experiment
+from mcm_jax.system import command_line, sharding
 from mcm_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mcm_jax.data import folder
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 
 def save(path, pixels, mode=None, **options):

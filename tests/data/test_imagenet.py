@@ -12,8 +12,8 @@ from etils import epath
 from PIL import Image
 
 from mcm_jax import prepare
-from mcm_jax.data import folder, imagenet, layout, pipeline, shards
-from mcm_jax.errors import InputError
+from mcm_jax.data import folder, imagenet, layout, pipeline, preparation, shards
+from mcm_jax.system.errors import InputError
 from tests.tars import tar
 
 # Out of order, as tars may be.
@@ -115,22 +115,22 @@ def test_validation_labels_go_by_the_order_of_names(manual_dir):
 
 
 def prepared(manual_dir, data_dir, dataset="imagenet", **how):
-    chosen = prepare.plan(
+    chosen = preparation.plan(
         dataset=dataset, resolution=RESOLUTION, manual_dir=str(manual_dir), workers=0, **how
     )
-    return prepare.prepare(chosen, data_dir=data_dir)
+    return preparation.prepare(chosen, data_dir=data_dir)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_prepared_data_set(manual_dir, tmp_path, workers):
     """Images, labels and names of every shard; the pipeline reads them, and nothing is left behind."""
-    chosen = prepare.plan(
+    chosen = preparation.plan(
         dataset="imagenet", resolution=RESOLUTION, manual_dir=str(manual_dir), workers=workers
     )
-    info, built = prepare.prepare(chosen, data_dir=tmp_path)
+    info, built = preparation.prepare(chosen, data_dir=tmp_path)
     assert built and info.num_examples == {"train": 7, "test": 5} and info.num_classes == 1000
     assert info.class_counts["train"][2] == 3 and info.class_names[2] == CLASSES[0]
-    assert "not all of ILSVRC2012: it has 1,281,167 and 50,000 images" in prepare.report(
+    assert "not all of ILSVRC2012: it has 1,281,167 and 50,000 images" in preparation.report(
         info, built=True, data_dir=str(tmp_path)
     )
     records = tfds.builder_from_directory(info.path).as_data_source("train")
@@ -373,7 +373,7 @@ def test_an_interruption_after_the_last_shard_makes_none_again(manual_dir, tmp_p
     def interrupted(*_):
         raise Interrupted
 
-    describe = prepare._describe
+    describe = preparation._describe
     monkeypatch.setattr(prepare, "_describe", interrupted)
     with pytest.raises(Interrupted):
         prepared(manual_dir, tmp_path)

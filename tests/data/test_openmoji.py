@@ -6,15 +6,14 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
-from mcm_jax import prepare
-from mcm_jax.data import openmoji, pipeline, splits
+from mcm_jax.data import openmoji, pipeline, preparation, splits
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """The whole set at 8x8: its directory, its DatasetInfo and every example of both splits."""
     data_dir = tmp_path_factory.mktemp("data")
-    info, built = prepare.prepare(prepare.plan(dataset="openmoji", resolution=8), data_dir=data_dir)
+    info, built = preparation.prepare(preparation.plan(dataset="openmoji", resolution=8), data_dir=data_dir)
     assert built
     builder = tfds.builder_from_directory(info.path)
     return data_dir, info, {split: list(builder.as_data_source(split)) for split in ("train", "test")}
@@ -116,7 +115,7 @@ def test_what_the_font_lacks_is_skipped():
 
 def test_preview_shows_the_first_images(prepared):
     _, info, examples = prepared
-    with Image.open(info.path / prepare.PREVIEW_FILE) as picture:
+    with Image.open(info.path / preparation.PREVIEW_FILE) as picture:
         pixels = np.asarray(picture)
     assert pixels.shape == (8 * 72 - 8, 8 * 72 - 8, 3)
     np.testing.assert_array_equal(pixels[72:136:8, :64:8], examples["train"][8]["image"])

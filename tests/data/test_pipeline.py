@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mcm_jax import prepare
-from mcm_jax.data import layout, pipeline
+from mcm_jax.data import layout, pipeline, preparation
 from mcm_jax.data.pixels import to_uint8
-from mcm_jax.errors import InputError
+from mcm_jax.system.errors import InputError
 
 sizes = st.integers(1, 30)
 batch_sizes = st.integers(1, 12)
@@ -158,10 +157,10 @@ def prepared(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).save(path)
     for resolution in (4, 6):
-        chosen = prepare.plan(
+        chosen = preparation.plan(
             dataset="folder", resolution=resolution, manual_dir=str(root / "images"), name="pets"
         )
-        prepare.prepare(chosen, data_dir=root / "data")
+        preparation.prepare(chosen, data_dir=root / "data")
     return root
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import efficientnet, pth
 from mcm_jax.evaluation.features import Extractor
+from mcm_jax.system.errors import InputError
 
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcm_jax import sharding
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
+from mcm_jax.system import sharding
 
 
 def two_features(params, images):

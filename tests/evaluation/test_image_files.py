@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.image_files import open_images
+from mcm_jax.system.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
 

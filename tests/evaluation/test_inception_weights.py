@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import inception_weights
+from mcm_jax.system.errors import InputError
 from tests.evaluation import test_pth
 
 

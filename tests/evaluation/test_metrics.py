@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation.metrics import (
     ClassScores,
     Moments,
@@ -13,6 +12,7 @@ from mcm_jax.evaluation.metrics import (
     nearest_neighbour_distances,
     precision_recall,
 )
+from mcm_jax.system.errors import InputError
 
 # Far from the origin, where a sum of squares would lose what the covariance is made of.
 OFFSET = 1e4

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import pickles
+from mcm_jax.system.errors import InputError
 
 ARRAYS = {
     "floats": np.arange(6.0).reshape(2, 3),

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import protocol
 from mcm_jax.evaluation.frechet import frechet_distance
 from mcm_jax.evaluation.metrics import ClassScores, kernel_distance, precision_recall
 from mcm_jax.evaluation.references import Cache
+from mcm_jax.system.errors import InputError
 from tests.evaluation.pixels import PixelExtractor, network
 
 

@@ -9,8 +9,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import pth
+from mcm_jax.system.errors import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C
 

@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import published
+from mcm_jax.system.errors import InputError
 from tests.evaluation.pixels import PixelExtractor, network
 
 EXTRACTOR = PixelExtractor(network((("pool", 5), ("spatial", 3), ("logits", 4)), distance="fid"))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.evaluation import references, unfinished
 from mcm_jax.evaluation.references import Cache, Reference
+from mcm_jax.system.errors import InputError
 from tests.evaluation.pixels import PixelExtractor, network
 
 LABELS = np.arange(30, dtype=np.int32) % 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcm_jax.pictures import save_png
+from mcm_jax.system.pictures import save_png
 
 RECORD = {
     "workdir": "cd4",

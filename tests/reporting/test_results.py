@@ -7,18 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from mcm_jax.errors import InputError
 from mcm_jax.reporting import averages, results, tables
+from mcm_jax.system.errors import InputError
 from tests.reporting.made_up import RECORD, record, write
 
 METRIC = "fd_effnet_lite0_1024"
 
 
 def test_names_are_those_that_the_other_programs_write():
-    from mcm_jax import evaluate, workdirs
-    from mcm_jax.evaluation import efficientnet, inception_weights, protocol
+    from mcm_jax.evaluation import efficientnet, inception_weights, protocol, scoring
+    from mcm_jax.runs import workdirs
 
-    assert results.RESULTS == evaluate.RESULTS
+    assert results.RESULTS == scoring.RESULTS
     assert results.RUN_FILE == workdirs.RUN_FILE
     assert results.NEAREST == protocol.NEAREST
     efficient = efficientnet.network(efficientnet.load())
@@ -31,15 +31,16 @@ def test_names_are_those_that_the_other_programs_write():
 
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
-    from mcm_jax import evaluate, evaluator
     from tests.test_evaluate import Loader, pixels_for
+
+    from mcm_jax.evaluation import evaluator, scoring
 
     monkeypatch.setattr(evaluator, "Extractor", pixels_for)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
-    options = evaluate.Options(
+    options = scoring.Options(
         workdirs=(tmp_path / "runs" / "cd4",), num=40, cache_dir=tmp_path / "cache", untrained_num=16
     )
-    (written,) = evaluate.evaluate(options, Loader())
+    (written,) = scoring.evaluate(options, Loader())
     assert set(written) == set(RECORD)  # What the other tests read has the same fields.
     (result,) = results.collect(tmp_path / "runs").results
     assert result.run == "cd4"
@@ -93,7 +94,7 @@ def test_a_line_that_was_cut_off_is_skipped_with_a_note(tmp_path, at):
     collection = results.collect(tmp_path)
     assert [result.metrics[METRIC] for result in collection.results] == [10.0]
     assert f"{path}:2 is cut off and was skipped; evaluate that run again" in collection.notes
-    # Evaluating again leaves it in place, see evaluate.append_line.
+    # Evaluating again leaves it in place, see scoring.append_line.
     with open(path, "a") as file:
         file.write("\n")
     write(tmp_path / "cd4", record(11.0))

@@ -8,8 +8,8 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import sharding
-from mcm_jax.errors import InputError
+from mcm_jax.system import sharding
+from mcm_jax.system.errors import InputError
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcm_jax import sharding
+from mcm_jax.system import sharding
 from mcm_jax.training import loop
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState

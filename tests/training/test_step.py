@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from mcm_jax import sharding
+from mcm_jax.system import sharding
 from mcm_jax.training import step
 
 

@@ -1,0 +1,85 @@
+"""The paper's first figure, with students trained for it; see the program `report`."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mcm_jax.reporting import averages
+from mcm_jax.reporting.tables import plural
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import require_writable, write_asked_for
+
+FIGURE_STEPS = (1, 2, 4)
+# Of exact samples, whose distance depends on how many fall to either side.
+_DRAWS = 100
+
+
+def trajectories_figure(
+    out: Path, *, seeds: int = 1, num_paths: int = 28, num_samples: int = 10_000, num_updates: int = 1500
+) -> str:
+    """Trains the students of FIGURE_STEPS, draws them into `out`; returns what was measured, in one line.
+
+    Args:
+      seeds: training seeds 0, ..., seeds - 1 of every student; the picture shows the first's.
+      num_updates: of every student.
+
+    Raises:
+      InputError: no place to write to, found before anything is trained.
+    """
+    if out.suffix != ".png":
+        raise InputError(f"--out={out} must end in .png")
+    if out.is_dir():
+        raise InputError(f"--out={out} is a directory; choose another path")
+    require_writable(out.parent, "the directory of --out")
+    # Slow to import: bad flags need not wait for JAX.
+    from mcm_jax.bench import trajectories
+    from mcm_jax.diffusion import mixtures
+    from mcm_jax.reporting import trajectories as drawing
+
+    mixture, z_1 = mixtures.two_components(), trajectories.starts(num_paths)
+    flow = trajectories.exact(mixture, z_1, num_samples=num_samples)
+    draws = trajectories.exact_distances(mixture, num_samples=num_samples, draws=_DRAWS)
+    floor = f"{np.mean(draws):.4f} ± {np.std(draws):.4f} over {_DRAWS} draws"
+
+    def panel(title, subtitle, found, boundaries):
+        return drawing.Panel(title, subtitle, found.t, found.z, boundaries, found.samples)
+
+    panels, measured = [], []
+    for student_steps in FIGURE_STEPS:
+        title, began = plural(student_steps, "step"), time.monotonic()
+        print(f"{title}: training for {num_updates} updates ...", file=sys.stderr, flush=True)
+        found, *others = (
+            trajectories.student(
+                mixture,
+                z_1,
+                config=trajectories.student_config(student_steps, num_updates=num_updates, seed=seed),
+                num_samples=num_samples,
+            )
+            for seed in range(seeds)
+        )
+        seconds = time.monotonic() - began
+        print(f"{title}: trained and sampled after {seconds:.0f} s", file=sys.stderr, flush=True)
+        subtitle = f"W₂² = {found.distance:.4f} (exact {flow.distance:.4f})"
+        panels.append(panel(title, subtitle, found, np.arange(student_steps + 1) / student_steps))
+        distances = [found.distance, *(other.distance for other in others)]
+        error = averages.standard_error(distances)
+        spread = f" ({np.mean(distances):.4f} ± {error:.4f} over {seeds} training seeds)" if others else ""
+        measured.append(f"{title} {found.distance:.4f}{spread}")
+    panels.append(panel("diffusion model", f"exact: W₂² = {flow.distance:.4f}", flow, np.array([0.0, 1.0])))
+    t, z = np.linspace(1, 0, 201), np.linspace(-2.7, 2.7, 361)
+    figure = drawing.trajectories_plot(
+        panels,
+        drawing.Marginals(t, z, trajectories.marginals(mixture, t, z)),
+        caption=(
+            f"Grey: exact densities. Outlines: {num_samples:,} samples from the same noise. "
+            "W₂²: their squared Wasserstein distance to the data.\n"
+            f"{num_samples:,} exact samples from other noise have {floor} (mean ± standard deviation)."
+        ),
+    )
+    write_asked_for(out, drawing.png(figure))
+    return (
+        f"Squared Wasserstein distance of {num_samples:,} samples to the data: {', '.join(measured)}, "
+        f"diffusion model {flow.distance:.4f}; exact samples {floor}"
+    )

@@ -1,0 +1,1 @@
+"""Settings, their validation, and the rows of config files."""

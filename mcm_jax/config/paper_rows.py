@@ -1,0 +1,133 @@
+"""Rows of the paper's tables on ImageNet, at full size (SPEC 4 to 6).
+
+What is not set here keeps its default in `configuration`: those are the paper's values.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from mcm_jax.config import rows
+from mcm_jax.config.settings import default_config
+from mcm_jax.system.errors import InputError
+
+# TPU v5e chips of the published speeds; the parameters are split over all of them (open).
+_CHIPS = {"small": 64, "large": 256}
+
+# Of each system: words that may stand beside it, numbers that must, numbers that may.
+_SYSTEMS = {
+    "teacher": (set(), set(), set()),
+    "ct": (set(), {"steps"}, {"teacher_steps"}),
+    "cd": ({"ddim"}, {"steps"}, {"teacher_steps"}),
+    "pd": (set(), {"steps"}, set()),
+    "tract": (set(), {"steps"}, set()),
+}
+_ALLOWED = (
+    "small or large, with teacher, ct,steps=S, cd,steps=S, pd,steps=S or tract,steps=S; ct and cd may add "
+    "teacher_steps=N, and cd may add ddim"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the two sizes of a network differ in, besides their widths.
+
+    Attributes:
+      dropouts: of each stage.
+      guidance: g of the diffusion model's predictions, sampled and distilled by CD; 0: none.
+    """
+
+    dropouts: tuple[float, ...]
+    guidance: float = 0.0
+
+
+def imagenet(
+    row: str,
+    *,
+    resolution: int,
+    widths: tuple[int, ...],
+    small: Size,
+    large: Size,
+    levels: tuple[int, ...] = (),
+) -> ml_collections.ConfigDict:
+    """The config of a row: a size, a system and what it needs, in any order.
+
+    Sizes: "small", "large". Systems: "teacher" (the diffusion model); "ct,steps=S"; "cd,steps=S"; both also
+    with "teacher_steps=N" for a constant N_teacher, and cd with "ddim" for DDIM as the teacher's step;
+    "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S); "tract,steps=S" (1024 -> 32 -> S).
+
+    Args:
+      resolution: of the images, in pixels.
+      widths: channels of the small network's stages from the top: ResNets, a transformer, and the middle.
+      levels: sides in pixels of the teacher's multiscale loss; (): the plain one.
+
+    Raises:
+      InputError: another row.
+    """
+    size, system, options, numbers = _parse(row)
+    settings = {"small": small, "large": large}[size]
+    config = default_config()
+    config.data.update(dataset="imagenet", resolution=resolution)
+    config.schedule.update(noise_resolution_low=32, noise_resolution_high=resolution)
+    factor = {"small": 1, "large": 2}[size]
+    config.model.update(
+        kinds=("resnet",) * (len(widths) - 2) + ("transformer",) * 2,
+        widths=tuple(factor * width for width in widths),
+        blocks=(3,) * (len(widths) - 1) + (16,),
+        dropouts=settings.dropouts,
+        embedding_width=1024,
+        # Open, 64 or 128: 128 is the width of a TPU's matrix unit.
+        head_width=128,
+        # Open, layer or group: by its compiler's estimate a TPU is faster with group.
+        resnet_norm="group",
+        dtype="bfloat16",
+    )
+    config.mesh.fsdp = _CHIPS[size]
+    if system == "teacher":
+        config.diffusion.levels = levels
+        if settings.guidance > 0:
+            config.diffusion.label_dropout = 0.1
+            config.sampling.guidance = settings.guidance
+        config.optimizer.warmup_steps = 10_000
+        # Open: how long. Its samples take 512 steps, so that they are drawn less often than a student's.
+        config.training.update(num_steps=1_000_000, sample_every_steps=50_000)
+        return config
+    config.objective = "progressive" if system == "pd" else system
+    config.optimizer.update(learning_rate=2e-5, decay="linear")
+    if system in ("ct", "cd"):
+        config.consistency.student_steps = numbers["steps"]
+        if "teacher_steps" in numbers:
+            constant = float(numbers["teacher_steps"])
+            config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
+    else:
+        config.consistency.stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+    if system == "cd":
+        config.teacher_guidance = settings.guidance
+        config.consistency.teacher_step = "ddim" if "ddim" in options else "addim"
+    return config
+
+
+def _parse(row: str) -> tuple[str, str, set[str], dict[str, int]]:
+    """(size, system, other words, numbers) of a row."""
+    words, numbers = rows.parse_row(row)
+    sizes, systems = words & set(_CHIPS), words & set(_SYSTEMS)
+    if len(sizes) == len(systems) == 1:
+        (size,), (system,) = sizes, systems
+        others = words - sizes - systems
+        options, needed, allowed = _SYSTEMS[system]
+        if others <= options and needed <= set(numbers) <= needed | allowed:
+            return size, system, others, numbers
+    raise InputError(f"there is no config row {row!r}: use {_ALLOWED}")
+
+
+def _stages(row: str, system: str, last: int) -> tuple[tuple[int, ...], int]:
+    """Steps of the teacher and of each stage's student, and updates of a stage.
+
+    Not in the paper: the updates. Ours: all stages of progressive distillation down to one step, and the two
+    of TRACT, have together the 200,000 of the consistency models that they are compared with.
+    """
+    if system == "pd":
+        return rows.halvings(row, first=1024, last=last), 20_000
+    if last not in (1, 2, 4, 8, 16):
+        raise InputError(f"config row {row!r}: steps={last} must be one of 1, 2, 4, 8, 16")
+    return (1024, 32, last), 100_000

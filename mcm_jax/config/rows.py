@@ -1,0 +1,86 @@
+"""Rows of a config file: the words behind its colon, and the tiny systems that they name."""
+
+import ml_collections
+
+from mcm_jax.config.settings import default_config
+from mcm_jax.system.errors import InputError
+
+
+def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
+    """A network and a training that two CPU cores hold.
+
+    Rows: "teacher", "cd,steps=S", "ct,steps=S", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or
+    to "steps=S"), and "guidance".
+
+    Not the paper's settings but the paper's system in small: fewer updates need a higher learning rate, a
+    faster annealing and a shorter average.
+
+    Raises:
+      InputError: another row.
+    """
+    words, numbers = parse_row(row)
+    # Which numbers a system must have, and which it may.
+    systems = {
+        "teacher": ((), ()),
+        "cd": (("steps",), ()),
+        "ct": (("steps",), ()),
+        "tract": ((), ()),
+        "progressive": ((), ("steps",)),
+        "guidance": ((), ()),
+    }
+    (system,) = words if len(words) == 1 else ("",)
+    needed, allowed = systems.get(system, ((), ()))
+    if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
+        raise InputError(
+            f"there is no config row {row!r}: use teacher, cd,steps=S, ct,steps=S, tract, progressive or "
+            "guidance"
+        )
+    config = default_config()
+    config.data.update(dataset=dataset, resolution=resolution)
+    config.optimizer.update(decay="linear", ema_decay=0.99)
+    config.training.update(batch_size=64, log_every_steps=50, checkpoint_every_steps=250)
+    config.sampling.update(teacher_steps=32, batch_per_device=64)
+    if system == "teacher":
+        config.optimizer.update(learning_rate=2e-3, warmup_steps=100)
+        config.training.update(num_steps=1000, sample_every_steps=500)
+        return config
+    config.objective = system
+    config.optimizer.learning_rate = 3e-4
+    config.training.update(num_steps=250, sample_every_steps=250)
+    if system in ("cd", "ct"):
+        config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+    elif system == "tract":
+        config.consistency.stages = (64, 8, 1)
+    elif system == "progressive":
+        config.consistency.stages = halvings(row, first=64, last=numbers.get("steps", 1))
+    else:
+        config.teacher_guidance = 1.0
+    return config
+
+
+def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
+    """'cd,steps=4' -> ({'cd'}, {'steps': 4}): the words and numbers after a config file's colon."""
+    words, numbers = set(), {}
+    for part in filter(None, (part.strip() for part in row.split(","))):
+        name, separator, number = part.partition("=")
+        if not separator:
+            words.add(name)
+        elif not number.isdecimal():
+            raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
+        elif name in numbers:
+            raise InputError(f"config row {row!r}: it names {name} twice; leave one out")
+        else:
+            numbers[name] = int(number)
+    return words, numbers
+
+
+def halvings(row: str, *, first: int, last: int) -> tuple[int, ...]:
+    """(first, first / 2, ..., last), progressive distillation's stages; first is a power of two.
+
+    Raises:
+      InputError: `last`, the steps of `row`, is none of first / 2, ..., 2, 1.
+    """
+    stages = tuple(first >> n for n in range(first.bit_length()))
+    if last not in stages[1:]:
+        raise InputError(f"config row {row!r}: steps={last} must be a power of two from 1 to {first // 2}")
+    return stages[: stages.index(last) + 1]

@@ -1,0 +1,169 @@
+"""Checks a config before any long work: every field, then what fields say together."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import ml_collections
+
+from mcm_jax.config.settings import STAGED, Config, without_none
+from mcm_jax.system.errors import InputError
+
+
+def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks every field and their combinations; touches no device and no file.
+
+    Raises:
+      InputError: naming the field, its value and what is allowed.
+    """
+    raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    result = _read(Config, raw, prefix="")
+    _check_model(result)
+    _check_objective(result)
+    return result
+
+
+def _check_objective(config: Config) -> None:
+    objective, settings = config.objective, config.consistency
+    if objective != "diffusion" and config.teacher_checkpoint is None:
+        raise InputError(
+            f"config.teacher_checkpoint is not set: {objective} starts from a trained "
+            "teacher; name the teacher's workdir with --config.teacher_checkpoint=DIR"
+        )
+    if objective == "diffusion" and config.teacher_checkpoint is not None:
+        raise InputError(
+            f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no meaning for a diffusion "
+            "teacher, which starts from nothing; leave it out"
+        )
+    if objective in ("cd", "ct") and settings.student_steps is None:
+        raise InputError(
+            "config.consistency.student_steps is not set: name the student's number of steps, "
+            "for example with 'cd,steps=4' behind the config file"
+        )
+    if objective in STAGED:
+        _check_stages(config)
+    elif settings.stages:
+        raise InputError(
+            f"config.consistency.stages={settings.stages!r} means nothing to {objective}, only to "
+            f"{' and '.join(STAGED)}; leave it out"
+        )
+    if objective == "guidance" and config.teacher_guidance == 0:
+        raise InputError(
+            "config.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
+        )
+    if config.sampling.guidance > 0 and not config.knows_any_class:
+        raise InputError(
+            f"config.sampling.guidance={config.sampling.guidance} needs a diffusion model that knows 'any "
+            "class'; train it with config.diffusion.label_dropout=0.1, or sample it with guidance 0"
+        )
+    if config.teacher_guidance > 0 and objective not in ("cd", "guidance"):
+        raise InputError(
+            f"config.teacher_guidance={config.teacher_guidance} means nothing to {objective}, which "
+            "distils no guided teacher; leave it at 0, or make guidance the objective first"
+        )
+    for side in config.diffusion.levels:
+        if config.data.resolution % side:
+            raise InputError(
+                f"config.diffusion.levels={config.diffusion.levels!r}: {side} does not divide "
+                f"config.data.resolution={config.data.resolution}"
+            )
+
+
+def _check_stages(config: Config) -> None:
+    stages = config.consistency.stages
+    if config.consistency.student_steps is not None:
+        raise InputError(
+            f"config.consistency.student_steps={config.consistency.student_steps} means nothing to "
+            f"{config.objective}, whose steps are config.consistency.stages={stages!r}; leave it out"
+        )
+    if len(stages) < 2:
+        raise InputError(
+            f"config.consistency.stages={stages!r}: {config.objective} needs the teacher's steps and those "
+            "of one student or more, for example (1024, 32, 1)"
+        )
+    for before, after in zip(stages, stages[1:], strict=False):
+        if config.objective == "progressive" and before != 2 * after:
+            raise InputError(
+                f"config.consistency.stages={stages!r}: progressive halves, {before} -> {before // 2}"
+            )
+        if before <= after or before % after:
+            raise InputError(
+                f"config.consistency.stages={stages!r}: {after} steps are no whole segments of {before}; "
+                "take a smaller divisor"
+            )
+
+
+def _check_model(config: Config) -> None:
+    model, stages = config.model, len(config.model.kinds)
+    for name in ("widths", "blocks", "dropouts"):
+        if len(getattr(model, name)) != stages:
+            raise InputError(
+                f"config.model.{name}={getattr(model, name)!r} has not one entry for each of the "
+                f"{stages} stages of config.model.kinds={model.kinds!r}"
+            )
+    multiple = 2 ** (stages - 1)
+    if stages == 0 or config.data.resolution % multiple:
+        raise InputError(
+            f"config.data.resolution={config.data.resolution} can't be halved {stages - 1} times for "
+            f"the {stages} stages of config.model.kinds; take a multiple of {multiple}, or fewer stages"
+        )
+    for kind, width in zip(model.kinds, model.widths, strict=True):
+        if kind == "transformer" and width % model.head_width:
+            raise InputError(
+                f"config.model.head_width={model.head_width} does not divide the transformer width "
+                f"{width} in config.model.widths={model.widths!r}"
+            )
+    if model.resnet_norm == "group":
+        # The output's norm has the first stage's width, whatever its kind.
+        for kind, width in zip(("resnet", *model.kinds[1:]), model.widths, strict=True):
+            if kind == "resnet" and (width < 4 or width % min(32, width // 4)):
+                raise InputError(
+                    f"config.model.resnet_norm='group' can't divide {width} in config.model.widths into "
+                    f"{max(1, min(32, width // 4))} groups; take a multiple of 128, or 4, 8, 16, ..."
+                )
+    if model.embedding_width % 2:
+        raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")
+    if config.mesh.data == 0:
+        raise InputError("config.mesh.data=0: take a positive number, or -1 for all devices left")
+
+
+def _read(kind: type, raw: Mapping[str, Any], *, prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name in raw:
+        if name not in known:
+            raise InputError(f"config.{prefix}{name} is not a setting; there are {sorted(known)}")
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _read(hints[name], value, prefix=f"{prefix}{name}.")
+        else:
+            values[name] = _checked(value, hints[name], known[name].metadata, f"{prefix}{name}")
+    return kind(**values)
+
+
+def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # the second is what Literal[...] | None makes
+        return None if value is None else _checked(value, without_none(hint), metadata, name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"config.{name}={value!r} must be a tuple")
+        return tuple(_checked(item, arguments[0], metadata, name) for item in value)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"config.{name}={value!r} must be one of {', '.join(arguments)}")
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise InputError(f"config.{name}={value!r} must be of type {hint.__name__}")
+    low, high = metadata["low"], metadata["high"]
+    # Written so that NaN fails too.
+    if low is not None and not value >= low:
+        raise InputError(f"config.{name}={value!r} must be at least {low}")
+    if high is not None and not value <= high:
+        raise InputError(f"config.{name}={value!r} must be at most {high}")
+    return value

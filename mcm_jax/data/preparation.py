@@ -1,0 +1,332 @@
+"""Makes a data set, checked before and described after; see the program `prepare`."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import math
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mcm_jax.data import folder, imagenet, layout, openmoji, shards
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.system import files, pictures
+from mcm_jax.system.errors import InputError
+
+MAX_RESOLUTION = 2048
+
+
+PREVIEW_FILE = "preview.png"
+# What the file system answers where data_dir is at fault, and not a source image.
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+# More are not listed one by one.
+_FEW_CLASSES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Checked input: what to build and how to describe it.
+
+    `source` identifies the files it is made from. `write` writes all records below a directory and returns
+    where; None: other hosts have not written theirs yet. With `resumes` it goes on from what it wrote before.
+    """
+
+    dataset: str
+    resolution: int
+    source: str
+    preprocessing: str
+    write: Callable[[Path], Path | None]
+    resumes: bool = False
+
+
+def plan(
+    *,
+    dataset: str,
+    resolution: int,
+    manual_dir: str | None = None,
+    name: str | None = None,
+    workers: int | None = None,
+    host: tuple[int, int] = (0, 1),
+) -> Plan:
+    """Checks the input and lists the folder, before any long work.
+
+    Args:
+      workers, host: imagenet: processes (None: one a core), and which of how many hosts this is.
+
+    Raises:
+      InputError: unknown dataset, resolution out of range, a missing or empty folder, a bad name.
+    """
+    if not 1 <= resolution <= MAX_RESOLUTION:
+        raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
+    if not dataset.startswith("imagenet") and (workers is not None or host != (0, 1)):
+        raise InputError("--workers and --host belong to --dataset=imagenet: leave them out")
+    if dataset == "openmoji":
+        return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
+    if dataset == "folder":
+        return _plan_folder(resolution, manual_dir=manual_dir, name=name)
+    if dataset in layout.IMAGENETS:
+        if name is not None:
+            raise InputError("--name belongs to --dataset=folder: leave it out")
+        return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
+    raise InputError(
+        f"--dataset={dataset}: it must be openmoji, {', '.join(layout.IMAGENETS)} or folder (these with "
+        "--manual_dir=PATH)"
+    )
+
+
+def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
+    if manual_dir is not None or name is not None:
+        raise InputError(
+            "--manual_dir and --name belong to --dataset=folder, openmoji comes installed: leave them out"
+        )
+    config = openmoji.OpenMojiConfig(name=layout.config_name("openmoji", resolution), resolution=resolution)
+    return Plan(
+        dataset="openmoji",
+        resolution=resolution,
+        source=openmoji.source(),
+        preprocessing=openmoji.preprocessing(resolution),
+        write=lambda staging: _by_builder(openmoji.OpenMoji(config=config, data_dir=staging), staging),
+    )
+
+
+def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
+    if not manual_dir:
+        raise InputError("--dataset=folder needs --manual_dir=PATH, the folder that holds the images")
+    root = Path(manual_dir).expanduser()
+    name = name or root.resolve().name
+    if not layout.FOLDER_NAME.fullmatch(name):
+        raise InputError(
+            f"--name={name}: only letters, digits, _ and - make a name, choose one with --name=NAME"
+        )
+    try:
+        listing = folder.list_images(root, single_class=name)
+        source = f"files {listing.fingerprint()}"
+    except OSError as error:
+        raise InputError(f"--manual_dir={root}: cannot read {error.filename} ({error.strerror})") from error
+    dataset = f"folder/{name}"
+    config = folder.FolderConfig(
+        name=layout.config_name(dataset, resolution), resolution=resolution, listing=listing
+    )
+    return Plan(
+        dataset=dataset,
+        resolution=resolution,
+        source=source,
+        preprocessing=folder.preprocessing(resolution),
+        write=lambda staging: _by_builder(folder.Folder(config=config, data_dir=staging), staging),
+    )
+
+
+def _plan_imagenet(
+    dataset: str, resolution: int, *, manual_dir: str | None, workers: int | None, host: tuple[int, int]
+) -> Plan:
+    preparation = dataset.partition("/")[2] or "area"
+    if not manual_dir:
+        files = f"{imagenet.TRAIN_TAR} and {imagenet.TEST_TAR} are, or TFDS's imagenet2012"
+        if preparation == "resized":
+            files = f"TFDS's imagenet_resized/{resolution}x{resolution} is"
+        raise InputError(f"--dataset={dataset} needs --manual_dir=PATH, where {files}")
+    resized_to = resolution if preparation == "resized" else None
+    source = imagenet.open_source(manual_dir, resized_to=resized_to)
+    wanted = imagenet.shards(source, resolution=resolution, preparation=preparation)
+    number, hosts = host
+
+    def write(staging: Path) -> Path | None:
+        directory = layout.dataset_dir(staging, dataset=dataset, resolution=resolution)
+        place = shards.Place(directory, staging / "notes", "imagenet", imagenet.features(resolution))
+        shards.write(wanted, place, workers=workers, host=number, hosts=hosts)
+        if number > 0:
+            return None
+        shards.wait(wanted, place)
+        shards.complete(wanted, place, version=layout.VERSION)
+        return directory
+
+    return Plan(
+        dataset=dataset,
+        resolution=resolution,
+        source=source.fingerprint,
+        preprocessing=imagenet.preprocessing(resolution, preparation),
+        write=write,
+        resumes=True,
+    )
+
+
+def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo | None, bool]:
+    """Builds the data set unless it is complete; returns its description and whether it was built.
+
+    All writing happens in a hidden directory, which takes the target's place by a rename when everything
+    is in it: an interrupted run leaves what was there before. A killed one also leaves the hidden directory,
+    .incomplete-*, which is never read as a data set; where the plan resumes, the same command goes on in it,
+    else it may be deleted. The description is None where other hosts have not written their part yet.
+
+    Raises:
+      InputError: data_dir cannot be written to; a source image cannot be read; the complete data set was
+        made from other files.
+    """
+    target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
+    if not overwrite and (existing := _existing(target, chosen)):
+        return existing, False
+    with _make_staging(data_dir, chosen) as staging:
+        with files.writing_to(
+            data_dir, "--data_dir", errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
+        ):
+            written = chosen.write(Path(staging))
+            if written is None:
+                return None, False
+            _describe(chosen, written)
+            if not overwrite and (existing := _existing(target, chosen)):  # Made by another process since.
+                return existing, False
+            _publish(written, target, retired=Path(staging) / "retired")
+    if chosen.resumes:
+        shutil.rmtree(staging, ignore_errors=True)
+    return layout.read_summary(target), True
+
+
+def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
+    """The complete data set at `target`, if there is one, checked to be the one that is asked for."""
+    try:
+        existing = layout.read_summary(target)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{error}, pass --overwrite to make the data set again") from error
+    if existing.source != chosen.source:
+        raise InputError(
+            f"{target} was made from other files ({existing.source}, now {chosen.source}): pass --overwrite "
+            "to replace it, or another --name or --data_dir to keep it"
+        )
+    return existing
+
+
+def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextManager[str]:
+    prefix = f".incomplete-{chosen.dataset.replace('/', '-')}-"
+    with files.writing_to(data_dir, "--data_dir"):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not chosen.resumes:
+            return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
+        # Found again by the same command, and by no other.
+        of = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
+        staging = data_dir / f"{prefix}{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+        staging.mkdir(exist_ok=True)
+        return contextlib.nullcontext(str(staging))
+
+
+def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
+    """Writes what a TFDS builder makes."""
+    # TFDS prints lines about downloads and about the staging path, which would mislead.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            download_dir=staging / "downloads",
+        )
+    return Path(builder.data_dir)
+
+
+def _describe(chosen: Plan, directory: Path) -> None:
+    """Reads all that was written, and adds a preview and, last, the summary."""
+    builder = tfds.builder_from_directory(directory)
+    class_names = tuple(builder.info.features["label"].names)
+    splits = {split: builder.as_data_source(split) for split in layout.SPLITS}
+    surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
+    _write_preview(splits["train"], directory / PREVIEW_FILE)
+    info = DatasetInfo(
+        dataset=chosen.dataset,
+        resolution=chosen.resolution,
+        class_names=class_names,
+        num_examples={split: sum(counts) for split, (counts, _) in surveys.items()},
+        class_counts={split: counts for split, (counts, _) in surveys.items()},
+        fingerprints={split: fingerprint for split, (_, fingerprint) in surveys.items()},
+        preprocessing=chosen.preprocessing,
+        source=chosen.source,
+        path=directory,
+    )
+    layout.write_summary(info, directory)
+
+
+def _survey(records: Sequence[dict[str, Any]], *, num_classes: int) -> tuple[tuple[int, ...], str]:
+    """Images of each class, and the SHA-256 of all images and labels (little-endian int32) in order."""
+    counts = [0] * num_classes
+    digest = hashlib.sha256()
+    for example in records:
+        counts[int(example["label"])] += 1
+        digest.update(np.ascontiguousarray(example["image"]).tobytes())
+        digest.update(np.array(example["label"], "<i4").tobytes())
+    return tuple(counts), digest.hexdigest()
+
+
+def _write_preview(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """The first 64 images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
+    images = np.stack([records[index]["image"] for index in range(min(64, len(records)))])
+    columns, scale = math.ceil(math.sqrt(len(images))), math.ceil(64 / images.shape[1])
+    pictures.save_png(pictures.image_grid(images, columns, scale=scale), path)
+
+
+def _publish(built: Path, target: Path, *, retired: Path) -> None:
+    """Puts `built` in the place of `target`, which comes back if anything fails on the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.exists():
+            target.rename(retired)
+        built.rename(target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
+
+
+def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
+    """What the program prints at the end: sizes, hashes, where it is, and what to run next."""
+    width = max(len(name) for name in (*info.class_names, "all"))
+    lines = [
+        f"{info.dataset} at {info.resolution}x{info.resolution}: "
+        + ("prepared" if built else "already complete, reused (--overwrite makes it again)"),
+        f"  {info.preprocessing}",
+        f"  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples),
+    ]
+    for label, name in enumerate(info.class_names if info.num_classes <= _FEW_CLASSES else ()):
+        counts = "  ".join(f"{info.class_counts[split][label]:7}" for split in info.num_examples)
+        lines.append(f"  {name:{width}}  {counts}")
+    lines.append(f"  {'all':{width}}  " + "  ".join(f"{count:7}" for count in info.num_examples.values()))
+    if info.num_classes > _FEW_CLASSES:
+        lines.append(f"  {info.num_classes} classes, {_whole(info)}")
+    lines += [f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()]
+    lines += [
+        f"  {info.path}",
+        f"  {info.path / PREVIEW_FILE}",
+        f"next: {_next_command(info, data_dir=data_dir)}",
+    ]
+    return "\n".join(lines)
+
+
+def _whole(info: DatasetInfo) -> str:
+    missing = {split: count - info.num_examples[split] for split, count in imagenet.COUNTS.items()}
+    if not any(missing.values()):
+        return "all of ILSVRC2012"
+    return f"not all of ILSVRC2012: it has {' and '.join(f'{n:,}' for n in imagenet.COUNTS.values())} images"
+
+
+def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
+    builder = info.dataset.partition("/")[0]
+    paper = info.resolution in (64, 128)  # What ImageNet's configs are for.
+    if builder == "imagenet":
+        config = f"imagenet{info.resolution}" if paper else "imagenet64"
+        command = f"python -m mcm_jax.train --config=configs/{config}.py:small,teacher"
+    else:
+        command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
+    if "/" in info.dataset:
+        command += f" --config.data.dataset={info.dataset}"
+    if builder != "imagenet" or not paper:
+        command += f" --config.data.resolution={info.resolution}"
+    if data_dir != layout.DEFAULT_DATA_DIR:
+        command += f" --config.data.data_dir={shlex.quote(data_dir)}"
+    return command + " --workdir=runs/teacher"

@@ -1,0 +1,89 @@
+"""What a run executes on its devices: the train step, the sampler and the features of evaluation.
+
+Each with its arguments by shape, so that it can be compiled for devices that aren't there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mcm_jax.config.settings import Config
+from mcm_jax.evaluation import inception_weights
+from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
+from mcm_jax.runs import experiment, samplers, trainer
+from mcm_jax.system import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and its arguments by shape."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    mesh: Mesh
+    num_params: int
+    images: int  # of one execution, over all devices
+
+
+def train(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+    """One update.
+
+    Raises:
+      InputError: the mesh or the batch of `config` does not suit the number of devices.
+    """
+    settings = config.training
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+    sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
+    parts = trainer.build(config, num_classes=num_classes, mesh=mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((settings.batch_size, *samplers.image_shape(config)), jnp.float32),
+        "label": jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32),
+    }
+    teacher = parts.abstract.params if experiment.distils(config) else None
+    arguments = (parts.abstract, teacher, batch)
+    return Program(parts.train_step(), arguments, mesh, _count(parts.abstract.params), settings.batch_size)
+
+
+def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+    """A batch of samples on every device, which has all parameters, as `runs.run.Run.sample` draws it."""
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    images = config.sampling.batch_per_device * mesh.size
+    network, how = experiment.build_network(config, num_classes=num_classes), samplers.resolve(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    x_var = jax.ShapeDtypeStruct((how.steps,), jnp.float32) if how.x_var == "measured" else None
+    everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
+    indices = jax.ShapeDtypeStruct((images,), jnp.int32)
+    arguments = (
+        *_placed(everywhere, sharding.replicated(mesh)),
+        *_placed((indices, indices), sharding.batch_sharding(mesh)),
+    )
+    function = samplers.build(config, network, how, mesh=mesh)
+    return Program(function, arguments, mesh, _count(params), images)
+
+
+def features(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+    """What FID's network makes of images of the config's size, as `evaluate` has it."""
+    del num_classes  # Of the images, which the network does not ask.
+    mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
+    network, images = inception_weights.abstract_network(), BATCH_PER_DEVICE * mesh.size
+    batch = jax.ShapeDtypeStruct((images, *samplers.image_shape(config)), jnp.uint8)
+    arguments = (
+        _placed(network.params, sharding.replicated(mesh)),
+        _placed(batch, sharding.batch_sharding(mesh)),
+    )
+    return Program(program(network, mesh), arguments, mesh, _count(network.params), images)
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample, "features": features}
+
+
+def _placed(tree: Any, over: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), tree)
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

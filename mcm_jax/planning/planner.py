@@ -1,0 +1,184 @@
+"""Compiles a computation of a config for a TPU slice, and shows plans; see the program `plan`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from mcm_jax.system.errors import InputError
+
+# Classes of the data sets that a plan may be made for before they are prepared.
+NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
+
+
+# Names of `computations.PROGRAMS`.
+PROGRAMS = ("train", "sample", "features")
+
+
+# The paper's batch, at which its speeds are published.
+_PUBLISHED_BATCH = 2048
+
+
+_COSTLIEST = 10
+
+
+def plan(
+    raw_config: ml_collections.ConfigDict,
+    topology: str,
+    *,
+    program: str = "train",
+    num_classes: int | None = None,
+) -> tuple[dict[str, Any], str, str]:
+    """Compiles a program of the config for a TPU slice; if it does not fit, also says what would.
+
+    Args:
+      topology: such as "v5e:8x8".
+      program: one of PROGRAMS.
+      num_classes: of the data set; None: of one of NUM_CLASSES.
+
+    Returns:
+      (record, report, text): what --json, the terminal and --hlo show.
+
+    Raises:
+      InputError: the config, the topology, or libtpu is not installed.
+    """
+    # Slow to import: --help and a misspelt flag need not wait for it.
+    import jax.numpy as jnp
+
+    from mcm_jax.config import validation
+    from mcm_jax.models import attention
+    from mcm_jax.planning import compilation, report, topologies
+    from mcm_jax.reporting import paper
+
+    described = topologies.describe(topology)
+    if raw_config.objective != "diffusion" and raw_config.teacher_checkpoint is None:
+        raw_config = raw_config.copy_and_resolve_references()
+        raw_config.teacher_checkpoint = "any"  # Its shapes are the student's.
+    config = validation.validate(raw_config)
+    num_classes = num_classes or NUM_CLASSES.get(config.data.dataset.partition("/")[0])
+    if num_classes is None:
+        raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
+    size, compiled = _compile(program, config, described, num_classes)
+    fitting = None
+    if not compiled.fits(described.chip):
+        for name, smaller in _smaller(program, config, described.num_chips):
+            print(f"does not fit; trying {name}", file=sys.stderr, flush=True)
+            if _compile(program, smaller, described, num_classes)[1].fits(described.chip):
+                fitting = name
+                break
+    published = None
+    if (program, size.images, described.chip.name) == ("train", _PUBLISHED_BATCH, "v5e"):
+        published = paper.steps_per_second(
+            num_params=size.num_params,
+            resolution=config.data.resolution,
+            objective=config.objective,
+            num_chips=described.num_chips,
+        )
+    unfused = None
+    if isinstance(compiled, compilation.Plan) and any(one.attention for one in compiled.operations):
+        unfused = compilation.seconds_unfused(
+            compiled, attention.einsum, described, dtype=jnp.dtype(config.model.dtype)
+        )
+    record = report.record(
+        compiled,
+        described,
+        program=program,
+        num_params=size.num_params,
+        images=size.images,
+        accumulation_steps=config.training.accumulation_steps if program == "train" else 1,
+        published=published,
+        fitting=fitting,
+        seconds_unfused=unfused,
+    )
+    text = "" if isinstance(compiled, compilation.TooLarge) else compiled.text
+    return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
+
+
+def _compile(program: str, config: Any, topology: Any, num_classes: int) -> tuple[Any, Any]:
+    """(Program, Plan or TooLarge) of the very one that `train` or `evaluate` runs."""
+    from mcm_jax.planning import compilation, computations
+
+    built = computations.PROGRAMS[program](config, topology.devices, num_classes=num_classes)
+    package = Path(__file__).parents[1]
+    return built, compilation.plan(
+        built.function, built.arguments, topology, mesh=built.mesh, package=package
+    )
+
+
+def _smaller(program: str, config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
+    """What to try when a program does not fit, in order of what it costs: each on top of the one before."""
+    changes = []
+    if program == "features":
+        return  # Its batch is no setting.
+    if program == "sample":
+        images = config.sampling.batch_per_device // 2
+        while images:
+            changes.append(("sampling", "batch_per_device", images))
+            images //= 2
+        yield from _changed(config, changes)
+        return
+    if config.model.remat != "full":
+        changes.append(("model", "remat", "full"))
+    if config.mesh.fsdp != num_chips:
+        if config.mesh.data != -1:
+            changes.append(("mesh", "data", -1))
+        changes.append(("mesh", "fsdp", num_chips))
+    parts = 2 * config.training.accumulation_steps
+    while config.training.batch_size % (parts * num_chips) == 0:
+        changes.append(("training", "accumulation_steps", parts))
+        parts *= 2
+    yield from _changed(config, changes)
+
+
+def _changed(config: Any, changes: Sequence[tuple[str, str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(flags, config) after each of the changes (section, field, value)."""
+    named: dict[str, Any] = {}
+    for section, field, value in changes:
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+        named[f"--config.{section}.{field}"] = value
+        if field == "data":
+            continue  # Means something with the next change only.
+        yield " ".join(f"{name}={given}" for name, given in named.items()), config
+
+
+def table(directory: Path) -> str:
+    """The records that --json wrote into a directory as a table in Markdown.
+
+    Raises:
+      InputError: there is none, or a file is none.
+    """
+    from mcm_jax.planning import table as tables
+
+    return tables.table(_records(directory, "--table", tables.table))
+
+
+def scaling(directory: Path) -> str:
+    """The same records as tables of how the train step scales with the chips; raises as `table`."""
+    from mcm_jax.planning import table as tables
+
+    return tables.scaling(_records(directory, "--scaling", tables.scaling))
+
+
+def _records(directory: Path, flag: str, shown: Callable[[Sequence[dict[str, Any]]], str]) -> list[Any]:
+    """All records of a directory, each of which can be `shown`."""
+    files = sorted(directory.glob("*.json"))
+    if not files:
+        raise InputError(
+            f"{flag}={directory} holds no plan (*.json); --json={directory}/NAME.json writes one"
+        )
+    records = []
+    for file in files:
+        try:
+            records.append(json.loads(file.read_text()))
+            shown(records[-1:])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file} is no record of a plan ({error!r}); remove it or make it again"
+            ) from error
+    return records

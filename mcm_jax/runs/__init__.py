@@ -1,0 +1,1 @@
+"""One run: built from its config, trained, sampled, kept in a directory."""

@@ -1,0 +1,323 @@
+"""Trains the run that a config describes: checks everything first, then hands over to the loop."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mcm_jax.config import validation
+from mcm_jax.config.settings import STAGED, Config, stage_configs
+from mcm_jax.data import pipeline
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.models.network import Network
+from mcm_jax.models.uvit import UViTSpec
+from mcm_jax.runs import experiment, workdirs
+from mcm_jax.runs.run import Run
+from mcm_jax.system import distributed, sharding
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.pictures import image_grid
+from mcm_jax.training import loop, step
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.state import TrainState
+
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
+
+
+def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
+    """Trains in `workdir`, from its newest checkpoint if there is one; several stages one after the other.
+
+    Several processes (see `distributed.joined`) call it together and share `workdir`.
+
+    Returns:
+      Whether the run is finished; False: it was interrupted, after saving.
+
+    Raises:
+      InputError: the config, the data, the teacher or the workdir is at fault; before any compilation,
+        and with everything saved left as it is.
+      loop.NonFiniteError: the loss or gradient is not finite.
+    """
+    with distributed.together():
+        stages = stage_configs(validation.validate(raw_config), workdir)
+        if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
+            raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
+        for stage_workdir, config in stages:
+            # All are asked before the first is trained.
+            workdirs.started(stage_workdir, config)
+    for stage_workdir, config in stages:
+        if len(stages) > 1:
+            before, after = config.consistency.stages
+            distributed.say(f"== stage {before} -> {after}: {stage_workdir}")
+        if not _train_run(config, stage_workdir):
+            return False
+    return True
+
+
+def _train_run(config: Config, workdir: Path) -> bool:
+    """One stage, or all there is; returns and raises as `train`."""
+    with distributed.together():
+        trained_on = workdirs.started(workdir, config)
+    distributed.require_same((config, trained_on), "the configs and workdirs")
+    # Asked first, so that neither data nor teacher nor room is needed where nothing is left to do.
+    if trained_on is not None and _is_finished(config, workdir):
+        distributed.say(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
+        return True
+    with distributed.together():
+        dataset = pipeline.describe(
+            data_dir=config.data.data_dir,
+            dataset=config.data.dataset,
+            resolution=config.data.resolution,
+        )
+        mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        sharding.check_batch(
+            mesh,
+            batch_size=config.training.batch_size,
+            accumulation_steps=config.training.accumulation_steps,
+        )
+        parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
+        if config.teacher_checkpoint is not None:
+            check_teacher(config, dataset, parts.network)
+    distributed.require_same(dataset, "the data sets")
+    room = (config.training.keep_checkpoints + 1) * _num_bytes(parts.abstract)
+    workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
+    with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
+        with distributed.together():
+            batches = train_batches(config)
+        state, teacher_params = _start(parts, checkpoints, batches)
+        train_step = parts.train_step()
+        preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
+        with _observer(
+            config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
+        ) as observer:
+            return loop.train(
+                state,
+                teacher_params,
+                train_step,
+                batches,
+                mesh=mesh,
+                cadence=_cadence(config),
+                checkpoints=checkpoints,
+                observer=observer,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
+
+    config: Config
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformation
+    abstract: TrainState  # shapes and dtypes of a state
+    shardings: TrainState  # where its arrays lie
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A state with fresh parameters."""
+        return self._jit(lambda key: self._state(self.network.init(key)))(key)
+
+    def init_from(self, params: Any) -> TrainState:
+        """A state with these parameters, as before its first update."""
+        return self._jit(self._state)(params)
+
+    def train_step(self) -> step.TrainStep:
+        """One update; with the teacher's parameters, where it distils, laid out like the student's."""
+        return step.make_train_step(
+            experiment.build_loss_fn(self.config, self.network, mesh=self.mesh),
+            self.optimizer,
+            mesh=self.mesh,
+            state_sharding=self.shardings,
+            teacher_sharding=self.shardings.params if experiment.distils(self.config) else None,
+            ema_decay=self.config.optimizer.ema_decay,
+            target_decay=experiment.target_decay(self.config),
+            accumulation_steps=self.config.training.accumulation_steps,
+            seed=self.config.seed,
+        )
+
+    def _state(self, params: Any) -> TrainState:
+        return _init_state(self.config, params, self.optimizer)
+
+    def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
+        return jax.jit(init, out_shardings=self.shardings)
+
+
+def build(config: Config, *, num_classes: int, mesh: Mesh) -> Parts:
+    """The parts that the config describes."""
+    network = experiment.build_network(config, num_classes=num_classes)
+    optimizer = experiment.build_optimizer(config)
+    abstract = jax.eval_shape(
+        lambda key: _init_state(config, network.init(key), optimizer), jax.random.key(0)
+    )
+    return Parts(
+        config=config,
+        mesh=mesh,
+        network=network,
+        optimizer=optimizer,
+        abstract=abstract,
+        shardings=sharding.params_sharding(mesh, abstract),
+    )
+
+
+def _init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return step.init_state(params, optimizer, target_decay=experiment.target_decay(config))
+
+
+def _is_finished(config: Config, workdir: Path) -> bool:
+    """Whether the run that was started in `workdir` has nothing left to do."""
+    with Checkpoints(workdir) as checkpoints:
+        return (checkpoints.latest_step() or 0) >= config.training.num_steps
+
+
+def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> None:
+    """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
+    path = config.teacher_checkpoint
+    try:
+        teacher_config, teacher_data = workdirs.read(Path(path))
+        with Checkpoints(Path(path)) as checkpoints:
+            done = checkpoints.require()[-1]
+    except InputError as error:
+        raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
+    _check_teacher_steps(config, teacher_config)
+    if config.teacher_guidance > 0 and not teacher_config.knows_any_class:
+        raise InputError(
+            f"config.teacher_guidance={config.teacher_guidance}: config.teacher_checkpoint={path} knows no "
+            "'any class'; train a diffusion model with config.diffusion.label_dropout=0.1"
+        )
+    if done < teacher_config.training.num_steps:
+        raise InputError(
+            f"config.teacher_checkpoint={path} has {done} of its {teacher_config.training.num_steps} "
+            "updates; finish the teacher first: its student must find the same one at every start"
+        )
+    if teacher_data.class_names != dataset.class_names:
+        raise InputError(
+            f"config.teacher_checkpoint={path} knows the {teacher_data.num_classes} classes of "
+            f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; take the "
+            "teacher's data set"
+        )
+    theirs = experiment.build_network(teacher_config, num_classes=teacher_data.num_classes)
+    pairs = [
+        (_architecture(theirs.spec), _architecture(network.spec)),
+        (teacher_config.schedule, config.schedule),
+    ]
+    for its, ours in pairs:
+        for field in dataclasses.fields(ours):
+            a, b = getattr(its, field.name), getattr(ours, field.name)
+            if a != b:
+                raise InputError(
+                    f"config.teacher_checkpoint={path} does not fit: its {field.name} is {a}, this run's "
+                    f"{b}; make them equal or name another teacher"
+                )
+
+
+def _check_teacher_steps(config: Config, teacher: Config) -> None:
+    """A diffusion model can teach any student, a student of N steps only the next stage of its own method."""
+    path, steps = config.teacher_checkpoint, teacher.student_steps
+    if steps is None:
+        return
+    if teacher.objective != config.objective or config.objective not in STAGED:
+        raise InputError(
+            f"config.teacher_checkpoint={path} is a {teacher.objective} student; name the workdir "
+            "of a diffusion teacher"
+        )
+    if steps != config.consistency.stages[0]:
+        raise InputError(
+            f"config.teacher_checkpoint={path} is a student of {steps} steps and "
+            f"config.consistency.stages={config.consistency.stages!r} wants a teacher of "
+            f"{config.consistency.stages[0]}; start the stages at {steps}"
+        )
+    settings = config.consistency
+    if config.objective == "progressive" and settings.xvar_frac != settings.later_xvar_frac:
+        raise InputError(
+            f"config.consistency.xvar_frac={settings.xvar_frac}: config.teacher_checkpoint={path} is a "
+            f"student, which carries aDDIM's adjustment; set it to later_xvar_frac={settings.later_xvar_frac}"
+        )
+
+
+def _architecture(spec: UViTSpec) -> UViTSpec:
+    """What parameters depend on: not dropout, the activations' precision or how gradients are computed."""
+    stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in spec.stages)
+    return dataclasses.replace(spec, stages=stages, dtype="float32", remat="none", saved=(), unroll=True)
+
+
+def train_batches(config: Config) -> grain.DatasetIterator:
+    """This process's batches of the training images, from the first on."""
+    data = config.data
+    source = pipeline.open_split(
+        data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
+    )
+    return pipeline.train_batches(
+        source,
+        batch_size=config.training.batch_size // jax.process_count(),
+        seed=config.seed,
+        flip=data.horizontal_flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _start(parts: Parts, checkpoints: Checkpoints, batches: grain.DatasetIterator) -> tuple[TrainState, Any]:
+    """(state, teacher's parameters where distillation needs them).
+
+    The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
+    the teacher's averaged ones.
+    """
+    config, abstract, shardings = parts.config, parts.abstract, parts.shardings
+    continuing = checkpoints.latest_step() is not None
+    teacher_params = None
+    distils = experiment.distils(config)
+    if distils or (config.objective == "ct" and not continuing):
+        with Checkpoints(Path(config.teacher_checkpoint)) as teacher:
+            teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
+    if continuing:
+        state = checkpoints.restore(abstract, shardings, batches)
+        distributed.say(f"continuing at update {int(state.step)}")
+    elif teacher_params is not None:
+        state = parts.init_from(teacher_params)
+    else:
+        state = parts.init(experiment.init_key(config.seed))
+    return state, teacher_params if distils else None
+
+
+def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> Any:
+    """One process tells how the run goes, for all."""
+    from mcm_jax.training import observer  # Loads TensorFlow: not for a bad config's sake.
+
+    if not distributed.is_first():
+        return observer.SilentObserver(draw=draw)
+    return observer.RunObserver(
+        workdir,
+        first_step=first_step,
+        num_steps=config.training.num_steps,
+        batch_size=config.training.batch_size,
+        log_every_steps=config.training.log_every_steps,
+        draw=draw,
+    )
+
+
+def _cadence(config: Config) -> loop.Cadence:
+    settings = config.training
+    return loop.Cadence(
+        num_steps=settings.num_steps,
+        checkpoint_every_steps=settings.checkpoint_every_steps,
+        sample_every_steps=settings.sample_every_steps,
+    )
+
+
+def _draw_grid(preview: Run, params: Any) -> np.ndarray:
+    """A grid of samples of `params`; `preview` keeps its compiled sampler from one grid to the next."""
+    with jax.transfer_guard("allow"):
+        images, _ = preview.with_params(params).sample(_GRID_IMAGES)
+    return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
+
+
+def _num_bytes(abstract: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))

@@ -1,0 +1,1 @@
+"""Errors, files, processes, devices, pictures and the command line."""

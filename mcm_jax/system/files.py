@@ -1,0 +1,126 @@
+"""Files written whole or not at all, and directories asked beforehand whether they can be written."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mcm_jax.system.errors import InputError
+
+Content = bytes | str | Callable[[BinaryIO], object]
+
+
+def write_whole(path: str | Path, content: Content) -> None:
+    """`path` holds either its old content or all of the new one, whenever the process dies.
+
+    Its directory is made if need be.
+
+    Args:
+      content: what to write (text as UTF-8), or what writes it into an open file.
+
+    Raises:
+      OSError: naming `path`, which is as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            # A failed write does not say by itself which file it was.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write_asked_for(path: str | Path, content: Content) -> None:
+    """`write_whole` where the user chose the path.
+
+    Raises:
+      InputError: the path is no place to write to.
+      OSError: the disk is full, which no choice of the user's was wrong about.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise InputError(f"{path}: cannot write there ({_reason(error)}); choose another path") from error
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line in a single write, so that lines of two processes never mix and earlier ones stay.
+
+    A last line that was cut off by a crash is left as it is, on a line of its own.
+    """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with open(path, "a+b", buffering=0) as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        written = file.write(line)
+        os.fsync(file.fileno())
+    if written != len(line):
+        raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
+
+
+def require_writable(directory: Path, name: str) -> None:
+    """Makes the directory if need be and writes a file into it, or raises InputError naming it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise InputError(
+            f"{name}={directory}: cannot write there ({_reason(error)}); choose another directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_to(directory: Path, flag: str, *error_numbers: int) -> Iterator[None]:
+    """Turns OSErrors (all, or those with these numbers) into an InputError that names `flag`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord's writer raises the latter where the disk is full.
+        cause = error if isinstance(error, OSError) else full_disk_within(error)
+        if cause is None or (error_numbers and cause.errno not in error_numbers):
+            raise
+        raise InputError(
+            f"{flag}={directory}: cannot write there ({cause.strerror}), choose a directory with write "
+            "access and free space"
+        ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that the disk is full, or the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk_within(error: BaseException | None) -> OSError | None:
+    """What says that the disk is full among `error` and what led to it; None where nothing does."""
+    while error is not None:
+        if isinstance(error, OSError) and is_full(error):
+            return error
+        # Libraries in C++ (Orbax's TensorStore, TensorFlow) tell of it in the text of errors of their own.
+        if (words := os.strerror(errno.ENOSPC)) in str(error):
+            return OSError(errno.ENOSPC, words)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

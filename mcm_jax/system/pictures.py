@@ -1,0 +1,44 @@
+"""Grids of images, as arrays and as PNG files."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import write_asked_for
+
+_WHITE = 255
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "N H W 3"], columns: int, *, gap: int = 1, scale: int = 1
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The images in rows of `columns`, read like text, with `gap` white pixels between them.
+
+    scale repeats each pixel scale x scale times (tiny images are hard to see); the gap is scaled with them.
+    Places of the last row that have no image are white. Fewer images than columns make a grid only as wide as
+    they are.
+    """
+    if not len(images) or columns < 1 or gap < 0 or scale < 1:
+        raise InputError(
+            f"a grid of {len(images)} images, columns={columns}, gap={gap}, scale={scale}: give more"
+        )
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    grid = np.full(shape, _WHITE, np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def save_png(image: UInt8[np.ndarray, "H W 3"], path: str | Path) -> None:
+    """Writes the PNG as `files.write_asked_for` does: whole or not at all."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    write_asked_for(path, content.getvalue())

@@ -1,0 +1,89 @@
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mcm_jax.config import rows, validation
+from mcm_jax.config.settings import Config, default_config
+from mcm_jax.system.errors import InputError
+
+# The tiny systems; tests/test_paper_rows.py has the paper's.
+CONFIGS = [Path(__file__).parents[2] / "configs" / name for name in ("openmoji.py", "folder.py")]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("row", ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=16"])
+def test_every_row_is_valid(path, row):
+    raw = load(path).get_config(row)
+    if row != "teacher":
+        raw.teacher_checkpoint = "runs/teacher"
+    config = validation.validate(raw)
+    assert config.objective == {"t": "diffusion", "c": row[:2]}[row[0]]
+    if row != "teacher":
+        assert config.consistency.student_steps == int(row.partition("=")[2])
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["", "gan", "cd", "cd,ct,steps=4", "teacher,steps=4", "cd,steps=x", "cd,steps=4,steps=8", "cd,step=4"],
+)
+def test_a_row_that_is_none(row):
+    with pytest.raises(InputError):
+        rows.tiny(row, dataset="openmoji", resolution=16)
+
+
+def test_the_config_survives_json():
+    raw = default_config()
+    raw.model.widths = (16, 32, 64)
+    config = validation.validate(raw)
+    again = validation.validate(json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+
+
+def test_every_setting_is_documented():
+    def settings(kind):
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(field.type):
+                yield from settings(field.type)
+            else:
+                yield field
+
+    assert all(field.metadata["doc"] for field in settings(Config))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim"),
+        ("consistency", "huber_epsilon", 0.0, "must be at least 1e-30"),
+        ("optimizer", "b1", 1.5, "must be at most 0.999999"),
+        ("model", "kinds", ("resnet", "resnet", "mlp"), "'mlp' must be one of resnet, transformer"),
+        ("model", "dtype", "float16", "must be one of float32, bfloat16"),
+        ("model", "embedding_width", 31, "must be even"),
+        ("mesh", "data", 0, "config.mesh.data=0"),
+    ],
+)
+def test_values_that_are_not_allowed(section, field, value, message):
+    raw = default_config()
+    raw.model.embedding_width = 32
+    raw[section][field] = value
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        validation.validate(raw)
+    assert f"config.{section}.{field}" in str(error.value)
+
+
+def test_a_wrong_type():
+    content = dataclasses.asdict(Config())
+    content["training"]["batch_size"] = "64"
+    with pytest.raises(InputError, match=r"config.training.batch_size='64' must be of type int"):
+        validation.validate(content)

@@ -1,0 +1,707 @@
+"""Whole runs: continued, distilled, interrupted, and refused."""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mcm_jax.config import validation
+from mcm_jax.data import pipeline
+from mcm_jax.runs import experiment, trainer, workdirs
+from mcm_jax.runs.run import load_run
+from mcm_jax.system import sharding
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.pictures import image_grid
+from mcm_jax.training import loop, observer, step
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.loop import NonFiniteError
+from tests import tiny
+
+
+def params_of(workdir, parameters="raw"):
+    return jax.device_get(load_run(workdir, parameters=parameters).params)
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def checkpoint_steps(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.all_steps()
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "tract"])
+def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path):
+    """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
+
+    TRACT's target network is an average of its own, saved with the rest.
+    """
+    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    assert trainer.train(config, tmp_path / "whole")
+    config.training.num_steps = 2
+    assert trainer.train(config, tmp_path / "parts")
+    config.training.num_steps = 4
+    assert trainer.train(config, tmp_path / "parts")
+    for parameters in ("raw", "ema"):
+        whole, parts = (params_of(tmp_path / name, parameters) for name in ("whole", "parts"))
+        assert_equal_trees(whole, parts)
+    assert not np.array_equal(
+        params_of(tmp_path / "whole")["conv_in"]["kernel"],
+        params_of(tmp_path / "whole", "ema")["conv_in"]["kernel"],
+    )
+
+
+def test_a_finished_run_says_so(teacher, tiny_data, capsys):
+    assert trainer.train(tiny.config(tiny_data), teacher)
+    assert "is finished: all its 4 updates are done" in capsys.readouterr().out
+
+
+def test_a_finished_run_needs_nothing_any_more(tiny_data, teacher, tmp_path, capsys):
+    """Neither its data nor, for a student, its teacher."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    config = tiny.config(tiny_data, "ct", tmp_path / "teacher")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    shutil.rmtree(tmp_path / "teacher")
+    config.data.data_dir = "/none"
+    assert trainer.train(config, tmp_path / "student")
+    assert "is finished: all its 1 updates are done" in capsys.readouterr().out
+
+
+def test_settings_that_may_change_are_kept_as_they_are_now(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "run")
+    config.training.num_steps = 2
+    config.sampling.teacher_steps = 3
+    assert trainer.train(config, tmp_path / "run")
+    assert load_run(tmp_path / "run").sampling_record()["steps"] == 3
+
+
+def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilation):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    file = tmp_path / "teacher/run.json"
+    content = json.loads(file.read_text())
+    content["config"]["training"]["num_steps"] = 9
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has 4 of its 9 updates; finish the teacher first"):
+        trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
+
+
+def test_a_student_starts_from_the_averaged_teacher(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.training.num_steps = 1
+    config.optimizer.learning_rate = 0.0
+    assert trainer.train(config, tmp_path / "student")
+    assert_equal_trees(params_of(tmp_path / "student"), params_of(teacher, "ema"))
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_data, teacher, tmp_path_factory):
+    """workdir of a progressive distillation 4 -> 2 -> 1 of two updates a stage."""
+    workdir = tmp_path_factory.mktemp("staged") / "progressive"
+    assert trainer.train(progressive(tiny_data, teacher), workdir)
+    return workdir
+
+
+def progressive(tiny_data, teacher):
+    config = tiny.config(tiny_data, "progressive", teacher)
+    config.consistency.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
+    config.training.num_steps = 2
+    return config
+
+
+def test_every_stage_is_a_run_of_its_own(staged, teacher):
+    """Started from the last, sampled with its own step count; the adjustment only in the first."""
+    first, second = (load_run(staged / name) for name in ("steps_2", "steps_1"))
+    assert (first.student_steps, second.student_steps) == (2, 1)
+    assert first.sampling_record()["steps"] == 2
+    assert first.config.teacher_checkpoint == str(teacher)
+    assert second.config.teacher_checkpoint == str(staged / "steps_2")
+    assert first.config.consistency.stages == (4, 2) and second.config.consistency.stages == (2, 1)
+    assert first.config.consistency.xvar_frac == 0.5 and second.config.consistency.xvar_frac == 0.25
+
+
+def test_a_stage_starts_from_the_last_one(tiny_data, teacher, staged, tmp_path):
+    config = progressive(tiny_data, staged / "steps_2")
+    config.consistency.stages = (2, 1)
+    with pytest.raises(InputError, match=r"carries aDDIM's adjustment; set it to later_xvar_frac=0.25"):
+        trainer.train(config, tmp_path / "student")
+    config.consistency.xvar_frac = 0.25
+    config.training.num_steps = 1
+    config.optimizer.learning_rate = 0.0
+    assert trainer.train(config, tmp_path / "student")
+    assert_equal_trees(params_of(tmp_path / "student"), params_of(staged / "steps_2", "ema"))
+
+
+def test_stages_go_on_inside_a_stage(tiny_data, teacher, staged, tmp_path, capsys):
+    """The first stage finished and the second half done: only what is left is done, with the same result."""
+    config = progressive(tiny_data, teacher)
+    shutil.copytree(staged / "steps_2", tmp_path / "steps_2")
+    config.consistency.stages = (2, 1)
+    config.consistency.xvar_frac = 0.25
+    config.teacher_checkpoint = str(tmp_path / "steps_2")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "steps_1")
+    capsys.readouterr()
+    assert trainer.train(progressive(tiny_data, teacher), tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'steps_2'} is finished" in printed and "continuing at update 1" in printed
+    assert_equal_trees(params_of(tmp_path / "steps_1"), params_of(staged / "steps_1"))
+
+
+def test_an_interrupted_stage_is_the_last(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_train_run", lambda config, workdir: False)
+    assert not trainer.train(progressive(tiny_data, teacher), tmp_path)
+
+
+def test_all_stages_are_asked_before_the_first_is_trained(
+    tiny_data, teacher, staged, tmp_path, no_compilation
+):
+    shutil.copytree(staged / "steps_1", tmp_path / "steps_1")
+    config = progressive(tiny_data, teacher)
+    with pytest.raises(InputError, match="steps_1 holds a run with config"):
+        trainer.train(config, tmp_path)
+    assert not (tmp_path / "steps_2").exists()
+    with pytest.raises(InputError, match="holds a run, not stages of one"):
+        trainer.train(progressive(tiny_data, teacher), teacher)
+
+
+def test_stages_are_no_run_to_sample(staged):
+    with pytest.raises(InputError, match=r"holds the stages steps_1, steps_2 of a run; name one"):
+        load_run(staged)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"consistency__stages": (4, 3)}, "progressive halves, 4 -> 2"),
+        ({"consistency__stages": (4,)}, "needs the teacher's steps and those of one student"),
+        ({"objective": "tract", "consistency__stages": (4, 3)}, "3 steps are no whole segments of 4"),
+        ({"objective": "tract", "consistency__stages": (2, 4)}, "4 steps are no whole segments of 2"),
+        ({"teacher_guidance": 1.0}, "config.teacher_guidance=1.0 means nothing to progressive"),
+        (
+            {"objective": "guidance", "teacher_guidance": 1.0, "consistency__stages": ()},
+            "knows no 'any class'; train a diffusion model",
+        ),
+        ({"objective": "guidance", "consistency__stages": ()}, "there is no guidance to distil"),
+        ({"objective": "cd", "consistency__student_steps": 2}, "stages=(4, 2) means nothing to cd"),
+        ({"consistency__student_steps": 2}, "student_steps=2 means nothing to progressive"),
+        ({"sampling__guidance": 1.0}, "config.sampling.guidance=1.0 needs a diffusion model that knows"),
+        ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
+    ],
+)
+def test_bad_stages_and_guidance(fields, message, tiny_data, teacher, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data, "progressive", teacher), **fields)
+    with pytest.raises(InputError, match=re.escape(message)):
+        trainer.train(config, tmp_path / "run")
+
+
+def test_a_student_teaches_only_the_next_stage(tiny_data, staged, tmp_path, no_compilation):
+    config = progressive(tiny_data, staged / "steps_2")
+    with pytest.raises(InputError, match=r"is a student of 2 steps and .* wants a teacher of 4"):
+        trainer.train(config, tmp_path / "run")
+    for objective in ("cd", "tract"):
+        with pytest.raises(InputError, match="is a progressive student; name the workdir of a diffusion"):
+            trainer.train(tiny.config(tiny_data, objective, staged / "steps_2"), tmp_path / "run")
+
+
+def test_guidance_is_distilled_and_then_distilled_from(tiny_data, tmp_path):
+    """The chain of the paper's text to image: teacher with label dropout, guidance, then CD of that."""
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 1
+    config.diffusion.label_dropout = 0.5
+    assert trainer.train(config, tmp_path / "teacher")
+    config = tiny.config(tiny_data, "guidance", tmp_path / "teacher")
+    config.training.num_steps = 1
+    config.teacher_guidance = 1.0
+    assert trainer.train(config, tmp_path / "guided")
+    guided = load_run(tmp_path / "guided")
+    assert guided.student_steps is None
+    config = tiny.config(tiny_data, "cd", tmp_path / "guided")
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    config = tiny.config(tiny_data, "cd", tmp_path / "teacher")
+    config.training.num_steps = 1
+    config.teacher_guidance = 1.0
+    assert trainer.train(config, tmp_path / "guided_student")
+
+
+def test_a_teacher_is_never_saved_again(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    items = {path.name for path in (tmp_path / "student/checkpoints/1").iterdir() if path.is_dir()}
+    assert items == {"params", "ema_params", "opt_state", "step", "data"}
+
+
+def test_a_target_network_is_saved_where_there_is_one(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.consistency.target_network = "ema"
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    items = {path.name for path in (tmp_path / "student/checkpoints/1").iterdir() if path.is_dir()}
+    assert items == {"params", "ema_params", "target_params", "opt_state", "step", "data"}
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.update(num_steps=5, checkpoint_every_steps=1, keep_checkpoints=2)
+    assert trainer.train(config, tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [4, 5]
+
+
+def test_a_grid_is_drawn_for_people(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.sample_every_steps = 4
+    assert trainer.train(config, tmp_path / "run")
+    assert (tmp_path / "run/samples/step_0000004.png").stat().st_size > 1000
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 2
+    assert trainer.train(config, tmp_path / "run")
+    # Not the same run any more: written into its file, as only a mistake in the code could do it.
+    config.training.num_steps = 20
+    config.optimizer.learning_rate = 1e30
+    file = tmp_path / "run/run.json"
+    content = json.loads(file.read_text())
+    content["config"]["optimizer"]["learning_rate"] = 1e30
+    file.write_text(json.dumps(content))
+    with pytest.raises(NonFiniteError, match=r"update \d+ is not finite.*the last good one is \d+"):
+        trainer.train(config, tmp_path / "run")
+    for parameters in ("raw", "ema"):
+        leaves = jax.tree.leaves(params_of(tmp_path / "run", parameters))
+        assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+
+
+def test_a_run_goes_on_after_its_disk_was_full(tiny_data, teacher, tmp_path, monkeypatch):
+    """What the line on a full disk says of checkpoints, see test_command_line, is so."""
+
+    def full(self, state, data, *, step):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.directory / "4"))
+        save(self, state, data, step=step)
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    assert trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    assert_equal_trees(params_of(tmp_path / "run"), params_of(teacher))
+
+
+@pytest.fixture(scope="module")
+def made_up_teacher(tiny_data, tmp_path_factory):
+    return tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, made_up_teacher):
+    """objective -> three updates on one device, computed once for all shapes."""
+    return functools.cache(
+        lambda objective: three_updates(objective, mesh_of(1, 1), tiny_data, made_up_teacher)
+    )
+
+
+def mesh_of(data, fsdp):
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """The tiny network's arrays are all small: as large ones are, they are split over fsdp here."""
+    monkeypatch.setattr(sharding, "_SMALLEST_SHARDED", 64)
+
+
+def assert_trained_alike(params, expected):
+    # Sums over the batch in another order; three updates of 1e-3 each move a parameter by up to 3e-3.
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.multi_device
+@pytest.mark.parametrize(
+    ("objective", "shape"),
+    # The whole run below is ct's of (8, 1).
+    [("diffusion", (8, 1)), ("diffusion", (2, 4)), ("cd", (8, 1)), ("cd", (2, 4)), ("ct", (2, 4))],
+)
+def test_eight_devices_train_the_real_objectives_like_one(
+    objective, shape, tiny_data, made_up_teacher, alone, split
+):
+    losses, params = three_updates(objective, mesh_of(*shape), tiny_data, made_up_teacher)
+    np.testing.assert_allclose(losses, alone(objective)[0], rtol=1e-4)
+    assert_trained_alike(params, alone(objective)[1])
+
+
+@pytest.mark.multi_device
+def test_a_whole_run_on_eight_devices(tiny_data, made_up_teacher, alone, tmp_path):
+    """From the checkpoint of one device, interrupted, to one that is read again."""
+    config = three_updates_config("ct", tiny_data, made_up_teacher)
+    for num_steps in (1, 3):
+        config.training.num_steps = num_steps
+        assert trainer.train(config, tmp_path / "run")
+    assert_trained_alike(params_of(tmp_path / "run"), alone("ct")[1])
+
+
+def three_updates_config(objective, tiny_data, teacher):
+    config = tiny.made_up_config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    # Adam's tiny epsilon would turn the rounding of a gradient that is zero (the bias of the keys' norm has
+    # none, softmax is blind to it) into an update of full size.
+    config.optimizer.update(learning_rate=1e-3, eps=1e-5)
+    return config
+
+
+def three_updates(objective, mesh, tiny_data, teacher):
+    config = validation.validate(three_updates_config(objective, tiny_data, teacher))
+    parts = trainer.build(config, num_classes=2, mesh=mesh)
+    assert mesh.shape["fsdp"] == 1 or any(not s.is_fully_replicated for s in jax.tree.leaves(parts.shardings))
+    params = params_of(teacher)
+    state, train_step = parts.init_from(params), parts.train_step()
+    teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
+    batches = trainer.train_batches(config)
+    losses = []
+    for _ in range(3):
+        batch = sharding.global_batch(mesh, next(batches))
+        state, metrics = train_step(state, teacher_params, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
+
+
+# What the trainer hands to the loop.
+
+
+class Handed(dict):
+    """What was handed over, by name, in place of training; and an observer that does nothing."""
+
+    def train(self, state, teacher_params, train_step, data, **others):
+        self.update(state=state, teacher_params=teacher_params, data=data, **others)
+        return True
+
+    def observe(self, workdir, **settings):
+        self.update(observer_workdir=workdir, **settings)
+        return contextlib.nullcontext()
+
+    def make_train_step(self, loss_fn, optimizer, **settings):
+        self.update(settings)
+        return lambda *_: None
+
+    def claim(self, *arguments, needed_bytes, **others):
+        self.update(needed_bytes=needed_bytes)
+        claim(*arguments, needed_bytes=needed_bytes, **others)
+
+
+claim = workdirs.claim
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    result = Handed()
+    monkeypatch.setattr(loop, "train", result.train)
+    monkeypatch.setattr(step, "make_train_step", result.make_train_step)
+    monkeypatch.setattr(observer, "RunObserver", result.observe)
+    monkeypatch.setattr(workdirs, "claim", result.claim)
+    return result
+
+
+def test_settings_arrive_where_they_belong(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    config.optimizer.ema_decay = 0.75
+    config.training.update(
+        num_steps=70, batch_size=8, log_every_steps=11, checkpoint_every_steps=12, sample_every_steps=13
+    )
+    config.training.keep_checkpoints = 4
+    jax.config.update("jax_compilation_cache_dir", None)
+    trainer.train(config, tmp_path / "run")
+    assert handed["cadence"] == loop.Cadence(70, 12, 13)
+    expected = {"first_step": 0, "num_steps": 70, "batch_size": 8, "log_every_steps": 11}
+    assert handed.items() >= (expected | {"seed": 5, "ema_decay": 0.75}).items()
+    assert handed["observer_workdir"] == tmp_path / "run"
+    # The checkpoints that are kept, and one that is written before the oldest goes.
+    assert handed["needed_bytes"] == 5 * sum(leaf.nbytes for leaf in jax.tree.leaves(handed["state"]))
+    assert jax.config.jax_compilation_cache_dir == os.environ["MCM_COMPILATION_CACHE"]
+
+
+def test_a_fresh_run_starts_where_its_seed_says(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    trainer.train(config, tmp_path / "run")
+    validated = validation.validate(config)
+    network = experiment.build_network(validated, num_classes=2)
+    expected = jax.jit(network.init)(experiment.init_key(5))
+    assert_equal_trees(handed["state"].params, expected)
+    assert_equal_trees(handed["state"].ema_params, expected)
+    assert int(handed["state"].step) == 0 and handed["teacher_params"] is None
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_batches_are_those_of_the_training_images_and_the_seed(flip, handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.seed = 5
+    config.data.horizontal_flip = flip
+    trainer.train(config, tmp_path / "run")
+    source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
+    expected = pipeline.train_batches(source, batch_size=16, seed=5, flip=flip)
+    for _ in range(3):
+        assert_equal_trees(next(handed["data"]), next(expected))
+
+
+@pytest.mark.parametrize("objective", ["cd", "ct"])
+def test_a_teacher_stays_with_its_student_only_where_it_teaches(
+    objective, handed, tiny_data, teacher, tmp_path
+):
+    trainer.train(tiny.config(tiny_data, objective, teacher), tmp_path / "run")
+    averaged = params_of(teacher, "ema")
+    assert_equal_trees(handed["state"].params, averaged)
+    if objective == "cd":
+        assert_equal_trees(handed["teacher_params"], averaged)
+        assert handed["teacher_sharding"] is handed["state_sharding"].params
+    else:
+        assert handed["teacher_params"] is None and handed["teacher_sharding"] is None
+
+
+def test_a_continued_run_is_told_where_it_is(handed, tiny_data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    config = tiny.config(tiny_data)
+    config.training.num_steps = 9
+    trainer.train(config, tmp_path / "run")
+    assert handed["first_step"] == int(handed["state"].step) == 4
+    assert_equal_trees(handed["state"].params, params_of(teacher))
+
+
+def test_every_grid_is_of_the_parameters_given(handed, tiny_data, teacher, tmp_path):
+    trainer.train(tiny.config(tiny_data), tmp_path / "run")
+    grids = [handed["draw"](params_of(teacher, parameters)) for parameters in ("raw", "ema")]
+    expected = [load_run(teacher, parameters=name).sample(64)[0] for name in ("raw", "ema")]
+    for grid, images in zip(grids, expected, strict=True):
+        np.testing.assert_array_equal(grid, image_grid(images, 8, scale=6))
+    assert not np.array_equal(*grids)
+
+
+def test_other_images_than_before(handed, tiny_data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    tiny.prepare_folder(tmp_path, count=44)
+    config = tiny.config(tmp_path / "data")
+    config.training.num_steps = 9
+    with pytest.raises(InputError, match="was trained on other images"):
+        trainer.train(config, tmp_path / "run")
+    assert "state" not in handed
+
+
+@pytest.mark.multi_device
+def test_a_batch_that_can_not_be_divided_is_told_first(handed, tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.batch_size = 12
+    with pytest.raises(InputError, match=r"batch_size=12 can't be divided over 8 devices"):
+        trainer.train(config, tmp_path / "run")
+    assert not handed and not (tmp_path / "run").exists()
+
+
+# Programs, killed and interrupted.
+
+
+def start_training(tiny_data, workdir, num_steps):
+    """A teacher's training as a process of its own, on one device."""
+    code = f"""
+import sys
+from pathlib import Path
+from mcm_jax.runs import trainer
+from tests import tiny
+config = tiny.config(Path({str(tiny_data)!r}))
+config.training.update(num_steps={num_steps}, checkpoint_every_steps=10)
+sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
+    num_steps = 120
+    whole = start_training(tiny_data, tmp_path / "whole", num_steps)
+    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    rng = np.random.default_rng()
+    print("seed of the moments:", rng.bit_generator.seed_seq.entropy)
+    for _ in range(2):
+        process = start_training(tiny_data, tmp_path / "killed", num_steps)
+        for line in process.stdout:
+            if re.match(r"step \d+/", line):
+                break
+        time.sleep(rng.uniform(0.0, 1.0))
+        process.kill()
+        process.wait()
+    last = start_training(tiny_data, tmp_path / "killed", num_steps)
+    output = last.stdout.read()
+    assert last.wait(timeout=300) == 0, output
+    for parameters in ("raw", "ema"):
+        assert_equal_trees(*(params_of(tmp_path / name, parameters) for name in ("whole", "killed")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_first(number, tiny_data, tmp_path):
+    process = start_training(tiny_data, tmp_path / "run", 100_000)
+    for line in process.stdout:
+        if re.match(r"step 2\d/", line):
+            break
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 130, process.stdout.read()
+    process.stdout.read()
+    assert checkpoint_steps(tmp_path / "run")[-1] >= 20
+
+
+# Bad input, before anything is compiled.
+
+
+@pytest.fixture
+def no_compilation(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was compiled before the input was checked")
+
+    monkeypatch.setattr(step, "make_train_step", refuse)
+    monkeypatch.setattr(Checkpoints, "save", refuse)
+
+
+def changed(config, **fields):
+    with config.unlocked():
+        for name, value in fields.items():
+            section, _, field = name.rpartition("__")
+            (config[section] if section else config)[field] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"objective": "gan"},
+            "config.objective='gan' must be one of diffusion, cd, ct, tract, progressive, guidance",
+        ),
+        ({"model__width": 3}, "config.model.width is not a setting"),
+        ({"model__widths": (8,)}, "config.model.widths=(8,) has not one entry"),
+        ({"model__head_width": 5}, "config.model.head_width=5 does not divide"),
+        ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+        ({"data__resolution": 7}, "config.data.resolution=7 can't be halved 1 times"),
+        ({"data__resolution": 16}, "folder/tiny at resolution 16 is not in"),
+        ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
+        ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
+        ({"teacher_checkpoint": "x"}, "has no meaning for a diffusion teacher"),
+        ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
+        (
+            {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": 2},
+            "/none is not a run",
+        ),
+    ],
+)
+def test_bad_config(fields, message, tiny_data, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data), **fields)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        trainer.train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__embedding_width": 32}, "its embedding_width is 16, this run's 32"),
+        ({"schedule__noise_resolution_low": 4}, "its noise_resolution_low is None, this run's 4"),
+        ({"consistency__student_steps": None}, "config.consistency.student_steps is not set"),
+        ({"model__blocks": (1, 3)}, "its stages is"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_path, no_compilation):
+    config = changed(tiny.config(tiny_data, "cd", teacher), **fields)
+    with pytest.raises(InputError, match=re.escape(message)):
+        trainer.train(config, tmp_path / "run")
+
+
+def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
+    config = validation.validate(changed(tiny.config(tiny_data, "cd", teacher), **fields))
+    described = pipeline.describe(data_dir=tiny_data, dataset="folder/tiny", resolution=8)
+    dataset = dataclasses.replace(described, class_names=class_names)
+    trainer.check_teacher(config, dataset, experiment.build_network(config, num_classes=len(class_names)))
+
+
+def test_a_teacher_of_other_classes(tiny_data, teacher):
+    for class_names in (("even", "prime"), ("even", "odd", "prime"), ("odd", "even")):
+        with pytest.raises(InputError, match="take the teacher's data set"):
+            checked(tiny_data, teacher, class_names)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model__dropouts": (0.0, 0.2)},
+        {"model__dtype": "bfloat16"},
+        {"model__remat": "full", "model__saved": ("qkv",)},
+        {"model__unroll": False},
+    ],
+)
+def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, tiny_data, teacher):
+    checked(tiny_data, teacher, **fields)
+
+
+def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):
+    tiny.prepare_folder(tmp_path, resolution=16)
+    config = changed(tiny.config(tmp_path / "data", "cd", teacher), data__resolution=16)
+    with pytest.raises(InputError, match="its resolution is 8, this run's 16"):
+        trainer.train(config, tmp_path / "run")
+
+
+def test_a_student_is_no_teacher(tiny_data, teacher, tmp_path, monkeypatch):
+    config = tiny.config(tiny_data, "ct", teacher)
+    config.training.num_steps = 1
+    assert trainer.train(config, tmp_path / "student")
+    with pytest.raises(InputError, match="is a ct student"):
+        trainer.train(tiny.config(tiny_data, "cd", tmp_path / "student"), tmp_path / "run")
+
+
+def test_another_runs_workdir(tiny_data, teacher, no_compilation):
+    config = changed(tiny.config(tiny_data), optimizer__learning_rate=0.5)
+    with pytest.raises(
+        InputError, match=r"holds a run with config.optimizer.learning_rate=0.01, now it is 0.5"
+    ):
+        trainer.train(config, teacher)
+    assert checkpoint_steps(teacher) == [2, 4]
+
+
+def test_a_workdir_that_can_not_be_made(tiny_data, tmp_path, no_compilation):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--workdir=.*cannot write there .*choose another directory"):
+        trainer.train(tiny.config(tiny_data), tmp_path / "file" / "run")
+
+
+def test_a_full_workdir(tiny_data, tmp_path, monkeypatch, no_compilation):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(InputError, match="its checkpoints need"):
+        trainer.train(tiny.config(tiny_data), tmp_path / "run")

@@ -1,0 +1,360 @@
+"""Several processes train as one would: same batches, same numbers, one voice, one end."""
+
+import functools
+import json
+import re
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcm_jax.runs import workdirs
+from mcm_jax.runs.run import load_run
+from mcm_jax.system import distributed
+from mcm_jax.system.errors import InputError
+from mcm_jax.training.checkpoints import Checkpoints
+from tests import tiny
+from tests.members import Members, free_port, logged
+
+DEVICES = 4  # in all
+
+# One update of every process, with a log of its losses and of the examples in its batches.
+TRAIN = """
+def recorded(of, method, record):
+    original = getattr(of, method)
+    def wrapped(self, *arguments):
+        result = original(self, *arguments)
+        record(self, *arguments, result)
+        return result
+    setattr(of, method, wrapped)
+
+for kind in (observer.RunObserver, observer.SilentObserver):
+    recorded(kind, "metrics", lambda self, step, values, _: log("metrics", [step, values]))
+
+import numpy as np
+gather = pipeline.ArraySource.gather
+def read(self, indices):
+    log("read", indices.tolist())
+    return gather(self, indices)
+pipeline.ArraySource.gather = read
+
+sharding._SMALLEST_SHARDED = 1
+settings = json.loads('''SETTINGS''')
+config = tiny.made_up_config(Path(settings["data"]), *settings["objective"])
+config.training.update(settings["training"])
+config.mesh.fsdp = settings["fsdp"]
+# Where a gradient is zero but for its last bits, Adam would make an update of them.
+config.optimizer.eps = 1e-3
+with distributed.joined():
+    first_only()
+    finished = trainer.train(config, Path(settings["workdir"]))
+sys.exit(0 if finished else 130)
+"""
+
+
+def training(data, workdir, *, count, directory, fsdp=1, objective=(), before="", **settings):
+    settings = {"num_steps": 4, "checkpoint_every_steps": 2, "log_every_steps": 1, **settings}
+    given = {"data": str(data), "workdir": str(workdir), "fsdp": fsdp, "training": settings}
+    given["objective"] = [str(argument) for argument in objective]
+    code = TRAIN.replace("SETTINGS", json.dumps(given))
+    return Members(before + code, count=count, devices=DEVICES // count, directory=directory)
+
+
+def checkpoint_steps(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.all_steps()
+
+
+def params_of(workdir):
+    return {kind: jax.device_get(load_run(workdir, parameters=kind).params) for kind in ("raw", "ema")}
+
+
+def trained(data, directory, **how):
+    with training(data, directory / "run", directory=directory / "logs", **how) as members:
+        assert members.codes() == [0] * how["count"], members.everything()
+        return members
+
+
+@pytest.fixture(scope="module")
+def objectives(tiny_data, tmp_path_factory):
+    """Arguments of tiny.config: for a teacher, and for a student of a made-up one."""
+    workdir = tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+    return {"diffusion": ("diffusion",), "cd": ("cd", workdir)}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data, objectives, tmp_path_factory):
+    """objective -> directory of a run of one process with as many devices."""
+
+    @functools.cache
+    def run(objective):
+        directory = tmp_path_factory.mktemp("alone")
+        trained(tiny_data, directory, count=1, sample_every_steps=4, objective=objectives[objective])
+        return directory
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "count", "fsdp"),
+    [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2, 4)],
+)
+def test_several_processes_are_one(objective, count, fsdp, alone, objectives, tiny_data, tmp_path):
+    """Losses, parameters, pictures and examples, with whole and with split parameters.
+
+    Sums over devices in another order change the last bits.
+    """
+    alone, arguments = alone(objective), objectives[objective]
+    members = trained(tiny_data, tmp_path, count=count, fsdp=fsdp, sample_every_steps=4, objective=arguments)
+    expected = logged(alone / "logs", "metrics", 0)
+    assert [step for step, _ in expected] == [1, 2, 3, 4]
+    for index in range(count):
+        found = logged(tmp_path / "logs", "metrics", index)
+        assert [step for step, _ in found] == [1, 2, 3, 4]
+        for (_, a), (_, b) in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+            np.testing.assert_allclose(a["gradient_norm"], b["gradient_norm"], rtol=1e-3)
+    a, b = params_of(tmp_path / "run"), params_of(alone / "run")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+    # The examples of every batch are shared out: each read by one process, all by one of them.
+    whole = logged(alone / "logs", "read", 0)
+    parts = [logged(tmp_path / "logs", "read", index) for index in range(count)]
+    for number in range(2):  # The first epoch has 39 examples, two batches and a part.
+        together = [example for part in parts for example in part[number]]
+        assert together == whole[number] and len(set(together)) == 16
+        assert all(len(part[number]) == 16 // count for part in parts)
+
+    # One voice: the others are silent, and what they may not do ends them.
+    assert "step 4/4" in members.said(0)
+    assert not any(members.said(index) for index in range(1, count)), members.everything()
+    names = [sorted(path.name for path in (place / "run").iterdir()) for place in (tmp_path, alone)]
+    events = [[name for name in found if "tfevents" in name] for found in names]
+    assert len(events[0]) == len(events[1]) == 1
+    assert set(names[0]) - set(events[0]) == set(names[1]) - set(events[1])
+    pictures = [
+        np.asarray(Image.open(place / "run/samples/step_0000004.png"), int) for place in (tmp_path, alone)
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+    assert workdirs.read(tmp_path / "run")[0].mesh.fsdp == fsdp
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
+    """After the same update; two processes go on, bit for bit, and so does one but for the last bits."""
+
+    def run(name, **how):
+        how = {"count": 2, "checkpoint_every_steps": 10**6, **how}
+        return training(tiny_data, tmp_path / "run", directory=tmp_path / name, **how)
+
+    with run("stopped", num_steps=10**6) as members:
+        members.wait_for(r"step 1\d/")
+        members.processes[1].send_signal(signal.SIGTERM)
+        assert members.codes(timeout=60) == [130, 130], members.everything()
+    (stopped,) = checkpoint_steps(tmp_path / "run")
+    last = [logged(tmp_path / "stopped", "metrics", index)[-1] for index in (0, 1)]
+    assert last[0] == last[1] and last[0][0] == stopped >= 10
+
+    num_steps = stopped + 3
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with run("continued", num_steps=num_steps) as members:
+        assert members.codes() == [0, 0], members.everything()
+        assert f"continuing at update {stopped}" in members.said(0) and not members.said(1)
+    shutil.move(tmp_path / "run", tmp_path / "two")
+    shutil.move(tmp_path / "copy", tmp_path / "run")
+    with run("by one", num_steps=num_steps, count=1) as members:
+        assert members.codes() == [0], members.everything()
+    shutil.move(tmp_path / "run", tmp_path / "one")
+    with run("at once", num_steps=num_steps) as members:
+        assert members.codes() == [0, 0], members.everything()
+    whole = params_of(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "two"), whole)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        params_of(tmp_path / "one"),
+        whole,
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
+    with training(
+        tiny_data, tmp_path / "run", count=2, directory=tmp_path / "logs", num_steps=10**6
+    ) as members:
+        members.wait_for(r"step 4/")
+        members.processes[0].send_signal(signal.SIGINT)
+        assert members.codes(timeout=60) == [130, 130], members.everything()
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_ends_all(tiny_data, tmp_path):
+    """Soon, and not when JAX's patience with a process that has left is at its end (five minutes)."""
+    code = """
+def fail(self, step, values):
+    raise OSError("this host is broken")
+observer.SilentObserver.metrics = fail
+"""
+    with training(
+        tiny_data, tmp_path / "run", count=2, directory=tmp_path / "logs", before=code, num_steps=10**6
+    ) as members:
+        assert all(members.codes(timeout=240)), members.everything()
+    assert "this host is broken" in members.said(1, "err")
+
+
+# Without training.
+
+
+def joined(code, directory, *, count=2, **environment):
+    """What `count` processes log as "seen" in this code, which runs after they have joined."""
+    with Members(code, count=count, devices=1, directory=directory, environment=environment) as members:
+        assert members.codes() == [0] * count, members.everything()
+    return [logged(directory, "seen", index) for index in range(count)]
+
+
+MISTAKES = """
+distributed._SHARED_SECONDS = 1.0
+place, data = Path(sys.argv[1]), Path(DATA)
+def attempt(config, workdir):
+    try:
+        trainer.train(config, workdir)
+    except InputError as error:
+        log("seen", str(error))
+with distributed.joined():
+    mine = jax.process_index() == 1
+    os.chdir(place if mine else data.parent)
+    attempt(tiny.made_up_config(data.name), place / "run")
+    config = tiny.made_up_config(data)
+    config.seed = jax.process_index()
+    attempt(config, place / "run")
+    attempt(tiny.made_up_config(data), place / ("elsewhere" if mine else "run"))
+    config.objective = "gan" if mine else "diffusion"
+    attempt(config, place / "run")
+    assert not list(place.glob("*/run.json"))
+"""
+
+
+def test_a_mistake_in_one_process_is_told_in_all(tiny_data, tmp_path):
+    code = MISTAKES.replace("DATA", repr(str(tiny_data)))
+    first, second = joined(code, tmp_path / "logs")
+    elsewhere = "process 1 of 2 has failed; see what it says"
+    differ = "the configs and workdirs of processes 0 and 1 differ; start all processes with the same command"
+    for line, start in zip(first, [elsewhere, differ, elsewhere, elsewhere], strict=True):
+        assert line.startswith(start)
+    for line, part in zip(
+        second,
+        ["folder/tiny", differ, "elsewhere is another directory in process 1", "'gan'"],
+        strict=True,
+    ):
+        assert part in line
+
+
+SEEN = """
+with distributed.joined():
+    log("seen", [jax.process_count(), jax.device_count(), distributed.is_first()])
+"""
+
+
+def test_slurm_is_recognised(tmp_path):
+    """By jax.distributed, from what srun sets; its coordinator is on the first host."""
+    code = (
+        "os.environ['SLURM_PROCID'] = os.environ['SLURM_LOCALID'] = os.environ.pop('MCM_PROCESS_ID')\n" + SEEN
+    )
+    step = {"SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    seen = joined(code, tmp_path / "logs", MCM_COORDINATOR="", MCM_NUM_PROCESSES="", **step, **port)
+    assert seen == [[[2, 2, True]], [[2, 2, False]]]
+
+
+ALONE = """
+import warnings
+warnings.simplefilter("error")
+step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+for environment in [
+    {},
+    {"MCM_NUM_PROCESSES": "1", "SLURM_NTASKS": "2", **step},
+    {"MCM_NUM_PROCESSES": "1", "MCM_COORDINATOR": "10.0.0.1:99", "MCM_PROCESS_ID": "0"},
+    {"SLURM_NTASKS": "1", **step},
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+]:
+    os.environ.update(environment)
+    with distributed.joined():
+        log("seen", jax.distributed.is_initialized())
+    for name in environment:
+        del os.environ[name]
+with distributed.joined(), distributed.together():
+    distributed.require_same(1, "numbers")
+    distributed.require_shared(Path("/nonexistent"), "--workdir")
+    assert distributed.of_first(True) and not distributed.exists(Path("/nonexistent"))
+"""
+
+
+def test_a_process_alone_is_left_so(tmp_path):
+    """What jax.distributed does in one process would cost it all devices but one on SLURM."""
+    assert joined(ALONE, tmp_path / "logs", count=1) == [[False] * 5]
+
+
+def test_a_cluster_is_left_to_jax(monkeypatch):
+    """Without variables of ours it gets no argument: what it finds out is its own."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: calls.append((given, named)))
+    with distributed.joined():
+        assert calls == [((), {})]
+
+
+def test_an_error_of_the_cluster_is_told(monkeypatch):
+    def fail():
+        raise ValueError("invalid literal for int() with base 10: 'two'")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ValueError, match="invalid literal"), distributed.joined():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", "2", None), "MCM_PROCESS_ID is not set"),
+        ((None, "2", None), "MCM_COORDINATOR, MCM_PROCESS_ID is not set"),
+        (("host:1", None, "0"), "MCM_NUM_PROCESSES is not set"),
+        (("host", "2", "0"), "MCM_COORDINATOR=host is not HOST:PORT"),
+        (("host:", "2", "0"), "MCM_COORDINATOR=host: is not HOST:PORT"),
+        (("host:1", "two", "0"), "MCM_NUM_PROCESSES=two is not a number"),
+        (("host:1", "2", "-1"), "MCM_PROCESS_ID=-1 is not a number"),
+        (("host:1", "2", "2"), "MCM_PROCESS_ID=2 of MCM_NUM_PROCESSES=2: count the processes from 0"),
+    ],
+)
+def test_variables_that_do_not_say_who_is_who(given, message, monkeypatch):
+    for name, value in zip(
+        (distributed.COORDINATOR, distributed.COUNT, distributed.INDEX), given, strict=True
+    ):
+        monkeypatch.setenv(name, value or "")
+    with pytest.raises(InputError, match=re.escape(message)), distributed.joined():
+        pass
+
+
+def test_one_that_does_not_come_is_waited_for_aloud(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.3))
+    values = {distributed.COORDINATOR: "host:1", distributed.COUNT: "3", distributed.INDEX: "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with distributed.joined():
+        assert capsys.readouterr().err == "waiting for other processes: 2 more, with MCM_COORDINATOR=host:1\n"
+
+
+def test_a_process_that_is_wrong_alone_does_not_wait_for_the_others(tmp_path):
+    code = """
+distributed._PARTING_SECONDS = 1.0
+with distributed.joined():
+    if INDEX == "1":
+        raise InputError("no such file here")
+    distributed.require_same(1, "numbers")
+"""
+    with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
+        codes = members.codes(timeout=150)
+        assert codes[1] == 2 and codes[0] != 0, members.everything()
