@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import Integer, UInt8
 from PIL import Image, ImageOps
 
 from mcm_jax.data import layout, splits
-from mcm_jax.system import progress
+from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
 
 SUFFIXES = frozenset(".avif .bmp .gif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
@@ -170,7 +169,7 @@ def preprocessing(resolution: int) -> str:
     """One sentence for results: crop, resize, by what."""
     return (
         f"central square crop, area resize to {resolution}x{resolution}, RGB on white, "
-        f"by Pillow {importlib.metadata.version('pillow')}"
+        f"by Pillow {versions.installed('pillow')}"
     )
 
 

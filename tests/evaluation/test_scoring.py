@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -239,6 +240,17 @@ def test_without_weights_it_says_where_to_get_them(options, tmp_path):
     with pytest.raises(InputError, match=r"there are no Inception weights; get .*prepare --inception=FILE"):
         scoring.evaluate(chosen, load)
     assert not load.calls
+
+
+def test_missing_metadata_of_the_package_lose_no_result(options, workdirs, monkeypatch):
+    """As where the code lies on PYTHONPATH and is not installed."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    (record,) = scoring.evaluate(options, Loader())
+    assert lines(workdirs[0]) == [record] and record["versions"]["mcm_jax"] == "unknown"
 
 
 def test_the_grid_shows_the_first_samples(options, workdirs):
