@@ -90,7 +90,8 @@ class Evaluator:
         inputs = json.loads(json.dumps(inputs))
         for line in reversed(lines):
             try:
-                record = json.loads(line)
+                # All samples were rounded to the nearest byte before results named the rule.
+                record = {"rounding": "nearest"} | json.loads(line)
                 if all(record[name] == value for name, value in inputs.items()):
                     return record
             except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
@@ -286,6 +287,8 @@ def grid_name(inputs: dict[str, Any]) -> str:
         name += "_measured"
     if inputs["guidance"]:
         name += f"_g{inputs['guidance']:g}"
+    if inputs["rounding"] != "nearest":
+        name += f"_{inputs['rounding']}"
     return f"{name}_seed{inputs['seed']}.png"
 
 

@@ -61,15 +61,17 @@ class FakeRun:
         noise_grid=None,
         x_var=None,
         guidance=None,
+        rounding=None,
     ):
-        self.asked.append(("sample", self.low, num, seed, steps, sampler, noise_grid, x_var, guidance, first))
+        how = (steps, sampler, noise_grid, x_var, guidance, rounding)
+        self.asked.append(("sample", self.low, num, seed, *how, first))
         images = [
             np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
             for n in range(num)
         ]
         return np.array(images, np.uint8), np.zeros(num, np.int32)
 
-    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance):
+    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance, rounding):
         return {
             "steps": steps or 4,
             "sampler": sampler or "ddim",
@@ -79,6 +81,7 @@ class FakeRun:
             "x_var_images": 1024 if x_var == "measured" else None,
             "guidance": guidance or 0.0,
             "clip": "last",
+            "rounding": rounding,
             "label_rule": self.label_rule,
             "network_calls": steps or 4,
         }
@@ -162,6 +165,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "x_var_eta": None,
         "x_var_images": None,
         "clip": "last",
+        "rounding": "nearest",
         "network_calls": 4,
         "num_samples": 40,
         "rank_deficient": True,
@@ -275,6 +279,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
         noise_grid="karras",
         x_var="measured",
         guidance=(0.5,),
+        rounding="floor",
         checkpoint_step=(200,),
         data_dir="/data",
         untrained_num=0,
@@ -283,7 +288,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     assert load.calls == [("teacher", "ema", 200, "/data")]
     samples = [call for call in load.runs[0].asked if call[0] == "sample"]
     expected = [
-        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, first)
+        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, "floor", first)
         for num, first in ((16, 0), (16, 16), (8, 32))
     ]
     assert samples == expected
@@ -313,7 +318,15 @@ def test_the_second_evaluation_computes_only_its_samples(options):
     scoring.evaluate(options, Loader())
     load = Loader()
     scoring.evaluate(dataclasses.replace(options, again=True), load)
-    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, "nearest", 0)]
+
+
+def test_results_from_before_they_named_their_rounding_still_count(options, workdirs):
+    (record,) = scoring.evaluate(options, Loader())
+    path = workdirs[0] / "evaluation" / "results.jsonl"
+    path.write_text(json.dumps({name: record[name] for name in record if name != "rounding"}))
+    load = Loader()
+    assert scoring.evaluate(options, load) == [record] and load.runs[0].asked == []
 
 
 def test_results_are_added_and_never_lost(options, workdirs):
@@ -344,6 +357,7 @@ def test_the_table_names_each_number(options, capsys):
         ({"steps": (4, 0)}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
+        ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
         ({"guidance": (-1.0,)}, "--guidance=-1.0: 0 is none"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
@@ -416,10 +430,12 @@ def test_the_program_exits_with_2_on_bad_flags(arguments, message):
 
 def test_files_tell_unusual_samplers_apart():
     usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
+    usual |= {"rounding": "nearest"}
     usual |= {"checkpoint_step": 300, "parameters": "ema", "seed": 1}
     unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
+    unusual |= {"rounding": "floor"}
     assert evaluator.grid_name(usual) == "samples_step300_ema_ddim4_seed1.png"
-    assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
+    assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_floor_seed1.png"
 
 
 def test_every_combination_in_one_command(options, workdirs):
@@ -547,8 +563,8 @@ def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrup
 @pytest.mark.parametrize(
     "change",
     [
-        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"parameters": "raw"}),
-        *({"metrics": ("frechet",)}, {"input_resolution": 48}),
+        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"rounding": "floor"}),
+        *({"metrics": ("frechet",)}, {"parameters": "raw"}, {"input_resolution": 48}),
     ],
 )
 def test_other_inputs_are_another_result(options, change):

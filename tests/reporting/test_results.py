@@ -168,6 +168,7 @@ def test_nothing_to_report(tmp_path):
             "addim with measured variance (eta 0.75, 1024 images)",
         ),
         ({"sampler": "heun", "noise_grid": "karras"}, "heun on the karras grid"),
+        ({"rounding": "floor"}, "ddim, rounded down"),
         ({"clip": "every", "noise_grid": "karras"}, "ddim, clipped in every step, on the karras grid"),
     ],
 )
