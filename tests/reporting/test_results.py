@@ -31,9 +31,8 @@ def test_names_are_those_that_the_other_programs_write():
 
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
-    from tests.evaluation.test_scoring import Loader, pixels_for
-
     from mcm_jax.evaluation import evaluator, scoring
+    from tests.evaluation.test_scoring import Loader, pixels_for
 
     monkeypatch.setattr(evaluator, "Extractor", pixels_for)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
