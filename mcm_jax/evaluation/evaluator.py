@@ -71,6 +71,7 @@ class Evaluator:
         """
         self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
+        self._left_out: set[tuple[str, str]] = set()
         self._references: dict[tuple[Any, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
@@ -129,11 +130,17 @@ class Evaluator:
         }
 
     def require(self, reference: Reference, *, labelled: bool = True) -> None:
-        """Raises InputError for a metric that was asked for and that reference or images can't give."""
-        for metric in self.metrics if self._asked else ():
-            reason = protocol.lacking(metric, reference, labelled=labelled)
-            if reason is not None:
+        """Raises InputError for a requested metric that reference or images can't give.
+
+        A default one that they can't give is left out with a note.
+        """
+        for metric in self.metrics:
+            reason = protocol.unavailable_reason(metric, reference, labelled=labelled)
+            if reason is not None and self._asked:
                 raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
+            if reason is not None and (metric, reason) not in self._left_out:
+                distributed.say(f"note: {metric} is left out: {reason}")
+                self._left_out.add((metric, reason))
 
     def score(
         self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any], *, again: bool = False

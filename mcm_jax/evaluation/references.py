@@ -21,8 +21,8 @@ from mcm_jax.system.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
 VERSION = 3
-# The features of more images than these are not kept (2,048 floats each at most: 410 MB at the limit). Metrics
-# that compare samples with single images are then not available.
+# The features of more images than these are not kept (2,048 floats each at most: 410 MB at the limit), and
+# metrics that compare samples with single images are then not available.
 MAX_KEPT_FEATURES = 50_000
 
 
@@ -58,7 +58,7 @@ class Reference:
 
 
 class Cache:
-    """A directory of results by content hash. A damaged file is replaced by a new result, with a note on stderr.
+    """A directory of results by content hash. A damaged file is computed anew, with a note on stderr.
 
     Several processes share it: all of them compute, the first one writes.
     """

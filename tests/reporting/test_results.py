@@ -26,7 +26,7 @@ def test_names_are_those_that_the_other_programs_write():
     for network in (efficient, weights.network()):
         assert results.DISTANCES[network.description["network"]] == network.distance
         for count in (1024, 50_000):
-            assert averages.count_of(protocol.counted(network.distance, count)) == count
+            assert averages.count_of(protocol.name_with_count(network.distance, count)) == count
     assert averages.count_of("sfid_50k") is None
 
 
