@@ -13,7 +13,6 @@ full size takes minutes to compile.
 """
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -23,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, versions
 from mcm_jax.system.files import write_asked_for
 
 
@@ -34,11 +33,7 @@ def _made_of(holder: flags.FlagHolder | flags.Flag) -> dict[str, Any]:
         "config": config_flags.get_config_filename(holder),
         "overrides": [f"--config.{name}={value}" for name, value in sorted(overrides.items())],
         "date": datetime.date.today().isoformat(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("flax", "jax", "jaxlib", "libtpu")
-            if importlib.util.find_spec(name) is not None
-        },
+        "versions": versions.record(*filter(importlib.util.find_spec, ("flax", "jax", "jaxlib", "libtpu"))),
     }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 
 from mcm_jax.data import images, layout, splits
 from mcm_jax.data.resizing import square_area
-from mcm_jax.system import progress
+from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
 
 # Names of folders that hold the splits of a data set, and no class.
@@ -180,7 +179,7 @@ def preprocessing(resolution: int) -> str:
     """One sentence for results: crop, resize, and the library that decoded."""
     return (
         f"central square crop, area resize to {resolution}x{resolution}, RGB on white, "
-        f"by Pillow {importlib.metadata.version('pillow')}"
+        f"by Pillow {versions.installed('pillow')}"
     )
 
 

@@ -13,7 +13,6 @@ import abc
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.resources
 import io
 import itertools
@@ -31,6 +30,7 @@ from PIL import Image
 from mcm_jax.data import images, layout
 from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
+from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -295,7 +295,7 @@ def preprocessing(resolution: int, preparation: Preparation) -> str:
     }
     if preparation == "resized":
         return f"downsampled to {resolution}x{resolution} by Chrabaszcz et al."
-    return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
+    return f"{how[preparation]}, RGB, by Pillow {versions.installed('pillow')}"
 
 
 def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:

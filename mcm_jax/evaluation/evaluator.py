@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, con
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.fields import Affects
 from mcm_jax.runs import workdirs
-from mcm_jax.system import distributed, progress
+from mcm_jax.system import distributed, progress, versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 from mcm_jax.system.pictures import image_grid, save_png
@@ -70,13 +69,14 @@ class Evaluator:
         """
         self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
+        self._left_out: set[tuple[str, str]] = set()
         self._references: dict[tuple[Any, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
             single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
-            self.given = published.read(reference, self.extractor, single_images=single_images)
+            self.given = published.read(reference, self.extractor, self.cache, single_images=single_images)
 
     def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The newest result of these inputs in the run's file."""
@@ -89,7 +89,8 @@ class Evaluator:
         inputs = json.loads(json.dumps(inputs))
         for line in reversed(lines):
             try:
-                record = json.loads(line)
+                # All samples were rounded to the nearest byte before results named the rule.
+                record = {"rounding": "nearest"} | json.loads(line)
                 if all(record[name] == value for name, value in inputs.items()):
                     return record
             except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
@@ -127,11 +128,17 @@ class Evaluator:
         }
 
     def require(self, reference: Reference, *, labelled: bool = True) -> None:
-        """Raises InputError for a metric that was asked for and that reference or images can't give."""
-        for metric in self.metrics if self._asked else ():
-            reason = protocol.lacking(metric, reference, labelled=labelled)
-            if reason is not None:
+        """Raises InputError for a requested metric that reference or images can't give.
+
+        A default one that they can't give is left out with a note.
+        """
+        for metric in self.metrics:
+            reason = protocol.unavailable_reason(metric, reference, labelled=labelled)
+            if reason is not None and self._asked:
                 raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
+            if reason is not None and (metric, reason) not in self._left_out:
+                distributed.say(f"note: {metric} is left out: {reason}")
+                self._left_out.add((metric, reason))
 
     def score(
         self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any], *, again: bool = False
@@ -272,7 +279,7 @@ def _made() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")}
+    return versions.record("jax", "flax", "mcm_jax")
 
 
 def grid_name(inputs: dict[str, Any]) -> str:
@@ -285,6 +292,8 @@ def grid_name(inputs: dict[str, Any]) -> str:
         name += "_measured"
     if inputs["guidance"]:
         name += f"_g{inputs['guidance']:g}"
+    if inputs["rounding"] != "nearest":
+        name += f"_{inputs['rounding']}"
     return f"{name}_seed{inputs['seed']}.png"
 
 

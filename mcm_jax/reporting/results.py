@@ -248,10 +248,11 @@ def _sampler(fields: "_Fields") -> str:
     if fields.content.get("x_var") == "measured":
         eta, images = fields.number("x_var_eta"), fields.whole("x_var_images")
         text += f" with measured variance (eta {eta:g}, {images} images)"
-    if fields.content.get("clip", "last") == "every":
-        text += ", clipped in every step,"
+    unusual = {"clip": ("every", ", clipped in every step"), "rounding": ("floor", ", rounded down")}
+    added = "".join(words for name, (value, words) in unusual.items() if fields.content.get(name) == value)
     grid = fields.content.get("noise_grid", "schedule")
-    return text if grid == "schedule" else f"{text} on the {grid} grid"
+    on_grid = "" if grid == "schedule" else f"{',' if added else ''} on the {grid} grid"
+    return f"{text}{added}{on_grid}"
 
 
 class _Fields:

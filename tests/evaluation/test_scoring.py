@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ SIDE = 4
 class FakeDataset:
     dataset: str = "openmoji"
     resolution: int = SIDE
+    class_names: tuple[str, ...] = ("even", "odd")
     fingerprints: dict = dataclasses.field(default_factory=lambda: {"train": "abc", "test": "def"})
     preprocessing: str = "none"
     num_examples: dict = dataclasses.field(default_factory=lambda: {"train": 60, "test": 12})
@@ -60,15 +62,17 @@ class FakeRun:
         noise_grid=None,
         x_var=None,
         guidance=None,
+        rounding=None,
     ):
-        self.asked.append(("sample", self.low, num, seed, steps, sampler, noise_grid, x_var, guidance, first))
+        how = (steps, sampler, noise_grid, x_var, guidance, rounding)
+        self.asked.append(("sample", self.low, num, seed, *how, first))
         images = [
             np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
             for n in range(num)
         ]
         return np.array(images, np.uint8), np.zeros(num, np.int32)
 
-    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance):
+    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance, rounding):
         return {
             "steps": steps or 4,
             "sampler": sampler or "ddim",
@@ -78,6 +82,7 @@ class FakeRun:
             "x_var_images": 1024 if x_var == "measured" else None,
             "guidance": guidance or 0.0,
             "clip": "last",
+            "rounding": rounding,
             "label_rule": self.label_rule,
             "network_calls": steps or 4,
         }
@@ -161,6 +166,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "x_var_eta": None,
         "x_var_images": None,
         "clip": "last",
+        "rounding": "nearest",
         "network_calls": 4,
         "num_samples": 40,
         "rank_deficient": True,
@@ -224,13 +230,15 @@ def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_pa
     (record,) = scoring.evaluate(chosen, load)
     # The file has no moments of spatial features.
     assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["bounds"] == {}
+    printed = capsys.readouterr().out
+    assert "note: sfid is left out: the reference has no moments of spatial features" in printed
     assert record["reference"] == {
         "file": "reference.npz",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "count": None,
     }
     assert [call[0] for call in load.runs[0].asked] == ["sample"]
-    assert "Frechet distance to reference.npz, lower is better" in capsys.readouterr().out
+    assert "Frechet distance to reference.npz, lower is better" in printed
 
 
 def test_without_weights_it_says_where_to_get_them(options, tmp_path):
@@ -239,6 +247,17 @@ def test_without_weights_it_says_where_to_get_them(options, tmp_path):
     with pytest.raises(InputError, match=r"there are no Inception weights; get .*prepare --inception=FILE"):
         scoring.evaluate(chosen, load)
     assert not load.calls
+
+
+def test_missing_metadata_of_the_package_lose_no_result(options, workdirs, monkeypatch):
+    """As where the code lies on PYTHONPATH and is not installed."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    (record,) = scoring.evaluate(options, Loader())
+    assert lines(workdirs[0]) == [record] and record["versions"]["mcm_jax"] == "unknown"
 
 
 def test_the_grid_shows_the_first_samples(options, workdirs):
@@ -263,6 +282,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
         noise_grid="karras",
         x_var="measured",
         guidance=(0.5,),
+        rounding="floor",
         checkpoint_step=(200,),
         data_dir="/data",
         untrained_num=0,
@@ -271,7 +291,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     assert load.calls == [("teacher", "ema", 200, "/data")]
     samples = [call for call in load.runs[0].asked if call[0] == "sample"]
     expected = [
-        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, first)
+        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, "floor", first)
         for num, first in ((16, 0), (16, 16), (8, 32))
     ]
     assert samples == expected
@@ -301,7 +321,15 @@ def test_the_second_evaluation_computes_only_its_samples(options):
     scoring.evaluate(options, Loader())
     load = Loader()
     scoring.evaluate(dataclasses.replace(options, again=True), load)
-    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, "nearest", 0)]
+
+
+def test_results_from_before_they_named_their_rounding_still_count(options, workdirs):
+    (record,) = scoring.evaluate(options, Loader())
+    path = workdirs[0] / "evaluation" / "results.jsonl"
+    path.write_text(json.dumps({name: record[name] for name in record if name != "rounding"}))
+    load = Loader()
+    assert scoring.evaluate(options, load) == [record] and load.runs[0].asked == []
 
 
 def test_results_are_added_and_never_lost(options, workdirs):
@@ -332,11 +360,20 @@ def test_the_table_names_each_number(options, capsys):
         ({"steps": (4, 0)}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
+        ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
-        ({"guidance": (-1.0,)}, "--guidance=-1.0: 0 is none"),
+        ({"guidance": (-1.0,)}, "--guidance=-1.0: it must be a number from 0"),
+        ({"guidance": (float("inf"),)}, "--guidance=inf: it must be a number from 0"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
-        ({"features": "vgg"}, "--features=vgg: it is one of efficientnet, inception"),
+        ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception"),
+        ({"metrics": ()}, "--metrics is empty: name some of frechet"),
+        ({"inception": Path("x")}, "--inception applies only to --features=inception"),
+        ({"allow_singular": True}, "--allow_singular applies only to --features=inception"),
+        (
+            {"features": "inception", "input_resolution": 128},
+            "--input_resolution applies only to --features=efficientnet",
+        ),
         ({"metrics": ("kid",)}, "--metrics=kid is defined on Inception's features only"),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
     ],
@@ -404,10 +441,12 @@ def test_the_program_exits_with_2_on_bad_flags(arguments, message):
 
 def test_files_tell_unusual_samplers_apart():
     usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
+    usual |= {"rounding": "nearest"}
     usual |= {"checkpoint_step": 300, "parameters": "ema", "seed": 1}
     unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
+    unusual |= {"rounding": "floor"}
     assert evaluator.grid_name(usual) == "samples_step300_ema_ddim4_seed1.png"
-    assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
+    assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_floor_seed1.png"
 
 
 def test_every_combination_in_one_command(options, workdirs):
@@ -535,8 +574,8 @@ def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrup
 @pytest.mark.parametrize(
     "change",
     [
-        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"parameters": "raw"}),
-        *({"metrics": ("frechet",)}, {"input_resolution": 48}),
+        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"rounding": "floor"}),
+        *({"metrics": ("frechet",)}, {"parameters": "raw"}, {"input_resolution": 48}),
     ],
 )
 def test_other_inputs_are_another_result(options, change):
@@ -614,22 +653,35 @@ def test_images_of_another_program_against_a_published_file(inception, tmp_path,
     assert json.loads((tmp_path / "results.jsonl").read_text()) == record
     assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["images"] == "samples.npz"
     assert record["reference"]["file"] == "reference.npz" and record["num_samples"] == 40
+    assert record["image_size"] == [SIDE, SIDE] and record["rounding"] is None
     printed = capsys.readouterr().out
-    assert printed.startswith("samples.npz\n") and "Frechet distance to reference.npz" in printed
+    assert "\nsamples.npz\n  fid_40" in printed and "Frechet distance to reference.npz" in printed
 
 
-def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
-    """The data set's own images are at distance zero from it."""
-    from mcm_jax.data import layout, pipeline
+@pytest.fixture(scope="module")
+def tiny_reference(tiny_data) -> Path:
+    from mcm_jax.data import layout
+
+    return layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
+
+
+@pytest.fixture(scope="module")
+def tiny_images(tiny_data):
+    """(images, labels) of that data set."""
+    from mcm_jax.data import pipeline
 
     source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
-    images, labels = pipeline.load_arrays(source)
+    return pipeline.load_arrays(source)
+
+
+def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_reference, tiny_images, capsys):
+    """The data set's own images are at distance zero from it."""
+    images, labels = tiny_images
     np.savez(tmp_path / "samples.npz", images, labels)
-    directory = layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
     chosen = of_images(
         inception,
         tmp_path / "samples.npz",
-        reference=directory,
+        reference=tiny_reference,
         metrics=tuple(protocol.METRICS),
     )
     record = scoring.evaluate_images(chosen)
@@ -638,20 +690,89 @@ def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
     assert metrics["class_fid"] == pytest.approx(0, abs=1e-6)
     assert (metrics["precision"], metrics["recall"]) == (1.0, 1.0)
     assert record["reference"]["split"] == "train" and record["reference"]["count"] == len(images)
+    assert "note: class" not in capsys.readouterr().out
+
+
+def test_images_against_images(inception, tmp_path, tiny_images):
+    """A reference of images alone, with labels: its moments are computed here."""
+    images, labels = tiny_images
+    np.savez(tmp_path / "reference.npz", images, labels)
+    np.savez(tmp_path / "samples.npz", images[::-1], labels[::-1])
+    chosen = of_images(
+        inception,
+        tmp_path / "samples.npz",
+        reference=tmp_path / "reference.npz",
+        metrics=("frechet", "class_fid"),
+    )
+    record = scoring.evaluate_images(chosen)
+    assert list(record["metrics"].values()) == pytest.approx([0, 0], abs=1e-6)
+    assert record["reference"]["file"] == "reference.npz" and record["reference"]["count"] == len(images)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"reference": None}, "needs --reference=FILE of statistics, or DIR of a prepared data set"),
+        (
+            lambda images, labels: (images.repeat(2, 1).repeat(2, 2), labels),
+            "images of 16x16 pixels and --ref",
+        ),
+        (
+            lambda images, labels: (images[:, :4, :4], labels),
+            "images of 4x4 pixels and --reference images of 8",
+        ),
+        (lambda images, labels: (images.repeat(2, 2), labels), "images of 16x8 pixels"),
+        (lambda images, labels: (images // 128, labels), "bytes of 0 and 1 only"),
+        (
+            lambda images, labels: (images, labels + 1),
+            "an image of class 2, and --reference has classes 0 to 1",
+        ),
+        (lambda images, labels: (images, labels + 100), "an image of class 10[01], and"),
+    ],
+)
+def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path, tiny_reference, tiny_images):
+    """Each was scored, or its class_fid left out, without a word."""
+    np.savez(tmp_path / "samples.npz", *change(*tiny_images))
+    metrics = ("frechet", "class_fid")
+    with pytest.raises(InputError, match=said) as error:
+        scoring.evaluate_images(
+            of_images(inception, tmp_path / "samples.npz", reference=tiny_reference, metrics=metrics)
+        )
+    assert "\n" not in str(error.value) and not list(inception.cache_dir.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "class_names", "said"),
+    [
+        (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels and --reference images of 8x8 pixels"),
+        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher and 'even' for --reference"),
+    ],
+)
+def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, inception, tiny_reference):
+    load = Loader()
+
+    def other(*arguments, **how):
+        run = load(*arguments, **how)
+        run.dataset = dataclasses.replace(run.dataset, resolution=resolution, class_names=class_names)
+        return run
+
+    chosen = dataclasses.replace(inception, reference=tiny_reference, metrics=("frechet", "class_fid"))
+    with pytest.raises(InputError, match=said):
+        scoring.evaluate(chosen, other)
+    assert load.runs[0].asked == [] and not list(inception.cache_dir.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": None}, "needs a reference: add --reference=FILE with statistics, or DIR"),
         ({"reference": Path("DIR")}, "is no prepared data set"),
-        ({"metrics": ("class_fid",)}, "class_fid: the reference has no single images"),
-        ({"steps": (1,)}, "--steps is of sampling, and --images are there already: leave it out"),
-        ({"seed": 1}, "--seed is of sampling"),
-        ({"num": 7}, "--num is of sampling"),
+        ({"metrics": ("class_fid",)}, "class_fid: the reference has no features of single images"),
+        ({"steps": (1,)}, "--steps applies only when runs are sampled; remove it when using --images"),
+        ({"seed": 1}, "--seed applies only when"),
+        ({"num": 7}, "--num applies only when"),
         (
             {"images": Path("BARE"), "metrics": ("kid",)},
-            "--metrics=kid needs 2 images or more, there are 1",
+            "--metrics=kid needs at least 2 images, and there are 1",
         ),
         ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
         ({"images": Path("/no/where")}, "there is no such file or folder"),
@@ -676,4 +797,4 @@ def test_runs_or_images(flags):
     done = subprocess.run(
         [sys.executable, "-m", "mcm_jax.evaluate", *flags], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 2 and "give --workdir=DIR of a run or --images=PATH, one of them" in done.stderr
+    assert done.returncode == 2 and "give either --workdir=DIR of a run or --images=PATH" in done.stderr

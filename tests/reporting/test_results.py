@@ -26,14 +26,13 @@ def test_names_are_those_that_the_other_programs_write():
     for network in (efficient, weights.network()):
         assert results.DISTANCES[network.description["network"]] == network.distance
         for count in (1024, 50_000):
-            assert averages.count_of(protocol.counted(network.distance, count)) == count
+            assert averages.count_of(protocol.name_with_count(network.distance, count)) == count
     assert averages.count_of("sfid_50k") is None
 
 
 def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
-    from tests.test_evaluate import Loader, pixels_for
-
     from mcm_jax.evaluation import evaluator, scoring
+    from tests.evaluation.test_scoring import Loader, pixels_for
 
     monkeypatch.setattr(evaluator, "Extractor", pixels_for)
     (tmp_path / "runs" / "cd4").mkdir(parents=True)
@@ -168,6 +167,7 @@ def test_nothing_to_report(tmp_path):
             "addim with measured variance (eta 0.75, 1024 images)",
         ),
         ({"sampler": "heun", "noise_grid": "karras"}, "heun on the karras grid"),
+        ({"rounding": "floor"}, "ddim, rounded down"),
         ({"clip": "every", "noise_grid": "karras"}, "ddim, clipped in every step, on the karras grid"),
     ],
 )
