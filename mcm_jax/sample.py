@@ -98,8 +98,8 @@ def _sample_to(out: Path) -> None:
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
-    record = run.sampling_record(**_how())
-    print(f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}: {out}")
+    settings = run.sampling(**_how())
+    print(f"{len(images)} images, {settings.steps} steps of {settings.sampler}, seed {_SEED.value}: {out}")
 
 
 def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -21,13 +21,11 @@ from mcm_jax.models.uvit import Remat, StageKind
 from mcm_jax.objectives.consistency import TeacherStep
 from mcm_jax.objectives.diffusion import LevelWeights
 from mcm_jax.objectives.distances import LossWeight, Reduction
+from mcm_jax.records import DIFFUSION_MODELS, Objective
 
-Objective = Literal["diffusion", "cd", "ct", "tract", "progressive", "guidance"]
 LabelRule = Literal["uniform", "train_frequency"]
 TargetNetwork = Literal["student", "ema"]
 
-# Models of all of time, sampled with any number of steps; the others are students of a fixed number.
-DIFFUSION_MODELS = ("diffusion", "guidance")
 STAGED = ("tract", "progressive")
 
 

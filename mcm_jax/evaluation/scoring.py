@@ -11,8 +11,18 @@ from typing import Any
 from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
-from mcm_jax.evaluation.evaluator import RESULTS, Draws, Evaluator
+from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest
 from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.records import (
+    MEAN_IMAGE,
+    NEAREST,
+    RESULTS,
+    TEST_IMAGES,
+    UNTRAINED_NETWORK,
+    ImagesResult,
+    Result,
+    count_of,
+)
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_writable
@@ -68,8 +78,8 @@ class Options:
         ]
 
 
-def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Scores every combination that `options` stand for; the first process returns the records, old ones too.
+def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
+    """Scores every combination that `options` stand for; returns the results, old ones too.
 
     load_run is `runs.run.load_run`. Raises InputError, before anything is sampled, for whatever the user
     must mend.
@@ -84,28 +94,28 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
-    draws = Draws(options.num, options.seed, options.untrained_num)
-    records = []
+    results = []
     for kind, load in loaders:
         run = None  # Before the next is loaded.
         run = load()
         for how in options.hows:
-            inputs = evaluator.inputs(run, kind, draws, how)
-            distributed.require_same(inputs, "runs, data sets and references")
-            record = None if options.again else evaluator.stored(run, inputs)
-            if distributed.of_first(record is None):
-                distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
-                record = evaluator.score(run, inputs, draws, how, again=options.again)
+            request = SampleRequest(options.num, options.seed, options.untrained_num, how)
+            measurement = evaluator.measurement(run, kind, request)
+            distributed.require_same(measurement, "runs, data sets and references")
+            result = None if options.again else evaluator.stored(run, measurement)
+            if distributed.of_first(result is None):
+                distributed.say(f"{run.workdir}: sampling {options.num} images with its {kind} parameters")
+                result = evaluator.score(run, measurement, request, again=options.again)
             else:
                 distributed.say(f"{run.workdir}: measured before, --again measures it again")
             if distributed.is_first():
-                print(table(record, Path(run.workdir)), flush=True)
-            records.append(record)
-    return records
+                print(table(result, Path(run.workdir)), flush=True)
+            results.append(result)
+    return results
 
 
-def evaluate_images(options: Options) -> dict[str, Any]:
-    """Scores the images that `options` name; returns the record.
+def evaluate_images(options: Options) -> ImagesResult:
+    """Scores the images that `options` name; returns the result.
 
     Raises InputError, before anything is computed, for whatever the user must mend.
     """
@@ -122,11 +132,11 @@ def evaluate_images(options: Options) -> dict[str, Any]:
             require_writable(options.results.absolute().parent, "--results, its directory")
     distributed.require_same((options, network.description, images.description), "flags, weights and images")
     evaluator = _evaluator(options, network)
-    record = evaluator.score_images(images)
+    result = evaluator.score_images(images)
     if options.results is not None and distributed.is_first():
-        append_line(options.results, record)
-    distributed.say("\n".join([record["images"], *_numbers_told(record)]))
-    return record
+        append_line(options.results, result.to_json())
+    distributed.say("\n".join([result.images, *_lines(result)]))
+    return result
 
 
 def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]:
@@ -147,7 +157,7 @@ def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, 
         if options.reference is None:
             run.check_data()
         for how in options.hows:
-            run.sampling_record(**how)
+            run.sampling(**how)
     return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
 
 
@@ -227,55 +237,53 @@ def _check(options: Options) -> None:
 
 
 _MEANINGS = (
-    ("test_images_nearest", "the same for test images; samples far below it are copies"),
-    ("test_images", "test images in place of samples: about the best there is at this count"),
-    ("mean_image", "the mean training image, repeated: no better than that is no model"),
-    ("untrained_network", "the same network before training"),
-    ("nearest_neighbour", "mean feature distance from a sample to its nearest training image"),
+    (f"{TEST_IMAGES}_{NEAREST}", "the same for test images; samples far below it are copies"),
+    (TEST_IMAGES, "test images in place of samples: about the best possible at this count"),
+    (MEAN_IMAGE, "the mean training image, repeated: a model must score better than this"),
+    (UNTRAINED_NETWORK, "the same network before training"),
+    (NEAREST, "mean feature distance from a sample to its nearest training image"),
     ("sfid", "Frechet distance of spatial features, lower is better"),
     ("inception_score", "mean over ten parts, higher is better"),
     ("kid", "unbiased kernel distance to the reference, lower is better"),
     ("precision", "share of samples among the reference's images, higher is better"),
     ("recall", "share of the reference's images among the samples, higher is better"),
-    ("class_fid", "mean over classes of each one's distance, lower is better"),
+    ("class_fid", "mean over classes of each class's distance, lower is better"),
 )
 
 
-def table(record: dict[str, Any], workdir: Path) -> str:
-    """The record's numbers, a line each with what it means, and where they were written."""
-    student = f", {record['student_steps']} student steps" if record["student_steps"] is not None else ""
+def table(result: Result, workdir: Path) -> str:
+    """The result's numbers, a line each with what it means, and where they were written."""
+    student = "" if result.student_steps is None else f", {result.student_steps} student steps"
     lines = [
-        f"{record['workdir']}: {record['objective']}{student}, step {record['checkpoint_step']}, "
-        f"{record['parameters']} parameters; {record['steps']} steps of {record['sampler']}, "
-        f"seed {record['seed']}"
+        f"{result.workdir}: {result.objective}{student}, step {result.checkpoint_step}, "
+        f"{result.parameters} parameters; {result.sampling.steps} steps of {result.sampling.label}, "
+        f"seed {result.seed}"
     ]
-    lines += _numbers_told(record)
-    lines.append(
-        f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
-    )
-    lines.append(f"  {workdir / RESULTS}, {workdir / record['grid']}")
+    lines += _lines(result)
+    lines.append(f"  sampled in {result.sampling_seconds:.1f} s, features in {result.features_seconds:.1f} s")
+    lines.append(f"  {workdir / RESULTS}, {workdir / result.grid}")
     return "\n".join(lines)
 
 
-def _numbers_told(record: dict[str, Any]) -> list[str]:
+def _lines(result: Result | ImagesResult) -> list[str]:
     lines = [
-        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, record)}"
-        for name, value in (record["metrics"] | record["bounds"]).items()
+        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, result)}"
+        for name, value in (result.metrics | result.bounds).items()
     ]
-    if record["rank_deficient"]:
+    if result.rank_deficient:
         lines.append(
-            "  note: a side has no more images than there are features, so its covariance is singular: "
+            "  note: one side has no more images than there are features, so its covariance is singular; "
             "compare equal counts only"
         )
     return lines
 
 
-def _meaning(name: str, record: dict[str, Any]) -> str:
+def _meaning(name: str, result: Result | ImagesResult) -> str:
     for start, meaning in _MEANINGS:
         if name.startswith(start):
             return meaning
-    count, reference = protocol.count_of(name), record["reference"]
-    if count != record["num_samples"]:
-        return f"that of the first {count}, beside the test images"
-    of = reference.get("file", f"the {reference['count']} images of split {reference.get('split')}")
-    return f"Frechet distance to {of}, lower is better"
+    count, reference = count_of(name), result.reference
+    if count != result.num_samples:
+        return f"the distance of the first {count} samples, to compare with the test images"
+    other = reference.file or f"the {reference.count} images of split {reference.split}"
+    return f"Frechet distance to {other}, lower is better"

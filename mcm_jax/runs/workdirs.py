@@ -18,10 +18,10 @@ from typing import Any
 from mcm_jax.config import validation
 from mcm_jax.config.settings import Config
 from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.records import RUN_FILE
 from mcm_jax.system import distributed, files
 from mcm_jax.system.errors import InputError
 
-RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _NOTE = "_CHECKPOINT_METADATA"
 
