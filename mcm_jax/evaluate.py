@@ -27,6 +27,7 @@ from mcm_jax.evaluation.scoring import (
     DEFAULT_METRICS,
     NOISE_GRIDS,
     PARAMETERS,
+    ROUNDINGS,
     SAMPLERS,
     X_VARS,
     Options,
@@ -58,6 +59,9 @@ def define_flags() -> None:
         "x_var", None, X_VARS, "Variance of addim and noisy_ddim; measured: on training images, once."
     )
     flags.DEFINE_list("guidance", [], "g, 0 is none, several; default: the run's own.")
+    flags.DEFINE_enum(
+        "rounding", Options.rounding, ROUNDINGS, "How samples become bytes; ADM's scripts take the floor."
+    )
     flags.DEFINE_integer(
         "seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
     )

@@ -80,7 +80,7 @@ class Evaluator:
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
             single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
-            self.given = published.read(reference, self.extractor, single_images=single_images)
+            self.given = published.read(reference, self.extractor, self.cache, single_images=single_images)
 
     def stored(self, run: Any, measurement: Measurement) -> Result | None:
         """The newest result of this measurement in the run's file."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mcm_jax.data.pixels import Rounding
 from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
@@ -27,7 +28,9 @@ from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_writable
 
-SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
+SAMPLERS, NOISE_GRIDS, X_VARS, ROUNDINGS = (
+    typing.get_args(choices) for choices in (Sampler, Grid, XVar, Rounding)
+)
 
 
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
@@ -52,6 +55,7 @@ class Options:
     noise_grid: str | None = None
     x_var: str | None = None
     guidance: tuple[float, ...] = ()
+    rounding: str = "nearest"
     seed: int = 0
     parameters: str = "ema"
     checkpoint_step: tuple[int, ...] = ()
@@ -70,7 +74,7 @@ class Options:
     @property
     def hows(self) -> list[dict[str, Any]]:
         """Every combination of the sampler's settings, for `runs.run.Run.sample`."""
-        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var")}
+        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var", "rounding")}
         return [
             {"steps": steps, **fixed, "guidance": guidance}
             for steps in self.steps or (None,)
@@ -195,7 +199,7 @@ def _feature_network(options: Options) -> FeatureNetwork:
 
 # What says which samples to draw.
 _OF_SAMPLING = (
-    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "seed", "parameters"),
+    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "rounding", "seed", "parameters"),
     *("checkpoint_step", "data_dir", "untrained_num", "again"),
 )
 
@@ -211,7 +215,8 @@ def _check(options: Options) -> None:
     for steps in options.steps:
         if steps < 1:
             raise InputError(f"--steps={steps}: sampling takes at least 1 step")
-    for name, choices in (("sampler", SAMPLERS), ("noise_grid", NOISE_GRIDS), ("x_var", X_VARS)):
+    settings = {"sampler": SAMPLERS, "noise_grid": NOISE_GRIDS, "x_var": X_VARS, "rounding": ROUNDINGS}
+    for name, choices in settings.items():
         value = getattr(options, name)
         if value is not None and value not in choices:
             raise InputError(f"--{name}={value}: it is one of {', '.join(choices)}")
@@ -257,7 +262,7 @@ def table(result: Result, workdir: Path) -> str:
     lines = [
         f"{result.workdir}: {result.objective}{student}, step {result.checkpoint_step}, "
         f"{result.parameters} parameters; {result.sampling.steps} steps of {result.sampling.label}, "
-        f"seed {result.seed}"
+        f"seed {result.seed}, rounding {result.sampling.rounding}"
     ]
     lines += _lines(result)
     lines.append(f"  sampled in {result.sampling_seconds:.1f} s, features in {result.features_seconds:.1f} s")

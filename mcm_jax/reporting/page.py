@@ -20,8 +20,8 @@ METRIC = (
     "The Frechet distance compares features of the samples with features of the training images, by their "
     "mean and covariance. An ImageNet classifier, named above each table, computes the features. 0 means "
     "equal mean and covariance; lower is better. The distance orders models of one data set. Distances on "
-    "other features, other images or another number of samples can't be compared: fewer samples score higher, "
-    "so the number is part of the name."
+    "other features, other images or another number of samples can't be compared: fewer samples score "
+    "higher, so the number is part of the name."
 )
 ERRORS = (
     "± is one standard error of the mean over n training seeds; a number without ± comes from a single "

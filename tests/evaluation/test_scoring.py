@@ -63,15 +63,17 @@ class FakeRun:
         noise_grid=None,
         x_var=None,
         guidance=None,
+        rounding=None,
     ):
-        self.asked.append(("sample", self.low, num, seed, steps, sampler, noise_grid, x_var, guidance, first))
+        how = (steps, sampler, noise_grid, x_var, guidance, rounding)
+        self.asked.append(("sample", self.low, num, seed, *how, first))
         images = [
             np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
             for n in range(num)
         ]
         return np.array(images, np.uint8), np.zeros(num, np.int32)
 
-    def sampling(self, steps, sampler, noise_grid, x_var, guidance):
+    def sampling(self, steps, sampler, noise_grid, x_var, guidance, rounding):
         measured = x_var == "measured"
         return records.Sampling(
             steps=steps or 4,
@@ -81,6 +83,7 @@ class FakeRun:
             x_var_eta=0.75 if measured else None,
             x_var_images=1024 if measured else None,
             guidance=guidance or 0.0,
+            rounding=rounding,
             network_calls=steps or 4,
         )
 
@@ -277,6 +280,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
         noise_grid="karras",
         x_var="measured",
         guidance=(0.5,),
+        rounding="floor",
         checkpoint_step=(200,),
         data_dir="/data",
         untrained_num=0,
@@ -285,7 +289,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     assert load.calls == [("teacher", "ema", 200, "/data")]
     samples = [call for call in load.runs[0].asked if call[0] == "sample"]
     expected = [
-        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, first)
+        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, "floor", first)
         for num, first in ((16, 0), (16, 16), (8, 32))
     ]
     assert samples == expected
@@ -315,7 +319,16 @@ def test_the_second_evaluation_computes_only_its_samples(options):
     scoring.evaluate(options, Loader())
     load = Loader()
     scoring.evaluate(dataclasses.replace(options, again=True), load)
-    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, "nearest", 0)]
+
+
+def test_results_from_before_they_named_their_rounding_still_count(options, workdirs):
+    (result,) = scoring.evaluate(options, Loader())
+    content = result.to_json()
+    del content["rounding"]
+    (workdirs[0] / "evaluation" / "results.jsonl").write_text(json.dumps(content))
+    load = Loader()
+    assert scoring.evaluate(options, load) == [result] and load.runs[0].asked == []
 
 
 def test_results_are_added_and_never_lost(options, workdirs):
@@ -346,6 +359,7 @@ def test_the_table_names_each_number(options, capsys):
         ({"steps": (4, 0)}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
+        ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
         ({"guidance": (-1.0,)}, "--guidance=-1.0: 0 is none"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
@@ -554,8 +568,8 @@ def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrup
 @pytest.mark.parametrize(
     "change",
     [
-        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"parameters": "raw"}),
-        *({"metrics": ("frechet",)}, {"input_resolution": 48}),
+        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"rounding": "floor"}),
+        *({"metrics": ("frechet",)}, {"parameters": "raw"}, {"input_resolution": 48}),
     ],
 )
 def test_other_inputs_are_another_result(options, change):
