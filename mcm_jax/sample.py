@@ -118,10 +118,10 @@ def _sample_to(out: Path) -> None:
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
-    record = run.sampling_record(**_sampling_options())
+    settings = run.sampling(**_sampling_options())
     print(
-        f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}, "
-        f"rounding {record['rounding']}: {out}"
+        f"{len(images)} images, {settings.steps} steps of {settings.sampler}, seed {_SEED.value}, "
+        f"rounding {settings.rounding}: {out}"
     )
 
 

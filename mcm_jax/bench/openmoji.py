@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_collections
 
+from mcm_jax import records
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
@@ -26,7 +27,7 @@ from mcm_jax.runs.run import load_run
 
 RESOLUTION = 16
 NUM_SAMPLES = 1024
-METRIC = f"fd_effnet_lite0_{NUM_SAMPLES}"
+METRIC = records.with_count(records.DISTANCES[records.EFFICIENTNET], NUM_SAMPLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Bench:
             cache_dir=self.data_dir / "reference_cache",
             untrained_num=0,
         )
-        (record,) = scoring.evaluate(options, load_run)
-        values = {"distance": record["metrics"][METRIC]}
+        (result,) = scoring.evaluate(options, load_run)
+        values = {"distance": result.metrics[METRIC]}
         if cell.system == "ct":
             values["from_diffusion"] = _difference(workdir, teacher)
         return values

@@ -22,11 +22,11 @@ from mcm_jax.objectives.diffusion import Diffusion
 from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.objectives.tract import Tract
+from mcm_jax.records import DIFFUSION_MODELS, Objective
 from mcm_jax.system.sharding import MeshSettings
 from mcm_jax.training.loop import TrainingSettings
 from mcm_jax.training.optimizer import OptimizerSettings
 
-Objective = Literal["diffusion", "cd", "ct", "tract", "progressive", "guidance"]
 LabelRule = Literal["uniform", "train_frequency"]
 
 # The section of `Config` that holds an objective's settings.
@@ -38,8 +38,6 @@ SECTIONS = {
     "progressive": "progressive",
     "guidance": "guidance",
 }
-# Models of all of time, sampled with any number of steps; the others are students of a fixed number.
-DIFFUSION_MODELS = ("diffusion", "guidance")
 STAGED = ("tract", "progressive")
 
 

@@ -27,10 +27,10 @@ from mcm_jax.evaluation.metrics import (
 )
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.evaluation.unfinished import Arrays, joined, part
+from mcm_jax.records import MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, with_count
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 
-NEAREST = "nearest_neighbour_distance"
 # All metrics that can be requested, in the order of results.
 METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
 # Defined on the features of any network; the other metrics on Inception's only.
@@ -51,17 +51,6 @@ class Scores:
     num_samples: int
     rank_deficient: bool
     features_seconds: float
-
-
-def name_with_count(name: str, count: int) -> str:
-    """The name in results of a metric computed on `count` samples."""
-    return f"{name}_50k" if count == 50_000 else f"{name}_{count}"
-
-
-def count_of(name: str) -> int:
-    """The number of samples behind a metric of that name."""
-    count = name.rsplit("_", 1)[1]
-    return 50_000 if count == "50k" else int(count)
 
 
 _FEWEST = {"inception_score": ClassScores.PARTS, "precision_recall": NEIGHBOURS + 1}
@@ -204,15 +193,13 @@ class Tally:
             raise ValueError(f"{whole.count} of {num} images were added")
         first, distance, result = self._moments["first"], self._extractor.network.distance, {}
         if "frechet" in self._metrics:
-            result[name_with_count(distance, num)] = _distance(whole, self._reference)
+            result[with_count(distance, num)] = _distance(whole, self._reference)
             if 2 <= first.count < num:
-                result[name_with_count(distance, first.count)] = _distance(first, self._reference)
+                result[with_count(distance, first.count)] = _distance(first, self._reference)
         if "spatial" in self._moments:
-            result[name_with_count("sfid", num)] = _distance(
-                self._moments["spatial"], self._reference, "spatial"
-            )
+            result[with_count("sfid", num)] = _distance(self._moments["spatial"], self._reference, "spatial")
         if self._classes is not None and not math.isnan(self._classes.score):
-            result[name_with_count("inception_score", num)] = self._classes.score
+            result[with_count("inception_score", num)] = self._classes.score
         if self._rows:
             held = np.concatenate(self._rows), np.concatenate(self._labels)
             result |= _of_single_images(*held, self._reference, self._metrics)
@@ -238,14 +225,14 @@ def _of_single_images(
 ) -> dict[str, float]:
     result, num = {}, len(rows)
     if "kid" in metrics:
-        result[name_with_count("kid", num)] = kernel_distance(rows, reference.features)
+        result[with_count("kid", num)] = kernel_distance(rows, reference.features)
     if "precision_recall" in metrics:
         precision, recall = precision_recall(rows, reference.features)
-        result |= {name_with_count("precision", num): precision, name_with_count("recall", num): recall}
+        result |= {with_count("precision", num): precision, with_count("recall", num): recall}
     if "class_fid" in metrics:
         distance = class_distance(rows, labels, reference.features, reference.labels)
         if not math.isnan(distance):
-            result[name_with_count("class_fid", num)] = distance
+            result[with_count("class_fid", num)] = distance
     return result
 
 
@@ -275,7 +262,7 @@ def floors_and_ceilings(
     bounds = dict(
         cache.numbers(
             {"bound": "mean image", "reference": reference.sha256},
-            lambda: {f"mean_image_{name}": _mean_image_distance(extractor, reference, reference_images())},
+            lambda: {f"{MEAN_IMAGE}_{name}": _mean_image_distance(extractor, reference, reference_images())},
         )
     )
     if test is not None and test.count >= 2:
@@ -306,10 +293,10 @@ def _mean_image_distance(extractor: Extractor, reference: Reference, blocks: Blo
 
 def _test_bounds(name: str, reference: Reference, test: Reference) -> dict[str, float]:
     distance = frechet_distance(*test.moments["pool"], *reference.moments["pool"])
-    bounds = {f"test_images_{name_with_count(name, test.count)}": distance}
+    bounds = {f"{TEST_IMAGES}_{with_count(name, test.count)}": distance}
     if test.features is not None and reference.features is not None:
         nearest = nearest_neighbour_distances(test.features, reference.features)
-        bounds[f"test_images_{NEAREST}"] = float(nearest.mean())
+        bounds[f"{TEST_IMAGES}_{NEAREST}"] = float(nearest.mean())
     return bounds
 
 
@@ -317,5 +304,5 @@ def _untrained_bounds(extractor: Extractor, reference: Reference, blocks: Blocks
     moments = Moments(extractor.network.dimensions["pool"])
     for images, _ in blocks:
         moments.update(extractor(images)["pool"])
-    name = name_with_count(extractor.network.distance, moments.count)
-    return {f"untrained_network_{name}": _distance(moments, reference)}
+    name = with_count(extractor.network.distance, moments.count)
+    return {f"{UNTRAINED_NETWORK}_{name}": _distance(moments, reference)}

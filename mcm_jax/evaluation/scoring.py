@@ -16,8 +16,18 @@ from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
 from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
-from mcm_jax.evaluation.evaluator import RESULTS, Draws, Evaluator
+from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest
 from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.records import (
+    MEAN_IMAGE,
+    NEAREST,
+    RESULTS,
+    TEST_IMAGES,
+    UNTRAINED_NETWORK,
+    ImagesResult,
+    Result,
+    count_of,
+)
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_writable
@@ -77,14 +87,14 @@ class Options:
         ]
 
 
-def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
+def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
     """Scores every combination that `options` stand for.
 
     Args:
       load_run: `runs.run.load_run`.
 
     Returns:
-      The records, among them those that were measured before.
+      The results, among them those that were measured before.
 
     Raises:
       InputError: anything that the user must correct, before anything is sampled.
@@ -100,28 +110,28 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
-    draws = Draws(options.num, options.seed, options.untrained_num)
-    records = []
+    results = []
     for kind, load in loaders:
         run = None  # Frees its memory before the next one is loaded.
         run = load()
         for how in options.sampling_options:
-            inputs = evaluator.inputs(run, kind, draws, how)
-            distributed.require_same(inputs, "runs, data sets and references")
-            record = None if options.again else evaluator.stored(run, inputs)
-            if distributed.of_first(record is None):
-                distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
-                record = evaluator.score(run, inputs, draws, how, again=options.again)
+            request = SampleRequest(options.num, options.seed, options.untrained_num, how)
+            measurement = evaluator.measurement(run, kind, request)
+            distributed.require_same(measurement, "runs, data sets and references")
+            result = None if options.again else evaluator.stored(run, measurement)
+            if distributed.of_first(result is None):
+                distributed.say(f"{run.workdir}: sampling {options.num} images with its {kind} parameters")
+                result = evaluator.score(run, measurement, request, again=options.again)
             else:
                 distributed.say(f"{run.workdir}: measured before; add --again to measure it again")
             if distributed.is_first():
-                print(table(record, Path(run.workdir)), flush=True)
-            records.append(record)
-    return records
+                print(table(result, Path(run.workdir)), flush=True)
+            results.append(result)
+    return results
 
 
-def evaluate_images(options: Options) -> dict[str, Any]:
-    """Scores the images that `options` name and returns the record.
+def evaluate_images(options: Options) -> ImagesResult:
+    """Scores the images that `options` name and returns the result.
 
     Raises:
       InputError: anything that the user must correct, before anything is computed.
@@ -143,11 +153,11 @@ def evaluate_images(options: Options) -> dict[str, Any]:
             require_writable(options.results.absolute().parent, "--results, its directory")
     distributed.require_same((options, network.description, images.description), "flags, weights and images")
     evaluator = _evaluator(options, network)
-    record = evaluator.score_images(images)
+    result = evaluator.score_images(images)
     if options.results is not None and distributed.is_first():
-        append_line(options.results, record)
-    distributed.say("\n".join([record["images"], *_number_lines(record)]))
-    return record
+        append_line(options.results, result.to_json())
+    distributed.say("\n".join([result.images, *_lines(result)]))
+    return result
 
 
 def _compatible(
@@ -171,7 +181,7 @@ def _compatible(
         labels = np.concatenate([labels for _, labels in images.blocks(_FIRST_IMAGES)])
         reference.require_labels(labels, what=what)
     # Another program made them: how it rounded is not known.
-    description = {**images.description, "image_size": [height, width], "rounding": None}
+    description = {**images.description, "image_size": (height, width), "rounding": None}
     return dataclasses.replace(images, description=description)
 
 
@@ -201,7 +211,7 @@ def _loaders(
             if "class_fid" in _metrics(options):
                 reference.require_class_names(run.dataset.class_names, what=what)
         for how in options.sampling_options:
-            run.sampling_record(**how)
+            run.sampling(**how)
     return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
 
 
@@ -300,42 +310,40 @@ def _check_features(options: Options) -> None:
 
 
 _MEANINGS = (
-    ("test_images_nearest", "the same for test images; samples far below this are copies"),
-    ("test_images", "test images in place of samples: about the best possible at this count"),
-    ("mean_image", "the mean training image, repeated: a model must score better than this"),
-    ("untrained_network", "the same network before training"),
-    ("nearest_neighbour", "mean feature distance from a sample to its nearest training image"),
+    (f"{TEST_IMAGES}_{NEAREST}", "the same for test images; samples far below it are copies"),
+    (TEST_IMAGES, "test images in place of samples: about the best possible at this count"),
+    (MEAN_IMAGE, "the mean training image, repeated: a model must score better than this"),
+    (UNTRAINED_NETWORK, "the same network before training"),
+    (NEAREST, "mean feature distance from a sample to its nearest training image"),
     ("sfid", "Frechet distance of spatial features, lower is better"),
     ("inception_score", "mean over ten parts of the samples, higher is better"),
     ("kid", "unbiased kernel distance to the reference, lower is better"),
     ("precision", "share of samples that lie among the reference's images, higher is better"),
     ("recall", "share of the reference's images that lie among the samples, higher is better"),
-    ("class_fid", "mean of the classes' own distances, lower is better"),
+    ("class_fid", "mean over classes of each class's distance, lower is better"),
 )
 
 
-def table(record: dict[str, Any], workdir: Path) -> str:
-    """The record's numbers, each on a line with its meaning, and where they were written."""
-    student = f", {record['student_steps']} student steps" if record["student_steps"] is not None else ""
+def table(result: Result, workdir: Path) -> str:
+    """The result's numbers, a line each with what it means, and where they were written."""
+    student = "" if result.student_steps is None else f", {result.student_steps} student steps"
     lines = [
-        f"{record['workdir']}: {record['objective']}{student}, step {record['checkpoint_step']}, "
-        f"{record['parameters']} parameters; {record['steps']} steps of {record['sampler']}, "
-        f"seed {record['seed']}, rounding {record['rounding']}"
+        f"{result.workdir}: {result.objective}{student}, step {result.checkpoint_step}, "
+        f"{result.parameters} parameters; {result.sampling.steps} steps of {result.sampling.label}, "
+        f"seed {result.seed}, rounding {result.sampling.rounding}"
     ]
-    lines += _number_lines(record)
-    lines.append(
-        f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
-    )
-    lines.append(f"  {workdir / RESULTS}, {workdir / record['grid']}")
+    lines += _lines(result)
+    lines.append(f"  sampled in {result.sampling_seconds:.1f} s, features in {result.features_seconds:.1f} s")
+    lines.append(f"  {workdir / RESULTS}, {workdir / result.grid}")
     return "\n".join(lines)
 
 
-def _number_lines(record: dict[str, Any]) -> list[str]:
+def _lines(result: Result | ImagesResult) -> list[str]:
     lines = [
-        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, record)}"
-        for name, value in (record["metrics"] | record["bounds"]).items()
+        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, result)}"
+        for name, value in (result.metrics | result.bounds).items()
     ]
-    if record["rank_deficient"]:
+    if result.rank_deficient:
         lines.append(
             "  note: one of the sides has no more images than there are features, so its covariance is "
             "singular: compare equal counts only"
@@ -343,12 +351,12 @@ def _number_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _meaning(name: str, record: dict[str, Any]) -> str:
+def _meaning(name: str, result: Result | ImagesResult) -> str:
     for start, meaning in _MEANINGS:
         if name.startswith(start):
             return meaning
-    count, reference = protocol.count_of(name), record["reference"]
-    if count != record["num_samples"]:
-        return f"the same of the first {count} samples, to compare with the test images"
-    of = reference.get("file", f"the {reference['count']} images of split {reference.get('split')}")
-    return f"Frechet distance to {of}, lower is better"
+    count, reference = count_of(name), result.reference
+    if count != result.num_samples:
+        return f"the distance of the first {count} samples, to compare with the test images"
+    other = reference.file or f"the {reference.count} images of split {reference.split}"
+    return f"Frechet distance to {other}, lower is better"

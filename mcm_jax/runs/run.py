@@ -1,7 +1,6 @@
 """A trained run, ready to sample from: what `mcm_jax.load` returns."""
 
 import copy
-import dataclasses
 import functools
 import json
 import warnings
@@ -79,15 +78,6 @@ class Run:
     def sampling(self, **how: Any) -> Sampling:
         """What `sample` does with these arguments, defaults filled in; see `samplers.resolve`."""
         return samplers.resolve(self.config, **how)
-
-    def sampling_record(self, **how: Any) -> dict[str, Any]:
-        """`sampling` for a result: with the label rule and the number of network calls an image."""
-        how = self.sampling(**how)
-        return {
-            **dataclasses.asdict(how),
-            "label_rule": self.label_rule,
-            "network_calls": how.network_calls,
-        }
 
     def sample(
         self,

@@ -14,29 +14,10 @@ from mcm_jax.data.pixels import Rounding, to_uint8
 from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.models.network import Network
+from mcm_jax.records import Sampling
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How images are made: the settings of SamplingConfig, resolved for one run."""
-
-    steps: int
-    sampler: str
-    noise_grid: str
-    x_var: str | None  # None if the sampler takes no variance
-    x_var_eta: float | None  # this and the next are None unless the variance is measured
-    x_var_images: int | None
-    guidance: float
-    clip: str
-    rounding: Rounding
-
-    @property
-    def network_calls(self) -> int:
-        """Calls of the network for one image."""
-        return sampling.network_calls(self.sampler, self.steps) * (2 if self.guidance else 1)
 
 
 def resolve(
@@ -79,8 +60,9 @@ def resolve(
         raise InputError(f"x_var={x_var} has no effect on {sampler}; it applies to addim and noisy_ddim")
     x_var = (x_var or settings.x_var) if takes_variance else None
     measured = x_var == "measured"
+    steps = steps or settings.teacher_steps
     return Sampling(
-        steps=steps or settings.teacher_steps,
+        steps=steps,
         sampler=sampler,
         noise_grid=noise_grid or settings.noise_grid,
         x_var=x_var,
@@ -88,6 +70,7 @@ def resolve(
         x_var_images=settings.x_var_images if measured else None,
         guidance=guidance,
         clip=settings.clip,
+        network_calls=sampling.network_calls(sampler, steps) * (2 if guidance else 1),
         rounding=rounding or "nearest",
     )
 

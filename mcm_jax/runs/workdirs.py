@@ -20,10 +20,10 @@ from mcm_jax.config.settings import Config
 from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
+from mcm_jax.records import RUN_FILE
 from mcm_jax.system import distributed, files
 from mcm_jax.system.errors import InputError
 
-RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _NOTE = "_CHECKPOINT_METADATA"
 

@@ -218,12 +218,6 @@ def test_too_few_samples_are_refused_beforehand(metric, fewest):
         protocol.check_metrics((metric,), INCEPTION.network, num=fewest - 1)
 
 
-def test_only_fifty_thousand_samples_have_a_name_for_it():
-    names = [protocol.name_with_count("fid", count) for count in (50_000, 49_999, 5_000)]
-    assert names == ["fid_50k", "fid_49999", "fid_5000"]
-    assert [protocol.count_of(name) for name in names] == [50_000, 49_999, 5_000]
-
-
 def test_a_stream_that_ends_early_is_no_result(reference):
     with pytest.raises(ValueError, match="50 of 51 images were added"):
         protocol.evaluate_samples([labelled(SAMPLES)], PixelExtractor(), reference, num=51)

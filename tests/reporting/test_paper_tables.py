@@ -185,7 +185,7 @@ def test_samplers_of_one_model(tmp_path):
     found = paper_tables.samplers(collection)
     assert found.lines == {
         "addim": [(64, 2.0)],
-        "addim on the karras grid": [(64, 2.5)],
+        "addim (karras grid)": [(64, 2.5)],
         "ddim": [(16, 9.0), (64, 3.0)],
     }
     assert (found.run, found.distance) == ("run0", "fid_50k")

@@ -82,8 +82,8 @@ def test_any_device_count(tiny_data, tmp_path):
 
 
 def test_a_student_takes_its_own_steps(student):
-    assert student.sampling_record()["steps"] == 2
-    assert student.sampling_record()["sampler"] == "ddim"
+    assert student.sampling().steps == 2
+    assert student.sampling().sampler == "ddim"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student.sample(2)
@@ -126,7 +126,7 @@ def test_classes_are_drawn_by_the_rule(run, rule, counts, classes):
     other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
     other._compiled = run._compiled
     assert set(other.sample(20)[1].tolist()) == classes
-    assert other.sampling_record()["label_rule"] == other.label_rule == rule
+    assert other.label_rule == rule
 
 
 def test_classes_depend_on_the_seed(run):
@@ -205,7 +205,7 @@ def test_other_parameters_have_another_variance(run):
 
 def test_a_variance_for_a_sampler_that_takes_none(run):
     with pytest.raises(InputError, match="x_var=measured has no effect on ddim"):
-        run.sampling_record(sampler="ddim", x_var="measured")
+        run.sampling(sampler="ddim", x_var="measured")
 
 
 def test_a_student_warns_of_another_grid(student):
@@ -232,9 +232,9 @@ def test_the_variance_that_was_kept_is_another_checkpoints(tiny_data, teacher, t
 @pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
 @pytest.mark.parametrize("noise_grid", ["schedule", "karras"])
 def test_a_teacher_takes_every_sampler_on_every_grid(run, sampler, noise_grid):
-    record = run.sampling_record(steps=3, sampler=sampler, noise_grid=noise_grid)
-    assert record["network_calls"] == (5 if sampler == "heun" else 3)
-    assert record["x_var"] == ("analytic" if sampler in ("addim", "noisy_ddim") else None)
+    settings = run.sampling(steps=3, sampler=sampler, noise_grid=noise_grid)
+    assert settings.network_calls == (5 if sampler == "heun" else 3)
+    assert settings.x_var == ("analytic" if sampler in ("addim", "noisy_ddim") else None)
     images, _ = run.sample(3, steps=3, sampler=sampler, noise_grid=noise_grid)
     part, _ = run.sample(1, first=2, steps=3, sampler=sampler, noise_grid=noise_grid)
     # Also the noise in the steps is the image's own.
@@ -248,8 +248,8 @@ def test_guidance(run, student):
     diffusion = dataclasses.replace(run.config.diffusion, label_dropout=0.1)
     config = dataclasses.replace(run.config, diffusion=diffusion)
     knows = Run(config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
-    record = knows.sampling_record(steps=1, guidance=0.5)
-    assert record["guidance"] == 0.5 and record["network_calls"] == 2
+    settings = knows.sampling(steps=1, guidance=0.5)
+    assert settings.guidance == 0.5 and settings.network_calls == 2
     labels = np.array([0, 1, 1, 0], np.int32)
     images, _ = knows.sample(4, steps=1, guidance=0.5, labels=labels)
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(4))
@@ -275,8 +275,8 @@ def test_samples_are_rounded_as_adm_does_on_request(run):
     floor, _ = run.sample(4, rounding="floor")
     difference = nearest.astype(int) - floor
     assert set(np.unique(difference)) == {0, 1} and 0.3 < difference.mean() < 0.7
-    records = [run.sampling_record(**how)["rounding"] for how in ({}, {"rounding": "floor"})]
-    assert records == ["nearest", "floor"]
+    rules = [run.sampling(**settings).rounding for settings in ({}, {"rounding": "floor"})]
+    assert rules == ["nearest", "floor"]
 
 
 def test_labels_can_be_chosen(run):

@@ -90,7 +90,7 @@ def test_settings_that_may_change_are_kept_as_they_are_now(tiny_data, tmp_path):
     config.training.num_steps = 2
     config.sampling.teacher_steps = 3
     assert trainer.train(config, tmp_path / "run")
-    assert load_run(tmp_path / "run").sampling_record()["steps"] == 3
+    assert load_run(tmp_path / "run").sampling().steps == 3
 
 
 def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilation):
@@ -130,7 +130,7 @@ def test_every_stage_is_a_run_of_its_own(staged, teacher):
     """Started from the last, sampled with its own step count; the adjustment only in the first."""
     first, second = (load_run(staged / name) for name in ("steps_2", "steps_1"))
     assert (first.student_steps, second.student_steps) == (2, 1)
-    assert first.sampling_record()["steps"] == 2
+    assert first.sampling().steps == 2
     assert first.config.teacher_checkpoint == str(teacher)
     assert second.config.teacher_checkpoint == str(staged / "steps_2")
     assert first.config.progressive.stages == (4, 2) and second.config.progressive.stages == (2, 1)
