@@ -7,7 +7,7 @@
 #   bash launch/findings.sh                           runs/findings, 3 seeds
 #   bash launch/findings.sh --quick                   everything in short: shows that it runs
 #   bash launch/findings.sh --choices                 also the choices that the paper leaves open
-#   bash launch/findings.sh --settings=mixture --out=DIR --seeds=5
+#   bash launch/findings.sh --problems=mixture --out=DIR --seeds=5
 #
 # The same command continues where an earlier one stopped. Arguments go to `python -m mcm_jax.findings`.
 set -euo pipefail
