@@ -1,0 +1,93 @@
+"""The documents: the site builds without a warning, the notebook runs, and the examples are right."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+import mcm_jax.diffusion
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "two_gaussians.ipynb"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The directory of the site, built as `mkdocs build --strict` does."""
+    out = tmp_path_factory.mktemp("site")
+    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(out))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)  # mkdocs' Abort, after a line for each, where there was a warning
+    config.plugins.on_shutdown()
+    return out
+
+
+def test_links_out_of_docs_lead_to_pages_and_pictures_of_the_site(site):
+    page = (site / "findings.html").read_text()
+    assert 'src="results/findings/findings.png"' in page
+    assert 'href="results/findings/findings.html"' in page
+    assert (site / "results" / "findings" / "findings.png").is_file()
+    # A file that the site does not show is named only.
+    assert "config/settings.py</code>" in (site / "get_started.html").read_text()
+    assert "settings.py" not in re.findall(r'href="([^"]*)"', (site / "get_started.html").read_text())
+
+
+def test_every_citation_of_the_specification_resolves(site):
+    page = (site / "specification.html").read_text()
+    sources = [path for room in ("mcm_jax", "configs", "tests") for path in (ROOT / room).rglob("*.py")]
+    cited = {
+        "spec-" + name for path in sources for name in re.findall(r"\bSPEC (\d+[abc]?)\b", path.read_text())
+    }
+    assert len(cited) > 8
+    assert cited <= set(re.findall(r'id="([^"]*)"', page))
+    assert 'href="../specification.html#spec-3"' in (site / "api" / "diffusion.html").read_text()
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (settings,) = (cell for cell in notebook.cells if "num_updates = 1_500" in cell.source)
+    settings.source = settings.source.replace("1_500", "20").replace("10_000", "100")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    printed = [
+        output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output
+    ]
+    distances = [float(number) for number in re.findall(r"distance ([\d.]+)", "".join(printed))]
+    # Four numbers of DDIM's steps, two students, the exact flow.
+    assert len(distances) == 7
+    assert all(distance < 1 for distance in distances)
+
+
+def test_the_stored_notebook_has_its_picture_and_no_paths_of_a_machine():
+    text = NOTEBOOK.read_text()
+    assert '"image/png"' in text
+    assert not re.findall(r"/(?:home|tmp|root|work|usr|Users)/", text)
+
+
+MODULES = [
+    name for _, name, _ in pkgutil.iter_modules(mcm_jax.diffusion.__path__, mcm_jax.diffusion.__name__ + ".")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings_give_what_they_say(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
