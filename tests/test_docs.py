@@ -13,6 +13,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 import mcm_jax.diffusion
+import mcm_jax.models
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "two_gaussians.ipynb"
@@ -83,7 +84,9 @@ def test_the_stored_notebook_has_its_picture_and_no_paths_of_a_machine():
 
 
 MODULES = [
-    name for _, name, _ in pkgutil.iter_modules(mcm_jax.diffusion.__path__, mcm_jax.diffusion.__name__ + ".")
+    name
+    for room in (mcm_jax.diffusion, mcm_jax.models)
+    for _, name, _ in pkgutil.iter_modules(room.__path__, room.__name__ + ".")
 ]
 
 

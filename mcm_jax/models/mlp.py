@@ -1,4 +1,4 @@
-"""A residual MLP for vectors: the network of closed-form problems, where a UViT has no image to look at."""
+"""A residual MLP for vectors: the network of closed-form problems, whose data are not images."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from mcm_jax.models.embeddings import Conditioning, NoiseScale
 
 @dataclasses.dataclass(frozen=True)
 class MLPSpec:
-    """Every size of an MLP."""
+    """All sizes of an MLP."""
 
     dimension: int
     width: int
@@ -23,12 +23,12 @@ class MLPSpec:
     noise_scale: NoiseScale = "arctan"
 
     def build(self, rngs: nnx.Rngs) -> "MLP":
-        """The network of these sizes."""
+        """The network with these sizes."""
         return MLP(self, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
-    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 zero at first."""
+    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 is initialised to zero."""
 
     def __init__(self, spec: MLPSpec, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros
