@@ -40,6 +40,21 @@ def test_links_out_of_docs_lead_to_pages_and_pictures_of_the_site(site):
     assert "settings.py" not in re.findall(r'href="([^"]*)"', (site / "get_started.html").read_text())
 
 
+def test_no_page_links_to_a_source_of_a_page(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15
+    assert not [page.name for page in pages if re.search(r'href="(?!https?:)[^"]*\.md\b', page.read_text())]
+
+
+def test_every_setting_is_on_the_page_of_settings_with_its_meaning(site):
+    page = (site / "api" / "settings.html").read_text()
+    rows = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in page.split("<tr>")[1:]]
+    settings = {row[0]: row for row in rows if row}
+    assert "<code>0.75</code>" in settings["<code>consistency.xvar_frac</code>"]
+    assert len(settings) > 50
+    assert all(row[-1] for row in settings.values())
+
+
 def test_every_citation_of_the_specification_resolves(site):
     page = (site / "specification.html").read_text()
     sources = [path for room in ("mcm_jax", "configs", "tests") for path in (ROOT / room).rglob("*.py")]
