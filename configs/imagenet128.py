@@ -37,7 +37,7 @@ Chips and hours, derived from the paper's published updates a second and not mea
 
 The small network is guided, as the paper's is: its teacher is trained for 'any class' too and sampled with
 guidance, and cd distils the guided prediction, which costs it a network call that the published speed may not
-have. ct, pd and tract aren't guided; --config.teacher_guidance=0 leaves it out of cd.
+have. ct, pd and tract aren't guided; --config.consistency.teacher_guidance=0 turns it off for cd.
 
 On another number of chips add --config.mesh.fsdp=CHIPS. The commands:
 

@@ -24,8 +24,8 @@ from mcm_jax.diffusion import mixtures, process
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
-from mcm_jax.models.mlp import MLPSpec
-from mcm_jax.runs import experiment
+from mcm_jax.models.mlp import MLPSettings
+from mcm_jax.runs import build
 
 NUM_SAMPLES = 10_000
 # Samples share their noise across cells of a seed, and have none in common with other seeds.
@@ -109,10 +109,10 @@ class Bench:
         if cell.system == "progressive":
             return {"distance": self._distance(self._stage(cell.seed, cell.steps).model_fn, config, cell)}
         start = self._diffusion(cell.seed, cell.schedule)
-        run = vectors.train(config, self._spec(config), self.mixture, start=start.params)
+        run = vectors.train(config, self._model(config), self.mixture, start=start.params)
         values = {"distance": self._distance(run.model_fn, config, cell)}
         if cell.system == "ct":
-            schedule = experiment.build_schedule(config)
+            schedule = build.schedule(config)
             x = mixtures.sample(self.mixture, jax.random.key(cell.seed + _SAMPLING_SEED), NUM_SAMPLES)
             cond = jnp.zeros(len(x), jnp.int32)
             values["from_diffusion"] = mean_difference(
@@ -128,33 +128,32 @@ class Bench:
             seed=cell.seed + _SAMPLING_SEED,
             num_steps=cell.steps,
             sampler=cell.sampler,
-            schedule=experiment.build_schedule(config),
+            schedule=build.schedule(config),
         )
         return mixtures.marginal_wasserstein(self.mixture, np.asarray(x))
 
     def _train_diffusion(self, seed: int, overrides: tuple) -> VectorRun:
         config = self._config(Cell(self.setting.name, "diffusion", 1, seed, overrides))
-        return vectors.train(config, self._spec(config), self.mixture)
+        return vectors.train(config, self._model(config), self.mixture)
 
     def _train_stage(self, seed: int, steps: int) -> VectorRun:
         """The stage of progressive distillation with this many steps, from the one before."""
         first = 2 * steps == self.setting.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        # Later teachers carry the adjustment already: ConsistencyConfig.later_xvar_frac.
-        overrides = () if first else (("consistency.xvar_frac", 0.0),)
+        # Later teachers carry the adjustment already: Progressive.later_xvar_frac.
+        overrides = () if first else (("progressive.xvar_frac", 0.0),)
         config = self._config(Cell(self.setting.name, "progressive", steps, seed, overrides))
         return vectors.train(
             config,
-            self._spec(config),
+            self._model(config),
             self.mixture,
             start=before.params,
             teacher=None if first else before.params,
         )
 
-    def _spec(self, config: Config) -> MLPSpec:
+    def _model(self, config: Config) -> MLPSettings:
         setting = self.setting
-        return MLPSpec(
-            dimension=setting.dimension,
+        return MLPSettings(
             width=setting.width,
             blocks=setting.blocks,
             dropout=config.model.dropouts[0],
@@ -172,15 +171,14 @@ class Bench:
             ema_decay=0.99,
         )
         config.training.update(num_steps=num_steps, batch_size=setting.batch_size)
-        # As in the paper half of the training is annealing.
-        config.consistency.anneal_steps = max(1, num_steps // 2)
         if not diffusion:
             config.objective = cell.system
             config.teacher_checkpoint = "in memory"
             if cell.system == "progressive":
-                config.consistency.stages = (2 * cell.steps, cell.steps)
+                config.progressive.stages = (2 * cell.steps, cell.steps)
             else:
-                config.consistency.student_steps = cell.steps
+                # As in the paper, half of the training is annealing.
+                config.consistency.update(student_steps=cell.steps, anneal_steps=max(1, num_steps // 2))
         cell.override(config)
         return validation.validate(config)
 

@@ -142,13 +142,14 @@ class Bench:
             teacher = Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule)
             config.teacher_checkpoint = str(self._root(teacher))
             config.optimizer.learning_rate = self.setting.learning_rate
-            # As in the paper half of the training is annealing.
+        if cell.system in ("cd", "ct"):
+            # As in the paper, half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
         if cell.system == "progressive":
             stages = [self.setting.progressive_first]
             while stages[-1] > cell.steps:
                 stages.append(stages[-1] // 2)
-            config.consistency.stages = tuple(stages)
+            config.progressive.stages = tuple(stages)
         cell.override(config)
         return config
 

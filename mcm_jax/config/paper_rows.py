@@ -1,6 +1,6 @@
 """Rows of the paper's tables on ImageNet, at full size (SPEC 4 to 6).
 
-What is not set here keeps its default in `configuration`: those are the paper's values.
+What is not set here keeps its default in `config.settings`: those are the paper's values.
 """
 
 import dataclasses
@@ -100,9 +100,10 @@ def imagenet(
             constant = float(numbers["teacher_steps"])
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
     else:
-        config.consistency.stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+        stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+        config[config.objective].stages = stages
     if system == "cd":
-        config.teacher_guidance = settings.guidance
+        config.consistency.teacher_guidance = settings.guidance
         config.consistency.teacher_step = "ddim" if "ddim" in options else "addim"
     return config
 

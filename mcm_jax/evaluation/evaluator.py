@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from mcm_jax import fields
 from mcm_jax.data import layout, pipeline
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
+from mcm_jax.fields import Affects
 from mcm_jax.runs import workdirs
 from mcm_jax.system import distributed, progress
 from mcm_jax.system.errors import InputError
@@ -24,10 +26,6 @@ from mcm_jax.system.files import append_line
 from mcm_jax.system.pictures import image_grid, save_png
 
 RESULTS = Path("evaluation") / "results.jsonl"
-_TRAINING_ONLY = (
-    *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
-    *("training", "mesh"),
-)
 # Samples held at a time: bounds memory at any number.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
@@ -322,8 +320,6 @@ def _sample_into(
 
 
 def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The config but for what only training reads: teacher and students share their untrained network."""
-    config = dataclasses.asdict(run.config)
-    for section in _TRAINING_ONLY:
-        config.pop(section, None)
-    return {"config": config, "seed": seed, **sampling}
+    """What samples of the untrained network depend on: teacher and students share theirs."""
+    config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
+    return {"config": config, "dataset": run.config.data.dataset, "seed": seed, **sampling}

@@ -14,7 +14,7 @@ from mcm_jax.data.pixels import to_uint8
 from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.models.network import Network
-from mcm_jax.runs import experiment
+from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 
@@ -66,10 +66,10 @@ def resolve(
         )
     sampler = sampler or settings.sampler
     guidance = settings.guidance if guidance is None else guidance
-    if guidance > 0 and not config.knows_any_class:
+    if guidance > 0 and not config.supports_guidance:
         raise InputError(
-            f"guidance {guidance} needs a diffusion model that knows 'any class', trained with "
-            "config.diffusion.label_dropout above 0, and this is none; sample it with guidance 0"
+            f"guidance {guidance} needs a diffusion model that was also trained for 'any class', with "
+            "config.diffusion.label_dropout above 0; sample this one with guidance 0"
         )
     takes_variance = sampler in ("addim", "noisy_ddim")
     if x_var is not None and not takes_variance:
@@ -92,20 +92,15 @@ def grid(config: Config, how: Sampling) -> Float[Array, "N"]:
     """log-SNRs at which the network is called."""
     if how.noise_grid == "karras":
         return schedules.karras_grid(how.steps)
-    return schedules.uniform_grid(experiment.build_schedule(config), how.steps)
+    return schedules.uniform_grid(build.schedule(config), how.steps)
 
 
-def image_shape(config: Config) -> tuple[int, int, int]:
-    """(height, width, channels)."""
-    return (config.data.resolution, config.data.resolution, experiment.CHANNELS)
-
-
-def build(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> Callable[..., Array]:
+def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> Callable[..., Array]:
     """Jitted (params, key, x_var, image indices, labels) -> uint8 images; batches lie over the whole mesh.
 
     Image n is a function of (key, n), its label and `how`; x_var: see `sampling.sample`.
     """
-    network, logsnr = experiment.placed(config, network, mesh=mesh), grid(config, how)
+    network, logsnr = build.placed(config, network, mesh=mesh), grid(config, how)
 
     def sample(params: Any, key: Array, x_var: Any, indices: Array, labels: Array) -> Array:
         keys = sampling.image_keys(key, indices)
@@ -115,7 +110,7 @@ def build(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> Cal
             model_fn = guided(model_fn, guidance=how.guidance, null_class=network.null_class)
         x = sampling.sample(
             model_fn,
-            sampling.initial_noise(keys, image_shape(config)),
+            sampling.initial_noise(keys, network.shape),
             labels,
             keys,
             logsnr=logsnr,

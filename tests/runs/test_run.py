@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 import mcm_jax
 from mcm_jax.diffusion import process, sampling
-from mcm_jax.runs import experiment, trainer
+from mcm_jax.runs import build, trainer
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.system.errors import InputError
 from tests import tiny
@@ -163,7 +163,7 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
         jnp.asarray(images[:10], jnp.float32) / 127.5 - 1,
         jnp.asarray(labels[:10]),
         keys,
-        logsnr=experiment.build_schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
+        logsnr=build.schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
     )
     np.testing.assert_allclose(x_var, 0.5 * np.mean(errors, axis=1), rtol=1e-4)
     analytic, measured = (
@@ -245,7 +245,7 @@ def test_guidance(run, student):
     images, _ = knows.sample(4, steps=1, guidance=0.5, labels=labels)
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(4))
     z_1 = sampling.initial_noise(keys, (8, 8, 3))
-    logsnr = jnp.full(4, experiment.build_schedule(run.config)(jnp.float32(1.0)))
+    logsnr = jnp.full(4, build.schedule(run.config)(jnp.float32(1.0)))
     x_cond, x_any = (
         np.asarray(
             process.x_from_v(run.network.apply(run.params, z_1, logsnr, c, None), z_1, logsnr_t=logsnr)
@@ -256,7 +256,7 @@ def test_guidance(run, student):
     # Rounding, and a last bit before it.
     assert np.abs(images - expected).max() < 0.51
     for other in (run, student):
-        with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model that knows 'any class'"):
+        with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model that was also trained"):
             other.sample(1, guidance=1.0)
 
 
@@ -312,7 +312,7 @@ def test_untrained_is_gray_noise(run):
     images, _ = untrained.sample(8)
     assert not np.array_equal(images, run.sample(8)[0])
     assert untrained.checkpoint_step == 0
-    expected = jax.jit(run.network.init)(experiment.init_key(run.seed))
+    expected = jax.jit(run.network.init)(build.init_key(run.seed))
     jax.tree.map(np.testing.assert_array_equal, untrained.params, expected)
 
 
