@@ -10,6 +10,7 @@ For FID, once, the weights of its feature network: --inception=FILE.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -83,6 +84,8 @@ def main() -> None:
         workers=values.workers,
         host=_host(values.host),
     )
+    for note in chosen.notes:
+        print(f"note: {note}", file=sys.stderr)
     info, built = prepare(chosen, data_dir=Path(values.data_dir).expanduser(), overwrite=values.overwrite)
     if info is None:
         print(f"host {values.host} has written its part; host 1 completes the data set when all have")

@@ -117,6 +117,8 @@ def evaluate_images(options: Options) -> dict[str, Any]:
                 "data set"
             )
         images = image_files.open_images(options.images)
+        if images.note:
+            distributed.say(f"{options.images}: {images.note}")
         network = _network(options, num=images.num)
         if options.results is not None:
             require_writable(options.results.absolute().parent, "--results, its directory")

@@ -191,8 +191,9 @@ class Run:
 
     def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
+        # Nothing was learned about a class without a training image.
         uniform = self.label_rule == "uniform"
-        probabilities = np.ones_like(counts) if uniform else counts
+        probabilities = (counts > 0).astype(np.float32) if uniform else counts
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 

@@ -109,15 +109,24 @@ def test_progress_comes_batch_by_batch(run):
         assert done == expected
 
 
-def test_classes_are_drawn_by_the_rule(run):
-    """Of classes that the training set does not have, none unless uniformly."""
-    dataset = dataclasses.replace(run.dataset, class_counts={"train": (0, 9), "test": (9, 0)})
-    for rule, classes in (("train_frequency", {1}), ("uniform", {0, 1})):
-        sampling = dataclasses.replace(run.config.sampling, label_rule=rule)
-        config = dataclasses.replace(run.config, sampling=sampling)
-        other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
-        assert set(other.sample(20)[1].tolist()) == classes
-        assert other.sampling_record()["label_rule"] == other.label_rule == rule
+@pytest.mark.parametrize(
+    ("rule", "counts", "classes"),
+    [
+        ("train_frequency", (0, 9), {1}),
+        ("uniform", (0, 9), {1}),
+        ("train_frequency", (1, 10**9), {1}),
+        ("uniform", (1, 10**9), {0, 1}),
+    ],
+)
+def test_classes_are_drawn_by_the_rule(run, rule, counts, classes):
+    """A class that the training set does not have is never drawn."""
+    dataset = dataclasses.replace(run.dataset, class_counts={"train": counts, "test": (9, 0)})
+    sampling = dataclasses.replace(run.config.sampling, label_rule=rule)
+    config = dataclasses.replace(run.config, sampling=sampling)
+    other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    other._compiled = run._compiled
+    assert set(other.sample(20)[1].tolist()) == classes
+    assert other.sampling_record()["label_rule"] == other.label_rule == rule
 
 
 def test_classes_depend_on_the_seed(run):
