@@ -1,4 +1,4 @@
-"""A residual MLP for vectors: the network of closed-form problems, where a UViT has no image to look at."""
+"""A residual MLP for vectors: the network of closed-form problems, whose data are not images."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from mcm_jax.models.placement import Placement
 
 @dataclasses.dataclass(frozen=True)
 class MLPSettings:
-    """Every size of an MLP."""
+    """All sizes of an MLP."""
 
     width: int
     blocks: int
@@ -24,13 +24,13 @@ class MLPSettings:
     def build(
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> "MLP":
-        """The network for vectors of this shape, (dimension,); it is small, and ignores the placement."""
+        """The network for vectors of this shape, (dimension,). It is small, and ignores the placement."""
         del placement
         return MLP(self, *shape, num_classes=num_classes, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
-    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 zero at first."""
+    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 is initialised to zero."""
 
     def __init__(self, settings: MLPSettings, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros

@@ -1,4 +1,4 @@
-"""A Flax NNX module as two pure functions over a plain dict of parameters."""
+"""A Flax NNX module as two pure functions of a plain dict of parameters."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -14,12 +14,12 @@ Params = dict[str, Any]
 
 @runtime_checkable
 class NetworkSettings(Protocol):
-    """Every size of a network: `uvit.UViTSettings` for images, `mlp.MLPSettings` for vectors."""
+    """All sizes of a network: `uvit.UViTSettings` for images, `mlp.MLPSettings` for vectors."""
 
     def build(
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """The module for examples of this shape, called with (z_t, logsnr_t, label, key)."""
+        """The module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,18 @@ class Network:
     """init(key) -> parameters; apply(parameters, z_t, logsnr_t, label, key) -> v_hat.
 
     Attributes:
-      shape: of one example: (resolution, resolution, channels) of an image, (dimension,) of a vector.
-      num_classes: of the data.
+      settings: the sizes of the network.
+      shape: of one example: (resolution, resolution, channels) for images, (dimension,) for vectors.
+      num_classes: the number of classes in the data.
+      placement: how it is split over devices.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mcm_jax.models.mlp import MLPSettings
+      >>> network = Network(MLPSettings(width=8, blocks=1), shape=(2,))
+      >>> params = jax.jit(network.init)(jax.random.key(0))
+      >>> network.apply(params, jnp.ones((3, 2)), jnp.zeros(3), jnp.zeros(3, jnp.int32), None).shape
+      (3, 2)
     """
 
     settings: NetworkSettings
@@ -38,11 +48,11 @@ class Network:
 
     @property
     def null_class(self) -> int:
-        """The label that stands for 'any class'."""
+        """The label that means 'any class'."""
         return self.num_classes
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Traceable: use it under jit or eval_shape."""
+        """Fresh float32 parameters. It can be traced, by jit or eval_shape."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def apply(
@@ -53,13 +63,14 @@ class Network:
         label: Int[Array, "B"],
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
-        """v_hat(z_t, lambda_t, label); `key` is dropout's, None switches it off."""
+        """v_hat(z_t, lambda_t, label). `key` is the randomness of dropout; None disables it."""
         return self._module(params)(z_t, logsnr_t, label, key)
 
     def rounded(self, params: Params) -> Params:
-        """`params` with the weights of every layer in the dtype that it multiplies in.
+        """`params` with the weights of every layer in the dtype in which the layer multiplies.
 
-        `apply` gives the same with them, and they are half as large to send where that is bfloat16.
+        `apply` returns the same with them. Where that dtype is bfloat16, only half as many bytes are
+        exchanged.
         """
         model = self._module(params)
         for _, layer in nnx.iter_modules(model):
@@ -75,7 +86,7 @@ class Network:
         )
 
     def _module(self, params: Params) -> nnx.Module:
-        """The module with these parameters; nothing is initialised."""
+        """The module with these parameters, without an initialisation."""
         model = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
         nnx.update(model, params)
         return model

@@ -2,7 +2,7 @@
 
     conv 3x3 -> stage 0 -> down -> stage 1 -> ... middle ... -> stage 1 -> up -> stage 0 -> conv 3x3
 
-Down is a 2x2 average pool and a 1x1 projection, up a 1x1 projection and nearest-neighbour doubling.
+Down is a 2x2 average pool and a 1x1 projection; up is a 1x1 projection and nearest-neighbour doubling.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Remat = Literal["none", "full", "dots", "names"]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One resolution of the pyramid: `blocks` equal blocks at `width` channels."""
+    """One resolution of the pyramid: `blocks` equal blocks with `width` channels."""
 
     kind: StageKind
     width: int
@@ -36,7 +36,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class UViTSettings:
-    """Every size of a UViT (SPEC 6), and how it computes; stages from the top resolution to the middle."""
+    """All sizes of a UViT (SPEC 6), and how it computes. Stages run from the top resolution to the middle."""
 
     kinds: tuple[StageKind, ...] = setting(
         ("resnet", "resnet", "transformer"),
@@ -106,14 +106,14 @@ class UViTSettings:
 
 
 class Modulations(nnx.Module):
-    """emb -> scale and shift of every block of a stage, by one linear layer."""
+    """emb -> scale and shift of all blocks of a stage, by one linear layer."""
 
     def __init__(
         self, blocks: int, channels: int, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs
     ):
         self.blocks, self.by_column = blocks, placement.by_column
         dtype = jnp.dtype(settings.dtype)
-        # By this name its weights stay split by column on a mesh.
+        # Because of this name its weights stay split by column on a mesh.
         self.columns = nnx.Linear(settings.embedding_width, blocks * 2 * channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, emb: Float[Array, "B E"]) -> Float[Array, "N B M"]:
@@ -121,7 +121,7 @@ class Modulations(nnx.Module):
 
 
 class ResNetStage(nnx.Module):
-    """ResNet blocks in a row."""
+    """A sequence of ResNet blocks."""
 
     def __init__(self, stage: Stage, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs):
         self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
@@ -147,12 +147,12 @@ class ResNetStage(nnx.Module):
 
 
 class TransformerStage(nnx.Module):
-    """A learned position embedding, then transformer blocks, stacked and scanned."""
+    """A learned position embedding, then transformer blocks whose parameters are stacked and scanned."""
 
     def __init__(
         self, stage: Stage, settings: UViTSettings, *, side: int, placement: Placement, rngs: nnx.Rngs
     ):
-        """side: height and width of the feature map in pixels."""
+        """Args: side, the height and width of the feature map in pixels."""
         self.num_blocks, self.unroll = stage.blocks, settings.unroll
         self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
         hidden = settings.mlp_factor * stage.width
@@ -196,7 +196,7 @@ class TransformerStage(nnx.Module):
 
 
 class UViT(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, float32 whatever it computes in."""
+    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers use."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class UViT(nnx.Module):
         label: Int[Array, "B"],
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
-        """Args: label in [0, num_classes], the last is 'unconditional'; key None: no dropout."""
+        """Args: label in [0, num_classes], where num_classes means 'any class'; key, None for no dropout."""
         levels = len(self.down)
         keys = _split(key, 2 * levels + 1)
         emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype))
@@ -267,7 +267,7 @@ class UViT(nnx.Module):
         for level in reversed(range(levels)):
             h = self.constrain(_doubled(self.up[level](h)))
             if self.skips[level]:
-                # Both terms have unit variance at first; so does their sum over sqrt 2.
+                # Both terms have unit variance at initialisation, and so does their sum over sqrt 2.
                 h = (h + skips[level]) * 0.5**0.5
             h = self.up_stages[level](h, emb, keys[2 * levels - level])
         h = jax.nn.swish(self.norm_out(h))
@@ -275,7 +275,7 @@ class UViT(nnx.Module):
 
 
 def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 D"]:
-    """projection(2x2 average pool(x)), as one convolution."""
+    """projection(average_pool_2x2(x)), as one convolution."""
     kernel = projection.kernel[...].astype(x.dtype) / 4
     taps = jnp.broadcast_to(kernel, (2, 2, *kernel.shape))
     y = jax.lax.conv_general_dilated(x, taps, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -283,16 +283,16 @@ def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, 
 
 
 def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Every pixel twice in height and width."""
-    # Along the width by a product with zeros and ones: a TPU shifts pixels more slowly than it multiplies.
+    """Repeats every pixel twice in height and in width."""
+    # Along the width, multiply by a matrix of zeros and ones: on a TPU that is faster than moving pixels.
     twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
-    # Exact also where float32 products are rounded unless asked for.
+    # HIGHEST keeps this exact on accelerators that round float32 products by default.
     wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
     return repeat(wide, "b h w c -> b (h i) w c", i=2)
 
 
 def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
-    """(block, x, scale_shift, key) -> its result, values saved for the gradient as `remat` says."""
+    """(block, x, scale_shift, key) -> the block's result; `remat` decides what is saved for the gradient."""
 
     def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
         return block(x, scale_shift, key)

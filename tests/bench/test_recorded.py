@@ -22,7 +22,7 @@ def test_the_report_is_made_from_the_results(markdown):
     assert (RECORDED / "findings.md").read_text() == markdown, "run mcm_jax.findings --report_only on them"
 
 
-def test_the_readme_has_its_verdicts(markdown):
+def test_the_documents_have_its_verdicts(markdown):
     summary = markdown.split("\n\n")[1]
     assert summary.startswith("| Finding |")
-    assert summary in (ROOT / "README.md").read_text()
+    assert summary in (ROOT / "docs" / "findings.md").read_text()
