@@ -16,7 +16,6 @@ scores images that any program made, uint8 under arr_0 or a folder of PNGs, prin
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,17 +33,17 @@ from mcm_jax.evaluation.scoring import (
     evaluate_images,
 )
 from mcm_jax.runs import workdirs
-from mcm_jax.system import command_line, distributed
+from mcm_jax.system import command_line, distributed, paths
 from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.")
-    flags.DEFINE_string(
+    paths.define_paths("workdir", None, "Run(s) to evaluate, separated by commas.")
+    paths.define_path(
         "images", None, "Images of another program to evaluate in place of runs: an .npz (arr_0) or a folder."
     )
-    flags.DEFINE_string("results", None, "With --images: file that the result is appended to.")
+    paths.define_path("results", None, "With --images: file that the result is appended to.")
     flags.register_multi_flags_validator(
         ["workdir", "images"],
         lambda given: (given["workdir"] is None) != (given["images"] is None),
@@ -64,20 +63,20 @@ def define_flags() -> None:
     flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
     flags.DEFINE_list("checkpoint_step", [], "Updates of the checkpoint, several; default: the last one.")
     flags.DEFINE_bool("again", False, "Also what was measured before, which is left as it is.")
-    flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")
+    paths.define_path("data_dir", None, "Where the prepared data is; default: where the run found it.")
     flags.DEFINE_enum(
         "features",
         Options.features,
         tuple(DEFAULT_METRICS),
         "inception: those of FID, whose weights you bring; efficientnet: a proxy that is installed.",
     )
-    flags.DEFINE_string(
+    paths.define_path(
         "inception",
-        str(Options.inception),
+        Options.inception,
         "Inception's weights, as mcm_jax.prepare --inception=FILE left them.",
     )
     flags.DEFINE_list("metrics", None, f"Of {', '.join(protocol.METRICS)}; default: those that cost little.")
-    flags.DEFINE_string(
+    paths.define_path(
         "reference",
         None,
         "File of statistics as ADM, EDM and others publish, or directory of a prepared data set; default: "
@@ -95,21 +94,14 @@ def define_flags() -> None:
         False,
         "Also a FID of no more samples than features (2,048), to see that all works: it says little.",
     )
-    flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Where reference statistics are kept.")
+    paths.define_path("cache_dir", Options.cache_dir, "Where reference statistics are kept.")
     flags.DEFINE_integer(
         "untrained_num", Options.untrained_num, "Samples of the untrained network; 0: none.", lower_bound=0
     )
 
 
 # Flags that are not as Options wants them.
-_READ_APART = (
-    *("workdirs", "images", "results", "cache_dir", "inception", "reference", "metrics"),
-    *("steps", "checkpoint_step", "guidance"),
-)
-
-
-def _path(given: str | None) -> Path | None:
-    return None if given is None else Path(given).expanduser()
+_READ_APART = (*("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance"),)
 
 
 def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -125,10 +117,8 @@ def main() -> None:
 
     values = flags.FLAGS
     options = Options(
-        workdirs=tuple(Path(workdir) for workdir in values.workdir or ()),
-        **{name: _path(getattr(values, name)) for name in ("images", "results", "reference")},
-        cache_dir=Path(values.cache_dir).expanduser(),
-        inception=Path(values.inception).expanduser(),
+        workdirs=tuple(values.workdir or ()),
+        data_dir=None if values.data_dir is None else str(values.data_dir),
         metrics=None if values.metrics is None else tuple(values.metrics),
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),

@@ -24,16 +24,16 @@ from absl import flags
 
 from mcm_jax.bench.trajectories_figure import trajectories_figure
 from mcm_jax.reporting.reports import paper_tables, report
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
     """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.")
+    paths.define_path("runs", None, "Directory that holds the evaluated runs, at any depth.")
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure in place of a page.")
     flags.DEFINE_bool("tables", False, "With --runs: the paper's tables beside our FIDs in place of a page.")
     flags.DEFINE_integer("seeds", 1, "Training seeds of every student in --figure.", lower_bound=1)
-    flags.DEFINE_string("out", None, "Default: report.html in --runs, or the figure's name with .png.")
+    paths.define_path("out", None, "Default: report.html in --runs, or the figure's name with .png.")
     flags.register_multi_flags_validator(
         ["runs", "figure"],
         lambda given: (given["runs"] is None) != (given["figure"] is None),
@@ -45,15 +45,15 @@ def main() -> None:
     """Flags in, one call out."""
     if flags.FLAGS.figure:
         began = time.monotonic()
-        out = Path(flags.FLAGS.out or f"{flags.FLAGS.figure}.png")
+        out = flags.FLAGS.out or Path(f"{flags.FLAGS.figure}.png")
         print(trajectories_figure(out, seeds=flags.FLAGS.seeds))
         print(f"The figure, after {time.monotonic() - began:.0f} s: {out}")
         return
-    runs = Path(flags.FLAGS.runs)
+    runs = flags.FLAGS.runs
     if flags.FLAGS.tables:
         print(paper_tables(runs))
         return
-    out = Path(flags.FLAGS.out) if flags.FLAGS.out else runs / "report.html"
+    out = flags.FLAGS.out or runs / "report.html"
     print(report(runs, out))
     print(f"The page, with plots and samples: {out}")
 

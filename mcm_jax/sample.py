@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_asked_for
 from mcm_jax.system.pictures import image_grid, save_png
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-_OUT = flags.DEFINE_string(
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run.", required=True)
+_OUT = paths.define_path(
     "out",
     None,
     "FILE.png for a grid, FILE.npz for arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
@@ -61,7 +61,7 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in a row of the grid.", lo
 
 def main() -> None:
     """Flags in, one file out."""
-    out = Path(_OUT.value)
+    out = _OUT.value
     if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
