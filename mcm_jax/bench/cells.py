@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from mcm_jax.system import software
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 
@@ -107,7 +107,7 @@ class Store:
             "values": values,
             "seconds": round(seconds, 2),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+            "versions": software.versions("jax", "flax", "mcm_jax"),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_line(self.path, record)

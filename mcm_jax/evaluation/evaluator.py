@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.runs import workdirs
-from mcm_jax.system import distributed, progress
+from mcm_jax.system import distributed, progress, software
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 from mcm_jax.system.pictures import image_grid, save_png
@@ -274,7 +273,7 @@ def _made() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")}
+    return software.versions("jax", "flax", "mcm_jax")
 
 
 def grid_name(inputs: dict[str, Any]) -> str:
