@@ -16,7 +16,6 @@ with --results=FILE appends them to that file.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,15 +34,15 @@ from mcm_jax.evaluation.scoring import (
     evaluate_images,
 )
 from mcm_jax.runs import workdirs
-from mcm_jax.system import command_line, distributed
+from mcm_jax.system import command_line, distributed, paths
 from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
     """Defines the flags: not on import, as other programs have flags of the same names."""
-    flags.DEFINE_list("workdir", None, "Directories of the runs to evaluate, separated by commas.")
-    flags.DEFINE_string("images", None, "Images to evaluate instead of runs: an .npz (arr_0) or a folder.")
-    flags.DEFINE_string("results", None, "With --images: append the result to this file.")
+    paths.define_paths("workdir", None, "Directories of the runs to evaluate, separated by commas.")
+    paths.define_path("images", None, "Images to evaluate instead of runs: an .npz (arr_0) or a folder.")
+    paths.define_path("results", None, "With --images: append the result to this file.")
     flags.register_multi_flags_validator(
         ["workdir", "images"],
         lambda given: (given["workdir"] is None) != (given["images"] is None),
@@ -74,7 +73,7 @@ def define_flags() -> None:
         "checkpoint_step", [], "Training steps of checkpoints, separated by commas. Default: the newest one."
     )
     flags.DEFINE_bool("again", False, "Measure again even if a result exists; old lines are kept.")
-    flags.DEFINE_string(
+    paths.define_path(
         "data_dir", None, "Directory of the prepared data sets. Default: where training found them."
     )
     flags.DEFINE_enum(
@@ -83,13 +82,13 @@ def define_flags() -> None:
         tuple(DEFAULT_METRICS),
         "inception: the features of FID, whose weights you provide; efficientnet: an installed proxy.",
     )
-    flags.DEFINE_string(
+    paths.define_path(
         "inception",
-        str(Options.inception),
+        Options.inception,
         "Inception's weights, as converted by mcm_jax.prepare --inception=FILE.",
     )
     flags.DEFINE_list("metrics", None, f"Some of {', '.join(protocol.METRICS)}. Default: the cheap ones.")
-    flags.DEFINE_string(
+    paths.define_path(
         "reference",
         None,
         "File of statistics as published for ADM, EDM and others, or directory of a prepared data set. "
@@ -109,7 +108,7 @@ def define_flags() -> None:
         False,
         "Accept no more samples than features (2,048) for FID. Such a number says little.",
     )
-    flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Cache of reference statistics.")
+    paths.define_path("cache_dir", Options.cache_dir, "Cache of reference statistics.")
     flags.DEFINE_integer(
         "untrained_num",
         Options.untrained_num,
@@ -119,14 +118,7 @@ def define_flags() -> None:
 
 
 # Flags that must be converted for Options.
-_READ_APART = (
-    *("workdirs", "images", "results", "cache_dir", "inception", "reference", "metrics"),
-    *("steps", "checkpoint_step", "guidance"),
-)
-
-
-def _path(given: str | None) -> Path | None:
-    return None if given is None else Path(given).expanduser()
+_READ_APART = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
 
 
 def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -142,10 +134,8 @@ def main() -> None:
 
     values = flags.FLAGS
     options = Options(
-        workdirs=tuple(Path(workdir) for workdir in values.workdir or ()),
-        **{name: _path(getattr(values, name)) for name in ("images", "results", "reference")},
-        cache_dir=Path(values.cache_dir).expanduser(),
-        inception=Path(values.inception).expanduser(),
+        workdirs=tuple(values.workdir or ()),
+        data_dir=None if values.data_dir is None else str(values.data_dir),
         metrics=None if values.metrics is None else tuple(values.metrics),
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),

@@ -14,12 +14,12 @@ from pathlib import Path
 from absl import flags
 
 from mcm_jax.bench.runner import PROBLEMS, run
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
     """Called by the program, not on import, because other programs have flags of the same names."""
-    flags.DEFINE_string(
+    paths.define_path(
         "out",
         None,
         "Directory of the results; reuse it to continue. Default: runs/findings or runs/findings_quick.",
@@ -36,7 +36,7 @@ def define_flags() -> None:
 def main() -> None:
     """Measures what the flags say."""
     values = flags.FLAGS
-    out = Path(values.out or ("runs/findings_quick" if values.quick else "runs/findings"))
+    out = values.out or Path("runs/findings_quick" if values.quick else "runs/findings")
     markdown = run(
         out,
         problems=values.problems,

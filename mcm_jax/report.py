@@ -24,16 +24,16 @@ from absl import flags
 
 from mcm_jax.bench.trajectories_figure import trajectories_figure
 from mcm_jax.reporting.outputs import write_page, write_paper_tables
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
     """Called by the program, not on import, because other programs have flags of the same names."""
-    flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.")
+    paths.define_path("runs", None, "Directory that holds the evaluated runs, at any depth.")
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure instead of writing a page.")
     flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables beside our FIDs, no page.")
     flags.DEFINE_integer("seeds", 1, "Number of training seeds for each student of --figure.", lower_bound=1)
-    flags.DEFINE_string("out", None, "File to write. Default: report.html in --runs, or FIGURE.png.")
+    paths.define_path("out", None, "File to write. Default: report.html in --runs, or FIGURE.png.")
     flags.register_multi_flags_validator(
         ["runs", "figure"],
         lambda given: (given["runs"] is None) != (given["figure"] is None),
@@ -45,15 +45,15 @@ def main() -> None:
     """Writes what the flags ask for."""
     if flags.FLAGS.figure:
         began = time.monotonic()
-        out = Path(flags.FLAGS.out or f"{flags.FLAGS.figure}.png")
+        out = flags.FLAGS.out or Path(f"{flags.FLAGS.figure}.png")
         print(trajectories_figure(out, seeds=flags.FLAGS.seeds))
         print(f"Drawn in {time.monotonic() - began:.0f} s: {out}")
         return
-    runs = Path(flags.FLAGS.runs)
+    runs = flags.FLAGS.runs
     if flags.FLAGS.tables:
         print(write_paper_tables(runs))
         return
-    out = Path(flags.FLAGS.out) if flags.FLAGS.out else runs / "report.html"
+    out = flags.FLAGS.out or runs / "report.html"
     print(write_page(runs, out))
     print(f"The page with plots and samples: {out}")
 

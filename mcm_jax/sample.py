@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_asked_for
 from mcm_jax.system.pictures import image_grid, save_png
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-_OUT = flags.DEFINE_string(
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run.", required=True)
+_OUT = paths.define_path(
     "out",
     None,
     "FILE.png writes a grid; FILE.npz writes arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
@@ -65,7 +65,7 @@ _PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged o
 _CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step", None, "Training step of the checkpoint. Default: the newest one."
 )
-_DATA_DIR = flags.DEFINE_string(
+_DATA_DIR = paths.define_path(
     "data_dir", None, "Directory of the prepared data sets. Default: where training found them."
 )
 _BATCH = flags.DEFINE_integer(
@@ -76,7 +76,7 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in each row of the grid.",
 
 def main() -> None:
     """Samples what the flags say and writes one file."""
-    out = Path(_OUT.value)
+    out = _OUT.value
     if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
@@ -100,7 +100,7 @@ def _sample_to(out: Path) -> None:
         _WORKDIR.value,
         parameters=_PARAMETERS.value,
         checkpoint_step=_CHECKPOINT_STEP.value,
-        data_dir=_DATA_DIR.value,
+        data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
     )
     labels = None
     if _LABEL.value is not None:

@@ -9,17 +9,16 @@ where it is started on each, see mcm_jax/system/distributed.py and launch/.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and row, e.g. configs/openmoji.py:cd,steps=4", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if need be.")
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -30,7 +29,7 @@ def main() -> None:
     from mcm_jax.runs import trainer
     from mcm_jax.system import distributed
 
-    workdir = Path(_WORKDIR.value)
+    workdir = _WORKDIR.value
     with distributed.joined():
         finished = trainer.train(config, workdir)
         if finished:

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from mcm_jax.data import folder, imagenet, layout, openmoji, shards
 from mcm_jax.data.layout import DatasetInfo
-from mcm_jax.system import files, pictures
+from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
 
 MAX_RESOLUTION = 2048
@@ -101,7 +101,7 @@ def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None)
 def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
     if not manual_dir:
         raise InputError("--dataset=folder needs --manual_dir=PATH, the folder that holds the images")
-    root = Path(manual_dir).expanduser()
+    root = paths.local_path(manual_dir, "--manual_dir")
     name = name or root.resolve().name
     if not layout.FOLDER_NAME.fullmatch(name):
         raise InputError(
