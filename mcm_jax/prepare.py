@@ -1,12 +1,12 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
-For ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, which holds ILSVRC2012_img_train.tar and
-ILSVRC2012_img_val.tar, or TFDS's imagenet2012; imagenet/adm prepares it as ADM's references were, and
-imagenet/resized takes TFDS's imagenet_resized.
+ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds ILSVRC2012_img_train.tar and
+ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes as ADM did for its references, and
+imagenet/resized reads TFDS's imagenet_resized.
 
-For your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
+Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
 
-For FID, once, the weights of its feature network: --inception=FILE.
+Weights of FID's feature network, needed once: --inception=FILE.
 """
 
 import re
@@ -22,37 +22,39 @@ from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Called by the program, not on import: other programs have flags of the same names."""
+    """Only the program calls this, on start: other programs define flags of the same names."""
     flags.DEFINE_string(
         "dataset", None, f"openmoji; {', '.join(layout.IMAGENETS)}; or folder for a folder of images."
     )
     paths.define_path(
         "inception",
         None,
-        "Convert Inception's weights, in any form they are passed around in, to what evaluate reads.",
+        "Convert Inception's weights, in any published format, to the file that evaluate reads.",
     )
     flags.register_multi_flags_validator(
         ["dataset", "inception"],
         lambda given: (given["dataset"] is None) != (given["inception"] is None),
         message="give --dataset=NAME for a data set or --inception=FILE for the weights of FID's network, "
-        "one of them",
+        "not both",
     )
     flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
-    paths.define_path("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
+    paths.define_path("data_dir", layout.DEFAULT_DATA_DIR, "Directory of prepared data sets.")
     flags.DEFINE_string(
         "manual_dir",
         None,
-        "folder: where the images are, one subfolder a class or none. imagenet: where its tars are, or "
-        "TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's directory with imagenet_resized.",
+        "Source directory. folder: the images, in one subfolder per class or none. imagenet: its two tars, "
+        "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized.",
     )
-    flags.DEFINE_integer("workers", None, "imagenet: processes; default: one a core.", lower_bound=0)
+    flags.DEFINE_integer(
+        "workers", None, "imagenet: number of processes; default: one per core.", lower_bound=0
+    )
     flags.DEFINE_string(
         "host",
         "1/1",
-        "imagenet: K/N on the K-th of N hosts that share data_dir; the first waits for the others.",
+        "imagenet: K/N on the K-th of N hosts that share data_dir; the first host waits for the others.",
     )
-    flags.DEFINE_string("name", None, "folder: what to call the data set; default: the folder's own name.")
-    flags.DEFINE_bool("overwrite", False, "Prepare again and replace what is there.")
+    flags.DEFINE_string("name", None, "folder: name of the data set; default: the folder's own name.")
+    flags.DEFINE_bool("overwrite", False, "Prepare again and replace the existing data set.")
 
 
 def _host(given: str) -> tuple[int, int]:
@@ -87,7 +89,7 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     info, built = prepare(chosen, data_dir=values.data_dir, overwrite=values.overwrite)
     if info is None:
-        print(f"host {values.host} has written its part; host 1 completes the data set when all have")
+        print(f"host {values.host} has written its part; host 1 completes the data set once all hosts have")
         return
     print(report(info, built=built, data_dir=str(values.data_dir)))
 

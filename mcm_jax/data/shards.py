@@ -1,8 +1,8 @@
-"""Writes a TFDS data set shard by shard: in parallel over processes and hosts, and on from where it stopped.
+"""Writes a TFDS data set shard by shard, in parallel over processes and hosts, and resumes if interrupted.
 
-A shard is written under another name, then renamed, and a note with its size and count, in a directory of its
-own, says that it is whole. Hosts share both directories, each writes every n-th shard, and the first one
-completes the data set when it finds all of them there.
+A shard is written under a temporary name and renamed; then a note in another directory, with its size and
+count, marks it as whole. Hosts share both directories. Each of n hosts writes every n-th shard, and the first
+host completes the data set once all shards are there.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ _OPTIONS = "group_size:1"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file: the n-th of `count` of its split. `examples` are what `features` encodes, in order."""
+    """One file, number `index` of the `count` of its split; `examples` yields its examples in order."""
 
     split: str
     index: int
@@ -41,7 +41,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a data set's shards and their notes are written, its name, and what a record holds."""
+    """The directories of a data set's shards and of their notes, its name, and the features of a record."""
 
     directory: Path
     notes: Path
@@ -54,11 +54,11 @@ class Place:
         return self.directory / f"{self.name}-{shard.split}.array_record-{number}"
 
     def note(self, shard: Shard) -> Path:
-        """Beside no shard: what is in `directory` is the data set and nothing else."""
+        """Not beside the shard: `directory` holds nothing but the data set."""
         return self.notes / f"{self.path(shard).name}.json"
 
     def is_whole(self, shard: Shard) -> bool:
-        """Whether a shard was written to its end, and is as long as it was then."""
+        """Whether a shard was written completely and still has the size it had then."""
         try:
             return self.path(shard).stat().st_size == json.loads(self.note(shard).read_text())["bytes"]
         except (OSError, ValueError, KeyError):
@@ -68,14 +68,15 @@ class Place:
 def write(
     shards: Sequence[Shard], place: Place, *, workers: int | None = None, host: int = 0, hosts: int = 1
 ) -> None:
-    """Writes the shards of this host that are not there yet.
+    """Writes this host's shards, except those that are whole already.
 
     Args:
-      workers: processes; None: one a core; 0: this one.
+      workers: number of processes; None: one per core; 0: write in this process.
+      host, hosts: the number of this host, from 0, and how many there are.
 
     Raises:
-      InputError: what reading the examples raises.
-      OSError: of the disk.
+      InputError: an example cannot be read.
+      OSError: the disk is full or cannot be written to.
     """
     place.directory.mkdir(parents=True, exist_ok=True)
     own = [shard for shard in shards[host::hosts] if not place.is_whole(shard)]
@@ -88,7 +89,7 @@ def write(
 
 
 def wait(shards: Sequence[Shard], place: Place, *, every_seconds: float = 10.0) -> None:
-    """Until other hosts have written theirs."""
+    """Waits until the other hosts have written their shards."""
     missing = [shard for shard in shards if not place.is_whole(shard)]
     if missing:
         print(f"waiting for {len(missing)} shards of other hosts", file=sys.stderr, flush=True)
@@ -98,9 +99,9 @@ def wait(shards: Sequence[Shard], place: Place, *, every_seconds: float = 10.0) 
 
 
 def complete(shards: Sequence[Shard], place: Place, **info: Any) -> None:
-    """Writes what TFDS needs besides the shards, which must all be there.
+    """Writes the metadata that TFDS needs besides the shards, all of which must be there.
 
-    info: for `tfds.core.DatasetInfo`, such as description.
+    info: further fields of `tfds.core.DatasetInfo`, such as description.
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
@@ -143,7 +144,7 @@ def _write_one(shard: Shard, *, place: Place) -> None:
                 count += 1
         finally:
             writer.close()
-        # The writer is not asked whether the disk was full: the file is.
+        # The writer does not report a full disk, so the file is checked.
         if ArrayRecordReader(str(temporary)).num_records() != count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         with temporary.open("rb") as file:
@@ -156,7 +157,7 @@ def _write_one(shard: Shard, *, place: Place) -> None:
 
 
 def _in_parallel(work: Callable[[Shard], None], shards: Sequence[Shard], workers: int) -> None:
-    # Processes that are forked from one that has imported this and started no threads yet.
+    # Workers are forked from a process that has imported this module and started no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with concurrent.futures.ProcessPoolExecutor(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clu import metric_writers
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto import event_pb2
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from mcm_jax.system.pictures import png_bytes, save_png
+from mcm_jax.system.pictures import save_png
 
 Draw = Callable[[Any], UInt8[np.ndarray, "height width 3"]]
 
@@ -135,31 +135,27 @@ class SilentObserver:
 
 
 class _EventFile:
-    """The event file that TensorBoard reads of one start of a run."""
+    """The event files that TensorBoard reads of one start of a run."""
 
     def __init__(self, workdir: Path, *, first_step: int):
-        self._writer = EventFileWriter(str(workdir))
-        # Makes TensorBoard drop whatever an earlier start logged after first_step: this one logs it again.
+        # Makes TensorBoard drop whatever an earlier start logged after first_step: this one logs it again. A
+        # file of its own, as clu's writer has no such event; its name sorts before that of clu's file.
         restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(first_step + 1, session_log=restart)
+        marker = EventFileWriter(str(workdir))
+        marker.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
+        marker.close()
+        self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        summary = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add(step, summary=Summary(value=summary))
+        self._writer.write_scalars(step, values)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "height width 3"]) -> None:
-        height, width, channels = image.shape
-        encoded = Summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=png_bytes(image)
-        )
-        self._add(step, summary=Summary(value=[Summary.Value(tag=name, image=encoded)]))
+        self._writer.write_images(step, {name: image[None]})
 
     def close(self) -> None:
         """Returns when everything is written."""
+        self._writer.flush()
         self._writer.close()
-
-    def _add(self, step: int, **content: Any) -> None:
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
 
 def _duration(seconds: float) -> str:

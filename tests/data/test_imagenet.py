@@ -130,7 +130,7 @@ def test_a_prepared_data_set(manual_dir, tmp_path, workers):
     info, built = preparation.prepare(chosen, data_dir=tmp_path)
     assert built and info.num_examples == {"train": 7, "test": 5} and info.num_classes == 1000
     assert info.class_counts["train"][2] == 3 and info.class_names[2] == CLASSES[0]
-    assert "not all of ILSVRC2012: it has 1,281,167 and 50,000 images" in preparation.report(
+    assert "not all of ILSVRC2012, which has 1,281,167 and 50,000 images" in preparation.report(
         info, built=True, data_dir=str(tmp_path)
     )
     records = tfds.builder_from_directory(info.path).as_data_source("train")
@@ -212,7 +212,7 @@ def test_small_images_keep_their_pixels_and_their_classes_names(resized_dir, tmp
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(48, "imagenet/resized has 8, 16, 32, 64"), (64, "holds no prep")]
+    ("size", "said"), [(48, "imagenet/resized has only 8, 16, 32, 64"), (64, "holds no prep")]
 )
 def test_small_images_that_are_not_there(size, said, tmp_path):
     with pytest.raises(InputError, match=said):
@@ -296,13 +296,13 @@ def test_an_image_that_cannot_be_read_is_named(manual_dir, tmp_path):
         ({imagenet.TRAIN_TAR: tar({})}, "has no ILSVRC2012_img_val.tar; get"),
         (
             {imagenet.TRAIN_TAR: tar({"cats.tar": b""}), imagenet.TEST_TAR: tar({})},
-            "cats.tar is the tar of no class",
+            "cats.tar is not the tar of an ILSVRC2012 class",
         ),
         (
             {imagenet.TRAIN_TAR: tar({}), imagenet.TEST_TAR: tar({"._ILSVRC2012_val_00000001.JPEG": b""})},
-            "._ILSVRC2012_val_00000001.JPEG is no validation image",
+            "._ILSVRC2012_val_00000001.JPEG is not an ILSVRC2012 validation image",
         ),
-        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "is no tar or is cut off"),
+        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "is not a tar file or is cut off"),
     ],
 )
 def test_what_is_no_imagenet(files, said, tmp_path):

@@ -136,7 +136,7 @@ def test_other_images_under_the_same_name_are_refused(images, tmp_path):
         ),
         ({"resolution": 0}, r"--resolution=0: it must be from 1 to"),
         ({"resolution": 4096}, r"--resolution=4096: it must be from 1 to"),
-        ({"name": "x"}, "belong to --dataset=folder"),
+        ({"name": "x"}, "apply only to --dataset=folder"),
         ({"dataset": "folder"}, "needs --manual_dir=PATH"),
         ({"dataset": "folder", "manual_dir": "/no/where"}, "no such folder"),
         ({"dataset": "folder", "manual_dir": "IMAGES"}, "--name=my pets: only letters"),
@@ -196,6 +196,15 @@ def test_program_reports_and_names_the_next_command(images, tmp_path):
     )
     assert (info.path / "preview.png").exists()
     assert sum(json.loads((info.path / "summary.json").read_text())["num_examples"].values()) == 6
+
+
+def test_data_is_not_prepared_among_its_images(images):
+    """The preview of one resolution would be an image of the next."""
+    with pytest.raises(
+        InputError, match=r"--data_dir=.*/data lies in --manual_dir=.*choose a directory outside"
+    ):
+        preparation.prepare(chosen(images), data_dir=images / "data")
+    assert not (images / "data").exists()
 
 
 def test_program_notes_what_it_passes_over(images, tmp_path):
