@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mcm_jax import records
+from mcm_jax.config.settings import Config
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
 from mcm_jax.system.errors import InputError
 from tests.evaluation.pixels import PixelExtractor, network
@@ -35,12 +36,6 @@ class FakeDataset:
     path: str = "/data"
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeConfig:
-    seed: int = 17
-    widths: tuple[int, ...] = (8, 16)
-
-
 class FakeRun:
     """What `runs.run.load_run` returns, with noise for samples; writes down what it was asked for."""
 
@@ -48,7 +43,7 @@ class FakeRun:
 
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
-        self.config = FakeConfig()
+        self.config = Config(seed=17)
         self.dataset = FakeDataset()
         self.asked = [] if asked is None else asked
         self.low = 0 if parameters == "ema" else 100

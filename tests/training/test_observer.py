@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 from mcm_jax.training import observer
@@ -192,16 +192,10 @@ def test_how_long_it_still_takes(rate_seconds, left, events, clock, tmp_path, ca
 
 
 def shown(workdir):
-    """tag -> steps that TensorBoard shows, and the losses; other readers of event files see the same."""
+    """tag -> steps that TensorBoard shows, and the losses."""
     board = plugin_event_accumulator.EventAccumulator(str(workdir)).Reload()
     steps = {tag: [event.step for event in board.Tensors(tag)] for tag in board.Tags()["tensors"]}
     losses = [float(make_ndarray(event.tensor_proto)) for event in board.Tensors("loss")]
-    all_images = {event_accumulator.IMAGES: 0}
-    reader = event_accumulator.EventAccumulator(str(workdir), size_guidance=all_images).Reload()
-    assert [(event.step, event.value) for event in reader.Scalars("loss")] == list(
-        zip(steps["loss"], losses, strict=True)
-    )
-    assert [event.step for event in reader.Images("samples")] == steps["samples"]
     return steps, losses
 
 
@@ -233,12 +227,11 @@ def test_every_step_is_shown_once_after_a_restart(tmp_path, capsys):
     assert (steps["loss"], steps["samples"], losses) == ([5, 10], [10], [4.0, 4.0])
 
 
-def test_the_event_file_has_metrics_and_pictures(tmp_path, capsys):
+def test_tensorboard_has_metrics_and_pictures(tmp_path, capsys):
     start(tmp_path, first_step=0, last_step=10, loss=1.5)
-    (file,) = tmp_path.glob("events.out.tfevents.*")
-    reader = event_accumulator.EventAccumulator(str(file)).Reload()
-    assert set(reader.Tags()["scalars"]) == {"loss", "steps_per_second", "images_per_second"}
-    (image,) = reader.Images("samples")
-    assert (image.width, image.height) == (6, 4)
-    shown_image = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-    np.testing.assert_array_equal(shown_image, GRID)
+    board = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(board.Tags()["tensors"]) == {"loss", "steps_per_second", "images_per_second", "samples"}
+    (image,) = board.Tensors("samples")
+    width, height, encoded = make_ndarray(image.tensor_proto)
+    assert (int(width), int(height)) == (6, 4)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), GRID)
