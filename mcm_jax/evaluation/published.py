@@ -34,7 +34,7 @@ def read(path: Path, extractor: Extractor, *, single_images: bool = False) -> Re
     Raises:
       InputError: no such file, none of the forms, of other dimensions or not finite.
     """
-    with distributed.together():
+    with distributed.fail_together():
         try:
             content = path.read_bytes()
         except OSError as error:

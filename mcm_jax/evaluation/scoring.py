@@ -74,13 +74,13 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
     load_run is `runs.run.load_run`. Raises InputError, before anything is sampled, for whatever the user
     must mend.
     """
-    with distributed.together():
+    with distributed.fail_together():
         _check(options)
         network = _network(options, num=options.num)
     distributed.require_same((options, network.description), "flags and weights")
     loaders = _loaders(options, load_run)
     for workdir in options.workdirs:
-        with distributed.together():
+        with distributed.fail_together():
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
@@ -93,7 +93,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, A
             inputs = evaluator.inputs(run, kind, draws, how)
             distributed.require_same(inputs, "runs, data sets and references")
             record = None if options.again else evaluator.stored(run, inputs)
-            if distributed.of_first(record is None):
+            if distributed.broadcast(record is None):
                 distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
                 record = evaluator.score(run, inputs, draws, how, again=options.again)
             else:
@@ -109,7 +109,7 @@ def evaluate_images(options: Options) -> dict[str, Any]:
 
     Raises InputError, before anything is computed, for whatever the user must mend.
     """
-    with distributed.together():
+    with distributed.fail_together():
         _check(options)
         if options.reference is None:
             raise InputError(

@@ -8,12 +8,15 @@ import optax
 def learning_rate_schedule(
     *, peak: float, warmup_steps: int, decay: Literal["constant", "linear"], num_steps: int
 ) -> optax.Schedule:
-    """Linear from peak / warmup_steps to `peak`, then constant or linear to 0 at num_steps."""
-    after = num_steps - warmup_steps
+    """Linear from peak / warmup_steps to `peak`, then constant or linear to 0 at num_steps.
+
+    Args:
+      warmup_steps: below num_steps, as `config.validation` makes sure.
+    """
     tail = (
         optax.constant_schedule(peak)
         if decay == "constant"
-        else optax.linear_schedule(peak, 0.0, max(after, 1))
+        else optax.linear_schedule(peak, 0.0, num_steps - warmup_steps)
     )
     if warmup_steps == 0:
         return tail
