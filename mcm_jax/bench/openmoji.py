@@ -1,7 +1,7 @@
 """The bench on 16x16 OpenMoji: a trained teacher and a proxy distance, with the programs' own code.
 
-Every cell is a run of the trainer in a directory of its own, so that it resumes, is sampled and looked at.
-The distance is that of `evaluate`, fd_effnet_lite0_1024: a proxy, not FID.
+Every cell is a run of the trainer in its own directory, which can be resumed, sampled and inspected like any
+other. The distance is the one that `evaluate` reports, fd_effnet_lite0_1024: a proxy, not FID.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from mcm_jax.config.settings import stage_configs
 from mcm_jax.data import preparation
 from mcm_jax.data.pixels import to_float
 from mcm_jax.evaluation import scoring
-from mcm_jax.runs import trainer
+from mcm_jax.runs import build, trainer
 from mcm_jax.runs.run import load_run
 
 RESOLUTION = 16
@@ -46,7 +46,7 @@ class Problem:
     learning_rate: float = 3e-4  # of students
 
     def findings(self) -> tuple[Finding, ...]:
-        """The eight."""
+        """The paper's eight findings, with these step counts."""
         return findings(
             student_steps=self.student_steps,
             constants=self.constants,
@@ -56,7 +56,7 @@ class Problem:
         )
 
     def choices(self) -> tuple[Choice, ...]:
-        """What the paper leaves open."""
+        """The choices that the paper leaves open."""
         return choices(self.learning_rate, RESOLUTION)
 
 
@@ -70,7 +70,7 @@ QUICK = Problem(
     constant_student_steps=(1,),
     sampler_steps=(16,),
     teacher_sampling_steps=32,
-    # Two stages at least for every student: a single stage is a run where others have their stages.
+    # At least two stages for every student: a single stage would be a run in the others' stage directory.
     progressive_first=8,
 )
 
@@ -86,7 +86,7 @@ class Bench:
         directory.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, cell: Cell) -> Values:
-        """Trains, if that was not done, and evaluates; for CT also how far it is from its teacher."""
+        """Trains unless that is done, and evaluates; for CT also measures the distance from its teacher."""
         with open(self.directory / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             return self._measure(cell)
 
@@ -111,7 +111,7 @@ class Bench:
         return values
 
     def _train(self, cell: Cell) -> Path:
-        """The workdir that holds the cell's finished model."""
+        """Trains the cell's model to its end; returns its workdir."""
         workdir = self._workdir(cell)
         if not trainer.train(self._config(cell), self._root(cell)):
             raise KeyboardInterrupt
@@ -125,7 +125,7 @@ class Bench:
         return self.directory / f"seed{cell.seed}" / name
 
     def _workdir(self, cell: Cell) -> Path:
-        """Where the trainer puts the model: stages of progressive distillation are below one directory."""
+        """The workdir of the model, which for progressive distillation is that of the last stage."""
         config = validation.validate(self._config(cell))
         return stage_configs(config, self._root(cell))[-1][0]
 
@@ -146,6 +146,8 @@ class Bench:
         if cell.system in ("cd", "ct"):
             # As in the paper, half of the training is annealing.
             config.consistency.anneal_steps = max(1, self.problem.student_updates // 2)
+        warmup_steps = min(config.optimizer.warmup_steps, config.training.num_steps // 10)
+        config.optimizer.warmup_steps = warmup_steps
         if cell.system == "progressive":
             stages = [self.problem.progressive_first]
             while stages[-1] > cell.steps:
@@ -156,11 +158,12 @@ class Bench:
 
 
 def _difference(workdir: Path, teacher: Path) -> float:
-    """`mean_difference` of two runs on training images."""
+    """`mean_difference` of two runs on a random sample of training images."""
     student_run, teacher_run = load_run(workdir), load_run(teacher)
-    images, labels = student_run.images("train")
+    images, labels = student_run.random_images("train", NUM_SAMPLES)
     student_fn, teacher_fn = (
         functools.partial(run.network.apply, run.params) for run in (student_run, teacher_run)
     )
-    x, cond = jnp.asarray(to_float(images[:NUM_SAMPLES])), jnp.asarray(labels[:NUM_SAMPLES])
-    return mean_difference(student_fn, teacher_fn, x, cond, schedule=student_run.schedule)
+    x, cond = jnp.asarray(to_float(images)), jnp.asarray(labels)
+    schedule = build.schedule(student_run.config)
+    return mean_difference(student_fn, teacher_fn, x, cond, schedule=schedule)

@@ -11,6 +11,7 @@ import ml_collections
 from mcm_jax import fields
 from mcm_jax.config.settings import SECTIONS, STAGED, Config, without_none
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import local_path
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -20,11 +21,29 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
       InputError: naming the field, its value and what is allowed.
     """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    result = _read(Config, raw, prefix="")
+    result = _with_local_paths(_read(Config, raw, prefix=""))
     _check_model(result)
     _check_objective(result)
     _check_unused(result)
+    _check_optimizer(result)
     return result
+
+
+def read_saved(raw: Mapping[str, Any]) -> Config:
+    """The config of a run that has started: only its fields are checked.
+
+    It passed `validate` then, perhaps an older and more lenient one, and must stay readable.
+    """
+    return _read(Config, raw, prefix="")
+
+
+def _with_local_paths(config: Config) -> Config:
+    """The config with `~` expanded in its paths; raises InputError for one that is not local."""
+    teacher, data_dir = config.teacher_checkpoint, config.data.data_dir
+    if teacher is not None:
+        teacher = str(local_path(teacher, "config.teacher_checkpoint"))
+    data = dataclasses.replace(config.data, data_dir=str(local_path(data_dir, "config.data.data_dir")))
+    return dataclasses.replace(config, teacher_checkpoint=teacher, data=data)
 
 
 def _check_objective(config: Config) -> None:
@@ -81,6 +100,15 @@ def _check_unused(config: Config) -> None:
                     f"config.{section}.{name}={value!r} has no effect on {config.objective}, whose settings "
                     f"are in config.{used}; leave it out"
                 )
+
+
+def _check_optimizer(config: Config) -> None:
+    warmup, updates = config.optimizer.warmup_steps, config.training.num_steps
+    if warmup >= updates:
+        raise InputError(
+            f"config.optimizer.warmup_steps={warmup} must be below config.training.num_steps={updates}; "
+            "shorten the warm-up or train longer"
+        )
 
 
 def _check_stages(objective: str, stages: tuple[int, ...]) -> None:

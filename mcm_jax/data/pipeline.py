@@ -27,6 +27,7 @@ __all__ = [
     "describe",
     "load_arrays",
     "open_split",
+    "random_examples",
     "to_float",
     "to_uint8",
     "train_batches",
@@ -160,6 +161,17 @@ def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.
         chunk = indices[start : start + BLOCK]
         images[chunk], labels[chunk] = source.gather(chunk)
     return images, labels
+
+
+def random_examples(
+    source: Source, num: int, *, seed: int = 0
+) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
+    """Images and labels of `num` examples drawn without replacement, in stored order; only these are read.
+
+    All examples where there are no more. Stored order is no random one: some data sets are stored by class.
+    """
+    rng = np.random.default_rng(seed)
+    return source.gather(np.sort(rng.choice(len(source), min(num, len(source)), replace=False)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
       InputError: there is no such file, it holds none of the forms, or its numbers are no moments of these
         features.
     """
-    with distributed.together():
+    with distributed.fail_together():
         content, arrays = _load(path)
     sha256 = hashlib.sha256(content).hexdigest()
     distributed.require_same(sha256, "references")

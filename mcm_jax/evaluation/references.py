@@ -65,7 +65,7 @@ class Cache:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        with distributed.together():
+        with distributed.fail_together():
             require_writable(self.directory, "--cache_dir")
         distributed.require_shared(self.directory, "--cache_dir")
 

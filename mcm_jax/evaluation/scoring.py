@@ -99,14 +99,14 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
     Raises:
       InputError: anything that the user must correct, before anything is sampled.
     """
-    with distributed.together():
+    with distributed.fail_together():
         _check(options)
         network = _network(options, num=options.num)
         reference = reference_images(options.reference, split=options.reference_split)
     distributed.require_same((options, network.description), "flags and weights")
     loaders = _loaders(options, load_run, reference)
     for workdir in options.workdirs:
-        with distributed.together():
+        with distributed.fail_together():
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
@@ -119,7 +119,7 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
             measurement = evaluator.measurement(run, kind, request)
             distributed.require_same(measurement, "runs, data sets and references")
             result = None if options.again else evaluator.stored(run, measurement)
-            if distributed.of_first(result is None):
+            if distributed.broadcast(result is None):
                 distributed.say(f"{run.workdir}: sampling {options.num} images with its {kind} parameters")
                 result = evaluator.score(run, measurement, request, again=options.again)
             else:
@@ -136,7 +136,7 @@ def evaluate_images(options: Options) -> ImagesResult:
     Raises:
       InputError: anything that the user must correct, before anything is computed.
     """
-    with distributed.together():
+    with distributed.fail_together():
         _check(options)
         if options.reference is None:
             raise InputError(

@@ -98,4 +98,4 @@ def read_kept(path: Path, load: Callable[[], Any]) -> Any | None:
         reason = " ".join(str(error).split())
         print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
     # Computing is the work of all.
-    return kept if distributed.all_answer(kept is not None) else None
+    return kept if distributed.all_true(kept is not None) else None

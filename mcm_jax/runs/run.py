@@ -1,4 +1,4 @@
-"""A trained run, ready to sample from: what `mcm_jax.load` returns."""
+"""A trained run, ready to sample from: the result of `mcm_jax.load`."""
 
 import copy
 import functools
@@ -23,6 +23,7 @@ from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.runs.samplers import Sampling
 from mcm_jax.system import distributed, files, sharding
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import local_path
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 
 Images = UInt8[np.ndarray, "N r r 3"]
@@ -42,27 +43,42 @@ class Run:
         checkpoint_step: int,
         parameters: Parameters = "ema",
         workdir: Path | None = None,
+        checkpoint: str | None = None,
     ):
-        """params may lie anywhere on the mesh; checkpoint_step: updates done to get them.
+        """Most callers want `load_run`.
 
-        parameters: which of the checkpoint's they are.
-        workdir: where measured variances are kept; None: nowhere.
+        Args:
+          params: the network's parameters, anywhere on the mesh.
+          checkpoint_step: number of updates behind them.
+          parameters: which of a checkpoint's parameters they are.
+          workdir: the run's directory, None for a run that lives in memory only.
+          checkpoint: identity of the checkpoint that holds them (see `workdirs.checkpoint_identity`), None if
+            none is known to. Only with both may a measured variance be stored and read again.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
-        self.params, self.checkpoint_step, self.workdir = params, checkpoint_step, workdir
-        self.parameters = parameters
+        self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
+        self.workdir, self.checkpoint = workdir, checkpoint
         self.network = build.network(config, num_classes=dataset.num_classes)
         self._compiled: dict[Sampling, Callable[..., Any]] = {}
         self._x_var: dict[Sampling, Float[Array, N]] = {}
 
+    def __repr__(self) -> str:
+        steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
+        place = "" if self.workdir is None else f", workdir={str(self.workdir)!r}"
+        resolution = self.dataset.resolution
+        return (
+            f"Run({self.objective}{steps} on {self.dataset.dataset} at {resolution}x{resolution}, "
+            f"{self.parameters} parameters after {self.checkpoint_step} updates{place})"
+        )
+
     @property
     def objective(self) -> str:
-        """What the run minimised, see config.settings.Objective."""
+        """What the run minimised; see `config.settings.Objective`."""
         return self.config.objective
 
     @property
     def student_steps(self) -> int | None:
-        """The step count that a student was trained for; None for a model of all of time."""
+        """The number of steps that a student was trained for; None for a model that takes any number."""
         return self.config.student_steps
 
     @property
@@ -76,7 +92,7 @@ class Run:
         return self.config.sampling.label_rule
 
     def sampling(self, **how: Any) -> Sampling:
-        """What `sample` does with these arguments, defaults filled in; see `samplers.resolve`."""
+        """The settings that `sample` uses for these arguments, defaults filled in; see `samplers.resolve`."""
         return samplers.resolve(self.config, **how)
 
     def sample(
@@ -90,27 +106,30 @@ class Run:
         progress: Callable[[int], None] | None = None,
         **how: Any,
     ) -> tuple[Images, Labels]:
-        """Samples images first, ..., first + num - 1 of `seed`, with their class labels.
+        """Samples images number first, ..., first + num - 1 of `seed`; returns them with their class labels.
 
-        Image n depends on (seed, n), its label and the settings in `how` only. Every device
-        works on one fixed batch, padded if need be; XLA's results for another batch_per_device differ
-        in the last bits, which moves at most one pixel in a thousand by one grey level.
+        Image n depends only on (seed, n), its label and the settings in `how`. Every device processes batches
+        of one fixed size, the last one padded. Another batch_per_device changes the last bits of XLA's
+        results, which moves at most one pixel in a thousand by one grey level.
 
         Args:
-          labels: class of each image; drawn by config.sampling.label_rule if None.
-          progress: called with the number of images each time some are done.
+          labels: the class of each image; None draws them by config.sampling.label_rule.
+          progress: called after each batch with the number of its images.
           how: steps, sampler, noise_grid, x_var, guidance; see `sampling` for the defaults.
+
+        Raises:
+          InputError: labels of another number or out of range; settings that the run can't be sampled with.
         """
         how = self.sampling(**how)
         if self.student_steps not in (None, how.steps):
             warnings.warn(
-                f"this student was trained for {self.student_steps} steps and is asked for {how.steps}; "
+                f"this student was trained for {self.student_steps} steps and is sampled with {how.steps}; "
                 "expect worse images",
                 stacklevel=2,
             )
         if self.student_steps is not None and how.noise_grid != "schedule":
             warnings.warn(
-                f"this student was trained on its schedule's grid and is asked for {how.noise_grid}; "
+                f"this student was trained on its schedule's grid and is sampled on {how.noise_grid}; "
                 "expect worse images",
                 stacklevel=2,
             )
@@ -138,13 +157,13 @@ class Run:
         return images, labels
 
     def with_params(self, params: Any) -> "Run":
-        """The same run with other parameters and nothing measured on them yet; it keeps what was compiled."""
+        """The same run with parameters of no known checkpoint; it shares the compiled samplers."""
         run = copy.copy(self)
-        run.params, run._x_var = params, {}
+        run.params, run.checkpoint, run._x_var = params, None, {}
         return run
 
     def untrained(self) -> "Run":
-        """The same run before its first update, with fresh parameters."""
+        """The same run before its first update, with freshly initialised parameters."""
         init = jax.jit(self.network.init, out_shardings=sharding.replicated(self.mesh))
         params = init(build.init_key(self.config.seed))
         return Run(self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0)
@@ -153,21 +172,29 @@ class Run:
         """All images and labels of a split of the run's data set; see `check_data`."""
         return pipeline.load_arrays(self._open(split))
 
+    def random_images(self, split: str, num: int) -> tuple[Images, Labels]:
+        """A random sample of `num` images of a split with their labels, the same at every call.
+
+        Only these images are read. A split of no more than `num` images is returned whole.
+        """
+        return pipeline.random_examples(self._open(split, in_memory_limit_bytes=0), num)
+
     def blocks(self, split: str) -> Iterator[tuple[Any, Any]]:
-        """The same, some at a time; see `pipeline.blocks`."""
+        """All images and labels of a split in blocks; see `pipeline.blocks`."""
         return pipeline.blocks(self._open(split))
 
-    def _open(self, split: str) -> pipeline.Source:
+    def _open(self, split: str, **options: Any) -> pipeline.Source:
         self.check_data()
         return pipeline.open_split(
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
             resolution=self.dataset.resolution,
             split=split,
+            **options,
         )
 
     def check_data(self) -> None:
-        """Raises InputError unless the run's data set is there, with the images it was trained on."""
+        """Raises InputError unless the data set is present and holds the images that the run trained on."""
         now = pipeline.describe(
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
@@ -176,7 +203,7 @@ class Run:
         if now.fingerprints != self.dataset.fingerprints:
             raise InputError(
                 f"{now.path} holds other images than the run was trained on (their hashes differ); prepare "
-                "the same images again, or name their directory with --data_dir"
+                "the original images again, or name their directory with --data_dir"
             )
 
     def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
@@ -193,42 +220,52 @@ class Run:
         return self._compiled[how]
 
     def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
-        """Variance per pixel of x given z_t at every point of the grid of `how`; None: the analytic one.
+        """Variance per pixel of x given z_t at every point of the grid of `how`; None for the analytic one.
 
-        A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over the first training images
-        (SPEC 3b), measured when it is first asked for and kept in the workdir.
+        A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over a random sample of training
+        images (SPEC 3b). It is measured at the first call and stored in the workdir.
         """
         if how.x_var != "measured":
             return None
         if how not in self._x_var:
-            path = self._x_var_path(how)
-            if path is not None and distributed.exists(path):
-                mean = json.loads(path.read_text())["mean_square_error"]
-            else:
-                mean = self._measure_x_var(how)
-                if path is not None and distributed.is_first():
-                    self._keep_x_var(path, mean)
+            mean = self._stored_mean_square_error(how)
+            if not distributed.all_true(mean is not None):
+                mean = self._measure_mean_square_error(how)
+                if distributed.is_first():
+                    self._store_mean_square_error(how, mean)
             self._x_var[how] = how.x_var_eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
 
-    def _keep_x_var(self, path: Path, mean: list[float]) -> None:
-        """A run in a directory that can't be written, someone else's for example, is sampled all the same."""
+    def _x_var_path(self, how: Sampling) -> Path:
+        what = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
+        return Path(self.workdir) / "x_var" / f"{what}_images{how.x_var_images}.json"
+
+    def _stored_mean_square_error(self, how: Sampling) -> list[float] | None:
+        """The stored measurement; None if there is none of this very checkpoint."""
+        if self.workdir is None or self.checkpoint is None:
+            return None
         try:
-            files.write_whole(path, json.dumps({"mean_square_error": mean}) + "\n")
+            record = json.loads(self._x_var_path(how).read_text())
+            # An older version's file names no checkpoint, and its images were not a random sample.
+            return record["mean_square_error"] if record["checkpoint"] == self.checkpoint else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _store_mean_square_error(self, how: Sampling, mean: list[float]) -> None:
+        """Only warns where it can't be written: someone else's run can be sampled all the same."""
+        if self.workdir is None or self.checkpoint is None:
+            return
+        record = {"checkpoint": self.checkpoint, "mean_square_error": mean}
+        try:
+            files.write_whole(self._x_var_path(how), json.dumps(record) + "\n")
         except OSError as error:
             warnings.warn(
-                f"the measured variance can't be kept, next time measures it again: {error}", stacklevel=2
+                f"the measured variance can't be stored and will be measured again: {error}", stacklevel=2
             )
 
-    def _x_var_path(self, how: Sampling) -> Path | None:
-        if self.workdir is None:
-            return None
-        of = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
-        return Path(self.workdir) / "x_var" / f"{of}_images{how.x_var_images}.json"
-
-    def _measure_x_var(self, how: Sampling) -> list[float]:
-        images, labels = self.images("train")
-        num = min(len(images), how.x_var_images)
+    def _measure_mean_square_error(self, how: Sampling) -> list[float]:
+        images, labels = self.random_images("train", how.x_var_images)
+        num = len(images)
         batch = self.config.sampling.batch_per_device * self.mesh.size
         logsnr, key = samplers.grid(self.config, how), jax.random.key(0)
 
@@ -253,27 +290,33 @@ def load_run(
     *,
     parameters: Parameters = "ema",
     checkpoint_step: int | None = None,
-    data_dir: str | None = None,
+    data_dir: str | Path | None = None,
 ) -> Run:
-    """The run in `workdir` at its newest checkpoint, or the one of `checkpoint_step`.
+    """Loads the run in `workdir` from its newest checkpoint, or from that of `checkpoint_step`.
 
     Args:
-      parameters: "ema" for the averaged ones, "raw" for the last update's.
-      data_dir: where the prepared data is; default: where training found it.
+      parameters: "ema" for the averaged parameters, "raw" for those of the last update.
+      data_dir: the directory of prepared data; None for the one that training used.
 
     Raises:
-      InputError: no run, no checkpoint.
+      InputError: there is no run or no such checkpoint.
     """
-    workdir = Path(workdir)
-    config, dataset = workdirs.read(workdir, data_dir=data_dir)
-    # A trained run is sampled on whatever devices there are here, one copy on each.
+    workdir = local_path(workdir, "workdir")
+    if data_dir is not None:
+        data_dir = local_path(data_dir, "data_dir")
+    record = workdirs.read(workdir)
+    config, dataset = record.config, record.dataset
+    if data_dir is not None:
+        data = dataclasses.replace(config.data, data_dir=str(data_dir))
+        config = dataclasses.replace(config, data=data)
+    # A trained run is sampled on the devices of this machine, with a copy of the parameters on each.
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     network = build.network(config, num_classes=dataset.num_classes)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     shardings = sharding.params_sharding(mesh, abstract)
     with Checkpoints(workdir) as saved:
-        params = saved.restore_params(abstract, shardings, parameters=parameters, step=checkpoint_step)
         step = saved.latest_step() if checkpoint_step is None else checkpoint_step
+        params = saved.restore_params(abstract, shardings, parameters=parameters, step=step)
     return Run(
         config,
         dataset,
@@ -282,6 +325,7 @@ def load_run(
         checkpoint_step=step,
         parameters=parameters,
         workdir=workdir,
+        checkpoint=workdirs.checkpoint_identity(workdir, step),
     )
 
 

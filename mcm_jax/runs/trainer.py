@@ -41,13 +41,13 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         and with everything saved left as it is.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
-    with distributed.together():
+    with distributed.fail_together():
         stages = stage_configs(validation.validate(raw_config), workdir)
         if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
             raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
         for stage_workdir, config in stages:
-            # All are asked before the first is trained.
-            workdirs.started(stage_workdir, config)
+            # All are checked before the first is trained.
+            workdirs.existing_run(stage_workdir, config)
     for stage_workdir, config in stages:
         if len(stages) > 1:
             before, after = config.loss.stages
@@ -59,14 +59,14 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 def _train_run(config: Config, workdir: Path) -> bool:
     """One stage, or all there is; returns and raises as `train`."""
-    with distributed.together():
-        trained_on = workdirs.started(workdir, config)
-    distributed.require_same((config, trained_on), "the configs and workdirs")
-    # Asked first, so that neither data nor teacher nor room is needed where nothing is left to do.
-    if trained_on is not None and _is_finished(config, workdir):
+    with distributed.fail_together():
+        existing = workdirs.existing_run(workdir, config)
+    distributed.require_same((config, existing), "the configs and workdirs")
+    # Checked first, so that neither data nor teacher nor room is needed where nothing is left to do.
+    if existing is not None and _is_finished(config, workdir):
         distributed.say(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
         return True
-    with distributed.together():
+    with distributed.fail_together():
         dataset = pipeline.describe(
             data_dir=config.data.data_dir,
             dataset=config.data.dataset,
@@ -81,17 +81,18 @@ def _train_run(config: Config, workdir: Path) -> bool:
         training = build.training(config, num_classes=dataset.num_classes, mesh=mesh)
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset)
-    distributed.require_same(dataset, "the data sets")
+        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=workdirs.teacher_identity(config))
+    distributed.require_same((dataset, run.teacher), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
-    workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
+    workdirs.claim(workdir, run, existing=existing, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
-        with distributed.together():
+        with distributed.fail_together():
             batches = train_batches(config)
         state, teacher_params = _start(training, checkpoints, batches)
         train_step = training.train_step()
-        preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
+        preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
         with _observer(
             config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
         ) as observer:
@@ -117,11 +118,12 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
     """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
     path = config.teacher_checkpoint
     try:
-        teacher_config, teacher_data = workdirs.read(Path(path))
+        teacher = workdirs.read(Path(path))
         with Checkpoints(Path(path)) as checkpoints:
             done = checkpoints.require()[-1]
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
+    teacher_config, teacher_data = teacher.config, teacher.dataset
     _check_teacher_steps(config, teacher_config)
     if config.teacher_guidance > 0 and not teacher_config.supports_guidance:
         raise InputError(

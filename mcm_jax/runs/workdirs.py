@@ -1,8 +1,9 @@
-"""What a run's directory holds besides checkpoints: its config and its data set's description.
+"""The directory of a run: whose it is, and whether another run may use it.
 
-run.json      config and data set, written when the run starts or continues
+run.json      config, data set and the teacher's identity, written when the run starts or continues
 checkpoints/  see training.checkpoints
-samples/      a grid of samples every now and then
+samples/      grids of samples drawn during training
+x_var/        measured variances for sampling
 evaluation/   results and their grids
 xla_cache/    compiled programs, so that a second start is fast
 """
@@ -23,15 +24,31 @@ from mcm_jax.fields import Affects
 from mcm_jax.records import RUN_FILE
 from mcm_jax.system import distributed, files
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import local_path
+from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
-CHECKPOINTS = "checkpoints"
 _NOTE = "_CHECKPOINT_METADATA"
 
 
-def checkpoint_identity(workdir: Path, step: int) -> str | None:
-    """A hash that tells a checkpoint from another of the same step: of Orbax's note of it, with its time.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What run.json says about a run.
 
-    It goes along when the directory is copied. None where there is no such note.
+    Attributes:
+      teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None where it has
+        no teacher or an older version of the program wrote the file.
+    """
+
+    config: Config
+    dataset: DatasetInfo
+    teacher: str | None = None
+
+
+def checkpoint_identity(workdir: Path, step: int) -> str | None:
+    """A hash that distinguishes a checkpoint from any other, of the same step too.
+
+    It hashes the metadata that Orbax writes, which contain the time to the nanosecond, so that it survives
+    copying and moving the directory. None where there are no such metadata.
     """
     try:
         return hashlib.sha256((workdir / CHECKPOINTS / str(step) / _NOTE).read_bytes()).hexdigest()
@@ -39,47 +56,55 @@ def checkpoint_identity(workdir: Path, step: int) -> str | None:
         return None
 
 
-def started(workdir: Path, config: Config) -> DatasetInfo | None:
-    """The data set of the run that was started in `workdir` with this config; None if none was.
+def teacher_identity(config: Config) -> str | None:
+    """`checkpoint_identity` of the newest checkpoint at config.teacher_checkpoint; None if there is none."""
+    if config.teacher_checkpoint is None:
+        return None
+    workdir = Path(config.teacher_checkpoint)
+    step = newest_step(workdir)
+    return None if step is None else checkpoint_identity(workdir, step)
+
+
+def existing_run(workdir: Path, config: Config) -> RunRecord | None:
+    """The run that was started in `workdir` with this config and teacher; None if none was.
 
     Raises:
-      InputError: the run there has another config, or its file is damaged.
+      InputError: the run there has another config or another teacher, or its file is damaged.
     """
     if not (workdir / RUN_FILE).exists():
         return None
-    saved_config, dataset = read(workdir)
-    _check_same(workdir, config, saved_config)
-    return dataset
+    saved = read(workdir)
+    _check_same_settings(workdir, config, saved.config)
+    _check_same_teacher(workdir, config, saved)
+    return saved
 
 
-def claim(
-    workdir: Path, config: Config, dataset: DatasetInfo, *, trained_on: DatasetInfo | None, needed_bytes: int
-) -> None:
-    """Makes `workdir` this run's, or makes sure that it goes on there with the same images.
+def claim(workdir: Path, run: RunRecord, *, existing: RunRecord | None, needed_bytes: int) -> None:
+    """Makes `workdir` the directory of `run`, or checks that the run there continues on the same images.
 
-    Settings that may change (where the data lies, how to sample) are kept as they are now. Several processes
-    call it together, the first one writes.
+    Settings that may change (where the data lies, how to sample) are recorded as they are now. All processes
+    call it together, and the first one writes.
 
     Args:
-      trained_on: what `started` said.
-      needed_bytes: what the checkpoints will take at most.
+      existing: the result of `existing_run`.
+      needed_bytes: upper bound on the size of the checkpoints.
 
     Raises:
-      InputError: the directory can't be written, has no room, was trained on other images, or is not the same
-        one for all processes.
+      InputError: the directory is not writable, has too little space, belongs to a run on other images, or is
+        not the same one for all processes.
     """
-    with distributed.together():
-        _check_place(workdir, dataset, trained_on=trained_on, needed_bytes=needed_bytes)
+    with distributed.fail_together():
+        _check_place(workdir, run.dataset, existing=existing, needed_bytes=needed_bytes)
     distributed.require_shared(workdir, "--workdir")
-    with distributed.together():
+    with distributed.fail_together():
         if distributed.is_first():
-            _write(workdir, config, dataset)
+            _write(workdir, run)
 
 
 def _check_place(
-    workdir: Path, dataset: DatasetInfo, *, trained_on: DatasetInfo | None, needed_bytes: int
+    workdir: Path, dataset: DatasetInfo, *, existing: RunRecord | None, needed_bytes: int
 ) -> None:
-    """Raises as `claim`."""
+    """Raises InputError as `claim` does."""
     files.require_writable(workdir, "--workdir")
     free = shutil.disk_usage(workdir).free
     if free < needed_bytes:
@@ -87,17 +112,17 @@ def _check_place(
             f"--workdir={workdir} has {free / 1e9:.3f} GB free and its checkpoints need "
             f"{needed_bytes / 1e9:.3f} GB; make room or choose another directory"
         )
-    if trained_on is None and (workdir / CHECKPOINTS).exists():
+    if existing is None and (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
-    if trained_on is not None and trained_on.fingerprints != dataset.fingerprints:
+    if existing is not None and existing.dataset.fingerprints != dataset.fingerprints:
         raise InputError(
             f"--workdir={workdir} was trained on other images than those in {dataset.path} "
-            f"(their hashes differ); choose another directory"
+            "(their hashes differ); choose another directory"
         )
 
 
-def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, DatasetInfo]:
-    """The config and data set of the run in `workdir`, its data looked for in `data_dir` if given.
+def read(workdir: Path) -> RunRecord:
+    """The record of the run in `workdir`.
 
     Raises:
       InputError: there is no run, or its file is damaged.
@@ -105,8 +130,11 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
     path = workdir / RUN_FILE
     try:
         content = json.loads(path.read_text())
-        config = validation.validate(upgraded(content["config"]))
-        dataset = DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"]))
+        return RunRecord(
+            config=validation.read_saved(upgraded(content["config"])),
+            dataset=DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"])),
+            teacher=content.get("teacher"),
+        )
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
         if stages:
@@ -116,35 +144,55 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
         raise InputError(f"{path} can't be read ({error.strerror})") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it or train in another directory") from error
-    if data_dir is not None:
-        data = dataclasses.replace(config.data, data_dir=data_dir)
-        config = dataclasses.replace(config, data=data)
-    return config, dataset
 
 
 def compilation_cache(workdir: Path) -> Path:
-    """Where compiled programs are kept; MCM_COMPILATION_CACHE names one for several runs."""
-    return Path(os.environ.get("MCM_COMPILATION_CACHE", workdir / "xla_cache")).absolute()
+    """The directory of compiled programs; MCM_COMPILATION_CACHE names one that several runs share."""
+    shared = os.environ.get("MCM_COMPILATION_CACHE")
+    cache = workdir / "xla_cache" if shared is None else local_path(shared, "MCM_COMPILATION_CACHE")
+    return cache.absolute()
 
 
-def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
-    content = {"config": dataclasses.asdict(config), "dataset": dataclasses.asdict(dataset)}
-    files.write_whole(workdir / RUN_FILE, json.dumps(content, indent=2, default=str) + "\n")
+def _write(workdir: Path, run: RunRecord) -> None:
+    content = json.dumps(dataclasses.asdict(run), indent=2, default=str)
+    files.write_whole(workdir / RUN_FILE, content + "\n")
 
 
-def _check_same(workdir: Path, config: Config, saved_config: Config) -> None:
-    """Raises InputError if the saved config would train other parameters than `config`."""
+def _check_same_settings(workdir: Path, config: Config, saved_config: Config) -> None:
+    """Raises InputError if a setting that may not change differs; the teacher is compared separately."""
     saved = fields.flat(saved_config, Affects.TRAINING)
     for name, value in fields.flat(config, Affects.TRAINING).items():
         if name == "training.num_steps" and config.optimizer.decay == "constant":
             # A longer run is the same run, unless the learning rate's decay depends on its length.
             continue
-        if name == "teacher_checkpoint" and value is not None and saved[name] is not None:
-            same = Path(value).resolve() == Path(saved[name]).resolve()
-        else:
-            same = value == saved[name]
-        if not same:
-            raise InputError(
-                f"--workdir={workdir} holds a run with config.{name}={saved[name]!r}, now it is "
-                f"{value!r}; rerun with the same config to continue it, or choose another directory"
-            )
+        if value != saved[name]:
+            raise _other_setting(workdir, name, saved[name], value)
+
+
+def _check_same_teacher(workdir: Path, config: Config, saved: RunRecord) -> None:
+    """Raises InputError unless config.teacher_checkpoint holds the teacher that the run started from.
+
+    Its identity decides, under whatever path. Where the record has none, or the teacher is gone (a finished
+    run no longer needs it), only the path can be compared.
+    """
+    before, now = saved.config.teacher_checkpoint, config.teacher_checkpoint
+    identity = teacher_identity(config)
+    if saved.teacher is None or identity is None:
+        if _resolved(before) != _resolved(now):
+            raise _other_setting(workdir, "teacher_checkpoint", before, now)
+    elif identity != saved.teacher:
+        raise InputError(
+            f"config.teacher_checkpoint={now} holds another checkpoint than the one that the run in "
+            f"--workdir={workdir} started from; restore that one, or choose another workdir"
+        )
+
+
+def _resolved(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().resolve()
+
+
+def _other_setting(workdir: Path, name: str, before: Any, now: Any) -> InputError:
+    return InputError(
+        f"--workdir={workdir} holds a run with config.{name}={before!r}, now it is {now!r}; rerun with the "
+        "same config to continue it, or choose another directory"
+    )

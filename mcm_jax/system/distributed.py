@@ -1,7 +1,7 @@
-"""The processes that train one run together, on several hosts: how they find each other and stay together.
+"""Several processes that work on one run, on one or more hosts: how they find each other and agree.
 
-Every host runs the same command (on SLURM every GPU does). All of them compute; the first one also writes
-the files that are not checkpoints, and speaks.
+Every host runs the same command (on SLURM, one process per GPU). All of them compute; the first one also
+writes all files other than checkpoints and prints.
 """
 
 import atexit
@@ -20,35 +20,37 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mcm_jax.system import software
 from mcm_jax.system.errors import InputError
 
 COORDINATOR, COUNT, INDEX = "MCM_COORDINATOR", "MCM_NUM_PROCESSES", "MCM_PROCESS_ID"
 
 _WAITING_SECONDS = 30.0
-# How long processes may take to part, one of them still writing.
+# How long processes may take to end together, one of them still writing.
 _PARTING_SECONDS = 120.0
-# How long a new file may take to be seen by another host: more than the caches of NFS.
+# How long a new file may take to appear on another host: longer than NFS caches.
 _SHARED_SECONDS = 90.0
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the processes that were started together, before JAX first computes; a process alone is left so.
+    """Joins the processes that were started together; a single process stays on its own.
 
-    MCM_COORDINATOR=HOST:PORT (of process 0), MCM_NUM_PROCESSES and MCM_PROCESS_ID say who they are. Without
-    them jax.distributed looks: it knows SLURM (srun), TPU pods, GKE's multislice and Open MPI. With
-    MCM_NUM_PROCESSES=1 nobody is waited for, whatever there is.
+    Enter it before JAX first computes. MCM_COORDINATOR=HOST:PORT (of process 0), MCM_NUM_PROCESSES and
+    MCM_PROCESS_ID identify the processes. Without them jax.distributed detects the cluster: SLURM (srun), TPU
+    pods, GKE multislice and Open MPI. With MCM_NUM_PROCESSES=1 a process never waits for others.
 
-    A process that fails leaves at once: the others, which wait for it, are then told by JAX, and end too.
+    A process that fails exits at once; JAX then ends the others, which wait for it.
 
     Raises:
-      InputError: the variables don't say who is who.
+      InputError: the variables are incomplete or wrong, or the processes run different code.
     """
     _join()
     try:
+        require_same_code()
         yield
     except InputError:
-        # All processes raise it together, and part as after a run that ended well. One that raised it alone
+        # All processes raise it together and end as after a successful run. A process that raised it alone
         # would wait for the others in vain.
         if are_several():
             _leave_after(_PARTING_SECONDS, 2)
@@ -57,30 +59,30 @@ def joined() -> Iterator[None]:
         raise
     except BaseException as error:
         if are_several():
-            # The last that is registered runs first: before JAX's own, which waits for the others.
+            # The handler registered last runs first: before JAX's own, which waits for the other processes.
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
 
 
 def are_several() -> bool:
-    """Whether processes have joined. Does not start JAX's back end where none have."""
+    """Whether several processes have joined. Does not start JAX's back end in a single process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process writes the files that all share, and speaks."""
+    """Whether this process is the one that writes shared files and prints."""
     return not are_several() or jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """No process gets past the end of this before all have, and none if one fails.
+def fail_together() -> Iterator[None]:
+    """A block that all processes leave together: where one fails in it, all of them fail.
 
     Raises:
       InputError: another process has failed.
@@ -98,13 +100,13 @@ def together() -> Iterator[None]:
         raise failed
     if all_failed.any():
         first = int(np.argmax(all_failed))
-        raise InputError(f"process {first} of {len(all_failed)} has failed; see what it says")
+        raise InputError(f"process {first} of {len(all_failed)} has failed; see its output")
 
 
 def require_same(value: object, what: str) -> None:
-    """Raises InputError in all processes unless `value` is the same in all, as its repr tells.
+    """Raises InputError in all processes unless `value` has the same repr in all of them.
 
-    what: its name, in the plural, for the message.
+    what: the name of the value, in the plural, for the message.
     """
     if not are_several():
         return
@@ -117,44 +119,50 @@ def require_same(value: object, what: str) -> None:
         )
 
 
-def of_first(answer: bool) -> bool:
-    """What the first process answers, in all."""
+def require_same_code() -> None:
+    """Raises InputError in all processes unless they run the same source files and library versions."""
+    require_same(software.source_hash(), "the source files of mcm_jax")
+    require_same(software.library_versions(), "the versions of Python and its libraries")
+
+
+def broadcast(answer: bool) -> bool:
+    """The first process's answer, in all processes."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if are_several() else answer
 
 
-def all_answer(answer: bool) -> bool:
-    """Whether all processes answer yes."""
+def all_true(answer: bool) -> bool:
+    """Whether the answer is yes in all processes."""
     return bool(multihost_utils.process_allgather(np.array(answer)).all()) if are_several() else answer
 
 
 def exists(path: Path) -> bool:
-    """Whether the first process sees a file in a directory that all share; then all others see it too.
+    """Whether the first process sees a file in a directory that all share; the others wait until they do too.
 
     Raises:
-      InputError: one doesn't, however long it waits.
+      InputError: another process still does not see it after a long wait.
     """
-    there = of_first(path.exists())
-    if there and are_several():
-        with together():
+    found = broadcast(path.exists())
+    if found and are_several():
+        with fail_together():
             if not _appears(path):
                 raise InputError(
-                    f"{path} is there for process 0 and not for process {jax.process_index()}; name a "
+                    f"{path} exists for process 0 but not for process {jax.process_index()}; name a "
                     "directory that all processes share"
                 )
-    return there
+    return found
 
 
 def require_shared(directory: Path, name: str) -> None:
-    """Raises InputError in all processes unless `directory` is one and the same for all of them."""
+    """Raises InputError in all processes unless `directory` is the same one for all of them."""
     if not are_several():
         return
     token = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
     probe = directory / f".shared.{token}"
     try:
-        with together():
+        with fail_together():
             if is_first():
                 probe.touch()
-        with together():
+        with fail_together():
             if not _appears(probe):
                 raise InputError(
                     f"{name}={directory} is another directory in process {jax.process_index()} than in "
@@ -175,7 +183,7 @@ def _appears(path: Path) -> bool:
 
 
 def _join() -> None:
-    """See `joined`. JAX's handler of SIGTERM, which swallows it, is undone: the loop has one of its own."""
+    """See `joined`. Removes JAX's handler of SIGTERM, which swallows the signal: the loop has its own."""
     before = signal.getsignal(signal.SIGTERM)
     _initialize()
     if jax.distributed.is_initialized():
@@ -199,13 +207,13 @@ def _initialize() -> None:
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
             jax.distributed.initialize()
     except ValueError as error:
-        # That there is no cluster is no mistake; JAX has no other way of telling.
+        # JAX reports in this way that there is no cluster, which is no mistake.
         if "coordinator_address should be defined" not in str(error):
             raise
 
 
 def _given() -> tuple[str | None, int, int] | None:
-    """(address of process 0, number of processes, this one's number) by the variables, if they are set."""
+    """(address of process 0, number of processes, index of this one), if the variables are set."""
     values = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
     if not any(values.values()):
         return None
@@ -228,7 +236,7 @@ def _given() -> tuple[str | None, int, int] | None:
 
 @contextlib.contextmanager
 def _waiting(whom: str) -> Iterator[None]:
-    """Says that it waits, if it takes long: JAX gives up after five minutes and only then tells why."""
+    """Reports a long wait: JAX itself says nothing for five minutes, and then gives up."""
     timer = threading.Timer(
         _WAITING_SECONDS, lambda: print(f"waiting for other processes: {whom}", file=sys.stderr, flush=True)
     )

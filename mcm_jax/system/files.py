@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and directories asked beforehand whether they can be written."""
+"""Files that are written completely or not at all, and early checks that a directory is writable."""
 
 import contextlib
 import errno
@@ -15,15 +15,15 @@ Content = bytes | str | Callable[[BinaryIO], object]
 
 
 def write_whole(path: str | Path, content: Content) -> None:
-    """`path` holds either its old content or all of the new one, whenever the process dies.
+    """Replaces the content of `path` in one step: it stays complete, old or new, whenever the process dies.
 
-    Its directory is made if need be.
+    The directory is created if missing.
 
     Args:
-      content: what to write (text as UTF-8), or what writes it into an open file.
+      content: what to write (text as UTF-8), or a function that writes it into an open file.
 
     Raises:
-      OSError: naming `path`, which is as it was before.
+      OSError: names `path`, which is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,17 +41,17 @@ def write_whole(path: str | Path, content: Content) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            # A failed write does not say by itself which file it was.
+            # The error of a failed write does not name the file.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def write_asked_for(path: str | Path, content: Content) -> None:
-    """`write_whole` where the user chose the path.
+    """`write_whole` for a path that the user chose.
 
     Raises:
-      InputError: the path is no place to write to.
-      OSError: the disk is full, which no choice of the user's was wrong about.
+      InputError: the path can't be written to.
+      OSError: the disk is full, which is no mistake of the user's.
     """
     try:
         write_whole(path, content)
@@ -62,9 +62,9 @@ def write_asked_for(path: str | Path, content: Content) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line in a single write, so that lines of two processes never mix and earlier ones stay.
+    """Appends one JSON line in a single write: lines of two processes never mix, and earlier lines survive.
 
-    A last line that was cut off by a crash is left as it is, on a line of its own.
+    A last line that a crash cut off is left unchanged on a line of its own.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
@@ -78,7 +78,10 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def require_writable(directory: Path, name: str) -> None:
-    """Makes the directory if need be and writes a file into it, or raises InputError naming it."""
+    """Creates the directory if missing and tries to write a file there; raises InputError where it can't.
+
+    name: what the message calls it, such as a flag.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
@@ -91,11 +94,11 @@ def require_writable(directory: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def writing_to(directory: Path, flag: str, *error_numbers: int) -> Iterator[None]:
-    """Turns OSErrors (all, or those with these numbers) into an InputError that names `flag`."""
+    """Turns OSErrors (all of them, or only those with these numbers) into an InputError that names `flag`."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # ArrayRecord's writer raises the latter where the disk is full.
+        # ArrayRecord's writer raises RuntimeError where the disk is full.
         cause = error if isinstance(error, OSError) else full_disk_within(error)
         if cause is None or (error_numbers and cause.errno not in error_numbers):
             raise
@@ -106,16 +109,16 @@ def writing_to(directory: Path, flag: str, *error_numbers: int) -> Iterator[None
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it says that the disk is full, or the user's share of it."""
+    """Whether the error means that the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def full_disk_within(error: BaseException | None) -> OSError | None:
-    """What says that the disk is full among `error` and what led to it; None where nothing does."""
+    """The first error that means a full disk among `error` and its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and is_full(error):
             return error
-        # Libraries in C++ (Orbax's TensorStore, TensorFlow) tell of it in the text of errors of their own.
+        # C++ libraries (Orbax's TensorStore, TensorFlow) mention it in the text of their own errors.
         if (words := os.strerror(errno.ENOSPC)) in str(error):
             return OSError(errno.ENOSPC, words)
         error = error.__cause__ or error.__context__

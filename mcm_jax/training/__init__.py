@@ -1,1 +1,1 @@
-"""State, update, mesh, checkpoints and the loop."""
+"""Training: state, optimizer, update, loop, checkpoints and progress."""

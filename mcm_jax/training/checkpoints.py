@@ -1,7 +1,7 @@
-"""Orbax checkpoints of a run: parameters, averaged parameters, optimizer and data iterator apart.
+"""Orbax checkpoints of a run: parameters, averaged parameters, optimizer and data iterator as separate items.
 
-They are separate items, so that sampling reads the averaged parameters alone. A teacher's parameters
-are in the teacher's checkpoint and never in the student's.
+Sampling therefore reads the averaged parameters alone. A student's checkpoint never contains its teacher's
+parameters.
 """
 
 import json
@@ -16,17 +16,18 @@ import orbax.checkpoint as ocp
 from mcm_jax.system.errors import InputError
 from mcm_jax.training.state import TrainState
 
+CHECKPOINTS = "checkpoints"  # below a run's directory
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
 _TREES = ("params", "ema_params", "target_params", "opt_state")
 
 
 class Checkpoints:
-    """The checkpoints under workdir/checkpoints; use it as a context to wait for the last save."""
+    """The checkpoints in workdir/checkpoints; a context manager, which waits for the last save at its end."""
 
     def __init__(self, workdir: Path, *, keep: int | None = None):
-        """keep: how many of the newest to keep; None opens them for reading only."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        """keep: number of newest checkpoints to keep; None opens them for reading only."""
+        self.directory = Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, read_only=keep is None, enable_async_checkpointing=True
         )
@@ -51,30 +52,30 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def require(self) -> list[int]:
-        """`all_steps`, at least one; raises InputError where there is none."""
+        """`all_steps`; raises InputError if there are none."""
         if not self.all_steps():
             raise InputError(f"no checkpoint under {self.directory}; train there first")
         return self.all_steps()
 
     def save(self, state: TrainState, data: grain.DatasetIterator, *, step: int) -> None:
-        """Starts saving in the background; complete or absent, never half. A step is saved once."""
+        """Starts saving in the background. A checkpoint is complete or absent, and saved once per step."""
         if step == self._manager.latest_step():
             return
         items = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
         items["step"] = ocp.args.JsonSave({"step": step})
         items["data"] = grain.checkpoint.CheckpointSave(data)
-        # Orbax copies to the host by transfers that the loop's guard takes for mistakes.
+        # Orbax copies to the host with transfers that the loop's guard would reject.
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Until the last save is on disk; raises what went wrong with it."""
+        """Blocks until the last save is on disk; raises its error if it failed."""
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The newest state, laid out by `shardings`; sets `data` to where it was.
+        """The newest state, laid out by `shardings`; also moves `data` to its position at that step.
 
-        The processes may be more or fewer than those that saved it.
+        The number of processes may differ from that at the time of saving.
         """
         targets = _with_shardings(abstract, shardings)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
@@ -85,9 +86,9 @@ class Checkpoints:
         return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
 
     def _restore_data(self, data: grain.DatasetIterator, step: int) -> None:
-        """Grain's handler wants the file of this process and of as many processes as there were.
+        """Restores the iterator from any process's file: all of them were at the same batch.
 
-        All are at the same batch, so that any one's file will do.
+        Grain's own handler requires this process's file and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
         data.set_state(json.loads(path.read_text()))
@@ -96,7 +97,7 @@ class Checkpoints:
     def restore_params(
         self, abstract: Any, shardings: Any, *, parameters: Parameters, step: int | None = None
     ) -> Any:
-        """Averaged ("ema") or last ("raw") parameters of the newest or the given step.
+        """Averaged ("ema") or last ("raw") parameters at the given step, by default the newest.
 
         Raises:
           InputError: there is no checkpoint, or none at `step`.
@@ -110,8 +111,19 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
 
 
+def newest_step(workdir: Path) -> int | None:
+    """Updates done at the newest complete checkpoint of a run; None if there is none.
+
+    Unlike `Checkpoints`, it does not wait for other processes.
+    """
+    try:
+        return max(ocp.utils.checkpoint_steps(workdir / CHECKPOINTS), default=None)
+    except OSError:
+        return None
+
+
 def _trees(state: TrainState) -> dict[str, Any]:
-    """The parts that are saved as trees of arrays; a target network only where there is one."""
+    """The items that are saved as trees of arrays; the target network only if there is one."""
     return {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
 
 

@@ -23,13 +23,16 @@ class OptimizerSettings:
 
 
 def learning_rate_schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
-    """Linear from peak / warmup_steps to the peak, then constant or linear to 0 at num_steps."""
+    """Linear from peak / warmup_steps to the peak, then constant or linear to 0 at num_steps.
+
+    Args:
+      num_steps: updates in all, more than settings.warmup_steps, as `config.validation` makes sure.
+    """
     peak, warmup_steps = settings.learning_rate, settings.warmup_steps
-    after = num_steps - warmup_steps
     tail = (
         optax.constant_schedule(peak)
         if settings.decay == "constant"
-        else optax.linear_schedule(peak, 0.0, max(after, 1))
+        else optax.linear_schedule(peak, 0.0, num_steps - warmup_steps)
     )
     if warmup_steps == 0:
         return tail

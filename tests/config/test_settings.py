@@ -82,6 +82,19 @@ def test_values_that_are_not_allowed(section, field, value, message):
     assert f"config.{section}.{field}" in str(error.value)
 
 
+@pytest.mark.parametrize(("warmup_steps", "num_steps"), [(100, 50), (100, 100), (1, 1)])
+def test_a_warmup_that_is_not_shorter_than_the_run(warmup_steps, num_steps):
+    raw = default_config()
+    raw.optimizer.warmup_steps, raw.training.num_steps = warmup_steps, num_steps
+    expected = (
+        f"config.optimizer.warmup_steps={warmup_steps} must be below config.training.num_steps={num_steps};"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}"):
+        validation.validate(raw)
+    raw.training.num_steps = warmup_steps + 1
+    assert validation.validate(raw).optimizer.warmup_steps == warmup_steps
+
+
 def test_a_wrong_type():
     content = dataclasses.asdict(Config())
     content["training"]["batch_size"] = "64"

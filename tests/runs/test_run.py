@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 import typing
 import warnings
@@ -13,8 +14,9 @@ import pytest
 from jax.sharding import AxisType
 
 import mcm_jax
+from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
-from mcm_jax.runs import build, trainer
+from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.system.errors import InputError
 from tests import tiny
@@ -45,6 +47,15 @@ def test_three_lines(teacher):
     assert images.shape == (5, 8, 8, 3)
     assert images.dtype == np.uint8
     assert labels.shape == (5,)
+
+
+def test_a_run_says_what_it_is(run, student, teacher):
+    assert repr(run) == (
+        f"Run(diffusion on folder/tiny at 8x8, ema parameters after 4 updates, workdir={str(teacher)!r})"
+    )
+    assert repr(student).startswith("Run(cd of 2 steps on folder/tiny at 8x8, ema parameters after 4 updates")
+    alone = Run(run.config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    assert "workdir" not in repr(alone)
 
 
 def test_same_seed_same_images(run):
@@ -92,7 +103,7 @@ def test_a_student_takes_its_own_steps(student):
 def test_a_student_of_either_kind_knows_its_steps(run, student):
     for objective, steps in (("diffusion", None), ("cd", 2), ("ct", 2)):
         config = dataclasses.replace(student.config, objective=objective, seed=5)
-        other = Run(config, run.dataset, mesh=run.mesh, params=None, checkpoint_step=0)
+        other = Run(config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
         assert (other.objective, other.student_steps, other.seed) == (objective, steps, 5)
 
 
@@ -145,7 +156,7 @@ def test_a_sampler_is_compiled_once(run, monkeypatch):
 
 
 def test_a_student_warns_of_other_steps(student):
-    with pytest.warns(UserWarning, match="trained for 2 steps and is asked for 3"):
+    with pytest.warns(UserWarning, match="trained for 2 steps and is sampled with 3"):
         student.sample(2, steps=3)
 
 
@@ -155,22 +166,26 @@ def test_a_teacher_takes_any_steps_and_sampler(run):
     assert not np.array_equal(images[1], images[2])
 
 
-def test_measured_variance(tiny_data, teacher, tmp_path):
-    """eta times the mean squared error on the first training images, measured once and kept."""
-    shutil.copytree(teacher, tmp_path / "teacher")
-    run = load_run(tmp_path / "teacher")
-    settings = dataclasses.replace(run.config.sampling, x_var_images=10, x_var_eta=0.5)
+def with_x_var_images(run, num, **others):
+    settings = dataclasses.replace(run.config.sampling, x_var_images=num, **others)
     run.config = dataclasses.replace(run.config, sampling=settings)
+    return run
+
+
+def test_measured_variance(tiny_data, teacher, tmp_path):
+    """eta times the mean squared error on random training images, measured once and stored."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    run = with_x_var_images(load_run(tmp_path / "teacher"), 10, x_var_eta=0.5)
     how = run.sampling(steps=3, sampler="addim", x_var="measured")
     assert (how.x_var_eta, how.x_var_images) == (0.5, 10)
     assert run.sampling(sampler="addim").x_var_eta is None
     x_var = run.x_var(how)
-    images, labels = run.images("train")
+    images, labels = run.random_images("train", 10)
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(10))
     errors = sampling.measure_x_var(
         functools.partial(run.network.apply, run.params),
-        jnp.asarray(images[:10], jnp.float32) / 127.5 - 1,
-        jnp.asarray(labels[:10]),
+        jnp.asarray(images, jnp.float32) / 127.5 - 1,
+        jnp.asarray(labels),
         keys,
         logsnr=build.schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
     )
@@ -179,22 +194,68 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
         run.sample(4, steps=3, sampler="addim", x_var=kind)[0] for kind in ("analytic", "measured")
     )
     assert not np.array_equal(analytic, measured)
-    again = load_run(tmp_path / "teacher", data_dir="/none")
-    again.config = dataclasses.replace(again.config, sampling=settings)
+    again = with_x_var_images(load_run(tmp_path / "teacher", data_dir="/none"), 10, x_var_eta=0.5)
     np.testing.assert_array_equal(again.x_var(how), x_var)
 
 
-def test_a_variance_that_cannot_be_kept_is_used_all_the_same(teacher, tmp_path):
+def test_a_variance_is_never_that_of_another_checkpoint(teacher, tmp_path, monkeypatch):
+    """Of the same step, in the same place: a network that was trained there again."""
+    monkeypatch.setattr(Run, "_measure_mean_square_error", lambda self, how: [1.0, 2.0])
+    workdir = shutil.copytree(teacher, tmp_path / "teacher")
+    run = load_run(workdir)
+    how = run.sampling(steps=2, sampler="addim", x_var="measured")
+    x_var = how.x_var_eta * np.array([1.0, 2.0], np.float32)
+    np.testing.assert_array_equal(run.x_var(how), x_var)
+    (file,) = (workdir / "x_var").iterdir()
+    content = file.read_text()
+    stored = json.loads(content)
+    assert stored["checkpoint"] == run.checkpoint == workdirs.checkpoint_identity(workdir, 4)
+    for other in (
+        json.dumps(stored | {"checkpoint": "0" * 64, "mean_square_error": [9.0, 9.0]}),
+        json.dumps({"mean_square_error": [9.0, 9.0]}),  # An older version's, which names no checkpoint.
+        "[]",
+        content[:-9],
+    ):
+        file.write_text(other)
+        np.testing.assert_array_equal(load_run(workdir).x_var(how), x_var)
+        assert file.read_text() == content
+
+
+def test_a_variance_of_no_known_checkpoint_is_not_stored(teacher, tmp_path):
+    workdir = shutil.copytree(teacher, tmp_path / "teacher")
+    run = with_x_var_images(load_run(workdir), 4)
+    how = run.sampling(steps=2, sampler="addim", x_var="measured")
+    raw = run.with_params(load_run(workdir, parameters="raw").params)
+    assert not np.array_equal(raw.x_var(how), run.x_var(how))
+    assert len(list((workdir / "x_var").iterdir())) == 1  # The second's.
+
+
+def test_a_sample_of_images_is_of_the_whole_split_and_reads_no_more(run, monkeypatch):
+    images, labels = run.images("train")
+    read = []
+    gather = pipeline.RecordSource.gather
+    monkeypatch.setattr(
+        pipeline.RecordSource, "gather", lambda self, indices: read.extend(indices) or gather(self, indices)
+    )
+    some, their_labels = run.random_images("train", 10)
+    assert len(read) == len(set(read)) == 10 and read == sorted(read) and read != list(range(10))
+    np.testing.assert_array_equal(some, images[read])
+    np.testing.assert_array_equal(their_labels, labels[read])
+    np.testing.assert_array_equal(run.random_images("train", 10)[0], some)
+    np.testing.assert_array_equal(run.random_images("train", 10_000)[0], images)
+
+
+def test_a_variance_that_cannot_be_stored_is_used_all_the_same(teacher, tmp_path):
     workdir = shutil.copytree(teacher, tmp_path / "teacher")
     (workdir / "x_var").write_text("a file where the directory would be")
     run = load_run(workdir)
     how = run.sampling(steps=2, sampler="addim", x_var="measured")
-    with pytest.warns(UserWarning, match="can't be kept, next time measures it again: .*x_var"):
+    with pytest.warns(UserWarning, match="can't be stored and will be measured again: .*x_var"):
         assert np.all(np.asarray(run.x_var(how)) > 0)
 
 
 def test_other_parameters_have_another_variance(run):
-    """What was measured on the old ones is forgotten, as in the trainer's previews."""
+    """A measurement on the old ones is forgotten, as in the trainer's previews."""
     how = run.sampling(steps=2, x_var="measured")
     alone = Run(run.config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
     raw = load_run(run.workdir, parameters="raw").params
@@ -209,11 +270,11 @@ def test_a_variance_for_a_sampler_that_takes_none(run):
 
 
 def test_a_student_warns_of_another_grid(student):
-    with pytest.warns(UserWarning, match="trained on its schedule's grid and is asked for karras"):
+    with pytest.warns(UserWarning, match="trained on its schedule's grid and is sampled on karras"):
         student.sample(2, noise_grid="karras")
 
 
-def test_the_variance_that_was_kept_is_another_checkpoints(tiny_data, teacher, tmp_path):
+def test_every_kind_of_parameters_step_and_grid_has_its_own_variance(tiny_data, teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "teacher")
     loaded = [
         load_run(tmp_path / "teacher"),

@@ -103,6 +103,19 @@ def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilat
         trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
 
 
+def test_a_student_keeps_its_teacher_through_all_its_starts(handed, tiny_data, teacher, tmp_path):
+    """By whatever path; and refuses any other, such as one that was trained again in the same place."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    for path in (tmp_path / "teacher", tmp_path / "x" / ".." / "teacher", teacher):
+        assert trainer.train(tiny.config(tiny_data, "cd", path), tmp_path / "run")
+        assert handed.pop("teacher_params") is not None
+    shutil.rmtree(tmp_path / "teacher/checkpoints/4")
+    (tmp_path / "teacher/checkpoints/2").rename(tmp_path / "teacher/checkpoints/4")
+    with pytest.raises(InputError, match="teacher holds another checkpoint than the one that the run in"):
+        trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
+    assert "teacher_params" not in handed
+
+
 def test_a_student_starts_from_the_averaged_teacher(tiny_data, teacher, tmp_path):
     config = tiny.config(tiny_data, "cd", teacher)
     config.training.num_steps = 1

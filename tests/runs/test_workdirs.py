@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mcm_jax.config import validation
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.runs import workdirs
+from mcm_jax.runs.workdirs import RunRecord
 from mcm_jax.system.errors import InputError
 from tests import tiny
 
@@ -37,22 +39,17 @@ def config(**changes):
 def start(workdir, settings=None, dataset=DATASET, needed_bytes=0):
     """As trainer.train does, in a later process."""
     settings = settings or config()
-    trained_on = workdirs.started(workdir, settings)
-    workdirs.claim(workdir, settings, dataset, trained_on=trained_on, needed_bytes=needed_bytes)
-    return trained_on
+    existing = workdirs.existing_run(workdir, settings)
+    run = RunRecord(config=settings, dataset=dataset, teacher=workdirs.teacher_identity(settings))
+    workdirs.claim(workdir, run, existing=existing, needed_bytes=needed_bytes)
+    return existing
 
 
 def test_it_reads_what_it_wrote(tmp_path):
     assert start(tmp_path / "new" / "run") is None
-    assert workdirs.read(tmp_path / "new" / "run") == (config(), DATASET)
+    assert workdirs.read(tmp_path / "new" / "run") == RunRecord(config=config(), dataset=DATASET)
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["run.json"]
-    assert start(tmp_path / "new" / "run") == DATASET
-
-
-def test_the_data_may_be_elsewhere_now(tmp_path):
-    start(tmp_path)
-    found, _ = workdirs.read(tmp_path, data_dir="/elsewhere")
-    assert found == config(data__data_dir="/elsewhere")
+    assert start(tmp_path / "new" / "run") == RunRecord(config=config(), dataset=DATASET)
 
 
 FREE = {
@@ -77,7 +74,7 @@ def test_what_does_not_change_what_is_learned_may_change_and_is_kept(name, tmp_p
     changed = config(**{name: FREE[name]})
     assert changed != config()
     start(tmp_path, changed)
-    assert workdirs.read(tmp_path)[0] == changed
+    assert workdirs.read(tmp_path).config == changed
 
 
 NOT_FREE = {
@@ -102,7 +99,7 @@ def test_anything_else_is_another_run(name, tmp_path):
         f"holds a run with config.{name.replace('__', '.')}={getattr(old, field)!r}, now it is "
         f"{getattr(new, field)!r}; rerun"
     ) in str(error.value)
-    assert workdirs.read(tmp_path)[0] == config()
+    assert workdirs.read(tmp_path).config == config()
 
 
 def test_a_longer_run_is_another_where_the_learning_rate_depends_on_it(tmp_path):
@@ -111,12 +108,83 @@ def test_a_longer_run_is_another_where_the_learning_rate_depends_on_it(tmp_path)
         start(tmp_path, config(optimizer__decay="linear", training__num_steps=99))
 
 
-def test_a_teacher_is_the_same_by_any_path_and_no_other(tmp_path, monkeypatch):
+def test_a_teacher_that_is_gone_is_known_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(tmp_path / "run", config(objective="cd", teacher=Path("teacher")))
     start(tmp_path / "run", config(objective="cd", teacher=tmp_path / "x" / ".." / "teacher"))
     with pytest.raises(InputError, match=r"config.teacher_checkpoint=.*now it is 'other'"):
         start(tmp_path / "run", config(objective="cd", teacher=Path("other")))
+
+
+def checkpoint(workdir, step, metadata):
+    """A checkpoint as far as its identity goes; returns its run's directory."""
+    directory = workdir / "checkpoints" / str(step)
+    directory.mkdir(parents=True)
+    (directory / "_CHECKPOINT_METADATA").write_text(metadata)
+    return workdir
+
+
+def test_a_teacher_is_known_by_its_checkpoint_under_any_path(tmp_path, monkeypatch):
+    teacher = checkpoint(tmp_path / "home" / "teacher", 4, "of Monday")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    start(tmp_path / "run", config(objective="cd", teacher=teacher))
+    assert workdirs.read(tmp_path / "run").teacher == workdirs.checkpoint_identity(teacher, 4)
+    (tmp_path / "link").symlink_to(teacher)
+    shutil.copytree(teacher, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "home")
+    for path in ("teacher", "~/teacher", str(tmp_path / "link"), str(tmp_path / "copy")):
+        start(tmp_path / "run", config(objective="cd", teacher=path))
+        assert workdirs.read(tmp_path / "run").config.teacher_checkpoint.endswith(path.lstrip("~"))
+    teacher.rename(tmp_path / "moved")
+    start(tmp_path / "run", config(objective="cd", teacher=tmp_path / "moved"))
+
+
+def test_a_teacher_that_was_replaced_is_refused(tmp_path, monkeypatch):
+    """Retrained in place, trained longer, or another one under the same relative path."""
+    monkeypatch.chdir(tmp_path)
+    settings = config(objective="cd", teacher="teacher")
+    teacher = checkpoint(tmp_path / "teacher", 4, "of Monday")
+    start(tmp_path / "run", settings)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    refused = (
+        r"^config.teacher_checkpoint=teacher holds another checkpoint than the one that the run in --workdir="
+    )
+    checkpoint(teacher, 9, "trained longer")
+    with pytest.raises(InputError, match=refused):
+        start(tmp_path / "run", settings)
+    shutil.rmtree(teacher)
+    checkpoint(teacher, 4, "of Tuesday")
+    with pytest.raises(InputError, match=refused):
+        start(tmp_path / "run", settings)
+    checkpoint(tmp_path / "elsewhere" / "teacher", 4, "another one")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=refused):
+        start(tmp_path / "run", settings)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_an_older_versions_run_continues_and_its_teacher_is_recorded(tmp_path):
+    settings = config(objective="cd", teacher=tmp_path / "teacher")
+    checkpoint(tmp_path / "teacher", 4, "of Monday")
+    start(tmp_path / "run", settings)
+    file = tmp_path / "run" / "run.json"
+    content = json.loads(file.read_text())
+    identity = content.pop("teacher")
+    file.write_text(json.dumps(content))
+    start(tmp_path / "run", settings)
+    assert workdirs.read(tmp_path / "run").teacher == identity
+
+
+def test_a_run_that_started_before_a_rule_was_made_stays_readable(tmp_path):
+    """Such as the rule that the warm-up is shorter than the run."""
+    start(tmp_path)
+    file = tmp_path / "run.json"
+    content = json.loads(file.read_text())
+    content["config"]["optimizer"]["warmup_steps"] = 100
+    file.write_text(json.dumps(content))
+    assert workdirs.read(tmp_path).config.optimizer.warmup_steps == 100
+    with pytest.raises(InputError, match="warmup_steps=100"):
+        config(optimizer__warmup_steps=100)
 
 
 def test_other_images_under_the_same_name(tmp_path):
@@ -125,7 +193,7 @@ def test_other_images_under_the_same_name(tmp_path):
     other = dataclasses.replace(DATASET, fingerprints=DATASET.fingerprints | {"train": "c" * 64})
     with pytest.raises(InputError, match="was trained on other images than those in data/folder/tiny_8"):
         start(tmp_path, dataset=other)
-    assert workdirs.read(tmp_path)[1].fingerprints == DATASET.fingerprints
+    assert workdirs.read(tmp_path).dataset.fingerprints == DATASET.fingerprints
 
 
 def test_checkpoints_of_nobody_are_not_touched(tmp_path):

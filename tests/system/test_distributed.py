@@ -14,7 +14,7 @@ from PIL import Image
 
 from mcm_jax.runs import workdirs
 from mcm_jax.runs.run import load_run
-from mcm_jax.system import distributed
+from mcm_jax.system import distributed, software
 from mcm_jax.system.errors import InputError
 from mcm_jax.training.checkpoints import Checkpoints
 from tests import tiny
@@ -141,7 +141,7 @@ def test_several_processes_are_one(objective, count, fsdp, alone, objectives, ti
         np.asarray(Image.open(place / "run/samples/step_0000004.png"), int) for place in (tmp_path, alone)
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
-    assert workdirs.read(tmp_path / "run")[0].mesh.fsdp == fsdp
+    assert workdirs.read(tmp_path / "run").config.mesh.fsdp == fsdp
 
 
 @pytest.mark.slow
@@ -220,8 +220,10 @@ MISTAKES = """
 distributed._SHARED_SECONDS = 1.0
 place, data = Path(sys.argv[1]), Path(DATA)
 def attempt(config, workdir):
+    refused(lambda: trainer.train(config, workdir))
+def refused(call):
     try:
-        trainer.train(config, workdir)
+        call()
     except InputError as error:
         log("seen", str(error))
 with distributed.joined():
@@ -235,19 +237,30 @@ with distributed.joined():
     config.objective = "gan" if mine else "diffusion"
     attempt(config, place / "run")
     assert not list(place.glob("*/run.json"))
+    from mcm_jax.system import software
+    distributed.require_same_code()
+    versions, source = software.library_versions(), software.source_hash()
+    software.library_versions = lambda: versions | {"jax": "0.1"} if mine else versions
+    refused(distributed.require_same_code)
+    software.source_hash = lambda: "edited" if mine else source
+    refused(distributed.require_same_code)
 """
 
 
 def test_a_mistake_in_one_process_is_told_in_all(tiny_data, tmp_path):
     code = MISTAKES.replace("DATA", repr(str(tiny_data)))
     first, second = joined(code, tmp_path / "logs")
-    elsewhere = "process 1 of 2 has failed; see what it says"
+    elsewhere = "process 1 of 2 has failed; see its output"
     differ = "the configs and workdirs of processes 0 and 1 differ; start all processes with the same command"
-    for line, start in zip(first, [elsewhere, differ, elsewhere, elsewhere], strict=True):
+    other_code = [
+        f"the {what} of processes 0 and 1 differ; start all processes with the same command, from the same"
+        for what in ("versions of Python and its libraries", "source files of mcm_jax")
+    ]
+    for line, start in zip(first, [elsewhere, differ, elsewhere, elsewhere, *other_code], strict=True):
         assert line.startswith(start)
     for line, part in zip(
         second,
-        ["folder/tiny", differ, "elsewhere is another directory in process 1", "'gan'"],
+        ["folder/tiny", differ, "elsewhere is another directory in process 1", "'gan'", *other_code],
         strict=True,
     ):
         assert part in line
@@ -286,10 +299,10 @@ for environment in [
         log("seen", jax.distributed.is_initialized())
     for name in environment:
         del os.environ[name]
-with distributed.joined(), distributed.together():
+with distributed.joined(), distributed.fail_together():
     distributed.require_same(1, "numbers")
     distributed.require_shared(Path("/nonexistent"), "--workdir")
-    assert distributed.of_first(True) and not distributed.exists(Path("/nonexistent"))
+    assert distributed.broadcast(True) and not distributed.exists(Path("/nonexistent"))
 """
 
 
@@ -304,6 +317,17 @@ def test_a_cluster_is_left_to_jax(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: calls.append((given, named)))
     with distributed.joined():
         assert calls == [((), {})]
+
+
+def test_processes_that_join_must_run_the_same_code(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: None)
+    compared = []
+    monkeypatch.setattr(distributed, "require_same", lambda value, what: compared.append((what, value)))
+    with distributed.joined():
+        assert compared == [
+            ("the source files of mcm_jax", software.source_hash()),
+            ("the versions of Python and its libraries", software.library_versions()),
+        ]
 
 
 def test_an_error_of_the_cluster_is_told(monkeypatch):

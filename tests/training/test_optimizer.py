@@ -23,6 +23,11 @@ def test_no_warmup():
     np.testing.assert_allclose([schedule(i) for i in (0, 5, 10)], [0.5, 0.25, 0.0], rtol=1e-6, atol=1e-7)
 
 
+def test_the_longest_warmup_still_decays():
+    schedule = optimizer.learning_rate_schedule(peak=1.0, warmup_steps=9, decay="linear", num_steps=10)
+    np.testing.assert_allclose([schedule(i) for i in (0, 8, 9, 10)], [1 / 9, 1, 1, 0], rtol=1e-6, atol=1e-7)
+
+
 def test_adam_equals_its_definition():
     """Two updates in float64: clip to norm 1, moments, bias correction."""
     gradients = [np.array([3.0, -4.0]), np.array([0.1, 0.2])]
