@@ -8,7 +8,7 @@ from mcm_jax.bench import mixture, openmoji, report
 from mcm_jax.bench.cells import Store
 
 ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "launch" / "findings"
+RECORDED = ROOT / "results" / "findings"
 SETTINGS = {"mixture": mixture.MIXTURE_64D, "mixture2d": mixture.MIXTURE_2D, "openmoji": openmoji.OPENMOJI}
 
 
