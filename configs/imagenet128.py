@@ -37,7 +37,7 @@ Chips and hours, derived from the paper's updates per second (not measured with 
 
 The small network is guided, as in the paper: its teacher is also trained without labels and is sampled with
 guidance, and cd distils the guided prediction. This costs cd another network call, which the published speed
-may not include. ct, pd and tract are not guided; --config.teacher_guidance=0 turns guidance off in cd.
+may not include. ct, pd and tract are not guided; --config.consistency.teacher_guidance=0 turns it off for cd.
 
 On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 

@@ -7,7 +7,7 @@
 #   bash launch/findings.sh                           writes to runs/findings, 3 seeds
 #   bash launch/findings.sh --quick                   short trainings, to see that everything runs
 #   bash launch/findings.sh --choices                 also measures choices that the paper leaves open
-#   bash launch/findings.sh --settings=mixture --out=DIR --seeds=5
+#   bash launch/findings.sh --problems=mixture --out=DIR --seeds=5
 #
 # The same command continues an interrupted one. Arguments go to `python -m mcm_jax.findings`.
 set -euo pipefail

@@ -3,20 +3,19 @@
     python -m mcm_jax.evaluate --workdir=runs/teacher,runs/cd4 --num=2048
     python -m mcm_jax.evaluate --workdir=runs/cd8 --num=50000 --features=inception
 
-appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples beside it, and prints what the
-numbers mean. Several workdirs, checkpoints, step counts and guidance weights in one call are combined with
-each other, and share the compiled feature network and the reference statistics. What stands in the file
-already is not measured again, so that the same command continues an interrupted one.
+appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples next to it, and prints what the
+numbers mean. Several workdirs, checkpoints, step counts and guidance weights in one command are combined with
+each other, and share the compiled feature network and the reference statistics. Results that the file has
+already are not measured again, so the same command continues one that was interrupted.
 
     python -m mcm_jax.evaluate --images=samples.npz --features=inception --reference=imagenet64.npz
 
-scores images that any program made, uint8 under arr_0 or a folder of PNGs, prints the numbers, and with
---results=FILE appends them there.
+scores images that any program made, uint8 images under arr_0 or a folder of PNGs, prints the numbers, and
+with --results=FILE appends them to that file.
 """
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from mcm_jax.evaluation.scoring import (
     DEFAULT_METRICS,
     NOISE_GRIDS,
     PARAMETERS,
+    ROUNDINGS,
     SAMPLERS,
     X_VARS,
     Options,
@@ -34,82 +34,91 @@ from mcm_jax.evaluation.scoring import (
     evaluate_images,
 )
 from mcm_jax.runs import workdirs
-from mcm_jax.system import command_line, distributed
+from mcm_jax.system import command_line, distributed, paths
 from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_list("workdir", None, "Run(s) to evaluate, separated by commas.")
-    flags.DEFINE_string(
-        "images", None, "Images of another program to evaluate in place of runs: an .npz (arr_0) or a folder."
-    )
-    flags.DEFINE_string("results", None, "With --images: file that the result is appended to.")
+    """Defines the flags: not on import, as other programs have flags of the same names."""
+    paths.define_paths("workdir", None, "Directories of the runs to evaluate, separated by commas.")
+    paths.define_path("images", None, "Images to evaluate instead of runs: an .npz (arr_0) or a folder.")
+    paths.define_path("results", None, "With --images: append the result to this file.")
     flags.register_multi_flags_validator(
         ["workdir", "images"],
         lambda given: (given["workdir"] is None) != (given["images"] is None),
-        message="give --workdir=DIR of a run or --images=PATH, one of them",
+        message="give either --workdir=DIR of a run or --images=PATH",
     )
-    flags.DEFINE_integer("num", Options.num, "Samples per result.", lower_bound=2)
-    flags.DEFINE_list("steps", [], "Sampling steps, several separated by commas; default: the run's own.")
+    flags.DEFINE_integer("num", Options.num, "Samples for each result.", lower_bound=2)
+    flags.DEFINE_list("steps", [], "Sampling steps, separated by commas. Default: the run's own.")
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
-    flags.DEFINE_enum("noise_grid", None, NOISE_GRIDS, "Noise levels; default: the run's own.")
+    flags.DEFINE_enum("noise_grid", None, NOISE_GRIDS, "Noise levels. Default: the run's own.")
     flags.DEFINE_enum(
-        "x_var", None, X_VARS, "Variance of addim and noisy_ddim; measured: on training images, once."
+        "x_var",
+        None,
+        X_VARS,
+        "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's "
+        "own.",
     )
-    flags.DEFINE_list("guidance", [], "g, 0 is none, several; default: the run's own.")
+    flags.DEFINE_list(
+        "guidance", [], "Guidance weights, separated by commas; 0 means none. Default: the run's own."
+    )
+    flags.DEFINE_enum(
+        "rounding", Options.rounding, ROUNDINGS, "How samples become bytes; ADM's scripts take the floor."
+    )
     flags.DEFINE_integer(
-        "seed", Options.seed, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
+        "seed", Options.seed, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
     )
-    flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Which parameters to sample with.")
-    flags.DEFINE_list("checkpoint_step", [], "Updates of the checkpoint, several; default: the last one.")
-    flags.DEFINE_bool("again", False, "Also what was measured before, which is left as it is.")
-    flags.DEFINE_string("data_dir", None, "Where the prepared data is; default: where the run found it.")
+    flags.DEFINE_enum("parameters", Options.parameters, tuple(PARAMETERS), "Averaged or raw parameters.")
+    flags.DEFINE_list(
+        "checkpoint_step", [], "Training steps of checkpoints, separated by commas. Default: the newest one."
+    )
+    flags.DEFINE_bool("again", False, "Measure again even if a result exists; old lines are kept.")
+    paths.define_path(
+        "data_dir", None, "Directory of the prepared data sets. Default: where training found them."
+    )
     flags.DEFINE_enum(
         "features",
         Options.features,
         tuple(DEFAULT_METRICS),
-        "inception: those of FID, whose weights you bring; efficientnet: a proxy that is installed.",
+        "inception: the features of FID, whose weights you provide; efficientnet: an installed proxy.",
     )
-    flags.DEFINE_string(
+    paths.define_path(
         "inception",
-        str(Options.inception),
-        "Inception's weights, as mcm_jax.prepare --inception=FILE left them.",
+        Options.inception,
+        "Inception's weights, as converted by mcm_jax.prepare --inception=FILE.",
     )
-    flags.DEFINE_list("metrics", None, f"Of {', '.join(protocol.METRICS)}; default: those that cost little.")
-    flags.DEFINE_string(
+    flags.DEFINE_list("metrics", None, f"Some of {', '.join(protocol.METRICS)}. Default: the cheap ones.")
+    paths.define_path(
         "reference",
         None,
-        "File of statistics as ADM, EDM and others publish, or directory of a prepared data set; default: "
-        "the run's training images.",
+        "File of statistics as published for ADM, EDM and others, or directory of a prepared data set. "
+        "Default: the run's training images.",
     )
-    flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Of that data set.")
+    flags.DEFINE_enum(
+        "reference_split", "train", ["train", "test"], "Split of the data set that --reference names."
+    )
     flags.DEFINE_integer(
         "input_resolution",
         Options.input_resolution,
-        "Side that images are resized to for efficientnet; distances compare only where it is equal.",
+        "Side that images are resized to for efficientnet; distances are comparable only if it is equal.",
         lower_bound=efficientnet.MIN_INPUT_RESOLUTION,
     )
     flags.DEFINE_bool(
         "allow_singular",
         False,
-        "Also a FID of no more samples than features (2,048), to see that all works: it says little.",
+        "Accept no more samples than features (2,048) for FID. Such a number says little.",
     )
-    flags.DEFINE_string("cache_dir", str(Options.cache_dir), "Where reference statistics are kept.")
+    paths.define_path("cache_dir", Options.cache_dir, "Cache of reference statistics.")
     flags.DEFINE_integer(
-        "untrained_num", Options.untrained_num, "Samples of the untrained network; 0: none.", lower_bound=0
+        "untrained_num",
+        Options.untrained_num,
+        "Samples of the untrained network to compare with; 0 for none. Not used with --reference.",
+        lower_bound=0,
     )
 
 
-# Flags that are not as Options wants them.
-_READ_APART = (
-    *("workdirs", "images", "results", "cache_dir", "inception", "reference", "metrics"),
-    *("steps", "checkpoint_step", "guidance"),
-)
-
-
-def _path(given: str | None) -> Path | None:
-    return None if given is None else Path(given).expanduser()
+# Flags that must be converted for Options.
+_READ_APART = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
 
 
 def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
@@ -120,15 +129,13 @@ def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[A
 
 
 def main() -> None:
-    """Flags in, one call out."""
-    from mcm_jax.runs.run import load_run  # Slow to import: --help and bad flags need not wait for it.
+    """Evaluates the runs or the images that the flags name."""
+    from mcm_jax.runs.run import load_run  # Slow to import; --help and bad flags should not wait for it.
 
     values = flags.FLAGS
     options = Options(
-        workdirs=tuple(Path(workdir) for workdir in values.workdir or ()),
-        **{name: _path(getattr(values, name)) for name in ("images", "results", "reference")},
-        cache_dir=Path(values.cache_dir).expanduser(),
-        inception=Path(values.inception).expanduser(),
+        workdirs=tuple(values.workdir or ()),
+        data_dir=None if values.data_dir is None else str(values.data_dir),
         metrics=None if values.metrics is None else tuple(values.metrics),
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),

@@ -1,42 +1,45 @@
-"""Measures the paper's findings at a scale that two cores hold, and says which of them hold here.
+"""Measures the paper's findings at a scale for two cores, and says which of them hold there.
 
     python -m mcm_jax.findings
     python -m mcm_jax.findings --quick
 
-Every finding is a set of differences whose sign the paper tells; the rule that decides stands in
-mcm_jax/bench/findings.py. Results are stored as they end, in OUT/results.jsonl: the same command continues.
-OUT/findings.md and OUT/findings.png are written at the end; --report_only writes them from what there is.
+Every finding is a set of differences whose sign the paper predicts; mcm_jax/bench/findings.py states the rule
+that decides. Each result is stored in OUT/results.jsonl as soon as it is measured, so that the same command
+continues after an interruption. OUT/findings.md and OUT/findings.png are written at the end; --report_only
+writes them from the results so far.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from mcm_jax.bench.runner import SETTINGS, run
-from mcm_jax.system import command_line
+from mcm_jax.bench.runner import PROBLEMS, run
+from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
-    """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string(
+    """Called by the program, not on import, because other programs have flags of the same names."""
+    paths.define_path(
         "out",
         None,
-        "Directory of the results; the same one continues. Default: runs/findings, or runs/findings_quick.",
+        "Directory of the results; reuse it to continue. Default: runs/findings or runs/findings_quick.",
     )
-    flags.DEFINE_list("settings", list(SETTINGS), f"Which of {', '.join(SETTINGS)}.")
-    flags.DEFINE_integer("seeds", None, "How many training seeds; default: 3, --quick 2.", lower_bound=2)
-    flags.DEFINE_bool("quick", False, "Trainings of seconds: shows that everything runs, not what holds.")
+    flags.DEFINE_list("problems", list(PROBLEMS), "Problems to measure the findings on.")
+    flags.DEFINE_integer(
+        "seeds", None, "Number of training seeds. Default: 3; with --quick 2.", lower_bound=2
+    )
+    flags.DEFINE_bool("quick", False, "Train for seconds only, to show that everything runs, not what holds.")
     flags.DEFINE_bool("choices", False, "Also measure the choices that the paper leaves open.")
-    flags.DEFINE_bool("report_only", False, "Write the report from the results there are.")
+    flags.DEFINE_bool("report_only", False, "Measure nothing; write the report from the stored results.")
 
 
 def main() -> None:
-    """Flags in, one call out."""
+    """Measures what the flags say."""
     values = flags.FLAGS
-    out = Path(values.out or ("runs/findings_quick" if values.quick else "runs/findings"))
+    out = values.out or Path("runs/findings_quick" if values.quick else "runs/findings")
     markdown = run(
         out,
-        settings=values.settings,
+        problems=values.problems,
         seeds=values.seeds or (2 if values.quick else 3),
         quick=values.quick,
         choices=values.choices,

@@ -13,17 +13,15 @@ full size takes minutes to compile.
 """
 
 import datetime
-import importlib.metadata
 import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
-from mcm_jax.system import command_line, config_files
+from mcm_jax.system import command_line, config_files, paths, versions
 from mcm_jax.system.files import write_asked_for
 
 
@@ -34,11 +32,7 @@ def _made_of(holder: flags.FlagHolder | flags.Flag) -> dict[str, Any]:
         "config": config_flags.get_config_filename(holder),
         "overrides": [f"--config.{name}={value}" for name, value in sorted(overrides.items())],
         "date": datetime.date.today().isoformat(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("flax", "jax", "jaxlib", "libtpu")
-            if importlib.util.find_spec(name) is not None
-        },
+        "versions": versions.record(*filter(importlib.util.find_spec, ("flax", "jax", "jaxlib", "libtpu"))),
     }
 
 
@@ -53,12 +47,12 @@ def define_flags() -> None:
         "images through FID's network.",
     )
     flags.DEFINE_integer("num_classes", None, "Classes of the data; default: imagenet's.", lower_bound=1)
-    flags.DEFINE_string("json", None, "Also write the numbers to this file.")
-    flags.DEFINE_string("hlo", None, "Also write the compiled program's text to this file.")
-    flags.DEFINE_string(
+    paths.define_path("json", None, "Also write the numbers to this file.")
+    paths.define_path("hlo", None, "Also write the compiled program's text to this file.")
+    paths.define_path(
         "table", None, "Print the plans of this directory, all its --json files, and compile none."
     )
-    flags.DEFINE_string(
+    paths.define_path(
         "scaling", None, "The same, as tables of how one config's train step scales with the chips."
     )
     config_files.define_flag("imagenet64:small,ct,steps=8")
@@ -74,10 +68,10 @@ def main() -> None:
     """Flags in, one plan or table out."""
     values = flags.FLAGS
     if values.table is not None:
-        print(table(Path(values.table)), end="")
+        print(table(values.table), end="")
         return
     if values.scaling is not None:
-        print(scaling(Path(values.scaling)), end="")
+        print(scaling(values.scaling), end="")
         return
     holder = values["config"]
     made = _made_of(holder)

@@ -10,14 +10,14 @@ For FID, once, the weights of its feature network: --inception=FILE.
 """
 
 import re
-from pathlib import Path
+import sys
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from mcm_jax.data import layout
 from mcm_jax.data.preparation import MAX_RESOLUTION, plan, prepare, report
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 
 
@@ -26,7 +26,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset", None, f"openmoji; {', '.join(layout.IMAGENETS)}; or folder for a folder of images."
     )
-    flags.DEFINE_string(
+    paths.define_path(
         "inception",
         None,
         "Convert Inception's weights, in any form they are passed around in, to what evaluate reads.",
@@ -38,7 +38,7 @@ def define_flags() -> None:
         "one of them",
     )
     flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
-    flags.DEFINE_string("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
+    paths.define_path("data_dir", layout.DEFAULT_DATA_DIR, "Where prepared data sets go.")
     flags.DEFINE_string(
         "manual_dir",
         None,
@@ -72,8 +72,8 @@ def main() -> None:
     if values.inception is not None:
         from mcm_jax.evaluation import inception_weights  # Slow to import.
 
-        target = Path(values.data_dir).expanduser() / inception_weights.FILE
-        print(inception_weights.convert(Path(values.inception).expanduser(), target))
+        target = values.data_dir / inception_weights.FILE
+        print(inception_weights.convert(values.inception, target))
         return
     chosen = plan(
         dataset=values.dataset,
@@ -83,11 +83,13 @@ def main() -> None:
         workers=values.workers,
         host=_host(values.host),
     )
-    info, built = prepare(chosen, data_dir=Path(values.data_dir).expanduser(), overwrite=values.overwrite)
+    for note in chosen.notes:
+        print(f"note: {note}", file=sys.stderr)
+    info, built = prepare(chosen, data_dir=values.data_dir, overwrite=values.overwrite)
     if info is None:
         print(f"host {values.host} has written its part; host 1 completes the data set when all have")
         return
-    print(report(info, built=built, data_dir=values.data_dir))
+    print(report(info, built=built, data_dir=str(values.data_dir)))
 
 
 if __name__ == "__main__":

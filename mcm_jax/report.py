@@ -1,20 +1,20 @@
-"""Writes what was measured as one page and one table, or trains and draws a figure.
+"""Writes results as a page and a table, or trains models for a figure and draws it.
 
     python -m mcm_jax.report --runs=runs
 
 reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (self-contained: pictures
-inside), `runs/report.md` and `runs/report.png` (samples side by side) beside it, and prints the table.
+inside), `runs/report.md` and `runs/report.png` (samples side by side), and prints the tables.
 
     python -m mcm_jax.report --runs=runs --tables
 
-puts the paper's tables 1 to 5 beside the FIDs measured in those runs into `runs/tables.md` and prints them,
-and draws the samplers of a diffusion model against network calls into `runs/samplers.png`.
+writes the paper's tables 1 to 5 with the FIDs measured in those runs to `runs/tables.md`, prints them, and
+plots the samplers of a diffusion model against network calls in `runs/samplers.png`.
 
     python -m mcm_jax.report --figure=trajectories
 
 needs no runs. In about a minute it trains students of 1, 2 and 4 steps on two Gaussians on a line, draws
-their paths from noise to data beside the exact ones into `trajectories.png`, and prints how far their samples
-are from the data; with --seeds=4 also the mean over four training seeds.
+their paths from noise to data beside the exact ones in `trajectories.png`, and prints the distance of their
+samples from the data; with --seeds=4 also the mean over four training seeds.
 """
 
 import time
@@ -23,39 +23,39 @@ from pathlib import Path
 from absl import flags
 
 from mcm_jax.bench.trajectories_figure import trajectories_figure
-from mcm_jax.reporting.reports import paper_tables, report
-from mcm_jax.system import command_line
+from mcm_jax.reporting.outputs import write_page, write_paper_tables
+from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
-    """Called by the program, not on import: other programs have flags of the same names."""
-    flags.DEFINE_string("runs", None, "Directory that holds the evaluated runs, at any depth.")
-    flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure in place of a page.")
-    flags.DEFINE_bool("tables", False, "With --runs: the paper's tables beside our FIDs in place of a page.")
-    flags.DEFINE_integer("seeds", 1, "Training seeds of every student in --figure.", lower_bound=1)
-    flags.DEFINE_string("out", None, "Default: report.html in --runs, or the figure's name with .png.")
+    """Called by the program, not on import, because other programs have flags of the same names."""
+    paths.define_path("runs", None, "Directory that holds the evaluated runs, at any depth.")
+    flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure instead of writing a page.")
+    flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables beside our FIDs, no page.")
+    flags.DEFINE_integer("seeds", 1, "Number of training seeds for each student of --figure.", lower_bound=1)
+    paths.define_path("out", None, "File to write. Default: report.html in --runs, or FIGURE.png.")
     flags.register_multi_flags_validator(
         ["runs", "figure"],
         lambda given: (given["runs"] is None) != (given["figure"] is None),
-        message="give --runs=DIR for a page or --figure=NAME for a figure, one of them",
+        message="give either --runs=DIR for a page or --figure=NAME for a figure",
     )
 
 
 def main() -> None:
-    """Flags in, one call out."""
+    """Writes what the flags ask for."""
     if flags.FLAGS.figure:
         began = time.monotonic()
-        out = Path(flags.FLAGS.out or f"{flags.FLAGS.figure}.png")
+        out = flags.FLAGS.out or Path(f"{flags.FLAGS.figure}.png")
         print(trajectories_figure(out, seeds=flags.FLAGS.seeds))
-        print(f"The figure, after {time.monotonic() - began:.0f} s: {out}")
+        print(f"Drawn in {time.monotonic() - began:.0f} s: {out}")
         return
-    runs = Path(flags.FLAGS.runs)
+    runs = flags.FLAGS.runs
     if flags.FLAGS.tables:
-        print(paper_tables(runs))
+        print(write_paper_tables(runs))
         return
-    out = Path(flags.FLAGS.out) if flags.FLAGS.out else runs / "report.html"
-    print(report(runs, out))
-    print(f"The page, with plots and samples: {out}")
+    out = flags.FLAGS.out or runs / "report.html"
+    print(write_page(runs, out))
+    print(f"The page with plots and samples: {out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
 python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz --format=adm
 
-The second is what ADM's evaluator takes, and `mcm_jax.evaluate --images`.
+The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --images`.
 """
 
 import os
@@ -14,54 +14,69 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from mcm_jax.system import command_line
+from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_asked_for
 from mcm_jax.system.pictures import image_grid, save_png
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-_OUT = flags.DEFINE_string(
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run.", required=True)
+_OUT = paths.define_path(
     "out",
     None,
-    "FILE.png for a grid, FILE.npz for arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
+    "FILE.png writes a grid; FILE.npz writes arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
     required=True,
 )
 # The suffix that --out must have.
 _FORMATS = {"grid": ".png", "adm": ".npz"}
 _FORMAT = flags.DEFINE_enum(
-    "format", None, list(_FORMATS), "grid or, as ADM's evaluator takes it, adm; default: as --out ends."
+    "format",
+    None,
+    list(_FORMATS),
+    "grid, or adm for the .npz that ADM's evaluator reads. Default: by the suffix of --out.",
 )
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", None, "Network calls an image; default: the run's own.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps. Default: the run's own.", lower_bound=1)
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
     ["ddim", "addim", "noisy_ddim", "ddpm", "heun"],
-    "Default: the run's own. heun calls the network twice a step but for the last.",
+    "Default: the run's own. heun calls the network twice in each step except the last.",
 )
 _NOISE_GRID = flags.DEFINE_enum(
-    "noise_grid", None, ["schedule", "karras"], "Noise levels; default: the run's own."
+    "noise_grid", None, ["schedule", "karras"], "Noise levels. Default: the run's own."
 )
 _X_VAR = flags.DEFINE_enum(
     "x_var",
     None,
     ["analytic", "measured"],
-    "Variance of addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
+    "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's own.",
 )
-_GUIDANCE = flags.DEFINE_float("guidance", None, "g, 0 is none; default: the run's own.", lower_bound=0)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Guidance weight g; 0 means none. Default: the run's own.", lower_bound=0
+)
+_ROUNDING = flags.DEFINE_enum(
+    "rounding", "nearest", ["nearest", "floor"], "How samples become bytes; ADM's scripts take the floor."
+)
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Image n depends on (seed, n) only.", lower_bound=0, upper_bound=2**32 - 1
+    "seed", 0, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
 )
-_LABEL = flags.DEFINE_integer("label", None, "Class of all images; default: drawn.", lower_bound=0)
-_PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or last parameters.")
-_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
-_BATCH = flags.DEFINE_integer("batch_per_device", None, "Default: the run's own.", lower_bound=1)
-_COLUMNS = flags.DEFINE_integer("columns", 8, "Images in a row of the grid.", lower_bound=1)
+_LABEL = flags.DEFINE_integer("label", None, "Class of all images. Default: drawn at random.", lower_bound=0)
+_PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or raw parameters.")
+_CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", None, "Training step of the checkpoint. Default: the newest one."
+)
+_DATA_DIR = paths.define_path(
+    "data_dir", None, "Directory of the prepared data sets. Default: where training found them."
+)
+_BATCH = flags.DEFINE_integer(
+    "batch_per_device", None, "Images that a device samples at once. Default: the run's own.", lower_bound=1
+)
+_COLUMNS = flags.DEFINE_integer("columns", 8, "Images in each row of the grid.", lower_bound=1)
 
 
 def main() -> None:
-    """Flags in, one file out."""
-    out = Path(_OUT.value)
+    """Samples what the flags say and writes one file."""
+    out = _OUT.value
     if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
@@ -69,19 +84,24 @@ def main() -> None:
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
     if not os.access(out.absolute().parent, os.W_OK):
-        raise InputError(f"--out={out}: {out.parent} can't be written; choose another directory")
-    from mcm_jax.system import distributed  # Slow to import: --help and bad flags need not wait for it.
+        raise InputError(f"--out={out}: {out.parent} is not writable; choose another directory")
+    from mcm_jax.system import distributed  # Slow to import; --help and bad flags should not wait for it.
 
     with distributed.joined():
         _sample_to(out)
 
 
 def _sample_to(out: Path) -> None:
-    """All processes sample together, the first one writes."""
+    """All processes sample together; the first one writes."""
     from mcm_jax.runs.run import load_run
     from mcm_jax.system import distributed
 
-    run = load_run(_WORKDIR.value, parameters=_PARAMETERS.value, checkpoint_step=_CHECKPOINT_STEP.value)
+    run = load_run(
+        _WORKDIR.value,
+        parameters=_PARAMETERS.value,
+        checkpoint_step=_CHECKPOINT_STEP.value,
+        data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
+    )
     labels = None
     if _LABEL.value is not None:
         if _LABEL.value >= run.dataset.num_classes:
@@ -98,8 +118,11 @@ def _sample_to(out: Path) -> None:
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)
-    record = run.sampling_record(**_how())
-    print(f"{len(images)} images, {record['steps']} steps of {record['sampler']}, seed {_SEED.value}: {out}")
+    settings = run.sampling(**_sampling_options())
+    print(
+        f"{len(images)} images, {settings.steps} steps of {settings.sampler}, seed {_SEED.value}, "
+        f"rounding {settings.rounding}: {out}"
+    )
 
 
 def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -116,17 +139,18 @@ def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndar
             labels=labels,
             batch_per_device=_BATCH.value,
             progress=lambda count: bar.advance(task, count),
-            **_how(),
+            **_sampling_options(),
         )
 
 
-def _how() -> dict[str, Any]:
+def _sampling_options() -> dict[str, Any]:
     flags_of = {
         "steps": _STEPS,
         "sampler": _SAMPLER,
         "noise_grid": _NOISE_GRID,
         "x_var": _X_VAR,
         "guidance": _GUIDANCE,
+        "rounding": _ROUNDING,
     }
     return {name: flag.value for name, flag in flags_of.items()}
 

@@ -9,14 +9,13 @@ where it is started on each, see mcm_jax/system/distributed.py and launch/.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from mcm_jax.system import command_line, config_files
+from mcm_jax.system import command_line, config_files, paths
 
 _CONFIG = config_files.define_flag("openmoji:cd,steps=4")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if need be.")
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     from mcm_jax.runs import trainer
     from mcm_jax.system import distributed
 
-    workdir = Path(_WORKDIR.value)
+    workdir = _WORKDIR.value
     with distributed.joined():
         finished = trainer.train(config, workdir)
         if finished:

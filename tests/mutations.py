@@ -174,7 +174,10 @@ def gradient(place: Place) -> Iterator[ast.expr]:
     networks = [name for name in place.names if name.endswith("_fn")]
     networks += [a.name for a in place.scope[1:] if isinstance(a, ast.FunctionDef)]
     returned = functions[-1].returns if isinstance(parent, ast.Return) else None
-    is_float = called(node) in networks or (returned and re.match(FLOATS, ast.unparse(returned)))
+    is_network = isinstance(node, ast.Call) and (
+        called(node) in networks or ast.unparse(node.func) in ("networks.student", "networks.teacher")
+    )
+    is_float = is_network or (returned and re.match(FLOATS, ast.unparse(returned)))
     if called(node) == "stop_gradient":
         yield node.args[0]
     elif is_float and called(parent) != "stop_gradient":

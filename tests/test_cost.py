@@ -11,7 +11,8 @@ import pytest
 from configs import imagenet64
 from mcm_jax.config import validation
 from mcm_jax.diffusion import sampling, schedules
-from mcm_jax.runs import experiment
+from mcm_jax.objectives.objective import Networks
+from mcm_jax.runs import build
 from tests import tiny
 
 NULL_CLASS = 9
@@ -27,29 +28,33 @@ OBJECTIVES = {
     "cd": ("cd", {}, {}),
     "cd, ddim": ("cd", {}, {"teacher_step": "ddim"}),
     "cd, target ema": ("cd", {}, {"target_network": "ema"}),
-    "cd, guided": ("cd", {"teacher_guidance": 0.5}, {}),
+    "cd, guided": ("cd", {}, {"teacher_guidance": 0.5}),
     "progressive": ("progressive", {}, {}),
     "tract": ("tract", {}, {}),
-    "guidance": ("guidance", {"teacher_guidance": 0.5}, {}),
+    "guidance": ("guidance", {"guidance.teacher_guidance": 0.5}, {}),
 }
 
 
-def build(name, **consistency):
-    """The Config of a row of OBJECTIVES and its objective, as training builds them."""
+def config_and_loss(name, **consistency):
+    """The Config of a row of OBJECTIVES and its loss of (student, teacher, target, x, cond, key, step)."""
     objective, settings, row = OBJECTIVES[name]
     config = tiny.config(ANYWHERE, objective, None if objective == "diffusion" else ANYWHERE)
     for field, value in settings.items():
         config.update_from_flattened_dict({field: value})
     config.consistency.update(row | consistency)
     config = validation.validate(config)
-    objective = experiment.build_objective(config, null_class=NULL_CLASS)
 
-    def with_target(model_fn, teacher_fn, target_fn, *arguments):
-        # A target network is there where the config wants one, and a teacher where one is distilled.
-        target_fn = None if experiment.target_decay(config) is None else target_fn
-        return objective(model_fn, teacher_fn if experiment.distils(config) else None, target_fn, *arguments)
+    def loss(student, teacher, target, *arguments):
+        networks = Networks(
+            student=student,
+            teacher=teacher if config.distils else None,
+            target=None if config.target_decay is None else target,
+            schedule=build.schedule(config),
+            null_class=NULL_CLASS,
+        )
+        return config.loss(networks, *arguments)
 
-    return config, with_target
+    return config, loss
 
 
 STUDENT, TARGET = ("student", "label", "dropout"), ("target", "label", "dropout")
@@ -89,7 +94,7 @@ def test_network_evaluations_of_a_loss(name, expected):
 
         return model_fn
 
-    _, objective = build(name)
+    _, objective = config_and_loss(name)
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     networks = map(counted, ("student", "teacher", "target"))
     objective(*networks, x, jnp.arange(4), jax.random.key(1), jnp.int32(0))
@@ -101,7 +106,7 @@ def test_network_evaluations_of_a_loss(name, expected):
 # --- The sampler beside its network, by the compiler's count of floating-point operations. ---
 
 # ImageNet64's small UViT; nothing of it is allocated.
-UVIT = experiment.build_network(validation.validate(imagenet64.get_config("small,teacher")), num_classes=1000)
+UVIT = build.network(validation.validate(imagenet64.get_config("small,teacher")), num_classes=1000)
 BATCH = 2
 Z, COND, KEYS = jax.eval_shape(
     lambda: (

@@ -1,6 +1,7 @@
 """The programs as a user calls them: exit codes, one line for a mistake, files written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,20 @@ def test_sample_writes_a_grid_and_arrays(teacher, tmp_path):
     grid = call("sample", f"--workdir={teacher}", "--num=5", f"--out={tmp_path}/grid.png", "--columns=3")
     assert grid.returncode == 0, grid.stderr
     assert Image.open(tmp_path / "grid.png").size[0] > 3 * 8
+    assert "4 steps of addim, seed 0, rounding nearest" in grid.stdout
+
+
+def test_sample_takes_data_that_has_moved(teacher, tiny_data, tmp_path):
+    """Also the other settings reach the sampler, and the file is one that ADM's evaluator takes."""
+    run = tmp_path / "run"
+    shutil.copytree(teacher, run)
+    content = (run / "run.json").read_text()
+    (run / "run.json").write_text(content.replace(str(tiny_data), "/none"))
     out = (f"--out={tmp_path}/x.npz", "--format=adm")
-    arrays = call("sample", f"--workdir={teacher}", "--num=5", *out, "--steps=2", "--label=1")
+    how = ("--steps=2", "--label=1", "--x_var=measured", f"--data_dir={tiny_data}", "--rounding=floor")
+    arrays = call("sample", f"--workdir={run}", "--num=5", *out, *how)
     assert arrays.returncode == 0, arrays.stderr
-    assert "2 steps of addim" in arrays.stdout
+    assert "2 steps of addim, seed 0, rounding floor" in arrays.stdout
     with np.load(tmp_path / "x.npz") as content:
         # Of which ADM's evaluator reads the first.
         assert content["arr_0"].shape == (5, 8, 8, 3) and content["arr_0"].dtype == np.uint8

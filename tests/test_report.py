@@ -10,7 +10,7 @@ from PIL import Image
 
 from mcm_jax.bench import trajectories
 from mcm_jax.bench import trajectories_figure as drawing
-from mcm_jax.reporting import reports
+from mcm_jax.reporting import outputs
 from mcm_jax.system.errors import InputError
 from tests.reporting.made_up import TEACHER, record, write
 
@@ -34,14 +34,14 @@ def test_the_program_writes_the_page_and_prints_the_table(runs):
     table, _, last = done.stdout.rstrip("\n").rpartition("\n")
     assert (runs / "report.md").read_text() == table
     assert "| 4                          |         | 500.0 |" in table
-    assert last == f"The page, with plots and samples: {runs / 'report.html'}"
+    assert last == f"The page with plots and samples: {runs / 'report.html'}"
     assert (runs / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert f"note: {'smoke/cd4'} has no run.json" in done.stderr
     assert sorted(path.name for path in runs.iterdir()) == ["report.html", "report.md", "report.png", "smoke"]
 
 
 def test_out_names_the_page_and_is_made(runs, tmp_path):
-    assert reports.report(runs, tmp_path / "new" / "results.html")
+    assert outputs.write_page(runs, tmp_path / "new" / "results.html")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "results.html",
         "results.md",
@@ -51,7 +51,7 @@ def test_out_names_the_page_and_is_made(runs, tmp_path):
 
 def test_the_same_results_make_the_same_page(runs, tmp_path):
     for name in ("a", "b"):
-        reports.report(runs, tmp_path / f"{name}.html")
+        outputs.write_page(runs, tmp_path / f"{name}.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
@@ -68,7 +68,7 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
         ((f"--runs={runs}", f"--out={tmp_path / 'report.pdf'}"), "must end in .html"),
         ((f"--runs={runs}", f"--out={tmp_path / 'file' / 'report.html'}"), "cannot write there"),
         ((), "--runs"),
-        ((f"--runs={runs}", "--figure=trajectories"), "--runs=DIR for a page or --figure=NAME"),
+        ((f"--runs={runs}", "--figure=trajectories"), "either --runs=DIR for a page or --figure=NAME"),
         (("--figure=table",), "trajectories"),
         (("--figure=trajectories", f"--out={tmp_path / 'figure.svg'}"), "must end in .png"),
         (("--figure=trajectories", f"--out={tmp_path / 'file' / 'figure.png'}"), "cannot write there"),
@@ -79,7 +79,7 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
         assert said in done.stderr
 
 
-def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys, monkeypatch):
+def test_the_figure_is_drawn_and_its_numbers_are_printed(tmp_path, capsys, monkeypatch):
     # Another student would take as long again, to compile.
     monkeypatch.setattr(drawing, "FIGURE_STEPS", (1, 4))
     out = tmp_path / "new" / "figure.png"
@@ -93,14 +93,14 @@ def test_the_figure_is_drawn_and_its_numbers_are_told(tmp_path, capsys, monkeypa
         f"exact samples {number} ± {number} over 100 draws$",
         line,
     )
-    told = capsys.readouterr().err
-    assert [told.count(f"{title}: ") for title in ("1 step", "4 steps")] == [2, 2]
+    printed = capsys.readouterr().err
+    assert [printed.count(f"{title}: ") for title in ("1 step", "4 steps")] == [2, 2]
 
 
 def test_the_figure_s_numbers_over_training_seeds(tmp_path, monkeypatch):
     """Mean and standard error of those that every seed has alone."""
     monkeypatch.setattr(drawing, "FIGURE_STEPS", (1,))
-    monkeypatch.setattr(drawing, "_DRAWS", 2)
+    monkeypatch.setattr(drawing, "_SETS", 2)
     distances = {0: 0.25, 1: 0.5, 2: 0.75}
 
     def student(mixture, z_1, *, config, num_samples):
@@ -132,7 +132,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(InputError, match="Input/output error"):
-        reports.report(runs, out)
+        outputs.write_page(runs, out)
     monkeypatch.undo()
     assert out.read_text() == out.with_suffix(".md").read_text() == "the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "runs"]

@@ -15,13 +15,22 @@ import numpy as np
 import pytest
 
 from mcm_jax.diffusion import mixtures, process, sampling, schedules, segments, steps
-from mcm_jax.objectives.consistency import consistency_loss
-from mcm_jax.objectives.progressive import progressive_loss
-from mcm_jax.runs import experiment
-from mcm_jax.training import step
+from mcm_jax.objectives.consistency import Consistency
+from mcm_jax.objectives.progressive import Progressive
+from mcm_jax.runs import build
+from mcm_jax.training import optimizer, step
 from tests import reference
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, numpy_x_hat
-from tests.test_cost import OBJECTIVES, build
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    constant_grid,
+    linear_model,
+    networks,
+    numpy_x_hat,
+)
+from tests.test_cost import OBJECTIVES, config_and_loss
 
 COSINE = schedules.cosine()
 
@@ -283,21 +292,23 @@ def perfect_student(mixture, *, student_steps, theta):
     return model_fn
 
 
-def distillation_loss(theta, mixture, teacher_steps, *, student_steps, count):
-    """consistency_loss of the student beside the perfect one; SNR + 1 makes it the squared distance in v."""
-    return consistency_loss(
-        perfect_student(mixture, student_steps=student_steps, theta=theta),
-        mixtures.model_fn(mixture),
-        mixtures.sample(mixture, jax.random.key(0), count),
-        jnp.zeros(count, jnp.int32),
-        jax.random.key(1),
-        schedule=COSINE,
+# N_teacher = 2^i in update i, so that one program serves all of them.
+DOUBLING = {"teacher_steps_first": 1.0, "teacher_steps_last": 1024.0, "anneal_steps": 10}
+
+
+def distillation_loss(theta, mixture, train_step, *, student_steps, count):
+    """The loss of the student beside the perfect one; SNR + 1 makes it the squared distance in v."""
+    objective = Consistency(
         student_steps=student_steps,
-        teacher_steps=teacher_steps,
         teacher_step="ddim",
-        distance_kind="squared",
+        distance="squared",
         loss_weight="snr_plus_one",
+        **DOUBLING,
     )
+    student = perfect_student(mixture, student_steps=student_steps, theta=theta)
+    x, cond = mixtures.sample(mixture, jax.random.key(0), count), jnp.zeros(count, jnp.int32)
+    functions = networks(student, mixtures.model_fn(mixture), schedule=COSINE)
+    return objective(functions, x, cond, jax.random.key(1), train_step)
 
 
 TEACHER_STEPS = np.array([64, 128, 256, 512])
@@ -314,7 +325,7 @@ def at_every_time(mixture, student_steps, count, *thetas):
     Both are [S, N_per].
     """
 
-    def mean_loss(theta, mixture, teacher_steps, n_per, start, n_rel):
+    def mean_loss(theta, mixture, n_per, start, n_rel):
         grid_steps = n_per * student_steps
         numbers = (start + n_rel, start + n_rel - 1, start)
         t, s, t_step = (jnp.full(count, n / grid_steps) for n in numbers)
@@ -322,17 +333,17 @@ def at_every_time(mixture, student_steps, count, *thetas):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(segments, "draw_times", lambda *_, **__: times)
             options = {"student_steps": student_steps, "count": count}
-            losses = distillation_loss(theta, mixture, teacher_steps, **options)
+            losses = distillation_loss(theta, mixture, jnp.int32(0), **options)
         return jnp.mean(losses)
 
-    chunk = jax.jit(jax.vmap(jax.value_and_grad(mean_loss), in_axes=(None, None, None, None, 0, 0)))
+    chunk = jax.jit(jax.vmap(jax.value_and_grad(mean_loss), in_axes=(None, None, None, 0, 0)))
 
     def on_grid(theta, teacher_steps):
         n_per = teacher_steps // student_steps
         step, n = np.divmod(np.arange(teacher_steps), n_per)
         # In pieces of one size: one program for all grids.
         parts = [
-            chunk(theta, mixture, jnp.float32(teacher_steps), n_per, *rows)
+            chunk(theta, mixture, n_per, *rows)
             for rows in zip((step * n_per).reshape(-1, 64), (n + 1).reshape(-1, 64), strict=True)
         ]
         return tuple(np.concatenate(part).reshape(-1, n_per) for part in zip(*parts, strict=True))
@@ -427,7 +438,7 @@ def test_perfect_student_at_drawn_times():
     mixture, student_steps, _ = PROBLEMS["two components on a line"]
     with jax.enable_x64(True):
         draws = jax.jit(functools.partial(distillation_loss, student_steps=student_steps, count=4096))
-        coarse, fine = (np.asarray(draws(0.0, mixture, jnp.float32(n))) for n in (64, 512))
+        coarse, fine = (np.asarray(draws(0.0, mixture, jnp.int32(i))) for i in (6, 9))  # N_teacher 64, 512
     # Finite, all of them. 8 times the steps: between 8^2.7 and 8^3; 32 examples are anchors of 512 steps.
     assert 8**2.4 < coarse.mean() / fine.mean() < 8**3.2
 
@@ -460,20 +471,16 @@ def test_segments_of_one_step_are_diffusion_training(
     theta, key = 0.3, jax.random.key(seed)
 
     def mean_loss(theta):
-        losses = consistency_loss(
-            linear_model(theta),
-            None,
-            X,
-            COND,
-            key,
-            schedule=schedule,
+        objective = constant_grid(
+            student_steps,
             student_steps=student_steps,
-            teacher_steps=jnp.float32(student_steps),
-            distance_kind=kind,
+            distance=kind,
             huber_epsilon=epsilon,
-            reduction=reduction,
+            huber_reduction=reduction,
             loss_weight=weight,
         )
+        functions = networks(linear_model(theta), schedule=schedule)
+        losses = objective(functions, X, COND, key, jnp.int32(0))
         return losses.mean(), losses
 
     gradient, losses = jax.grad(mean_loss, has_aux=True)(theta)
@@ -521,16 +528,8 @@ def test_progressive_target_is_two_addim_steps(seed, t, m_over_t, s_over_m, xvar
     with pytest.MonkeyPatch.context() as patch:
         drawn = tuple(jnp.full(len(X), time) for time in times)
         patch.setattr(segments, "draw_halves", lambda *_, **__: drawn)
-        losses = progressive_loss(
-            linear_model(theta),
-            linear_model(0.2),
-            X,
-            COND,
-            key,
-            schedule=schedule,
-            student_steps=1,
-            xvar_frac=xvar_frac,
-        )
+        functions = networks(linear_model(theta), linear_model(0.2), schedule=schedule)
+        losses = Progressive(stages=(2, 1), xvar_frac=xvar_frac)(functions, X, COND, key, jnp.int32(0))
     at, middle, to = (float(schedule(jnp.asarray(time))) for time in times)
     noise = np.asarray(jax.random.normal(jax.random.split(key, 3)[1], SHAPE), np.float64)
     alpha, sigma = reference.alpha_sigma(at)
@@ -570,7 +569,7 @@ def network_params(seed):
 
 
 def train(objective, *, updates, target_decay=None, apply=network):
-    """State after some updates by `objective`, a function as build_objective gives; and the jitted update."""
+    """State after some updates by `objective`, a loss as `config_and_loss` gives; and the jitted update."""
 
     def bind(params):
         return None if params is None else functools.partial(apply, params)
@@ -579,9 +578,10 @@ def train(objective, *, updates, target_decay=None, apply=network):
         networks = map(bind, (params, teacher_params, target_params))
         return objective(*networks, batch["image"], batch["label"], key, train_step)
 
-    optimizer = experiment.build_optimizer(build("diffusion")[0])
-    update = jax.jit(step.make_update(loss_fn, optimizer, ema_decay=0.9, target_decay=target_decay, seed=0))
-    state = step.init_state(network_params(0), optimizer, target_decay=target_decay)
+    config, _ = config_and_loss("diffusion")
+    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
+    update = jax.jit(step.make_update(loss_fn, adam, ema_decay=0.9, target_decay=target_decay, seed=0))
+    state = step.init_state(network_params(0), adam, target_decay=target_decay)
     for n in range(updates):
         batch = {
             "image": jnp.tanh(jax.random.normal(jax.random.key(100 + n), (16, 4))),
@@ -593,24 +593,20 @@ def train(objective, *, updates, target_decay=None, apply=network):
 
 def test_tract_of_one_phase_without_momentum_trains_like_distillation():
     """Three updates of config.objective = tract, target_decay 0: those of the squared CD loss."""
-    config, tract = build("tract")
-    before, after = config.consistency.stages
+    config, tract = config_and_loss("tract")
+    before, after = config.tract.stages
 
-    def distillation(model_fn, teacher_fn, target_fn, x, cond, key, train_step):
-        assert target_fn is None
-        return consistency_loss(
-            model_fn,
-            teacher_fn,
-            x,
-            cond,
-            key,
-            schedule=experiment.build_schedule(config),
+    def distillation(student, teacher, target, *arguments):
+        assert target is None
+        objective = constant_grid(
+            before,
             student_steps=after,
-            teacher_steps=jnp.float32(before),
             teacher_step="ddim",
-            distance_kind="squared",
-            loss_weight=config.consistency.loss_weight,
+            distance="squared",
+            loss_weight=config.tract.loss_weight,
         )
+        functions = networks(student, teacher, schedule=build.schedule(config))
+        return objective(functions, *arguments)
 
     expected, _ = train(distillation, updates=3)
     actual, _ = train(tract, updates=3, target_decay=0.0)
@@ -629,7 +625,7 @@ def test_tract_of_one_phase_without_momentum_trains_like_distillation():
 
 def test_one_compilation_while_the_teacher_steps_are_annealed():
     """N_teacher from 4 to 64 is a number in one program: the student is traced twice, its teacher once."""
-    _, annealed = build(
+    _, annealed = config_and_loss(
         "cd", student_steps=4, teacher_steps_first=4.0, teacher_steps_last=64.0, anneal_steps=4
     )
     traces, seen = [], []
@@ -668,7 +664,7 @@ def test_objectives_take_examples_one_by_one(name):
 
     Its own place is kept: times and noise are drawn by place.
     """
-    _, objective = build(name)
+    _, objective = config_and_loss(name)
     networks = [linear_model(theta) for theta in (0.3, 0.2, 0.25)]
     cond = jnp.arange(len(X)) % 3
 

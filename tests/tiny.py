@@ -10,8 +10,8 @@ from PIL import Image
 from mcm_jax.config import validation
 from mcm_jax.config.settings import default_config
 from mcm_jax.data import pipeline, preparation
-from mcm_jax.runs import experiment, workdirs
-from mcm_jax.training import step
+from mcm_jax.runs import build, workdirs
+from mcm_jax.training import optimizer, step
 from mcm_jax.training.checkpoints import Checkpoints
 
 
@@ -54,7 +54,7 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     if objective in ("cd", "ct"):
         result.consistency.update(student_steps=2, anneal_steps=4)
     elif objective in ("tract", "progressive"):
-        result.consistency.update(stages=(4, 2), loss_weight="max_snr_one")
+        result[objective].stages = (4, 2)
     return result
 
 
@@ -69,12 +69,12 @@ def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     """A finished teacher without the training: its parameters are made up, and none is zero as a start's."""
     settings = validation.validate(made_up_config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
-    network = experiment.build_network(settings, num_classes=dataset.num_classes)
+    network = build.network(settings, num_classes=dataset.num_classes)
     rng = np.random.default_rng(0)
     start = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
     params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), start)
     workdirs.claim(workdir, settings, dataset, trained_on=None, needed_bytes=0)
-    state = step.init_state(params, experiment.build_optimizer(settings))
+    state = step.init_state(params, optimizer.adam(settings.optimizer, num_steps=settings.training.num_steps))
     data = grain.MapDataset.range(1).to_iter_dataset()
     with Checkpoints(workdir, keep=1) as checkpoints:
         checkpoints.save(state, iter(data), step=settings.training.num_steps)

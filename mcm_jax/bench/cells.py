@@ -1,8 +1,7 @@
-"""Cells: small runs whose results are stored as they end, so that a bench resumes."""
+"""Cells: small measurements that are stored as they finish, so that an interrupted bench resumes."""
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,32 +10,42 @@ from typing import Any
 
 import ml_collections
 
+from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 
 Values = dict[str, float]
 
+RESULTS = "results.jsonl"
+# What the file calls a problem.
+_PROBLEM = "setting"
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run and how it is sampled.
+    """One model of one problem, and how it is sampled.
 
-    `overrides` are fields of the config that differ from the setting's, as ("consistency.xvar_frac", 0.0).
+    Attributes:
+      system: cd, ct or progressive: a student. diffusion: the diffusion model that a mixture's students start
+        from. teacher: the model that students learn from; the closed-form denoiser of a mixture, or
+        OpenMoji's trained diffusion model.
+      steps: the student's, or the sampler's for the other systems.
+      overrides: fields of the config that differ from the problem's, as ("consistency.xvar_frac", 0.0).
     """
 
-    setting: str
-    system: str  # an objective, or "exact": the closed-form denoiser, which nobody trains
-    steps: int  # of the student, or of the sampler of a model of all of time
+    problem: str
+    system: str
+    steps: int
     seed: int
     overrides: tuple[tuple[str, Any], ...] = ()
     sampler: str = "ddim"
 
     @property
     def label(self) -> str:
-        """One word for each thing that tells it from other cells, for people and for directories."""
+        """Everything that distinguishes it from other cells, a word for each; readable, and unique."""
         changed = [f"{name.rsplit('.', 1)[-1]}={value}" for name, value in self.overrides]
         sampler = [] if self.sampler == "ddim" else [self.sampler]
-        return " ".join([self.setting, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
+        return " ".join([self.problem, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
 
     @property
     def schedule(self) -> tuple[tuple[str, Any], ...]:
@@ -44,25 +53,40 @@ class Cell:
         return tuple((name, value) for name, value in self.overrides if name.startswith("schedule."))
 
     def override(self, config: ml_collections.ConfigDict) -> None:
-        """Sets the overrides' fields."""
+        """Sets the overridden fields in `config`."""
         for name, value in self.overrides:
             section, field = name.split(".")
             config[section][field] = value
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell as a JSON object."""
+        fields = dataclasses.asdict(self)
+        return {_PROBLEM: fields.pop("problem"), **fields}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Cell":
+        """The inverse of `to_json`; KeyError, TypeError or ValueError if `content` is no cell."""
+        fields = dict(content)
+        overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
+        return cls(problem=fields.pop(_PROBLEM), overrides=overrides, **fields)
 
 
 class Store:
     """A JSON-lines file of finished cells."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """settings: by name; each a dataclass that says how its cells are measured.
+    def __init__(self, path: Path, problems: Mapping[str, Any]):
+        """Reads the file if it exists.
+
+        Args:
+          problems: by name; each is a dataclass that determines how its cells are measured.
 
         Raises:
-          InputError: the file is none of ours, or has results of another setting of the same name, such as
+          InputError: the file holds something else, or results of another problem of the same name, such as
             those of a quick run.
         """
         self.path = path
-        self._settings = {
-            name: json.loads(json.dumps(dataclasses.asdict(setting))) for name, setting in settings.items()
+        self._problems = {
+            name: json.loads(json.dumps(dataclasses.asdict(problem))) for name, problem in problems.items()
         }
         self._values: dict[Cell, Values] = {}
         self.seconds: dict[Cell, float] = {}
@@ -76,22 +100,26 @@ class Store:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # Cut off by a crash: its cell is measured again.
-            try:
-                fields = record["cell"]
-                overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
-                cell = Cell(overrides=overrides, **fields)
-                values, seconds, setting = record["values"], float(record["seconds"]), record["setting"]
-                values = {name: float(value) for name, value in values.items()}
-                values["distance"]  # all cells have it
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{path}:{number} is no result of the bench ({error}); remove it") from error
-            if setting != self._settings.get(cell.setting, setting):
-                raise InputError(
-                    f"{path}:{number} was measured with {setting}, now it would be "
-                    f"{self._settings[cell.setting]}; choose another --out"
-                )
-            self._values[cell], self.seconds[cell] = values, seconds
+                continue  # Cut off by a crash; its cell will be measured again.
+            self._read(record, place=f"{path}:{number}")
+
+    def _read(self, record: Any, *, place: str) -> None:
+        try:
+            cell, problem, seconds = (
+                Cell.from_json(record["cell"]),
+                record[_PROBLEM],
+                float(record["seconds"]),
+            )
+            values = {name: float(value) for name, value in record["values"].items()}
+            values["distance"]  # All cells have it.
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{place} is no result of the bench ({error}); remove it") from error
+        if problem != self._problems.get(cell.problem, problem):
+            raise InputError(
+                f"{place} was measured with {problem}, now it would be "
+                f"{self._problems[cell.problem]}; choose another --out"
+            )
+        self._values[cell], self.seconds[cell] = values, seconds
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._values
@@ -100,14 +128,14 @@ class Store:
         return self._values[cell]
 
     def add(self, cell: Cell, values: Values, *, seconds: float) -> None:
-        """Stores one more; complete or absent in the file."""
+        """Stores a cell's values; the file then holds all of them or, after a crash, none."""
         record = {
-            "cell": dataclasses.asdict(cell),
-            "setting": self._settings[cell.setting],
+            "cell": cell.to_json(),
+            _PROBLEM: self._problems[cell.problem],
             "values": values,
             "seconds": round(seconds, 2),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")},
+            "versions": versions.record("jax", "flax", "mcm_jax"),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_line(self.path, record)
@@ -119,7 +147,7 @@ def _hashable(value: Any) -> Any:
 
 
 def run(cells: Iterable[Cell], store: Store, measure: Callable[[Cell], Values]) -> None:
-    """Measures every cell that the store lacks, in the order given; tells each as it ends."""
+    """Measures each cell that the store does not hold, in the given order, and prints it when done."""
     cells = list(dict.fromkeys(cells))
     left = [cell for cell in cells if cell not in store]
     if len(left) < len(cells):
@@ -130,6 +158,6 @@ def run(cells: Iterable[Cell], store: Store, measure: Callable[[Cell], Values]) 
         values = measure(cell)
         store.add(cell, values, seconds=time.monotonic() - start)
         spent = time.monotonic() - started
-        told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         minutes = spent / number * (len(left) - number) / 60
-        print(f"{number}/{len(left)}  {cell.label}: {told}  ({minutes:.0f} min left)", flush=True)
+        print(f"{number}/{len(left)}  {cell.label}: {text}  ({minutes:.0f} min left)", flush=True)

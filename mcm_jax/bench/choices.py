@@ -1,4 +1,4 @@
-"""The choices that the paper leaves open, each against its default on the same bench (SPEC 2, 4)."""
+"""The choices that the paper leaves open, each compared with its default on the same bench (SPEC 2, 4)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mcm_jax.bench.cells import Cell, Store
 from mcm_jax.bench.findings import Measured, Overrides, measure
 
-# Where a choice is measured: CD with few and with many steps.
+# Each choice is measured on CD with few and with many steps.
 STUDENT_STEPS = (1, 4)
 
 
@@ -19,7 +19,7 @@ class Choice:
 
 
 def choices(learning_rate: float, resolution: int) -> tuple[Choice, ...]:
-    """All of them, for a default learning rate and the resolution of data and noise."""
+    """All open choices, given the default learning rate and the resolution of the data."""
     return (
         Choice("loss weight SNR + 1", (("consistency.loss_weight", "snr_plus_one"),)),
         Choice("loss weight max(SNR, 1)", (("consistency.loss_weight", "max_snr_one"),)),
@@ -42,21 +42,21 @@ def _shift(resolution: int, end_points: str) -> Overrides:
     )
 
 
-def cells_of(chosen: Sequence[Choice], setting: str, seeds: Sequence[int]) -> list[Cell]:
-    """Every cell that the choices need, the defaults included."""
+def cells_of(chosen: Sequence[Choice], problem: str, seeds: Sequence[int]) -> list[Cell]:
+    """Every cell that the choices need, including the defaults."""
     overrides = [(), *(choice.overrides for choice in chosen)]
     return [
-        Cell(setting, "cd", steps, seed, changed)
+        Cell(problem, "cd", steps, seed, changed)
         for seed in seeds
         for changed in overrides
         for steps in STUDENT_STEPS
     ]
 
 
-def measured(choice: Choice, store: Store, setting: str, steps: int, seeds: Sequence[int]) -> Measured | None:
-    """The alternative's distance less the default's, paired; None where a cell is missing."""
+def measured(choice: Choice, store: Store, problem: str, steps: int, seeds: Sequence[int]) -> Measured | None:
+    """The alternative's distance minus the default's, paired by seed; None if a cell is missing."""
     pairs = [
-        tuple(Cell(setting, "cd", steps, seed, changed) for changed in (choice.overrides, ()))
+        tuple(Cell(problem, "cd", steps, seed, changed) for changed in (choice.overrides, ()))
         for seed in seeds
     ]
     if any(cell not in store for pair in pairs for cell in pair):

@@ -1,13 +1,13 @@
-"""The paper's eight findings (SPEC 9) as sums of cells whose sign decides, and the rule that decides.
+"""The paper's eight findings (SPEC 9) as contrasts, sums of cells whose sign decides, and the deciding rule.
 
-The rule, fixed before anything was run: a contrast 'holds' when its mean over the seeds has the paper's sign
-by more than two standard errors, 'does not hold' when it has the other sign by as much, and is 'undecided'
-otherwise. A finding holds when all of its contrasts do, does not hold when one of them doesn't, and is
-undecided otherwise. All contrasts are written so that the paper's sign is positive, and are paired: cells of
-one seed share their noise, and students their teacher.
+The rule was fixed before anything was run. A contrast 'holds' if its mean over the seeds has the paper's sign
+by more than two standard errors, 'does not hold' if it has the other sign by as much, and is 'undecided'
+otherwise. A finding holds if all of its contrasts hold, does not hold if any of them does not, and is
+undecided otherwise. Every contrast is written so that the paper's sign is positive, and is paired: cells of
+one seed share their noise, and students share their teacher.
 
-It is a loose rule with few seeds: where nothing is the matter, three seeds exceed two standard errors on one
-side in 9% of all cases, five in 6%, and a finding of many contrasts has as many occasions.
+With few seeds the rule is loose. Without any true difference, three seeds exceed two standard errors on one
+given side in 9% of all cases, and five seeds in 6%; a finding of many contrasts has as many chances to do so.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ DDIM_TEACHER: Overrides = (("consistency.teacher_step", "ddim"),)
 
 
 def constant(teacher_steps: int) -> Overrides:
-    """N_teacher constant instead of annealed."""
+    """Overrides for a constant N_teacher instead of an annealed one."""
     return (
         ("consistency.teacher_steps_first", float(teacher_steps)),
         ("consistency.teacher_steps_last", float(teacher_steps)),
@@ -36,7 +36,7 @@ def constant(teacher_steps: int) -> Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """weight * values[quantity] of the cell of any seed."""
+    """weight * values[quantity] of a cell, for any seed."""
 
     weight: float
     system: str
@@ -45,23 +45,23 @@ class Term:
     sampler: str = "ddim"
     quantity: str = "distance"
 
-    def cell(self, setting: str, seed: int) -> Cell:
-        """The cell of one setting and seed."""
-        return Cell(setting, self.system, self.steps, seed, self.overrides, self.sampler)
+    def cell(self, problem: str, seed: int) -> Cell:
+        """The term's cell for one problem and seed."""
+        return Cell(problem, self.system, self.steps, seed, self.overrides, self.sampler)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A sum that is positive if the paper is right; `published`: the same sum of the paper's FIDs."""
+    """A sum of terms that is positive if the paper is right; `published` is the same sum of its FIDs."""
 
     name: str
     terms: tuple[Term, ...]
     published: float | None = None
 
-    def values(self, store: Store, setting: str, seeds: Sequence[int]) -> list[float]:
+    def values(self, store: Store, problem: str, seeds: Sequence[int]) -> list[float]:
         """The sum for each of the seeds."""
         return [
-            sum(term.weight * store[term.cell(setting, seed)][term.quantity] for term in self.terms)
+            sum(term.weight * store[term.cell(problem, seed)][term.quantity] for term in self.terms)
             for seed in seeds
         ]
 
@@ -77,7 +77,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the seeds say of a contrast."""
+    """A contrast's mean over the seeds, and the verdict."""
 
     mean: float
     standard_error: float
@@ -90,7 +90,7 @@ class Measured:
 
 
 def measure(values: Sequence[float]) -> Measured:
-    """Applies the rule to a contrast's values, one a seed; at least two."""
+    """Applies the rule to a contrast's values, one for each of at least two seeds."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     if abs(mean) <= 2 * error:
         return Measured(mean, error, "undecided")
@@ -98,7 +98,7 @@ def measure(values: Sequence[float]) -> Measured:
 
 
 def verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """The finding's, from its contrasts'."""
+    """A finding's verdict from those of its contrasts."""
     if "does not hold" in verdicts:
         return "does not hold"
     return "undecided" if "undecided" in verdicts else "holds"
@@ -112,13 +112,14 @@ def findings(
     sampler_steps: Sequence[int],
     best_teacher: Term,
 ) -> tuple[Finding, ...]:
-    """All eight, for the step counts that a setting affords.
+    """All eight findings, for the step counts that a problem has time for.
 
     Args:
-      student_steps: S, ascending, of the first, second, fifth and seventh finding; 1, 2, 4, 8 in the paper.
-      constants, constant_student_steps: the constant N_teacher of the sixth, and at which S.
-      sampler_steps: where aDDIM and DDIM are compared as samplers.
-      best_teacher: what the third finding calls the teacher, in the paper 512 steps of aDDIM.
+      student_steps: S, ascending, for the first, second, fifth and seventh finding; 1, 2, 4, 8 in the paper.
+      constants, constant_student_steps: the constant values of N_teacher in the sixth finding, and each S at
+        which they are compared.
+      sampler_steps: the numbers of steps at which aDDIM and DDIM are compared as samplers.
+      best_teacher: the teacher of the third finding; in the paper, 512 steps of aDDIM.
     """
     return (
         _steps_help(student_steps),
@@ -159,7 +160,7 @@ def _distillation_helps(student_steps: Sequence[int]) -> Finding:
 
 
 def _matches_the_teacher(teacher: Term, steps: int) -> Finding:
-    """'Matches' is ours: no more than a tenth above the teacher's distance."""
+    """'Matches' is our definition: at most a tenth above the teacher's distance."""
     published = 1.1 * paper.tables()["table1"]["diffusion_addim_512"]["small/imagenet64"] - _small("cd")(8)
     terms = (dataclasses.replace(teacher, weight=1.1), Term(-1.0, "cd", steps))
     contrast = Contrast(f"1.1 x diffusion model - CD, {steps} steps", terms, published)
@@ -211,7 +212,7 @@ def _beats_progressive(student_steps: Sequence[int]) -> Finding:
         terms = (Term(1.0, "progressive", steps), Term(-1.0, "cd", steps))
         published = paper.fid("table3", "pd", steps) - paper.fid("table3", "cd", steps)
         contrasts.append(Contrast(f"PD - CD, {steps} steps", terms, published))
-    # PD has done all of its stages' updates by then, CD those of one.
+    # By then PD has run the updates of all its stages, CD those of one training.
     return Finding(7, "CD beats progressive distillation", tuple(contrasts))
 
 
@@ -227,10 +228,10 @@ def _approaches_diffusion(student_steps: Sequence[int]) -> Finding:
     return Finding(8, "Many-step CT approaches the diffusion model, as a function", tuple(contrasts))
 
 
-def cells_of(chosen: Sequence[Finding], setting: str, seeds: Sequence[int]) -> list[Cell]:
-    """Every cell that the findings need, once, seed by seed, students by ascending steps."""
+def cells_of(chosen: Sequence[Finding], problem: str, seeds: Sequence[int]) -> list[Cell]:
+    """Every cell that the findings need, once each, by seed, system and ascending steps."""
     terms = [term for finding in chosen for contrast in finding.contrasts for term in contrast.terms]
-    cells = dict.fromkeys(term.cell(setting, seed) for seed in seeds for term in terms)
-    # Stages of progressive distillation go down: the fewer steps start from the more.
+    cells = dict.fromkeys(term.cell(problem, seed) for seed in seeds for term in terms)
+    # Stages of progressive distillation descend: each starts from the one with twice its steps.
     down = {"progressive": -1}
     return sorted(cells, key=lambda c: (c.seed, c.system, down.get(c.system, 1) * c.steps, str(c.overrides)))

@@ -24,8 +24,8 @@ from mcm_jax.diffusion import mixtures, process
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
-from mcm_jax.models.mlp import MLPSpec
-from mcm_jax.runs import experiment
+from mcm_jax.models.mlp import MLPSettings
+from mcm_jax.runs import build
 
 NUM_SAMPLES = 10_000
 # Samples share their noise across cells of a seed, and have none in common with other seeds.
@@ -33,7 +33,7 @@ _SAMPLING_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Problem:
     """A mixture, a network, lengths of training, and which step counts are measured."""
 
     name: str
@@ -71,9 +71,9 @@ class Setting:
         return choices(self.learning_rate, default_config().data.resolution)
 
 
-MIXTURE_64D = Setting("mixture", dimension=64)
-MIXTURE_2D = Setting("mixture2d", dimension=2, width=64)
-QUICK = Setting(
+MIXTURE_64D = Problem("mixture", dimension=64)
+MIXTURE_2D = Problem("mixture2d", dimension=2, width=64)
+QUICK = Problem(
     "mixture",
     dimension=64,
     diffusion_updates=300,
@@ -88,14 +88,14 @@ QUICK_2D = dataclasses.replace(QUICK, name="mixture2d", dimension=2, width=64)
 
 
 class Bench:
-    """Measures cells of one setting; keeps the models that later cells of the same seed start from."""
+    """Measures cells of one problem; keeps the models that later cells of the same seed start from."""
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
-        problem = mixtures.random_mixture(
-            0, dimension=setting.dimension, components=setting.components, mean_square=0.1
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        exact = mixtures.random_mixture(
+            0, dimension=problem.dimension, components=problem.components, mean_square=0.1
         )
-        self.mixture = Mixture(*(np.asarray(a, np.float32) for a in problem))
+        self.mixture = Mixture(*(np.asarray(a, np.float32) for a in exact))
         self._diffusion = functools.lru_cache(maxsize=1)(self._train_diffusion)
         self._stage = functools.lru_cache(maxsize=1)(self._train_stage)
 
@@ -109,10 +109,10 @@ class Bench:
         if cell.system == "progressive":
             return {"distance": self._distance(self._stage(cell.seed, cell.steps).model_fn, config, cell)}
         start = self._diffusion(cell.seed, cell.schedule)
-        run = vectors.train(config, self._spec(config), self.mixture, start=start.params)
+        run = vectors.train(config, self._model(config), self.mixture, start=start.params)
         values = {"distance": self._distance(run.model_fn, config, cell)}
         if cell.system == "ct":
-            schedule = experiment.build_schedule(config)
+            schedule = build.schedule(config)
             x = mixtures.sample(self.mixture, jax.random.key(cell.seed + _SAMPLING_SEED), NUM_SAMPLES)
             cond = jnp.zeros(len(x), jnp.int32)
             values["from_diffusion"] = mean_difference(
@@ -123,64 +123,61 @@ class Bench:
     def _distance(self, model_fn: ModelFn, config: Config, cell: Cell) -> float:
         x = vectors.sample(
             model_fn,
-            self.setting.dimension,
+            self.problem.dimension,
             NUM_SAMPLES,
             seed=cell.seed + _SAMPLING_SEED,
             num_steps=cell.steps,
             sampler=cell.sampler,
-            schedule=experiment.build_schedule(config),
+            schedule=build.schedule(config),
         )
         return mixtures.marginal_wasserstein(self.mixture, np.asarray(x))
 
     def _train_diffusion(self, seed: int, overrides: tuple) -> VectorRun:
-        config = self._config(Cell(self.setting.name, "diffusion", 1, seed, overrides))
-        return vectors.train(config, self._spec(config), self.mixture)
+        config = self._config(Cell(self.problem.name, "diffusion", 1, seed, overrides))
+        return vectors.train(config, self._model(config), self.mixture)
 
     def _train_stage(self, seed: int, steps: int) -> VectorRun:
         """The stage of progressive distillation with this many steps, from the one before."""
-        first = 2 * steps == self.setting.progressive_first
+        first = 2 * steps == self.problem.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        # Later teachers carry the adjustment already: ConsistencyConfig.later_xvar_frac.
-        overrides = () if first else (("consistency.xvar_frac", 0.0),)
-        config = self._config(Cell(self.setting.name, "progressive", steps, seed, overrides))
+        # Later teachers carry the adjustment already: Progressive.later_xvar_frac.
+        overrides = () if first else (("progressive.xvar_frac", 0.0),)
+        config = self._config(Cell(self.problem.name, "progressive", steps, seed, overrides))
         return vectors.train(
             config,
-            self._spec(config),
+            self._model(config),
             self.mixture,
             start=before.params,
             teacher=None if first else before.params,
         )
 
-    def _spec(self, config: Config) -> MLPSpec:
-        setting = self.setting
-        return MLPSpec(
-            dimension=setting.dimension,
-            width=setting.width,
-            blocks=setting.blocks,
+    def _model(self, config: Config) -> MLPSettings:
+        return MLPSettings(
+            width=self.problem.width,
+            blocks=self.problem.blocks,
             dropout=config.model.dropouts[0],
         )
 
     def _config(self, cell: Cell) -> Config:
-        config, setting = default_config(), self.setting
+        config, problem = default_config(), self.problem
         config.seed = cell.seed
         diffusion = cell.system in ("diffusion", "teacher")
-        num_steps = setting.diffusion_updates if diffusion else setting.student_updates
+        num_steps = problem.diffusion_updates if diffusion else problem.student_updates
         config.optimizer.update(
-            learning_rate=setting.diffusion_learning_rate if diffusion else setting.learning_rate,
+            learning_rate=problem.diffusion_learning_rate if diffusion else problem.learning_rate,
             warmup_steps=100 if diffusion else 0,
             decay="linear",
             ema_decay=0.99,
         )
-        config.training.update(num_steps=num_steps, batch_size=setting.batch_size)
-        # As in the paper half of the training is annealing.
-        config.consistency.anneal_steps = max(1, num_steps // 2)
+        config.training.update(num_steps=num_steps, batch_size=problem.batch_size)
         if not diffusion:
             config.objective = cell.system
             config.teacher_checkpoint = "in memory"
             if cell.system == "progressive":
-                config.consistency.stages = (2 * cell.steps, cell.steps)
+                config.progressive.stages = (2 * cell.steps, cell.steps)
             else:
-                config.consistency.student_steps = cell.steps
+                # As in the paper, half of the training is annealing.
+                config.consistency.update(student_steps=cell.steps, anneal_steps=max(1, num_steps // 2))
         cell.override(config)
         return validation.validate(config)
 

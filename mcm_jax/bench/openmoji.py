@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_collections
 
+from mcm_jax import records
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
@@ -26,11 +27,11 @@ from mcm_jax.runs.run import load_run
 
 RESOLUTION = 16
 NUM_SAMPLES = 1024
-METRIC = f"fd_effnet_lite0_{NUM_SAMPLES}"
+METRIC = records.with_count(records.DISTANCES[records.EFFICIENTNET], NUM_SAMPLES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Problem:
     """Lengths of training, and which step counts they leave time for."""
 
     name: str
@@ -59,8 +60,8 @@ class Setting:
         return choices(self.learning_rate, RESOLUTION)
 
 
-OPENMOJI = Setting("openmoji")
-QUICK = Setting(
+OPENMOJI = Problem("openmoji")
+QUICK = Problem(
     "openmoji",
     teacher_updates=100,
     student_updates=5,
@@ -75,11 +76,11 @@ QUICK = Setting(
 
 
 class Bench:
-    """Measures cells of one setting in runs below `directory`."""
+    """Measures cells of one problem in runs below `directory`."""
 
-    def __init__(self, setting: Setting, directory: Path, *, data_dir: Path = Path("data")):
+    def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = Path("data")):
         """Prepares the data set if it is not there. What the programs say goes to directory/log.txt."""
-        self.setting, self.directory, self.data_dir = setting, directory, data_dir
+        self.problem, self.directory, self.data_dir = problem, directory, data_dir
         plan = preparation.plan(dataset="openmoji", resolution=RESOLUTION)
         preparation.prepare(plan, data_dir=data_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ class Bench:
 
     def _measure(self, cell: Cell) -> Values:
         workdir = self._workdir(cell)
-        teacher = self._train(Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule))
+        teacher = self._train(Cell(cell.problem, "teacher", 1, cell.seed, cell.schedule))
         if cell.system != "teacher":
             self._train(cell)
         options = scoring.Options(
@@ -103,8 +104,8 @@ class Bench:
             cache_dir=self.data_dir / "reference_cache",
             untrained_num=0,
         )
-        (record,) = scoring.evaluate(options, load_run)
-        values = {"distance": record["metrics"][METRIC]}
+        (result,) = scoring.evaluate(options, load_run)
+        values = {"distance": result.metrics[METRIC]}
         if cell.system == "ct":
             values["from_diffusion"] = _difference(workdir, teacher)
         return values
@@ -135,20 +136,21 @@ class Bench:
         config.seed = cell.seed
         config.sampling.label_rule = "train_frequency"
         config.training.update(sample_every_steps=0, checkpoint_every_steps=10_000)
-        config.training.num_steps = self.setting.student_updates
+        config.training.num_steps = self.problem.student_updates
         if cell.system == "teacher":
-            config.training.num_steps = self.setting.teacher_updates
+            config.training.num_steps = self.problem.teacher_updates
         else:
-            teacher = Cell(cell.setting, "teacher", 1, cell.seed, cell.schedule)
+            teacher = Cell(cell.problem, "teacher", 1, cell.seed, cell.schedule)
             config.teacher_checkpoint = str(self._root(teacher))
-            config.optimizer.learning_rate = self.setting.learning_rate
-            # As in the paper half of the training is annealing.
-            config.consistency.anneal_steps = max(1, self.setting.student_updates // 2)
+            config.optimizer.learning_rate = self.problem.learning_rate
+        if cell.system in ("cd", "ct"):
+            # As in the paper, half of the training is annealing.
+            config.consistency.anneal_steps = max(1, self.problem.student_updates // 2)
         if cell.system == "progressive":
-            stages = [self.setting.progressive_first]
+            stages = [self.problem.progressive_first]
             while stages[-1] > cell.steps:
                 stages.append(stages[-1] // 2)
-            config.consistency.stages = tuple(stages)
+            config.progressive.stages = tuple(stages)
         cell.override(config)
         return config
 

@@ -1,4 +1,4 @@
-"""Measures the cells that are missing and writes the report; see the program `findings`."""
+"""Measures the missing cells and summarises all; see the program `findings`."""
 
 import functools
 import os
@@ -8,56 +8,57 @@ from typing import Any
 
 import jax
 
+from mcm_jax.bench.cells import RESULTS
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
 
-SETTINGS = ("mixture", "mixture2d", "openmoji")
+PROBLEMS = ("mixture", "mixture2d", "openmoji")
 
 
 def run(
     out: Path,
     *,
-    settings: Sequence[str] = SETTINGS,
+    problems: Sequence[str] = PROBLEMS,
     seeds: int = 3,
     quick: bool = False,
     choices: bool = False,
     report_only: bool = False,
 ) -> str:
-    """Measures what is missing, writes the report, returns its Markdown.
+    """Measures the missing cells, writes the summary, and returns its Markdown.
 
     Args:
-      out: the directory of results, report and runs.
-      settings: which of SETTINGS.
-      seeds: 0, ..., seeds - 1; at least 2.
-      quick: training so short that the numbers mean little: to see that everything runs.
-      choices: also the open choices of `bench.choices`.
+      out: directory of the results, the summary and the runs.
+      problems: names from PROBLEMS.
+      seeds: how many, at least 2: 0, ..., seeds - 1.
+      quick: train so briefly that the numbers mean little, to see that everything runs.
+      choices: also measure the open choices of `bench.choices`.
       report_only: measure nothing.
 
     Raises:
-      InputError: bad arguments, or a file of results that is none.
+      InputError: an argument is bad, or the file of results holds something else.
     """
     if seeds < 2:
         raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
-    if not settings:
-        raise InputError(f"--settings is empty: name some of {', '.join(SETTINGS)}")
-    for setting in settings:
-        if setting not in SETTINGS:
-            raise InputError(f"--settings: {setting} is none of {', '.join(SETTINGS)}")
-    if report_only and not (out / "results.jsonl").is_file():
-        raise InputError(f"--out={out} has no results.jsonl to report; measure first")
+    if not problems:
+        raise InputError(f"--problems is empty: name some of {', '.join(PROBLEMS)}")
+    for problem in problems:
+        if problem not in PROBLEMS:
+            raise InputError(f"--problems: {problem} is none of {', '.join(PROBLEMS)}")
+    if report_only and not (out / RESULTS).is_file():
+        raise InputError(f"--out={out} has no {RESULTS} to report; measure first")
     require_writable(out, "--out")
-    # Slow to import: --help and bad flags need not wait for it.
-    from mcm_jax.bench import cells, findings, report
+    # Slow to import; --help and bad flags should not wait for it.
+    from mcm_jax.bench import cells, findings, summary
     from mcm_jax.bench import choices as open_choices
 
-    # One cache of compiled programs for all cells, so that a second start is fast.
+    # All cells share a cache of compiled programs, which makes a second start fast.
     cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str((out / "xla_cache").absolute()))
     jax.config.update("jax_compilation_cache_dir", cache)
-    benches = {name: _bench(name, out, quick=quick) for name in settings}
-    chosen = {name: setting for name, (setting, _) in benches.items()}
-    store = cells.Store(out / "results.jsonl", chosen)
+    benches = {name: _bench(name, out, quick=quick) for name in problems}
+    chosen = {name: problem for name, (problem, _) in benches.items()}
+    store = cells.Store(out / RESULTS, chosen)
     if not report_only:
-        # Bad places for data are found before the first cell.
+        # Made before the first cell is measured, so that a bad data directory is found at once.
         for name, measure in [(name, make()) for name, (_, make) in benches.items()]:
             wanted = findings.cells_of(chosen[name].findings(), name, range(seeds))
             if choices:
@@ -65,21 +66,21 @@ def run(
             if any(cell not in store for cell in wanted):
                 print(f"== {name}: {len(wanted)} cells", flush=True)
                 cells.run(wanted, store, measure)
-    markdown = report.markdown(store, chosen, range(seeds), quick=quick)
+    markdown = summary.markdown(store, chosen, range(seeds), quick=quick)
     write_whole(out / "findings.md", markdown)
-    write_whole(out / "findings.png", report.plot(store, chosen, range(seeds)))
+    write_whole(out / "findings.png", summary.plot(store, chosen, range(seeds)))
     return markdown
 
 
 def _bench(name: str, out: Path, *, quick: bool) -> tuple[Any, Any]:
-    """(setting, what makes its bench): a bench prepares data, which a report does not need."""
+    """The problem and a function that makes its bench, which prepares data; a summary needs no bench."""
     from mcm_jax.bench import mixture, openmoji
 
     if name == "openmoji":
-        setting = openmoji.QUICK if quick else openmoji.OPENMOJI
-        return setting, functools.partial(openmoji.Bench, setting, out / "openmoji")
+        problem = openmoji.QUICK if quick else openmoji.OPENMOJI
+        return problem, functools.partial(openmoji.Bench, problem, out / "openmoji")
     if name == "mixture2d":
-        setting = mixture.QUICK_2D if quick else mixture.MIXTURE_2D
+        problem = mixture.QUICK_2D if quick else mixture.MIXTURE_2D
     else:
-        setting = mixture.QUICK if quick else mixture.MIXTURE_64D
-    return setting, functools.partial(mixture.Bench, setting)
+        problem = mixture.QUICK if quick else mixture.MIXTURE_64D
+    return problem, functools.partial(mixture.Bench, problem)

@@ -12,13 +12,16 @@ from jaxtyping import Array, Float
 from scipy.special import ndtri
 
 from mcm_jax.bench import vectors
-from mcm_jax.config.settings import Config, ConsistencyConfig, OptimizerConfig, TrainingConfig
+from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import mixtures, process, sampling, schedules, steps
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.models.mlp import MLPSpec
+from mcm_jax.models.mlp import MLPSettings
+from mcm_jax.objectives.consistency import Consistency
+from mcm_jax.training.loop import TrainingSettings
+from mcm_jax.training.optimizer import OptimizerSettings
 
-SPEC = MLPSpec(dimension=1, width=64, blocks=2)
+MODEL = MLPSettings(width=64, blocks=2)
 SCHEDULE = schedules.cosine()
 # A student's and the flow's paths have this many points, whatever the number of steps (1, 2 and 4 divide it).
 INTERVALS = 128
@@ -41,15 +44,15 @@ def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Co
     return Config(
         objective="cd",
         seed=seed,
-        consistency=ConsistencyConfig(
+        consistency=Consistency(
             student_steps=student_steps,
             teacher_steps_first=16.0,
             teacher_steps_last=128.0,
             anneal_steps=max(1, num_updates // 2),
             teacher_step="ddim",
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, decay="linear", ema_decay=0.99),
-        training=TrainingConfig(num_steps=num_updates, batch_size=256),
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=100, decay="linear", ema_decay=0.99),
+        training=TrainingSettings(num_steps=num_updates, batch_size=256),
     )
 
 
@@ -68,7 +71,7 @@ def student(
       seed: of the samples' noise; equal seeds are equal noise, in `exact` too.
     """
     student_steps = config.consistency.student_steps
-    run = vectors.train(config, SPEC, mixture)
+    run = vectors.train(config, MODEL, mixture)
     z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
     samples = vectors.sample(
         run.model_fn, 1, num_samples, seed=seed, num_steps=student_steps, schedule=SCHEDULE

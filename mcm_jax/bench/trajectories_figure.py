@@ -1,4 +1,4 @@
-"""The paper's first figure, with students trained for it; see the program `report`."""
+"""The paper's first figure, for which it trains students; see the program `report`."""
 
 import sys
 import time
@@ -12,36 +12,36 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_asked_for
 
 FIGURE_STEPS = (1, 2, 4)
-# Of exact samples, whose distance depends on how many fall to either side.
-_DRAWS = 100
+# Sets of exact samples, whose distance varies with how many samples fall to either side.
+_SETS = 100
 
 
 def trajectories_figure(
     out: Path, *, seeds: int = 1, num_paths: int = 28, num_samples: int = 10_000, num_updates: int = 1500
 ) -> str:
-    """Trains the students of FIGURE_STEPS, draws them into `out`; returns what was measured, in one line.
+    """Trains a student for each of FIGURE_STEPS and draws its paths to `out`; returns the distances.
 
     Args:
-      seeds: training seeds 0, ..., seeds - 1 of every student; the picture shows the first's.
-      num_updates: of every student.
+      seeds: how many training seeds, 0, ..., seeds - 1, for each student; the picture shows the first.
+      num_updates: training updates of each student.
 
     Raises:
-      InputError: no place to write to, found before anything is trained.
+      InputError: `out` can't be written; raised before anything is trained.
     """
     if out.suffix != ".png":
         raise InputError(f"--out={out} must end in .png")
     if out.is_dir():
         raise InputError(f"--out={out} is a directory; choose another path")
     require_writable(out.parent, "the directory of --out")
-    # Slow to import: bad flags need not wait for JAX.
+    # Slow to import; bad flags should not wait for JAX.
     from mcm_jax.bench import trajectories
     from mcm_jax.diffusion import mixtures
     from mcm_jax.reporting import trajectories as drawing
 
     mixture, z_1 = mixtures.two_components(), trajectories.starts(num_paths)
     flow = trajectories.exact(mixture, z_1, num_samples=num_samples)
-    draws = trajectories.exact_distances(mixture, num_samples=num_samples, draws=_DRAWS)
-    floor = f"{np.mean(draws):.4f} ± {np.std(draws):.4f} over {_DRAWS} draws"
+    exact = trajectories.exact_distances(mixture, num_samples=num_samples, draws=_SETS)
+    floor = f"{np.mean(exact):.4f} ± {np.std(exact):.4f} over {_SETS} draws"
 
     def panel(title, subtitle, found, boundaries):
         return drawing.Panel(title, subtitle, found.t, found.z, boundaries, found.samples)
@@ -60,7 +60,7 @@ def trajectories_figure(
             for seed in range(seeds)
         )
         seconds = time.monotonic() - began
-        print(f"{title}: trained and sampled after {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"{title}: trained and sampled in {seconds:.0f} s", file=sys.stderr, flush=True)
         subtitle = f"W₂² = {found.distance:.4f} (exact {flow.distance:.4f})"
         panels.append(panel(title, subtitle, found, np.arange(student_steps + 1) / student_steps))
         distances = [found.distance, *(other.distance for other in others)]

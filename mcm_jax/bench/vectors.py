@@ -12,10 +12,11 @@ from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import mixtures, sampling, schedules
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.models.mlp import MLPSpec
+from mcm_jax.models.mlp import MLPSettings
 from mcm_jax.models.network import Network, Params
-from mcm_jax.runs import experiment
-from mcm_jax.training import step
+from mcm_jax.objectives.objective import Networks
+from mcm_jax.runs import build
+from mcm_jax.training import optimizer, step
 
 # Apart from the keys of the updates, which are fold_in(key(seed), 0), 1, ...
 _DATA = 2**31 + 1
@@ -37,7 +38,7 @@ class VectorRun:
 
 def train(
     config: Config,
-    spec: MLPSpec,
+    model: MLPSettings,
     mixture: Mixture,
     *,
     start: Params | None = None,
@@ -46,32 +47,32 @@ def train(
     """All of config.training.num_steps updates in one compiled loop, each on fresh draws of the mixture.
 
     Args:
-      config: objective, consistency, schedule, optimizer, training.batch_size and seed are read.
+      config: of it the objective, its settings, schedule, optimizer, training and seed are used.
       start: parameters to start from, fresh ones if None.
       teacher: the parameters of a trained teacher; None: the mixture's exact denoiser.
     """
-    network = Network(spec)
-    objective = experiment.build_objective(config, null_class=network.null_class)
+    network = Network(model, (mixture.means.shape[0],))
     exact = mixtures.model_fn(mixture)
 
-    def bind(params: Params) -> ModelFn:
-        return functools.partial(network.apply, params)
+    def bind(params: Params | None) -> ModelFn | None:
+        return None if params is None else functools.partial(network.apply, params)
 
     def loss_fn(params, teacher_params, target_params, batch, key, train_step):
-        teacher_fn = None
-        if experiment.distils(config):
-            teacher_fn = exact if teacher_params is None else bind(teacher_params)
-        target_fn = None if target_params is None else bind(target_params)
-        x, label = batch["image"], batch["label"]
-        return objective(bind(params), teacher_fn, target_fn, x, label, key, train_step)
+        networks = Networks(
+            student=bind(params),
+            teacher=(bind(teacher_params) or exact) if config.distils else None,
+            target=bind(target_params),
+            schedule=build.schedule(config),
+            null_class=network.null_class,
+        )
+        return config.loss(networks, batch["image"], batch["label"], key, train_step)
 
-    optimizer = experiment.build_optimizer(config)
-    target_decay = experiment.target_decay(config)
+    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
     update = step.make_update(
         loss_fn,
-        optimizer,
+        adam,
         ema_decay=config.optimizer.ema_decay,
-        target_decay=target_decay,
+        target_decay=config.target_decay,
         seed=config.seed,
     )
     batch_size = config.training.batch_size
@@ -85,12 +86,12 @@ def train(
             state, metrics = update(state, teacher, batch)
             return state, metrics["loss"]
 
-        state = step.init_state(start, optimizer, target_decay=target_decay)
+        state = step.init_state(start, adam, target_decay=config.target_decay)
         state, losses = jax.lax.scan(one, state, jnp.arange(config.training.num_steps))
         return state.ema_params, losses
 
     if start is None:
-        start = network.init(experiment.init_key(config.seed))
+        start = network.init(build.init_key(config.seed))
     params, losses = run(start, teacher)
     if not bool(jnp.all(jnp.isfinite(losses))):
         raise FloatingPointError(f"the loss of {config.objective} is not finite")

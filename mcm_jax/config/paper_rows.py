@@ -1,6 +1,6 @@
 """Rows of the paper's tables on ImageNet, at full size (SPEC 4 to 6).
 
-Settings that do not appear here keep their defaults in `settings`, which are the paper's values.
+Settings that do not appear here keep their defaults in `config.settings`, which are the paper's values.
 """
 
 import dataclasses
@@ -101,9 +101,10 @@ def imagenet(
             constant = float(numbers["teacher_steps"])
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
     else:
-        config.consistency.stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+        stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+        config[config.objective].stages = stages
     if system == "cd":
-        config.teacher_guidance = settings.guidance
+        config.consistency.teacher_guidance = settings.guidance
         config.consistency.teacher_step = "ddim" if "ddim" in options else "addim"
     return config
 

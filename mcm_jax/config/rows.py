@@ -50,11 +50,11 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     if system in ("cd", "ct"):
         config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
     elif system == "tract":
-        config.consistency.stages = (64, 8, 1)
+        config.tract.stages = (64, 8, 1)
     elif system == "progressive":
-        config.consistency.stages = halvings(row, first=64, last=numbers.get("steps", 1))
+        config.progressive.stages = halvings(row, first=64, last=numbers.get("steps", 1))
     else:
-        config.teacher_guidance = 1.0
+        config.guidance.teacher_guidance = 1.0
     return config
 
 

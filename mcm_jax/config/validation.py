@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from mcm_jax.config.settings import STAGED, Config, without_none
+from mcm_jax import fields
+from mcm_jax.config.settings import SECTIONS, STAGED, Config, without_none
 from mcm_jax.system.errors import InputError
 
 
@@ -22,11 +23,12 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     result = _read(Config, raw, prefix="")
     _check_model(result)
     _check_objective(result)
+    _check_unused(result)
     return result
 
 
 def _check_objective(config: Config) -> None:
-    objective, settings = config.objective, config.consistency
+    objective = config.objective
     if objective != "diffusion" and config.teacher_checkpoint is None:
         raise InputError(
             f"config.teacher_checkpoint is not set: {objective} starts from a trained "
@@ -37,31 +39,27 @@ def _check_objective(config: Config) -> None:
             f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no meaning for a diffusion "
             "teacher, which starts from nothing; leave it out"
         )
-    if objective in ("cd", "ct") and settings.student_steps is None:
+    if objective in ("cd", "ct") and config.consistency.student_steps is None:
         raise InputError(
             "config.consistency.student_steps is not set: name the student's number of steps, "
             "for example with 'cd,steps=4' behind the config file"
         )
     if objective in STAGED:
-        _check_stages(config)
-    elif settings.stages:
-        raise InputError(
-            f"config.consistency.stages={settings.stages!r} means nothing to {objective}, only to "
-            f"{' and '.join(STAGED)}; leave it out"
-        )
+        _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:
         raise InputError(
-            "config.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
+            "config.guidance.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
         )
-    if config.sampling.guidance > 0 and not config.knows_any_class:
+    if objective == "ct" and config.teacher_guidance > 0:
         raise InputError(
-            f"config.sampling.guidance={config.sampling.guidance} needs a diffusion model that knows 'any "
-            "class'; train it with config.diffusion.label_dropout=0.1, or sample it with guidance 0"
+            f"config.consistency.teacher_guidance={config.teacher_guidance} has no effect on ct, which "
+            "calls no teacher; leave it at 0"
         )
-    if config.teacher_guidance > 0 and objective not in ("cd", "guidance"):
+    if config.sampling.guidance > 0 and not config.supports_guidance:
         raise InputError(
-            f"config.teacher_guidance={config.teacher_guidance} means nothing to {objective}, which "
-            "distils no guided teacher; leave it at 0, or make guidance the objective first"
+            f"config.sampling.guidance={config.sampling.guidance} needs a diffusion model that was also "
+            "trained for 'any class'; train it with config.diffusion.label_dropout=0.1, or sample it with "
+            "guidance 0"
         )
     for side in config.diffusion.levels:
         if config.data.resolution % side:
@@ -71,27 +69,33 @@ def _check_objective(config: Config) -> None:
             )
 
 
-def _check_stages(config: Config) -> None:
-    stages = config.consistency.stages
-    if config.consistency.student_steps is not None:
-        raise InputError(
-            f"config.consistency.student_steps={config.consistency.student_steps} means nothing to "
-            f"{config.objective}, whose steps are config.consistency.stages={stages!r}; leave it out"
-        )
+def _check_unused(config: Config) -> None:
+    """Refuses settings of objectives other than the selected one: they would have no effect."""
+    used = SECTIONS[config.objective]
+    for section in sorted(set(SECTIONS.values()) - {used}):
+        changed = getattr(config, section)
+        for name, default in fields.flat(type(changed)()).items():
+            value = getattr(changed, name)
+            if value != default:
+                raise InputError(
+                    f"config.{section}.{name}={value!r} has no effect on {config.objective}, whose settings "
+                    f"are in config.{used}; leave it out"
+                )
+
+
+def _check_stages(objective: str, stages: tuple[int, ...]) -> None:
+    name = f"config.{objective}.stages={stages!r}"
     if len(stages) < 2:
         raise InputError(
-            f"config.consistency.stages={stages!r}: {config.objective} needs the teacher's steps and those "
-            "of one student or more, for example (1024, 32, 1)"
+            f"{name}: {objective} needs the teacher's steps and those of one student or more, for example "
+            "(1024, 32, 1)"
         )
     for before, after in zip(stages, stages[1:], strict=False):
-        if config.objective == "progressive" and before != 2 * after:
-            raise InputError(
-                f"config.consistency.stages={stages!r}: progressive halves, {before} -> {before // 2}"
-            )
+        if objective == "progressive" and before != 2 * after:
+            raise InputError(f"{name}: progressive halves, {before} -> {before // 2}")
         if before <= after or before % after:
             raise InputError(
-                f"config.consistency.stages={stages!r}: {after} steps are no whole segments of {before}; "
-                "take a smaller divisor"
+                f"{name}: {before} steps can't be grouped into {after} equal segments; take a smaller divisor"
             )
 
 

@@ -2,21 +2,26 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
+import re
+import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Integer, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
 
-from mcm_jax.data import layout, splits
-from mcm_jax.system import progress
+from mcm_jax.data import images, layout, splits
+from mcm_jax.data.resizing import square_area
+from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
 
-SUFFIXES = frozenset(".avif .bmp .gif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
+# Names of folders that hold the splits of a data set, and no class.
+_TRAIN_NAMES = frozenset({"train", "training"})
+_TEST_NAMES = frozenset({"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"})
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -30,14 +35,18 @@ class FolderConfig(tfds.core.BuilderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images of a folder: the class names in order; `files` maps a path in the folder to its class."""
+    """The images of a folder: the class names in order; `files` maps a path in the folder to its class.
+
+    `notes` tell the user, a line each, what the folder holds besides them.
+    """
 
     root: Path
     class_names: tuple[str, ...]
     files: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, classes and sizes: tells a changed folder without reading its images."""
+        """SHA-256 of names, classes and sizes: recognises a changed folder without reading its images."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name, label in self.files.items():
             size = (self.root / name).stat().st_size
@@ -48,110 +57,110 @@ class Listing:
 def list_images(root: Path, *, single_class: str) -> Listing:
     """Finds the images: directly in `root` (then one class, `single_class`), or in one subfolder per class.
 
-    Class folders are searched to any depth. Hidden files and folders, and files without an image suffix,
-    are passed over.
+    Class folders are searched to any depth, see `images.find`, and numbered in natural order: 2 before 10.
 
     Raises:
-      InputError: no such folder; fewer than two images; images both in `root` and in subfolders.
+      InputError: no such folder; fewer than two images; images both in `root` and in subfolders; subfolders
+        that are splits and not classes; a folder name that cannot be a class name.
     """
     if not root.is_dir():
-        raise InputError(f"--manual_dir={root}: there is no such folder, name the one that holds the images")
-    loose = [path.name for path in _visible(root) if path.is_file() and _is_image(path.name)]
-    classes = {path.name: _search(path) for path in _visible(root) if path.is_dir()}
-    classes = {name: found for name, found in classes.items() if found}
+        raise InputError(f"--manual_dir={root}: there is no such folder; name the one that holds the images")
+    found = images.find(root)
+    folders = [name.partition("/")[0] for name in found.files if "/" in name]
+    classes = sorted(set(folders), key=_natural)
+    loose = next((name for name in found.files if "/" not in name), None)
     if loose and classes:
         raise InputError(
-            f"--manual_dir={root}: images lie both in it ({loose[0]}) and in its subfolders "
-            f"({', '.join(list(classes)[:3])}), move them all into class subfolders or none"
+            f"--manual_dir={root}: images lie both in it ({images.shown(loose)}) and in its subfolders "
+            f"({_listed(classes)}); move them all into class subfolders or none"
         )
-    names = tuple(map(_readable, classes)) if classes else (single_class,)
-    found = list(classes.values()) if classes else [loose]
-    files = {name: label for label, group in enumerate(found) for name in group}
-    if len(files) < 2:
+    if len(found.files) < 2:
         raise InputError(
-            f"--manual_dir={root}: {len(files)} images found, at least 2 are needed (one to train on, one to "
-            f"test on); suffixes read: {' '.join(sorted(SUFFIXES))}"
+            f"--manual_dir={root}: {len(found.files)} images found, at least 2 are needed (one to train on, "
+            f"one to test on); {found.what_else()}"
         )
-    return Listing(root, names, files)
+    _refuse_splits(root, classes)
+    names = tuple(_class_name(root, name) for name in classes) or (single_class,)
+    if len(set(names)) < len(names):
+        raise InputError(f"--manual_dir={root}: two subfolders have the same name once escaped; rename one")
+    labels = {name: label for label, name in enumerate(classes)}
+    ordered = sorted(found.files, key=lambda name: labels.get(name.partition("/")[0], 0))
+    files = {name: labels.get(name.partition("/")[0], 0) for name in ordered}
+    return Listing(root, names, files, notes=_notes(root, found, classes))
 
 
-def _visible(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """A sorting key by which numbers in names count as numbers; equal ones ('2', '02') follow the text."""
+    # Text and digits alternate, so that like is compared with like.
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+def _refuse_splits(root: Path, classes: list[str]) -> None:
+    """Folders named train and val are splits with classes inside, or without any: never two classes."""
+    lower = {name.lower() for name in classes}
+    train, test = lower & _TRAIN_NAMES, lower & _TEST_NAMES
+    if (train and test) or (lower and lower <= _TRAIN_NAMES | _TEST_NAMES):
+        parts = [name for name in classes if name.lower() in train | test]
+        raise InputError(
+            f"--manual_dir={root}: its subfolders ({_listed(parts)}) are splits, not classes; name one of "
+            f"them, --manual_dir={images.shown(root / parts[0])}, or merge them (a tenth of the "
+            "images becomes the test split)"
+        )
+
+
+def _class_name(root: Path, name: str) -> str:
+    """The folder's name as valid Unicode; TFDS stores class names one a line, without outer spaces.
+
+    Raises:
+      InputError: it would come back as another name, or as several.
+    """
+    if name != name.strip() or any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name):
+        raise InputError(
+            f"--manual_dir={root}: the subfolder '{images.shown(name)}' cannot be a class name, which has no "
+            "line break, no other control character and no space at either end; rename it"
+        )
+    return _readable(name)
+
+
+def _notes(root: Path, found: images.Found, classes: list[str]) -> tuple[str, ...]:
+    """What a user might not expect of the folder."""
+    subfolders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    empty = sorted(subfolders - set(classes), key=_natural)
+    notes = [found.note()]
+    if empty:
+        notes.append(f"subfolders without an image, which become no class: {_listed(empty)}")
+    if len(classes) == 1 and all(name.count("/") > 1 for name in found.files):
+        notes.append(
+            f"one class, {images.shown(classes[0])}; if the folders in it are the classes, pass "
+            f"--manual_dir={root / classes[0]}"
+        )
+    return tuple(note for note in notes if note)
+
+
+def _listed(names: list[str]) -> str:
+    """Up to five of the names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(images.shown, names[:5])) + more
 
 
 def _readable(name: str) -> str:
-    """The name as valid Unicode; bytes that are none are shown as escapes."""
+    """The name as valid Unicode; invalid bytes appear as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _search(class_dir: Path) -> list[str]:
-    """The images below a class folder, as paths in the folder's parent, sorted."""
-    found = []
-    for directory, subdirectories, names in os.walk(class_dir):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        inside = Path(directory).relative_to(class_dir.parent)
-        found += [(inside / name).as_posix() for name in names if _is_image(name)]
-    return sorted(found)
 
 
 def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     """Central square crop, then area resize (SPEC 7), in RGB.
 
-    The camera's orientation mark is applied, transparency goes on white, 16-bit grey keeps its 8 high
-    bits, of an animation the first frame is taken.
+    The camera's orientation mark is applied, transparency goes on white, 16-bit grey is reduced to its 8
+    high bits, and the first frame of an animation is taken.
 
     Raises:
       InputError: the file is no image that Pillow can decode to the end.
     """
-    try:
-        with Image.open(path) as image:
-            image = _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable image ({reason}), replace or remove the file") from error
-    return square_area(image, resolution)
-
-
-def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Central square crop, then area resize: each pixel is the mean over its part of the square, rounded."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    pixels = np.asarray(image)[top : top + side, left : left + side]
-    exact = np.int32 if 255 * side**2 < 2**31 else np.int64
-    rows = _sums_over_cells(pixels, resolution, exact)
-    # In this order of axes (column, channel, row) the copy is the fastest.
-    columns = _sums_over_cells(np.ascontiguousarray(rows.transpose(1, 2, 0)), resolution, exact)
-    return np.rint(columns.transpose(2, 0, 1) / side**2).astype(np.uint8)
-
-
-def _sums_over_cells(
-    values: Integer[np.ndarray, "size *rest"], count: int, dtype: type[np.signedinteger]
-) -> Integer[np.ndarray, "count *rest"]:
-    """`count` times the sums over `count` equal cells of the first axis: integers of `dtype`.
-
-    A pixel counts by the part of it in the cell. Pillow's box filter is no substitute: it takes a pixel whole
-    or not at all, by its centre.
-    """
-    size = len(values)
-    whole, part = np.divmod(np.arange(count + 1) * size, count)
-    lengths, column = np.diff(whole), (-1, *[1] * (values.ndim - 1))
-    shortest, longest = lengths.min(), lengths.max()
-    # Half as wide, a third faster.
-    fits = values.dtype == np.uint8 and 255 * longest < 2**16
-    pixels = values.astype(np.uint16 if fits else dtype, copy=False)
-    sums = np.zeros((count, *values.shape[1:]), pixels.dtype)
-    for k in range(longest):
-        kth = pixels[np.minimum(whole[:-1] + k, size - 1)]
-        if k >= shortest:
-            kth *= (k < lengths).astype(kth.dtype).reshape(column)
-        sums += kth
-    # Each sum holds all of the pixel in which its cell begins and nothing of the one in which it ends.
-    cut = values[np.minimum(whole, size - 1)] * part.astype(dtype).reshape(column)
-    return sums * dtype(count) + (cut[1:] - cut[:-1])
+    with images.naming(path), Image.open(path, formats=images.FORMATS) as image:
+        rgb = _to_rgb(images.upright(image))
+    return square_area(rgb, resolution)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -167,17 +176,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocessing(resolution: int) -> str:
-    """One sentence for results: crop, resize, by what."""
+    """One sentence for results: crop, resize, and the library that decoded."""
     return (
         f"central square crop, area resize to {resolution}x{resolution}, RGB on white, "
-        f"by Pillow {importlib.metadata.version('pillow')}"
+        f"by Pillow {versions.installed('pillow')}"
     )
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
-    """image uint8 [r, r, 3], label, file (path in the folder); splits train and test by a hash of the path.
+    """image uint8 [r, r, 3], label, file (path in the folder); splits train and test by content hash.
 
-    Raw bytes rather than PNG for the reason given in `openmoji.OpenMoji`.
+    Copies of a file are in one split: what is tested on was never trained on. The image is stored as raw
+    bytes rather than as a PNG for the reason given in `openmoji.OpenMoji`.
     """
 
     name = "folder"
@@ -204,13 +214,25 @@ class Folder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         config = self.builder_config
-        test = splits.test_keys(config.listing.files, test_fraction=config.test_fraction)
-        train = [name for name in config.listing.files if name not in test]
-        return {"train": self._generate_examples(train), "test": self._generate_examples(sorted(test))}
+        root, files = config.listing.root, config.listing.files
+        contents = {name: images.content_hash(root / name) for name in progress.bar(files, "comparing")}
+        distinct = set(contents.values())
+        if len(distinct) < 2:
+            raise InputError(f"--manual_dir={root}: its {len(files)} images are copies of one; add others")
+        if copies := len(files) - len(distinct):
+            print(f"note: {copies} images are copies of others; copies share a split", file=sys.stderr)
+        classes = [set() for _ in config.listing.class_names]
+        for name, content in contents.items():
+            classes[files[name]].add(content)
+        test = splits.test_keys(distinct, test_fraction=config.test_fraction, classes=classes)
+        parts = {"train": [], "test": []}
+        for name, content in contents.items():
+            parts["test" if content in test else "train"].append(name)
+        return {split: self._generate_examples(names) for split, names in parts.items()}
 
-    def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(self, files: list[str]) -> Iterator[tuple[bytes, dict]]:
         config = self.builder_config
         for name in progress.bar(files, "reading"):
-            readable = _readable(name)
             image = load_image(config.listing.root / name, resolution=config.resolution)
-            yield readable, {"image": image, "label": config.listing.files[name], "file": readable}
+            example = {"image": image, "label": config.listing.files[name], "file": _readable(name)}
+            yield os.fsencode(name), example

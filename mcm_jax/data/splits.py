@@ -1,28 +1,35 @@
 """Which split an example belongs to, decided by its key alone."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 TEST_FRACTION = 0.1
 
 
 def position(key: str) -> float:
-    """SHA-256 of the key as a number in [0, 1): the same on every machine, for ever."""
+    """SHA-256 of the key as a number in [0, 1): the same on every machine, at all times."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def test_keys(keys: Collection[str], *, test_fraction: float = TEST_FRACTION) -> set[str]:
-    """The keys whose position is below `test_fraction`.
+def test_keys(
+    keys: Collection[str], *, test_fraction: float = TEST_FRACTION, classes: Iterable[Collection[str]] = ()
+) -> set[str]:
+    """The keys whose position is below `test_fraction`. Examples that share a key share a split.
 
-    Adding or removing an example moves no other one, with a single exception that keeps both splits
-    non-empty for two or more keys: the lowest key always tests and the highest always trains.
+    Adding or removing a key moves no other, except where a split or a class would be left without any: the
+    highest key of all, and of each of the `classes`, always trains, and the lowest key tests if it can.
 
     Raises:
       ValueError: fewer than two keys, or a fraction outside (0, 1).
     """
     if len(keys) < 2 or not 0 < test_fraction < 1:
         raise ValueError(f"{len(keys)} keys cannot be split with test_fraction={test_fraction}")
-    ordered = sorted(keys, key=lambda key: (position(key), key))
-    chosen = {key for key in ordered if position(key) < test_fraction}
-    return (chosen | {ordered[0]}) - {ordered[-1]}
+
+    def order(key: str) -> tuple[float, str]:
+        return position(key), key
+
+    lowest = min(keys, key=order)
+    train = {max(group, key=order) for group in (keys, *classes)}
+    test = {key for key in keys if position(key) < test_fraction} | {lowest}
+    return test - train or {lowest}

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, the process, steps and segments; jax.numpy only."""
+"""The mathematics of diffusion, in jax.numpy only: schedules, the process, steps, segments, sampling."""

@@ -10,12 +10,24 @@ from mcm_jax.diffusion.network import ModelFn
 def guide(
     conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], *, guidance: float
 ) -> Float[Array, "B ..."]:
-    """x_cond + g (x_cond - x_uncond); g = 0 is no guidance. The same for v and eps, which are linear in x."""
+    """x_g = x_cond + g (x_cond - x_uncond); g = 0 means no guidance.
+
+    The same formula holds for v and eps, which are linear in x.
+
+    Examples:
+      >>> guide(jnp.full((1, 2), 3.0), jnp.full((1, 2), 2.0), guidance=0.5).tolist()
+      [[3.5, 3.5]]
+    """
     return conditional + guidance * (conditional - unconditional)
 
 
 def guided(model_fn: ModelFn, *, guidance: float, null_class: int) -> ModelFn:
-    """The guided prediction as a network of two calls; null_class is the label that says 'any class'."""
+    """A network that calls model_fn twice and returns the guided prediction.
+
+    Args:
+      guidance: g.
+      null_class: the label that means 'any class'.
+    """
 
     def guided_fn(
         z_t: Float[Array, "B ..."],

@@ -1,10 +1,10 @@
-"""Distributions whose diffusion is known in closed form: as data sets, and as exact teachers.
+"""Distributions whose diffusion is known in closed form: data sets with an exact teacher.
 
-x = basis @ u with an orthonormal basis and independent u_i, each a Gaussian mixture on the line. The noise
-sigma_t eps looks the same in every orthonormal basis, so the coordinates of z_t are independent mixtures as
-well, and so are those of x given z_t. Hence denoiser, posterior variance, probability flow, moments and
-distance to a sample are exact, coordinate by coordinate, though x itself has correlated entries and up to
-K^d modes. K = 1 is any Gaussian.
+x = basis @ u, where the basis is orthonormal and the u_i are independent, each a Gaussian mixture on the
+line. The noise sigma_t eps has the same distribution in every orthonormal basis. The coordinates of z_t are
+therefore independent mixtures too, and so are those of x given z_t. Denoiser, posterior variance, probability
+flow, moments and distance to a sample are exact, coordinate by coordinate, although the entries of x are
+correlated and x has up to K^d modes. K = 1 gives any Gaussian.
 """
 
 import math
@@ -24,8 +24,8 @@ Points = Float[Array, "B d"]
 Components = Float[Array, "B d K"]
 Parameter = Float[Array | np.ndarray, "d K"]
 
-# How often a bracket is halved. 40 times takes a width of 1e5 to 1e-7, the distance between float32's numbers
-# near 1; 30 times takes 10 to 1e-8, which `_wasserstein` feels squared.
+# How often a bracket is halved. 40 halvings reduce a width of 1e5 to 1e-7, the spacing of float32 near 1; 30
+# reduce 10 to 1e-8, which enters `_wasserstein` squared.
 FLOW_HALVINGS = 40
 QUANTILE_HALVINGS = 30
 
@@ -33,20 +33,26 @@ QUANTILE_HALVINGS = 30
 class Mixture(NamedTuple):
     """x = basis @ u, u_i ~ sum_k weights[i, k] N(means[i, k], stds[i, k]^2), all u_i independent.
 
-    A pytree. The constructors give float64 numpy, which the moments use; z_t and x are float32 as everywhere.
+    It is a pytree. The constructors return float64 numpy arrays, which the moments use; z_t and x are
+    float32, as everywhere.
     """
 
     basis: Float[Array | np.ndarray, "d d"]  # its columns are orthonormal
-    weights: Parameter  # >= 0, a row's sum is 1
+    weights: Parameter  # at least 0; each row sums to 1
     means: Parameter
-    stds: Parameter  # >= 0
+    stds: Parameter  # at least 0
 
 
 def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]) -> Mixture:
-    """N(mean, covariance), which may be singular, as a mixture of K = 1.
+    """N(mean, covariance) as a mixture with K = 1; the covariance may be singular.
 
     Raises:
       ValueError: the covariance is not symmetric, or has an eigenvalue that is negative beyond rounding.
+
+    Examples:
+      >>> mixture = gaussian(np.zeros(2), np.array([[2.0, 1.0], [1.0, 2.0]]))
+      >>> mean_and_covariance(mixture)[1].round(6).tolist()
+      [[2.0, 1.0], [1.0, 2.0]]
     """
     covariance = np.asarray(covariance, np.float64)
     scale = np.max(np.abs(covariance))
@@ -55,7 +61,7 @@ def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]
     variances, basis = np.linalg.eigh(covariance)
     if variances[0] < -1e-6 * scale:
         raise ValueError(f"the covariance has a negative eigenvalue, {variances[0]:g}")
-    # Zero eigenvalues come out on either side of zero.
+    # Rounding gives eigenvalues of zero either sign.
     stds = np.sqrt(np.maximum(variances, 0.0))
     return Mixture(basis, np.ones((len(mean), 1)), (mean @ basis)[:, None], stds[:, None])
 
@@ -63,7 +69,7 @@ def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]
 def two_components() -> Mixture:
     """N(-0.6, 0.1^2) / 2 + N(0.6, 0.1^2) / 2: two separate modes on a line, as in MCM's first figure.
 
-    Its numbers are not in the paper; these are ours, so that x lies in [-1, 1].
+    The paper does not give its numbers; we chose these so that x lies in [-1, 1].
     """
     one, half = np.ones((1, 1)), np.full((1, 2), 0.5)
     return Mixture(one, half, np.array([[-0.6, 0.6]]), np.full((1, 2), 0.1))
@@ -74,18 +80,23 @@ def random_mixture(
 ) -> Mixture:
     """A mixture with moments like those of images: E u = 0, Var u_i ~ (i + 1)^(-spectral_power / 2).
 
-    The power of natural images falls as 1 / f^2, and the i-th frequency of a plane is f ~ sqrt(i). All else
-    is random: the components, and the basis, which is uniform over the rotations.
+    The power of natural images falls as 1 / f^2, and the i-th frequency of a plane is f ~ sqrt(i). The
+    components are random, and so is the basis, which is uniform over the rotations.
 
     Args:
-      seed: all randomness follows from it.
+      seed: determines all randomness.
       dimension: d.
       components: K in every coordinate.
-      spectral_power: of f in the spectrum; 0 for equal variances.
-      mean_square: E ||x||^2 / d; with 0.25 about 5% of the entries of x lie outside [-1, 1].
+      spectral_power: the exponent of 1 / f in the spectrum; 0 gives equal variances.
+      mean_square: E ||x||^2 / d; with 0.25, about 5% of the entries of x lie outside [-1, 1].
+
+    Examples:
+      >>> mixture = random_mixture(0, dimension=16, components=3)
+      >>> mixture.means.shape
+      (16, 3)
     """
     rng = np.random.default_rng(seed)
-    # Without R's signs, which the factorisation chooses, Q is not uniform.
+    # Q is uniform only after multiplication with the signs of R, which the factorisation chooses.
     q, r = np.linalg.qr(rng.normal(size=(dimension, dimension)))
     weights = rng.dirichlet(np.full(components, 4.0), size=dimension)
     means = rng.normal(size=(dimension, components))
@@ -98,7 +109,12 @@ def random_mixture(
 
 
 def sample(mixture: Mixture, key: jax.Array, count: int) -> Points:
-    """x = basis @ u, `count` independent draws."""
+    """x = basis @ u: `count` independent draws.
+
+    Examples:
+      >>> sample(two_components(), jax.random.key(0), 5).shape
+      (5, 1)
+    """
     key_component, key_eps = jax.random.split(key)
     shape = (count, len(mixture.means))
     component = jax.random.categorical(key_component, jnp.log(mixture.weights), shape=shape)[..., None]
@@ -118,13 +134,19 @@ def log_density(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> PerEx
 
 
 def denoise(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> Points:
-    """x_hat = E[x | z_t], within 2e-6 in float32 for log-SNRs in [-16, 16] and stds from 0.03."""
+    """x_hat = E[x | z_t], within 2e-6 in float32 for log-SNRs in [-16, 16] and stds of at least 0.03.
+
+    Examples:
+      >>> z_t, logsnr_t = jnp.array([[-0.5], [0.0], [0.5]]), jnp.full(3, 2.0)
+      >>> [round(value, 3) for value in denoise(two_components(), z_t, logsnr_t=logsnr_t)[:, 0].tolist()]
+      [-0.582, 0.0, 0.582]
+    """
     posterior = _posterior(mixture, z_t, logsnr_t)
     return _points(mixture, posterior.mean(posterior.x))
 
 
 def posterior_variance(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> PerExample:
-    """E[||x - x_hat||^2 | z_t] / d: the x_var of which aDDIM has an estimate only."""
+    """E[||x - x_hat||^2 | z_t] / d: the exact x_var, which aDDIM only estimates."""
     posterior = _posterior(mixture, z_t, logsnr_t)
     deviation = posterior.x - posterior.mean(posterior.x)[..., None]
     return jnp.mean(posterior.mean(jnp.square(deviation) + posterior.x_var), axis=-1)
@@ -133,8 +155,14 @@ def posterior_variance(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -
 def model_fn(mixture: Mixture) -> ModelFn:
     """v_hat = alpha_t eps_hat - sigma_t x_hat = E[v | z_t]: what a perfectly trained network predicts.
 
-    Within 3e-6 in float32, as `denoise`; (alpha_t z_t - x_hat) / sigma_t is off by 3e-3 at log-SNR 16. Takes
-    [B, ...] with d entries an example; classes and the dropout's key make no difference.
+    Its error is at most 3e-6 in float32, where `denoise` meets its bound; (alpha_t z_t - x_hat) / sigma_t
+    would be off by 3e-3 at log-SNR 16. The function takes [B, ...] with d entries per example, and ignores
+    classes and dropout's key.
+
+    Examples:
+      >>> teacher = model_fn(two_components())
+      >>> teacher(jnp.ones((3, 1)), jnp.zeros(3), None, None).shape
+      (3, 1)
     """
 
     def v_hat(z_t: Image, logsnr_t: PerExample, cond: Int[Array, "B"] | None, key: jax.Array | None) -> Image:
@@ -146,21 +174,22 @@ def model_fn(mixture: Mixture) -> ModelFn:
 
 
 def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, logsnr_s: PerExample) -> Points:
-    """z_s = F_s^-1(F_t(z_t)) in every coordinate: the probability flow's ODE, solved from t to any s.
+    """z_s = F_s^-1(F_t(z_t)) in every coordinate: the ODE of the probability flow, solved from t to any s.
 
-    Flowing along a line points keep their order, and their distribution function F_t becomes F_s: one map
-    only does both. Computed from log F / (1 - F), which has its digits in both tails, and differentiable.
+    Points on a line keep their order as they flow, and their distribution function F_t becomes F_s. Only one
+    map does both. It is computed from log F / (1 - F), which is accurate in both tails, and it is
+    differentiable.
 
-    Against DOP853 in float64 (rtol 1e-10; log-SNRs -15 to 15 and back) the error is at most
-    1e-6 (1 + dz_s / dz_t). The second term is z_t's own rounding: the slope is p_t / p_s, 6e6 halfway between
-    the modes of `two_components` (where 1e-8 of all z_t go).
+    Compared with DOP853 in float64 (rtol 1e-10; log-SNRs from -15 to 15 and back), the error is at most
+    1e-6 (1 + dz_s / dz_t). The second term is the rounding of z_t itself: the slope is p_t / p_s, which is
+    6e6 halfway between the modes of `two_components` (1e-8 of all z_t end up there).
     """
     means_t, stds_t = _diffused(mixture, logsnr_t)
     means_s, stds_s = _diffused(mixture, logsnr_s)
     scores_t = (_coordinates(mixture, z_t)[..., None] - means_t) / stds_t
     log_odds = _log_odds(mixture.weights, scores_t)
-    # Where each component has its score of t or a lower one, F_s is at most F_t, and likewise above. With
-    # K = 1 the bracket is one point, the linear map.
+    # At the lowest of these points every component has at most its score of t, so F_s is at most F_t there;
+    # the highest is the mirror image. With K = 1 the bracket is one point, the linear map.
     ends = means_s + stds_s * scores_t
     low, high = jnp.min(ends, axis=-1), jnp.max(ends, axis=-1)
 
@@ -175,7 +204,7 @@ def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, log
 
         return sum(jax.lax.fori_loop(0, FLOW_HALVINGS, halve, (low, high))) / 2
 
-    # Halvings have no useful derivative; custom_root takes it from the implicit function theorem.
+    # Bisection has no useful derivative; custom_root computes it by the implicit function theorem.
     u_s = jax.lax.custom_root(excess, low, bisect, lambda slope, y: y / slope(jnp.ones_like(y)))
     return _points(mixture, u_s)
 
@@ -189,13 +218,21 @@ def mean_and_covariance(mixture: Mixture) -> tuple[Float64[np.ndarray, " d"], Fl
 
 
 def marginal_wasserstein(mixture: Mixture, samples: Float[Array | np.ndarray, "N d"]) -> float:
-    """sum_i W2^2(basis_i . samples, u_i), squared 2-Wasserstein distances on a line, each exact.
+    """sum_i W2^2(basis_i . samples, u_i): exact squared 2-Wasserstein distances on lines, summed.
 
-    W2^2 of samples and mixture where the samples' own distribution is a product along the basis too, a lower
-    bound of it otherwise. Its floor is not 0: N draws from the mixture itself have on average 3 to 4 times
-    E ||x - E x||^2 / N (measured, N = 100 to 50,000), and more where modes of weights w and 1 - w are a gap g
-    apart, since their shares fluctuate: about g^2 sqrt(2 w (1 - w) / (pi N)) with g between the modes' inner
-    edges. `two_components` has 0.007 for N = 1000 and 0.002 for 10,000.
+    This equals W2^2 between samples and mixture if the distribution of the samples is a product along the
+    basis too; otherwise it is a lower bound.
+
+    N draws from the mixture itself do not have distance 0. On average they have 3 to 4 times
+    E ||x - E x||^2 / N (measured, N = 100 to 50,000). They have more where a gap g separates modes of weights
+    w and 1 - w, since the shares of the modes fluctuate: about g^2 sqrt(2 w (1 - w) / (pi N)), with g
+    measured between the inner edges of the modes. For `two_components` it is 0.007 for N = 1000 and 0.002 for
+    10,000.
+
+    Examples:
+      >>> mixture = two_components()
+      >>> marginal_wasserstein(mixture, sample(mixture, jax.random.key(0), 1000)) < 0.05
+      True
     """
     basis, *parameters = (np.asarray(a, np.float64) for a in mixture)
     coordinates = np.sort(np.asarray(samples, np.float64) @ basis, axis=0)
@@ -205,13 +242,14 @@ def marginal_wasserstein(mixture: Mixture, samples: Float[Array | np.ndarray, "N
 def _wasserstein(ordered, weights, means, stds):
     """sum_i int (x_i - Q(p))^2 dp over the cells (i - 1) / N < p < i / N; Q inverts F = sum_k w_k Phi(y_k).
 
-    Multiplied out it needs E u^2 and G(p) = int_0^p Q = sum_k w_k (m_k Phi(y_k) - s_k phi(y_k)), where
-    y_k = (q - m_k) / s_k and q = Q(p). Adding q (p - F), which is 0 there, makes an error of q count squared.
+    Expanding the square leaves E u^2 and G(p) = int_0^p Q = sum_k w_k (m_k Phi(y_k) - s_k phi(y_k)), where
+    y_k = (q - m_k) / s_k and q = Q(p). Adding q (p - F), which is 0 at the solution, makes an error of q
+    enter only as its square.
     """
     p = np.arange(1, len(ordered)) / len(ordered)
     # A std of 0 would divide 0 by 0.
     stds = np.maximum(stds, 1e-30)
-    # Between the components' quantiles lies the mixture's.
+    # The quantile of the mixture lies between those of its components.
     quantiles = means + stds * scipy.special.ndtri(p)[:, None]
     low, high = np.min(quantiles, axis=1), np.max(quantiles, axis=1)
     for _ in range(QUANTILE_HALVINGS):
@@ -227,7 +265,7 @@ def _wasserstein(ordered, weights, means, stds):
 
 
 class _Posterior(NamedTuple):
-    """Given z_t: every component's probability, and the moments of u and v if it is the one."""
+    """Given z_t: the probability of each component, and the moments of u and v under that component."""
 
     probability: Components
     x: Components
@@ -242,7 +280,7 @@ def _posterior(mixture: Mixture, z_t: Points, logsnr_t: PerExample) -> _Posterio
     """Bayes' rule with V = alpha_t^2 s^2 + sigma_t^2 and y = (z_t - alpha_t m) / sqrt(V), for each component.
 
     probability ~ w exp(-y^2 / 2) / sqrt(V), x = m + alpha_t s^2 y / sqrt(V), x_var = s^2 sigma_t^2 / V. With
-    eps = sigma_t y / sqrt(V) the v = alpha_t eps - sigma_t x is put together before anything is rounded.
+    eps = sigma_t y / sqrt(V), v = alpha_t eps - sigma_t x is simplified by hand, so that no digits cancel.
     """
     alpha, sigma = (f(logsnr_t)[:, None, None] for f in (process.alpha, process.sigma))
     means_t, stds_t = _diffused(mixture, logsnr_t)
@@ -264,7 +302,7 @@ def _diffused(mixture: Mixture, logsnr: PerExample) -> tuple[Components, Compone
 
 
 def _log_odds(weights: Parameter, scores: Components) -> Points:
-    """log F / (1 - F) of F = sum_k w_k Phi(score_k), each of F and 1 - F summed from its own tails."""
+    """log F / (1 - F) with F = sum_k w_k Phi(score_k); F and 1 - F are each summed from their own tails."""
     log_f, log_1_minus_f = (
         jax.nn.logsumexp(jax.scipy.special.log_ndtr(a), axis=-1, b=weights) for a in (scores, -scores)
     )
@@ -272,10 +310,10 @@ def _log_odds(weights: Parameter, scores: Components) -> Points:
 
 
 def _coordinates(mixture: Mixture, points: Points) -> Points:
-    """u = basis^T x. In full float32: accelerators multiply matrices with fewer bits unless told."""
+    """u = basis^T x, in full float32: by default accelerators multiply matrices with fewer bits."""
     return jnp.matmul(points, mixture.basis, precision=jax.lax.Precision.HIGHEST)
 
 
 def _points(mixture: Mixture, coordinates: Points) -> Points:
-    """x = basis @ u, as precisely."""
+    """x = basis @ u, also in full float32."""
     return jnp.matmul(coordinates, mixture.basis.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""What objectives and samplers know of a network: a function, nothing else."""
+"""What objectives and samplers know about a network: it is a function."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,10 @@ from jaxtyping import Array, Float, Int
 
 # (z_t, logsnr_t, cond, key) -> v_hat = alpha_t eps_hat - sigma_t x_hat.
 #
-# The network predicts v (not in the paper; we chose it because the v-loss is the paper's choice and both
-# x_hat and eps_hat follow from v without a division). `cond` are class labels; `key` is the randomness of
-# dropout, None switches dropout off. The result is float32 whatever the network computes in.
+# The network predicts v. The paper does not say what it predicts; we chose v because the paper uses the
+# v-loss, and because x_hat and eps_hat follow from v without a division. `cond` holds class labels. `key` is
+# the randomness of dropout; None disables dropout. The result is float32, whatever precision the network
+# uses.
 ModelFn = Callable[
     [Float[Array, "B ..."], Float[Array, "B"], Int[Array, "B"], jax.Array | None],
     Float[Array, "B ..."],

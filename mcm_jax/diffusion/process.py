@@ -1,7 +1,7 @@
-"""The variance preserving forward process and its three predictions (SPEC 1).
+"""The variance-preserving forward process and the three predictions (SPEC 1).
 
 z_t = alpha_t x + sigma_t eps, alpha_t^2 = sigmoid(lambda_t), sigma_t^2 = sigmoid(-lambda_t). Images
-are [B, ...], log-SNRs [B]; example j never influences example i.
+have shape [B, ...], log-SNRs [B]. Example j never influences example i.
 """
 
 import jax
@@ -23,17 +23,25 @@ def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def over_pixels(per_example: Shaped[Array, "B"], image: Image) -> Shaped[Array, "B ..."]:
-    """[B] -> [B, 1, ..., 1], so that it multiplies `image` example by example."""
+    """[B] -> [B, 1, ..., 1], so that the result multiplies `image` example by example."""
     return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))
 
 
 def mean_square(image: Image) -> PerExample:
-    """||a||^2 / d for every example, d its number of entries."""
+    """||a||^2 / d of every example, where d is its number of entries."""
     return jnp.mean(jnp.square(image), axis=tuple(range(1, image.ndim)))
 
 
 def diffuse(x: Image, eps: Image, *, logsnr_t: PerExample) -> Image:
-    """z_t = alpha_t x + sigma_t eps."""
+    """z_t = alpha_t x + sigma_t eps.
+
+    Examples:
+      At log-SNR 0 signal and noise have equal weight:
+
+      >>> x, eps = jnp.ones((1, 2)), jnp.array([[1.0, -1.0]])
+      >>> [round(value, 4) for value in diffuse(x, eps, logsnr_t=jnp.zeros(1))[0].tolist()]
+      [1.4142, 0.0]
+    """
     return over_pixels(alpha(logsnr_t), x) * x + over_pixels(sigma(logsnr_t), x) * eps
 
 
@@ -53,5 +61,5 @@ def eps_from_v(v_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
 
 
 def eps_from_x(x_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
-    """eps_hat = (z_t - alpha_t x_hat) / sigma_t; sigma_t > 0 at every finite log-SNR."""
+    """eps_hat = (z_t - alpha_t x_hat) / sigma_t. At every finite log-SNR sigma_t > 0."""
     return (z_t - over_pixels(alpha(logsnr_t), z_t) * x_hat) / over_pixels(sigma(logsnr_t), z_t)

@@ -1,4 +1,4 @@
-"""The loops over steps that turn noise into images, for teacher and student (SPEC 3)."""
+"""The sampling loop that turns noise into images, for teacher and student (SPEC 3)."""
 
 from typing import Literal
 
@@ -13,12 +13,19 @@ Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
 XVar = Literal["analytic", "measured"]
 Clip = Literal["last", "every", "never"]
 
-# What is folded into an image's key for each of its draws; the steps' noise follows after.
+# Folded into an image's key for each of its draws. Step i uses _STEPS + i.
 _NOISE, _LABEL, _MEASUREMENT, _STEPS = range(4)
 
 
 def image_keys(key: jax.Array, image_indices: Int[Array, "B"]) -> jax.Array:
-    """One key per image, a function of (key, image index) only: never of batch, order or device."""
+    """One key per image, which depends on (key, image index) only, not on batch, order or device.
+
+    Examples:
+      >>> keys = image_keys(jax.random.key(0), jnp.arange(10))
+      >>> same = image_keys(jax.random.key(0), jnp.array([7]))
+      >>> bool(jnp.all(jax.random.key_data(keys[7]) == jax.random.key_data(same[0])))
+      True
+    """
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_indices)
 
 
@@ -32,13 +39,24 @@ def initial_noise(keys: jax.Array, image_shape: tuple[int, ...]) -> Float[Array,
 
 
 def draw_labels(keys: jax.Array, class_probabilities: Float[Array, "classes"]) -> Int[Array, "B"]:
-    """A class for each image from its own key."""
+    """A class for each image, from its own key.
+
+    Examples:
+      >>> keys = image_keys(jax.random.key(0), jnp.arange(3))
+      >>> draw_labels(keys, jnp.array([0.0, 1.0])).tolist()
+      [1, 1, 1]
+    """
     logits = jnp.log(class_probabilities)
     return jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, _LABEL), logits))(keys)
 
 
 def network_calls(sampler: Sampler, num_steps: int) -> int:
-    """Function evaluations of `sample` on a grid of num_steps points: Heun takes two a step but the last."""
+    """Network calls of `sample` on a grid of num_steps points. Heun makes two per step, but one in the last.
+
+    Examples:
+      >>> network_calls("addim", 18), network_calls("heun", 18)
+      (18, 35)
+    """
     return 2 * num_steps - 1 if sampler == "heun" else num_steps
 
 
@@ -53,22 +71,35 @@ def sample(
     x_var: Float[Array, "N"] | None = None,
     clip: Clip = "last",
 ) -> Float[Array, "B ..."]:
-    """Integrates z_1 from logsnr[0] to logsnr[N - 1]; returns the x_hat found there.
+    """Integrates from z_1 at logsnr[0] to logsnr[N - 1] and returns the x_hat predicted there.
 
-    The last step returns x_hat and not z_0, in which a shifted schedule leaves noise of up to a grey level.
+    The result is x_hat and not z_0, because a shifted schedule leaves noise of up to one grey level in z_0.
 
     Args:
-      model_fn: teacher or student, guided or not; see `network_calls` for how often it is called, always
-        without dropout.
+      model_fn: teacher or student, with or without guidance. It is called without dropout; `network_calls`
+      says
+        how often.
       z_1: standard normal noise.
       cond: class labels.
-      keys: one key an image, for the noise of noisy_ddim and ddpm.
+      keys: one key per image, for the noise of noisy_ddim and ddpm.
       logsnr: where the network is called, ascending: `schedules.uniform_grid` or `schedules.karras_grid`.
-      sampler: students take "ddim": they carry aDDIM's adjustment already.
-      x_var: variance per pixel of x given z_t at every point of the grid, for addim and noisy_ddim; None:
-        the analytic one. It is the conditional prediction's, whatever the guidance.
-      clip: not in the paper: clip x_hat in every step ("every") or in the last (ours); "never" is for data
+      sampler: use "ddim" for students, which have already learned aDDIM's adjustment.
+      x_var: for addim and noisy_ddim, the variance per pixel of x given z_t at every point of the grid; None
+        uses the analytic one. Guidance does not change it: it belongs to the conditional prediction.
+      clip: not in the paper. Clip x_hat in the last step (our default), in "every" step, or "never", for data
         that lie outside of [-1, 1].
+
+    Examples:
+      The exact denoiser of two Gaussians stands in for a network:
+
+      >>> from mcm_jax.diffusion import mixtures, schedules
+      >>> teacher = mixtures.model_fn(mixtures.two_components())
+      >>> keys = image_keys(jax.random.key(0), jnp.arange(4))
+      >>> z_1, cond = initial_noise(keys, (1,)), jnp.zeros(4, jnp.int32)
+      >>> grid = schedules.uniform_grid(schedules.cosine(), 64)
+      >>> x = sample(teacher, z_1, cond, keys, logsnr=grid, sampler="ddpm")
+      >>> x.shape
+      (4, 1)
     """
     batch = z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
@@ -117,11 +148,14 @@ def measure_x_var(
 ) -> Float[Array, "N B"]:
     """||x - x_hat(z_t)||^2 / d at every point of a sampler's grid, for clean images x (SPEC 3b).
 
-    aDDIM's measured x_var is eta times the mean of this over data, eta = 0.75.
+    aDDIM's measured x_var is eta times the mean of this over data, with eta = 0.75.
 
     Args:
-      model_fn: the conditional, unguided network.
-      keys: one key an image, for the noise in z_t.
+      model_fn: the conditional network without guidance.
+      x: clean images.
+      cond: their class labels.
+      keys: one key per image, for the noise in z_t.
+      logsnr: the grid.
     """
     eps = _normal(keys, _MEASUREMENT, x.shape[1:])
 

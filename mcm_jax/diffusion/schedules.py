@@ -1,7 +1,7 @@
 """Noise schedules: callables t -> log-SNR (SPEC 2; simple diffusion, arXiv:2301.11093).
 
-t = 0 is data, t = 1 is noise; log-SNR lambda = log(alpha^2 / sigma^2) falls from t = 0 to t = 1. All of them
-are within 2e-6 of float64 at every float32 t in [0, 1].
+t = 0 is data and t = 1 is noise. The log-SNR, lambda = log(alpha^2 / sigma^2), falls from t = 0 to t = 1. All
+schedules are within 2e-6 of float64 at every float32 t in [0, 1].
 """
 
 import math
@@ -16,8 +16,8 @@ Schedule = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 EndPoints = Literal["moved", "kept"]
 Grid = Literal["schedule", "karras"]
 
-# |log-SNR| at the ends of the cosine schedule. Not in the paper; 15 leaves sigma_0 = 5.5e-4, a
-# fourteenth of a grey level, and alpha_1 the same.
+# |log-SNR| at the ends of the cosine schedule. Not in the paper. With 15, sigma_0 = 5.5e-4, a fourteenth of a
+# grey level, and alpha_1 is the same.
 LOGSNR_LIMIT = 15.0
 
 
@@ -29,11 +29,16 @@ def cosine(*, logsnr_min: float = -LOGSNR_LIMIT, logsnr_max: float = LOGSNR_LIMI
       logsnr_max: log-SNR at t = 0.
 
     Returns:
-      t in [0, 1], any shape -> log-SNR of the same shape. Behind u = 1/2 it is computed as
-      -lambda(1 - u), without which the float32 error would be 2e-5.
+      A function of t in [0, 1], of any shape, that gives log-SNRs of the same shape. For u > 1/2 it computes
+      -lambda(1 - u); computed directly, the float32 error would be 2e-5.
+
+    Examples:
+      >>> schedule = cosine()
+      >>> [round(value, 3) for value in schedule(jnp.array([0.0, 0.25, 1.0])).tolist()]
+      [15.0, 1.761, -15.0]
     """
     u_0 = 2 / math.pi * math.atan(math.exp(-logsnr_max / 2))
-    # 1 - u_1, and not u_1: u_1 is so near 1 that float32 would lose its digits.
+    # Store 1 - u_1 instead of u_1, which is so close to 1 that float32 would lose its digits.
     one_minus_u_1 = 2 / math.pi * math.atan(math.exp(logsnr_min / 2))
     width = 1 - one_minus_u_1 - u_0
 
@@ -52,8 +57,13 @@ def shifted(*, noise_resolution: int, image_resolution: int, end_points: EndPoin
     Args:
       noise_resolution: n, in pixels.
       image_resolution: r, in pixels.
-      end_points: not in the paper. "moved" (ours: the formula as it stands) shifts the ends away
-        from +-15 with everything else; "kept" rescales t so that the ends stay at +-15.
+      end_points: not in the paper. "moved" (our default) applies the formula as it stands, which shifts the
+        ends away from +-15; "kept" rescales t so that the ends stay at +-15.
+
+    Examples:
+      >>> schedule = shifted(noise_resolution=32, image_resolution=64)
+      >>> round(float(schedule(jnp.float32(1.0))), 3)  # -15 - 2 log 2
+      -16.386
     """
     shift = 2 * math.log(noise_resolution / image_resolution)
     moved = 0.0 if end_points == "moved" else shift
@@ -68,7 +78,15 @@ def interpolated(
     image_resolution: int,
     end_points: EndPoints = "moved",
 ) -> Schedule:
-    """(1 - t) shifted(n_low)(t) + t shifted(n_high)(t), all resolutions in pixels."""
+    """(1 - t) shifted(n_low)(t) + t shifted(n_high)(t), all resolutions in pixels.
+
+    Examples:
+      The schedule of the paper's ImageNet64 runs:
+
+      >>> schedule = interpolated(noise_resolution_low=32, noise_resolution_high=64, image_resolution=64)
+      >>> [round(value, 3) for value in schedule(jnp.array([0.0, 1.0])).tolist()]
+      [13.614, -15.0]
+    """
     low, high = (
         shifted(noise_resolution=n, image_resolution=image_resolution, end_points=end_points)
         for n in (noise_resolution_low, noise_resolution_high)
@@ -77,8 +95,13 @@ def interpolated(
 
 
 def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, "N"]:
-    """Log-SNR at t = 1, 1 - 1/N, ..., 1/N: where a sampler of N = num_steps >= 1 steps calls the network."""
-    # Divided in float64, and outside of any compiled loop, where a time would not be rounded to float32.
+    """Log-SNR at t = 1, 1 - 1/N, ..., 1/N, where a sampler of N = num_steps >= 1 steps calls the network.
+
+    Examples:
+      >>> [round(value, 3) for value in uniform_grid(cosine(), 4).tolist()]
+      [-15.0, -1.761, 0.0, 1.761]
+    """
+    # Divide in float64, outside of any compiled loop: inside one, XLA need not round a time to float32.
     t = np.arange(num_steps, 0, -1, dtype=np.float64) / num_steps
     return schedule(jnp.asarray(t, jnp.float32))
 
@@ -88,11 +111,16 @@ def karras_grid(
 ) -> Float[Array, "N"]:
     """sigma_i = (max^(1/rho) + i/(N-1) (min^(1/rho) - max^(1/rho)))^rho, as log-SNR = -2 log sigma.
 
-    The grid of Karras et al. 2022 (SPEC 2), i = 0..N-1, for z scaled to variance preserving: their sigma is
-    sigma_t / alpha_t here. It has no end at sigma = 0: samplers return the last prediction of x.
+    The grid of Karras et al. 2022 (SPEC 2), i = 0..N-1, for z rescaled to be variance preserving: their sigma
+    is sigma_t / alpha_t here. The grid has no point at sigma = 0, because samplers return the last prediction
+    of x.
 
     Args:
-      num_steps: N >= 1; N = 1 is sigma_max alone.
+      num_steps: N >= 1; N = 1 gives sigma_max alone.
+
+    Examples:
+      >>> [round(value, 2) for value in karras_grid(3).tolist()]
+      [-8.76, -1.84, 12.43]
     """
     i = np.linspace(0.0, 1.0, num_steps)
     root = sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))

@@ -17,26 +17,36 @@ def annealed_teacher_steps(
 
     Args:
       train_step: i, the number of updates done so far.
-      first, last: teacher steps over all of time at i = 0 and from i = anneal_steps on; equal for
+      first, last: teacher steps over all of time, at i = 0 and from i = anneal_steps on. Equal values give
         the constant teacher of the ablation.
       anneal_steps: length of the annealing in updates, at least 1.
+
+    Examples:
+      >>> n = annealed_teacher_steps(jnp.int32(50_000), first=64.0, last=1280.0, anneal_steps=100_000)
+      >>> round(float(n), 1)
+      286.2
     """
     fraction = jnp.clip(train_step / anneal_steps, 0.0, 1.0)
     return jnp.exp(np.log(first) + fraction * (np.log(last) - np.log(first)))
 
 
 def steps_per_segment(teacher_steps: Float[Array, ""], *, student_steps: int) -> Int[Array, ""]:
-    """N_per = max(1, round(N_teacher / S)): teacher steps inside one student step."""
+    """N_per = max(1, round(N_teacher / S)): teacher steps inside one student step.
+
+    Examples:
+      >>> int(steps_per_segment(jnp.float32(286.2), student_steps=8))
+      36
+    """
     return jnp.maximum(1, jnp.round(teacher_steps / student_steps)).astype(jnp.int32)
 
 
 class Times(NamedTuple):
-    """A batch of teacher steps t -> s inside the student segments that end at t_step <= s < t."""
+    """A batch of teacher steps t -> s, each inside a student segment that ends at t_step <= s < t."""
 
     t: Float[Array, "B"]
     s: Float[Array, "B"]
     t_step: Float[Array, "B"]
-    is_last: Bool[Array, "B"]  # s = t_step: the teacher's step ends on the segment's boundary
+    is_last: Bool[Array, "B"]  # s = t_step: the teacher's step ends at the end of the segment
 
 
 def draw_times(
@@ -44,7 +54,16 @@ def draw_times(
 ) -> Times:
     """step ~ U{0..S-1}, n_rel ~ U{1..N_per}; t = (step N_per + n_rel) / T, s = t - 1/T, T = N_per S.
 
-    Formed from integers, so that s = t_step is known exactly (n_rel = 1) and both are the same float.
+    The times are formed from integers, so that s = t_step is known exactly (n_rel = 1), and both are then the
+    same float.
+
+    Examples:
+      >>> import jax
+      >>> times = draw_times(
+      ...     jax.random.key(0), batch_size=5, student_steps=4, steps_per_segment=jnp.int32(16)
+      ... )
+      >>> bool(jnp.all((times.t_step <= times.s) & (times.s < times.t)))
+      True
     """
     key_step, key_rel = jax.random.split(key)
     step = jax.random.randint(key_step, (batch_size,), 0, student_steps)
@@ -62,9 +81,9 @@ def draw_times(
 def draw_halves(
     key: PRNGKey, *, batch_size: int, student_steps: int
 ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
-    """(t, m, s): a student step t -> s, step ~ U{0..S-1}, and its middle, where two teacher steps meet.
+    """(t, m, s): a student step t -> s, step ~ U{0..S-1}, and its middle m, where two teacher steps meet.
 
-    s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S, formed from integers (2202.00512).
+    s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S, formed from integers (arXiv:2202.00512).
     """
     start = 2 * jax.random.randint(key, (batch_size,), 0, student_steps)
     return tuple((start + n) / jnp.float32(2 * student_steps) for n in (2, 1, 0))

@@ -21,11 +21,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
+from mcm_jax import records
 from mcm_jax.evaluation import pth
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.system.errors import InputError
 
-NETWORK = "efficientnet-lite0"
+NETWORK = records.EFFICIENTNET
 FEATURES = 1280
 # The weights were trained at 224; 96 is 5 to 6 times faster. Measured on 350 unseen OpenMoji of 16x16, the
 # distance relative to that of the intact images is about the same at 96 as at 224: noise of 8 grey levels 1.5
@@ -88,7 +89,7 @@ def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTIO
         params=weights.params,
         apply=lambda params, images: {"pool": features(params, images, input_resolution=input_resolution)},
         dimensions={"pool": FEATURES},
-        distance="fd_effnet_lite0",
+        distance=records.DISTANCES[NETWORK],
         description={"network": NETWORK, "sha256": weights.sha256, "input_resolution": input_resolution},
     )
 

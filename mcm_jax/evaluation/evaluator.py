@@ -1,54 +1,52 @@
-"""Results: samples of a run, or images from elsewhere, scored against a reference and kept."""
+"""Results: samples of a run, or images from elsewhere, compared with a reference and recorded."""
 
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mcm_jax import fields, records
 from mcm_jax.data import layout, pipeline
 from mcm_jax.evaluation import image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
+from mcm_jax.fields import Affects
+from mcm_jax.records import RESULTS, ImagesResult, Measurement, Result, Sampling
 from mcm_jax.runs import workdirs
-from mcm_jax.system import distributed, progress
+from mcm_jax.system import distributed, progress, versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 from mcm_jax.system.pictures import image_grid, save_png
 
-RESULTS = Path("evaluation") / "results.jsonl"
-_TRAINING_ONLY = (
-    *("objective", "teacher_checkpoint", "teacher_guidance", "diffusion", "consistency", "optimizer"),
-    *("training", "mesh"),
-)
-# Samples held at a time: bounds memory at any number.
+# Samples in memory at a time: bounds the memory for any number of samples.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
-# Smallest side a sample is drawn at in the grid.
+# Smallest side of a sample in the grid, in pixels.
 _GRID_TILE = 48
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
-    """How many samples, of which seed, and how many of the untrained network (0: none)."""
+class SampleRequest:
+    """Which samples to draw: how many, from which seed, and with which arguments of `runs.run.Run.sample`."""
 
     num: int
     seed: int = 0
-    untrained_num: int = 0
+    untrained_num: int = 0  # how many to draw from the untrained network; 0: none
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator:
     """What all results of one command share: the feature network, the references, the metrics.
 
-    Several processes sample and extract features together, and each has all features: the sums over them are
-    a small part of the work, and equal in all. The first one writes.
+    Several processes sample and extract features together, and each one holds all features: summing over them
+    is a small part of the work, and gives the same sums in every process. The first process writes.
     """
 
     def __init__(
@@ -61,130 +59,144 @@ class Evaluator:
         reference: Path | None = None,
         reference_split: str = "train",
     ):
-        """Where no reference is given, computes nothing yet.
+        """Computes nothing yet if no reference is given.
 
         Args:
-          asked: the metrics were asked for: one that a reference can't give is the user's mistake.
-          reference: a published file, or directory of a prepared data set; None: every run's own data set.
+          asked: the user chose the metrics, so one that the reference does not allow is an error; the
+            default metrics are silently left out instead.
+          reference: a published file, or the directory of a prepared data set; None: each run's own data set.
 
         Raises:
-          InputError: there is no such reference, or it is of other features.
+          InputError: the reference does not exist, or was made with other features.
         """
         self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
+        self._left_out: set[tuple[str, str]] = set()
         self._references: dict[tuple[Any, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
         elif reference is not None:
             single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
-            self.given = published.read(reference, self.extractor, single_images=single_images)
+            self.given = published.read(reference, self.extractor, self.cache, single_images=single_images)
 
-    def stored(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest result of these inputs in the run's file."""
-        workdir = Path(run.workdir)
+    def stored(self, run: Any, measurement: Measurement) -> Result | None:
+        """The newest result of this measurement in the run's file."""
         try:
-            lines = (workdir / RESULTS).read_bytes().split(b"\n")
+            lines = (Path(run.workdir) / RESULTS).read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
-        # As they come back from the file: tuples are lists there.
-        inputs = json.loads(json.dumps(inputs))
         for line in reversed(lines):
             try:
-                record = json.loads(line)
-                if all(record[name] == value for name, value in inputs.items()):
-                    return record
-            except (ValueError, KeyError, TypeError):  # Cut off, or of an older version.
+                result = Result.from_json(json.loads(line))
+            # Cut off by a crash, or from an older version. RecordError is a ValueError, as JSON's errors are.
+            except ValueError:
                 continue
+            if result.same_measurement(measurement):
+                return result
         return None
 
-    def inputs(self, run: Any, parameters: str, draws: Draws, how: dict[str, Any]) -> dict[str, Any]:
-        """All that a result depends on, as the record says it.
+    def measurement(self, run: Any, parameters: str, request: SampleRequest) -> Measurement:
+        """Everything that a result of these samples depends on.
 
         Raises:
-          InputError: a metric was asked for that the reference can't give.
+          InputError: the user chose a metric that the reference does not allow.
         """
         reference = self._compared(run)
         self.require(reference)
+        return Measurement(
+            version=VERSION,
+            workdir=Path(run.workdir).resolve().name,
+            objective=run.objective,
+            dataset=run.dataset.dataset,
+            resolution=run.dataset.resolution,
+            data_preprocessing=run.dataset.preprocessing,
+            training_seed=run.seed,
+            student_steps=run.student_steps,
+            checkpoint_step=run.checkpoint_step,
+            checkpoint=workdirs.checkpoint_identity(Path(run.workdir), run.checkpoint_step),
+            parameters=parameters,
+            label_rule=run.label_rule,
+            seed=request.seed,
+            sampling=run.sampling(**request.settings),
+            num_samples=request.num,
+            untrained_num=request.untrained_num,
+            **self._comparison(reference),
+        )
+
+    def _comparison(self, reference: Reference) -> dict[str, Any]:
+        """What is compared with what, as every measurement says it."""
         return {
-            "version": VERSION,
-            "workdir": Path(run.workdir).resolve().name,
-            "objective": run.objective,
-            "dataset": run.dataset.dataset,
-            "resolution": run.dataset.resolution,
-            "data_preprocessing": run.dataset.preprocessing,
-            "training_seed": run.seed,
-            "student_steps": run.student_steps,
-            "checkpoint_step": run.checkpoint_step,
-            "checkpoint": workdirs.checkpoint_identity(Path(run.workdir), run.checkpoint_step),
-            "parameters": parameters,
-            "label_rule": run.label_rule,
-            "seed": draws.seed,
-            **run.sampling_record(**how),
-            "num_samples": draws.num,
-            "untrained_num": draws.untrained_num,
-            "asked": self.metrics,
-            "features": self.extractor.network.description,
-            "reference": reference.description,
+            "asked": tuple(self.metrics),
+            "features": records.Features(**self.extractor.network.description),
+            "reference": records.Reference(**reference.description),
         }
 
     def require(self, reference: Reference, *, labelled: bool = True) -> None:
-        """Raises InputError for a metric that was asked for and that reference or images can't give."""
-        for metric in self.metrics if self._asked else ():
-            reason = protocol.lacking(metric, reference, labelled=labelled)
-            if reason is not None:
+        """Raises InputError for a requested metric that reference or images can't give.
+
+        A default one that they can't give is left out with a note.
+        """
+        for metric in self.metrics:
+            reason = protocol.unavailable_reason(metric, reference, labelled=labelled)
+            if reason is not None and self._asked:
                 raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
+            if reason is not None and (metric, reason) not in self._left_out:
+                distributed.say(f"note: {metric} is left out: {reason}")
+                self._left_out.add((metric, reason))
 
     def score(
-        self, run: Any, inputs: dict[str, Any], draws: Draws, how: dict[str, Any], *, again: bool = False
-    ) -> dict[str, Any]:
-        """Samples a run and scores the samples; appends the record to the run's file and draws its grid.
+        self, run: Any, measurement: Measurement, request: SampleRequest, *, again: bool = False
+    ) -> Result:
+        """Samples a run and scores the samples; appends the result to the run's file and draws its grid.
 
-        Goes on from what an interrupted call with the same inputs has kept, unless it is to begin `again`.
+        Continues an interrupted call of the same measurement where it stopped; with `again` it starts over.
         """
         workdir, reference, test = Path(run.workdir), self._compared(run), None
         if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
             test = self._reference(run.dataset, "test", run.blocks)
         also_first = 0 if test is None else test.count
         tally = protocol.Tally(
-            self.extractor, reference, num=draws.num, metrics=self.metrics, also_first=also_first
+            self.extractor, reference, num=request.num, metrics=self.metrics, also_first=also_first
         )
-        # All that the sums depend on.
-        name = content_hash({**inputs, "also_first": also_first, "versions": _versions()})[:16]
-        unfinished = Unfinished(workdir / RESULTS.parent / f"unfinished_{name}.npz")
+        # Everything that the sums depend on.
+        identity = {**measurement.to_json(), "also_first": also_first, "versions": _versions()}
+        unfinished = Unfinished(workdir / RESULTS.parent / f"unfinished_{content_hash(identity)[:16]}.npz")
         if again:
             unfinished.finish()
-        seconds, first_images = _sample_into(tally, run, draws, how, unfinished)
+        seconds, first_images = _sample_into(tally, run, request, unfinished)
         scores = tally.scores()
-        grid = RESULTS.parent / grid_name(inputs)
+        grid = RESULTS.parent / grid_name(measurement)
         if distributed.is_first():
             scale = -(-_GRID_TILE // first_images.shape[1])
             save_png(image_grid(first_images, _GRID_COLUMNS, scale=scale), workdir / grid)
-        record = {
-            **inputs,
-            "metrics": scores.metrics,
-            "bounds": {} if self.given else self._bounds(run, draws, how, reference, test),
-            "rank_deficient": scores.rank_deficient,
-            "grid": str(grid),
-            "sampling_seconds": round(seconds, 3),
-            "features_seconds": round(scores.features_seconds, 3),
-            **_made(),
-        }
+        bounds = {} if self.given else self._bounds(run, measurement, request, reference, test)
+        result = Result(
+            **vars(measurement),
+            **_outcome(scores, bounds),
+            grid=str(grid),
+            sampling_seconds=round(seconds, 3),
+        )
         if distributed.is_first():
-            append_line(workdir / RESULTS, record)
+            append_line(workdir / RESULTS, result.to_json())
         unfinished.finish()
-        return record
+        return result
 
     def _compared(self, run: Any) -> Reference:
         return self.given or self._reference(run.dataset, "train", run.blocks)
 
     def _bounds(
-        self, run: Any, draws: Draws, how: dict[str, Any], reference: Reference, test: Reference | None
+        self,
+        run: Any,
+        measurement: Measurement,
+        request: SampleRequest,
+        reference: Reference,
+        test: Reference | None,
     ) -> dict[str, float]:
-        num = min(draws.untrained_num, draws.num)
+        num = min(request.untrained_num, request.num)
 
         def untrained() -> Blocks:
-            yield run.untrained().sample(num, seed=draws.seed, **how)
+            yield run.untrained().sample(num, seed=request.seed, **request.settings)
 
         return protocol.floors_and_ceilings(
             self.extractor,
@@ -194,30 +206,24 @@ class Evaluator:
             test=test,
             untrained_images=untrained,
             untrained_num=num,
-            untrained_identity=_untrained_identity(run, draws.seed, run.sampling_record(**how)),
+            untrained_identity=_untrained_identity(run, request.seed, measurement.sampling),
         )
 
-    def score_images(self, images: image_files.ImageFiles) -> dict[str, Any]:
-        """The record of images that were made elsewhere."""
+    def score_images(self, images: image_files.ImageFiles) -> ImagesResult:
+        """Scores images that were made elsewhere."""
         self.require(self.given, labelled=images.has_labels)
         scores = protocol.evaluate_samples(
             images.blocks(_BLOCK), self.extractor, self.given, num=images.num, metrics=self.metrics
         )
-        return {
+        return ImagesResult(
             **images.description,
-            "num_samples": images.num,
-            "asked": self.metrics,
-            "metrics": scores.metrics,
-            "bounds": {},
-            "rank_deficient": scores.rank_deficient,
-            "features": self.extractor.network.description,
-            "reference": self.given.description,
-            "features_seconds": round(scores.features_seconds, 3),
-            **_made(),
-        }
+            num_samples=images.num,
+            **self._comparison(self.given),
+            **_outcome(scores, {}),
+        )
 
     def _prepared(self, directory: Path, split: str) -> Reference:
-        """Of a prepared data set's split, by its directory."""
+        """The reference made from a split of the prepared data set in `directory`."""
         try:
             info = layout.read_summary(directory)
         except (OSError, ValueError) as error:
@@ -235,7 +241,10 @@ class Evaluator:
                 f"DIR/{layout.dataset_dir('', **place)}; move it back there"
             )
         if split not in info.fingerprints:
-            raise InputError(f"--reference_split={split}: {directory} has {', '.join(info.fingerprints)}")
+            raise InputError(
+                f"--reference_split={split}: {directory} has only {', '.join(info.fingerprints)}; choose one "
+                "of these"
+            )
 
         def blocks(split: str) -> Blocks:
             return pipeline.blocks(pipeline.open_split(data_dir=data_dir, **place, split=split))
@@ -249,7 +258,7 @@ class Evaluator:
             "resolution": info.resolution,
             "preprocessing": str(info.preprocessing),
         }
-        # Read once: with its features it can be as large as all samples.
+        # Read only once: with its features it can be as large as all samples.
         key = (split, *identity.values())
         if key not in self._references:
             count = -(-info.num_examples[split] // pipeline.BLOCK)
@@ -259,44 +268,46 @@ class Evaluator:
                 identity=identity,
                 images=lambda: progress.bar(blocks(split), f"features of {split} images", total=count),
             )
-            told = {"dataset": info.dataset, "resolution": info.resolution}
+            dataset = {"dataset": info.dataset, "resolution": info.resolution}
             self._references[key] = dataclasses.replace(
-                reference, description={**told, **reference.description}
+                reference, description={**dataset, **reference.description}
             )
         return self._references[key]
 
 
-def _made() -> dict[str, Any]:
+def _outcome(scores: protocol.Scores, bounds: dict[str, float]) -> dict[str, Any]:
+    """The fields of a `records.Outcome`."""
     return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "metrics": scores.metrics,
+        "bounds": bounds,
+        "rank_deficient": scores.rank_deficient,
+        "features_seconds": round(scores.features_seconds, 3),
+        "created": datetime.datetime.now(datetime.UTC).replace(microsecond=0),
         "versions": _versions(),
     }
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "mcm_jax")}
+    return versions.record("jax", "flax", "mcm_jax")
 
 
-def grid_name(inputs: dict[str, Any]) -> str:
-    """Of the grid: what tells samples of one run apart; the usual settings are left out."""
-    name = f"samples_step{inputs['checkpoint_step']}_{inputs['parameters']}"
-    name += f"_{inputs['sampler']}{inputs['steps']}"
-    if inputs["noise_grid"] != "schedule":
-        name += f"_{inputs['noise_grid']}"
-    if inputs["x_var"] == "measured":
-        name += "_measured"
-    if inputs["guidance"]:
-        name += f"_g{inputs['guidance']:g}"
-    return f"{name}_seed{inputs['seed']}.png"
+def grid_name(measurement: Measurement) -> str:
+    """The file name of the grid, which distinguishes samples of one run; usual settings are left out."""
+    sampling = measurement.sampling
+    words = [f"samples_step{measurement.checkpoint_step}", measurement.parameters]
+    words.append(f"{sampling.sampler}{sampling.steps}")
+    words += [str(getattr(sampling, name)) for name in sampling.unusual]
+    words += [f"g{sampling.guidance:g}"] if sampling.guidance else []
+    return "_".join([*words, f"seed{measurement.seed}.png"])
 
 
 def _sample_into(
-    tally: protocol.Tally, run: Any, draws: Draws, how: dict[str, Any], unfinished: Unfinished
+    tally: protocol.Tally, run: Any, request: SampleRequest, unfinished: Unfinished
 ) -> tuple[float, np.ndarray]:
-    """Adds the run's samples, from where an interrupted evaluation was; keeps what there is.
+    """Adds the run's samples to the tally, after those of an interrupted evaluation; saves its progress.
 
     Returns:
-      (seconds of sampling, the first images).
+      (seconds spent on sampling, the first images).
     """
 
     def check(arrays: Arrays) -> None:
@@ -308,10 +319,11 @@ def _sample_into(
     if arrays is not None:
         tally.go_on_from(arrays)
         seconds, first_images = float(arrays["seconds"]), arrays["first_images"]
-        distributed.say(f"going on after the {tally.count} samples of an evaluation that was interrupted")
-    for first in progress.bar(range(tally.count, draws.num, _BLOCK), "samples and their features"):
+        distributed.say(f"continuing an interrupted evaluation after {tally.count} samples")
+    for first in progress.bar(range(tally.count, request.num, _BLOCK), "samples and their features"):
         start = time.monotonic()
-        images, labels = run.sample(min(_BLOCK, draws.num - first), seed=draws.seed, first=first, **how)
+        num = min(_BLOCK, request.num - first)
+        images, labels = run.sample(num, seed=request.seed, first=first, **request.settings)
         seconds += time.monotonic() - start
         if first == 0:
             first_images = images[:_GRID_IMAGES].copy()
@@ -321,9 +333,8 @@ def _sample_into(
     return seconds, first_images
 
 
-def _untrained_identity(run: Any, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The config but for what only training reads: teacher and students share their untrained network."""
-    config = dataclasses.asdict(run.config)
-    for section in _TRAINING_ONLY:
-        config.pop(section, None)
-    return {"config": config, "seed": seed, **sampling}
+def _untrained_identity(run: Any, seed: int, sampling: Sampling) -> dict[str, Any]:
+    """What samples of the untrained network depend on: a teacher and its students share theirs."""
+    config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
+    sampled = {"label_rule": run.label_rule, **sampling.to_json()}
+    return {"config": config, "dataset": run.config.data.dataset, "seed": seed, **sampled}

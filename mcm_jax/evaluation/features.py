@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from mcm_jax.system import sharding
+from mcm_jax.system.errors import InputError
 
 BATCH_PER_DEVICE = 64
 # Measured on 2 cores: activations of 8 images stay in the caches, 64 at once are a quarter slower.
@@ -85,4 +86,11 @@ class Extractor:
             padded = np.pad(batch, ((0, self._batch - len(batch)), (0, 0), (0, 0), (0, 0)))
             found = self._run(self._params, sharding.split(self._mesh, padded))
             parts.append({name: sharding.gather(rows)[: len(batch)] for name, rows in found.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.network.dimensions}
+        features = {name: np.concatenate([part[name] for part in parts]) for name in self.network.dimensions}
+        for name, rows in features.items():
+            if not np.isfinite(rows).all():
+                raise InputError(
+                    f"{name} features of {self.network.description.get('network')} that are not finite: its "
+                    "weights are damaged; get them again"
+                )
+        return features

@@ -1,5 +1,7 @@
 """The Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al., arXiv:1706.08500, eq. 6)."""
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float64
@@ -14,9 +16,9 @@ def frechet_distance(
     """||mean_1 - mean_2||^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2)), the squared 2-Wasserstein distance.
 
     With cov_1 = F F^T the trace of the root is sum sqrt(eig(F^T cov_2 F)): symmetric eigenvalues only, so
-    that singular covariances are fine and nothing complex appears. All in float64. The result is clamped at
-    0, below which only rounding leads. Estimated from samples it is biased upwards, the more the fewer they
-    are: compare equal counts only.
+    singular covariances are fine and nothing complex appears. All in float64. The result is clamped at 0, as
+    only rounding makes it negative; matrices that are no covariances would too, see `checked_moments`. An
+    estimate from samples is biased upwards, the more the fewer samples there are: compare equal counts only.
     """
     factor = _factor(cov_1)
     root_trace = np.sum(np.sqrt(_eigenvalues(factor.T @ cov_2 @ factor)))
@@ -28,7 +30,7 @@ def frechet_distance_of_rows(rows: Float64[np.ndarray, "N D"], others: Float64[n
     """`frechet_distance` of the moments of two sets of vectors, without their D x D covariances.
 
     With centred rows A and B, divided by sqrt(n - 1), cov_1 = A^T A and cov_2 = B^T B, and the trace of the
-    root is the sum of the singular values of A B^T: an N x M matrix, small where there are few rows.
+    root is the sum of the singular values of A B^T, an N x M matrix, which is small for few rows.
     """
     mean_1, mean_2 = rows.mean(axis=0), others.mean(axis=0)
     a, b = (rows - mean_1) / np.sqrt(len(rows) - 1), (others - mean_2) / np.sqrt(len(others) - 1)
@@ -37,11 +39,42 @@ def frechet_distance_of_rows(rows: Float64[np.ndarray, "N D"], others: Float64[n
     return float(max(difference @ difference + np.sum(a**2) + np.sum(b**2) - 2.0 * root_trace, 0.0))
 
 
+def checked_moments(
+    mean: Any, cov: Any, *, size: int
+) -> tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]:
+    """A mean and a covariance of `size` features that come from a file, in float64.
+
+    Rounding is allowed for: of the numbers' own type, and of sums in float32.
+
+    Raises:
+      ValueError: they are not real, finite and of that size, or the matrix is no covariance, whose distance
+        would mean nothing (for a negative definite one it would be 0, the best there is).
+    """
+    mean, cov = np.asarray(mean), np.asarray(cov)
+    for name, array in (("mean", mean), ("covariance", cov)):
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"a {name} of {array.dtype} in place of real numbers")
+    if mean.shape != (size,) or cov.shape != (size, size):
+        raise ValueError(f"moments of shapes {mean.shape} and {cov.shape}, not of {size} features")
+    rounding = max(1e-4, np.sqrt(size) * np.finfo(np.promote_types(cov.dtype, np.float16)).eps)
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError("moments that are not finite")
+    scale = np.abs(cov).max(initial=0.0)
+    if np.abs(cov - cov.T).max(initial=0.0) > 1e-6 * scale:
+        raise ValueError("a covariance that is not symmetric")
+    # Cholesky's factorisation exists if no eigenvalue is below -rounding * scale; much faster than those are.
+    _, failed = scipy.linalg.lapack.dpotrf(cov + rounding * scale * np.eye(size), lower=1)
+    if failed and scale:
+        raise ValueError("a covariance with negative eigenvalues")
+    return mean, cov
+
+
 def _factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D R"]:
     """F of shape [D, rank] with F F^T = cov, by Cholesky's factorisation with pivots.
 
-    It stops where the largest pivot left is rounding (D eps times the largest variance): that is the rank. An
-    eigendecomposition gives as good a factor 3 to 10 times more slowly.
+    It stops when the largest remaining pivot is rounding (D eps times the largest variance), which defines
+    the rank. An eigendecomposition gives an equally good factor 3 to 10 times more slowly.
     """
     lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
     factor = np.empty((len(cov), rank))
@@ -50,14 +83,14 @@ def _factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D R"]:
 
 
 def _eigenvalues(matrix: Float64[np.ndarray, "R R"]) -> Float64[np.ndarray, " K"]:
-    """Eigenvalues of a positive semidefinite matrix, those that are rounding left out."""
+    """Eigenvalues of a positive semidefinite matrix, without those that are mere rounding."""
     values = scipy.linalg.eigvalsh((matrix + matrix.T) / 2.0) if matrix.size else np.zeros(0)
     return values[values > _rounding(values)]
 
 
 def _rounding(values: Float64[np.ndarray, " D"]) -> float:
-    """eigh's error, D eps max|value|: what a zero eigenvalue can come out as, on either side of zero.
+    """eigh's error, D eps max|value|: a zero eigenvalue can come out this far on either side of zero.
 
-    Left in, each would add the square root of its rounding (1e-8 instead of 1e-16) to the trace.
+    Each one included would add the square root of its rounding (1e-8 instead of 1e-16) to the trace.
     """
     return len(values) * np.finfo(np.float64).eps * np.max(np.abs(values), initial=0.0)

@@ -1,7 +1,8 @@
-"""Images that any program made: uint8 under arr_0 of an .npz, as ADM's evaluator takes them, or a folder."""
+"""Images that any program made: a folder, or an .npz with images under arr_0, as ADM's evaluator reads."""
 
 import dataclasses
 import hashlib
+import io
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,31 +11,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mcm_jax.data.images import FORMATS, find, naming, shown, turn, upright
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.system.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """`num` images, and `blocks(size)` of them with labels, which are 0 where there are none.
+    """`num` images; `blocks(size)` yields them with labels, which are all 0 unless `has_labels`.
 
     Attributes:
       description: what a result must say about them.
+      note: what the folder holds besides images, for the user; empty if nothing.
     """
 
     num: int
     has_labels: bool
     description: dict[str, Any]
     blocks: Callable[[int], Blocks]
+    note: str = ""
 
 
 def open_images(path: Path) -> ImageFiles:
-    """Looks at all of them, and reads none to its end.
+    """Checks every image by its header; `blocks` decodes the pixels later.
 
     Raises:
-      InputError: there is nothing, something that is no image, or images of several sizes.
+      InputError: nothing is there, or something that is no image, or images of several sizes.
     """
     if path.is_dir():
         return _folder(path)
@@ -49,63 +51,67 @@ def open_images(path: Path) -> ImageFiles:
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = "nothing" if images is None else f"{images.dtype} {images.shape}"
-        raise InputError(f"--images={path}: arr_0 must hold uint8 images [N, H, W, 3], and holds {found}")
+        raise InputError(f"--images={path}: arr_0 must hold uint8 images [N, H, W, 3], not {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise InputError(
-            f"--images={path}: arr_1 must hold {len(images)} labels, and holds {labels.dtype} {labels.shape}"
+            f"--images={path}: arr_1 must hold {len(images)} labels, not {labels.dtype} {labels.shape}"
         )
-    of = np.zeros(len(images), np.int32) if labels is None else labels.astype(np.int32)
+    given = np.zeros(len(images), np.int32) if labels is None else labels.astype(np.int32)
 
     def blocks(size: int) -> Blocks:
         for start in range(0, len(images), size):
-            yield images[start : start + size], of[start : start + size]
+            yield images[start : start + size], given[start : start + size]
 
     digest = hashlib.sha256(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(of))
+    digest.update(np.ascontiguousarray(given))
     description = {"images": path.name, "sha256": digest.hexdigest()}
     return ImageFiles(len(images), labels is not None, description, blocks)
 
 
 def _folder(path: Path) -> ImageFiles:
-    """All images below a folder, in the order of their paths; classes are not read."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise InputError(f"--images={path}: no images in that folder; read are {' '.join(SUFFIXES)}")
-    sizes = {}
-    digest = hashlib.sha256()
+    """All images below a folder, in the order of their paths; subfolders are no labels."""
+    found = find(path)
+    if not found.files:
+        raise InputError(f"--images={path}: no images in that folder; {found.what_else()}")
+    files = [path / name for name in found.files]
+    size, digest = None, hashlib.sha256()
     for file in files:
-        try:
-            with Image.open(file) as image:
-                sizes.setdefault(image.size, file)
-                if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
-                    raise ValueError(
-                        f"of mode {image.mode}; take 8-bit RGB, grey or palette, not transparent"
-                    )
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(file, error) from error
-        digest.update(file.read_bytes())
-    if len(sizes) > 1:
-        (one, first), (other, second) = list(sizes.items())[:2]
-        raise InputError(
-            f"--images={path}: images of several sizes, {first.name} of {one[0]}x{one[1]} and {second.name} "
-            f"of {other[0]}x{other[1]}; a distance is of one size"
-        )
+        with naming(file):
+            content = file.read_bytes()
+            here = _size(content)
+        digest.update(content)
+        size = size or here
+        if here != size:
+            raise _of_several_sizes(path, (files[0], size), (file, here))
 
-    def blocks(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(files), size):
-            part = [_read(file) for file in files[start : start + size]]
+    def read(file: Path) -> np.ndarray:
+        with naming(file), Image.open(file, formats=FORMATS) as image:
+            pixels = np.asarray(upright(image).convert("RGB"))
+        if (
+            here := pixels.shape[1::-1]
+        ) != size:  # An orientation mark behind the pixels, or another file now.
+            raise _of_several_sizes(path, (files[0], size), (file, here))
+        return pixels
+
+    def blocks(length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(files), length):
+            part = [read(file) for file in files[start : start + length]]
             yield np.stack(part), np.zeros(len(part), np.int32)
 
-    return ImageFiles(len(files), False, {"images": path.name, "sha256": digest.hexdigest()}, blocks)
+    description = {"images": path.name, "sha256": digest.hexdigest()}
+    return ImageFiles(len(files), False, description, blocks, note=found.note())
 
 
-def _read(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise _unreadable(file, error) from error
+def _size(content: bytes) -> tuple[int, int]:
+    """Width and height of an image once it is upright; decodes only one that must be turned."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
+            raise ValueError(f"of mode {image.mode}; take 8-bit RGB, grey or palette, not transparent")
+        return image.size if turn(image) is None else upright(image).size
 
 
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: not a readable image ({' '.join(str(error).split())}); remove or replace it")
+def _of_several_sizes(
+    path: Path, one: tuple[Path, tuple[int, ...]], other: tuple[Path, tuple[int, ...]]
+) -> InputError:
+    found = " and ".join(f"{shown(file.name)} of {size[0]}x{size[1]}" for file, size in (one, other))
+    return InputError(f"--images={path}: images of several sizes, {found}; a distance is of one size")

@@ -26,6 +26,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from mcm_jax import records
 from mcm_jax.data import layout
 from mcm_jax.evaluation import inception, pickles, pth
 from mcm_jax.evaluation.features import FeatureNetwork
@@ -71,8 +72,8 @@ def abstract_network() -> FeatureNetwork:
         params=abstract,
         apply=lambda params, images: nnx.merge(graph, params)(images)._asdict(),
         dimensions={"pool": inception.POOL, "spatial": inception.SPATIAL, "logits": inception.CLASSES},
-        distance="fid",
-        description={"network": "inception-2015-12-05"},
+        distance=records.DISTANCES[records.INCEPTION],
+        description={"network": records.INCEPTION},
     )
 
 

@@ -1,13 +1,15 @@
 """Reference statistics that others published, recognised by what is in the file (SPEC 7).
 
-    mu, sigma                         moments of Inception's pool features; EDM's (.npz, .pkl), most others
+    mu, sigma                         moments of Inception's pool features; EDM's (.npz, .pkl) and most others
     mu, sigma, mu_s, sigma_s, arr_0   ADM's: also moments of spatial features, and 10,000 images
     ref_mu, ref_sigma                 the same moments under other names
-    fid: {mu, sigma}, ...             EDM2's, of which the Inception moments are taken
+    fid: {mu, sigma}, ...             EDM2's, of which the Inception moments are used
+    arr_0                             images only, whose moments are computed here as ADM's evaluator does
 
-Pickles are read without running any of them.
+arr_1 holds the labels of arr_0, if there are any. Pickles are read without running any of their code.
 """
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping
@@ -15,67 +17,84 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
+from mcm_jax.data.pixels import lacks_scaling
 from mcm_jax.evaluation import pickles
 from mcm_jax.evaluation.features import Extractor
-from mcm_jax.evaluation.references import Reference, checked
-from mcm_jax.system import distributed
+from mcm_jax.evaluation.frechet import checked_moments
+from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.system import distributed, progress
 from mcm_jax.system.errors import InputError
 
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+_BLOCK = 1024
 
 
-def read(path: Path, extractor: Extractor, *, single_images: bool = False) -> Reference:
-    """The reference in a file. Distances to another file's, or to a data set's, can't be compared with its.
+def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool = False) -> Reference:
+    """The reference in a file. Its distances can't be compared with those to other files or data sets.
 
     Args:
-      single_images: also put ADM's images through `extractor`, for metrics that compare with single ones.
+      cache: keeps the moments of a file that holds images only.
+      single_images: also put ADM's images through `extractor`, for metrics that compare with single images.
 
     Raises:
-      InputError: no such file, none of the forms, of other dimensions or not finite.
+      InputError: there is no such file, it holds none of the forms, or its numbers are no moments of these
+        features.
     """
     with distributed.together():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"--reference={path}: can't be read ({error.strerror})") from error
+        content, arrays = _load(path)
     sha256 = hashlib.sha256(content).hexdigest()
     distributed.require_same(sha256, "references")
-    arrays = _arrays(path, content)
     names = [pair for pair in _MOMENTS if set(pair) <= set(arrays)]
-    if not names:
+    if not names and "arr_0" not in arrays:
         raise InputError(
             f"--reference={path} holds {', '.join(sorted(arrays)) or 'nothing'}, and neither mu and sigma "
-            "nor ref_mu and ref_sigma; name a file of reference statistics"
+            "nor ref_mu and ref_sigma nor images (arr_0); name a file of reference statistics"
         )
+    with_images = "arr_0" in arrays and (single_images or not names)
     try:
-        moments = {"pool": _moments(arrays, *names[0])}
-        if {"mu_s", "sigma_s"} <= set(arrays):
-            moments["spatial"] = _moments(arrays, "mu_s", "sigma_s")
-        images = _images(arrays["arr_0"]) if single_images and "arr_0" in arrays else None
-        return checked(
-            Reference(
-                sha256=sha256,
-                description={"file": path.name, "sha256": sha256, "count": None},
-                count=None,
-                moments=moments,
-                features=None if images is None else extractor(images)["pool"],
-            ),
-            extractor,
-        )
+        moments = _all_moments(arrays, *names[0], extractor) if names else {}
+        images, labels = _labelled_images(arrays) if with_images else (None, None)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"--reference={path} is no reference for these features ({' '.join(str(error).split())}); name "
-            "one that was made with Inception"
+            f"--reference={path} can't be used with these features ({' '.join(str(error).split())}); name a "
+            "file that was made with Inception"
         ) from error
+    if moments:
+        features = extractor(images)["pool"] if with_images else None
+        reference = Reference(sha256=sha256, description={}, count=None, moments=moments, features=features)
+    else:
+        reference = cache.reference(
+            extractor,
+            split="arr_0",
+            identity={"file": sha256},
+            images=lambda: _blocks(images, labels, description=f"features of {path.name}"),
+        )
+    description = {"file": path.name, "sha256": sha256, "count": reference.count}
+    labels = None if reference.features is None else labels
+    return dataclasses.replace(reference, sha256=sha256, description=description, labels=labels)
 
 
-def _arrays(path: Path, content: bytes) -> dict[str, Any]:
+def load_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a reference file by name.
+
+    Raises:
+      InputError: there is no such file, or it is damaged.
+    """
+    return _load(path)[1]
+
+
+def _load(path: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--reference={path}: can't be read ({error.strerror})") from error
     if content.startswith(b"PK"):
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                return dict(file)
-        # A damaged archive can fail in any way that zip and npy know; each means the same.
+                return content, dict(file)
+        # A damaged archive can fail in any way that zip and npy know; all of them mean the same.
         except Exception as error:
             raise InputError(
                 f"--reference={path} is damaged ({' '.join(str(error).split())}); get it again"
@@ -83,19 +102,47 @@ def _arrays(path: Path, content: bytes) -> dict[str, Any]:
     tree = pickles.read(content, name=f"--reference={path}")
     if isinstance(tree, Mapping) and isinstance(tree.get("fid"), Mapping):
         tree = tree["fid"]
-    return dict(tree) if isinstance(tree, Mapping) else {}
+    return content, dict(tree) if isinstance(tree, Mapping) else {}
 
 
-def _moments(arrays: Mapping[str, Any], mean: str, cov: str) -> tuple[np.ndarray, np.ndarray]:
-    mu, sigma = np.asarray(arrays[mean], np.float64), np.asarray(arrays[cov], np.float64)
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise ValueError(f"{mean} and {cov} of shapes {mu.shape} and {sigma.shape}")
-    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
-        raise ValueError(f"{cov} is no covariance, being not symmetric")
-    return mu, sigma
+def _all_moments(
+    arrays: Mapping[str, Any], mean: str, cov: str, extractor: Extractor
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    sources = {"pool": (mean, cov)}
+    if {"mu_s", "sigma_s"} <= set(arrays):
+        sources["spatial"] = ("mu_s", "sigma_s")
+    moments = {}
+    for features, names in sources.items():
+        try:
+            size = extractor.network.dimensions[features]
+            moments[features] = checked_moments(*(arrays[name] for name in names), size=size)
+        except ValueError as error:
+            raise ValueError(f"{' and '.join(names)}: {error}") from error
+    return moments
 
 
-def _images(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise ValueError(f"arr_0 holds no uint8 images [N, H, W, 3], but {array.dtype} {array.shape}")
-    return array
+def _labelled_images(
+    arrays: Mapping[str, Any],
+) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, " N"] | None]:
+    """arr_0, and arr_1 if it is there."""
+    images, labels = np.asarray(arrays["arr_0"]), arrays.get("arr_1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"arr_0 holds {images.dtype} {images.shape} in place of uint8 images [N, H, W, 3]")
+    if len(images) < 2:
+        raise ValueError(f"arr_0 holds {len(images)} images, and moments need 2 or more")
+    if lacks_scaling(images):
+        raise ValueError(
+            "arr_0 holds bytes of 0 and 1 only: floats in [0, 1] must be multiplied by 255 first"
+        )
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(f"arr_1 holds {labels.dtype} {labels.shape} in place of {len(images)} labels")
+        labels = labels.astype(np.int32)
+    return images, labels
+
+
+def _blocks(images: np.ndarray, labels: np.ndarray | None, *, description: str) -> Blocks:
+    labels = np.zeros(len(images), np.int32) if labels is None else labels
+    for start in progress.bar(range(0, len(images), _BLOCK), description):
+        yield images[start : start + _BLOCK], labels[start : start + _BLOCK]

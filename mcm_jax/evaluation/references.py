@@ -1,4 +1,4 @@
-"""Statistics of reference images, computed once and kept under a hash of everything they depend on."""
+"""Statistics of reference images, computed once and cached under a hash of everything they depend on."""
 
 import copy
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
 from mcm_jax.evaluation.features import Extractor
+from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_kept
 from mcm_jax.system import distributed
@@ -20,8 +21,8 @@ from mcm_jax.system.files import require_writable, write_whole
 
 # Part of every key: raise it whenever the numbers computed here or by a network change.
 VERSION = 3
-# Above this many images their features are not kept (2,048 floats each at most: 410 MB at the limit), and
-# nothing is reported that compares samples with single images.
+# The features of more images than these are not kept (2,048 floats each at most: 410 MB at the limit), and
+# metrics that compare samples with single images are then not available.
 MAX_KEPT_FEATURES = 50_000
 
 
@@ -31,15 +32,15 @@ Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, "_"]]]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of images' features, and of a small set the features too.
+    """What samples are compared with: moments of the images' features, and for a small set the features too.
 
     Attributes:
-      sha256: names it; equal hashes mean comparable distances.
-      description: what a result must say about it.
-      count: images behind the moments; None: unknown.
+      sha256: identifies it; distances to references of equal hashes are comparable.
+      description: what a result must state about it.
+      count: number of images behind the moments; None if unknown.
       moments: (mean, covariance) by name of the features, "pool" at least.
-      features: "pool" of every image, or of some of them.
-      labels: of these.
+      features: "pool" of all images or some of them; None if not available.
+      labels: classes of the images in `features`; None if unknown.
     """
 
     sha256: str
@@ -51,15 +52,15 @@ class Reference:
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether the count is known to be too small for a covariance of full rank."""
+        """Whether it is known that there are too few images for a covariance of full rank."""
         mean, _ = self.moments["pool"]
         return self.count is not None and self.count <= len(mean)
 
 
 class Cache:
-    """A directory of results by content hash. A damaged file is computed again, with a note on stderr.
+    """A directory of results by content hash. A damaged file is computed anew, with a note on stderr.
 
-    Several processes share it: all compute, the first one writes.
+    Several processes share it: all of them compute, the first one writes.
     """
 
     def __init__(self, directory: str | Path):
@@ -76,10 +77,11 @@ class Cache:
         identity: Mapping[str, Any],
         images: Callable[[], Blocks],
     ) -> Reference:
-        """The statistics of `images()`, called only when they are not here yet.
+        """The statistics of `images()`, which is called only if they are not cached yet.
 
-        identity is what determines the images, their fingerprint first; features and code version are added
-        to it.
+        Args:
+          identity: what determines the images, above all their fingerprint. The features and the code's
+            version are added to it.
         """
         key = content_hash({"version": VERSION, "split": split, **extractor.network.description, **identity})
         path = self.directory / f"reference_{key}.npz"
@@ -101,7 +103,7 @@ class Cache:
     def numbers(
         self, identity: Mapping[str, Any], compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
-        """`compute()`, or what it gave for the same identity before."""
+        """`compute()`, or its cached result for the same identity."""
         path = self.directory / f"numbers_{content_hash({'version': VERSION, **identity})}.json"
         kept = read_kept(path, lambda: _load_numbers(path))
         if kept is not None:
@@ -122,43 +124,28 @@ def content_hash(fields: Mapping[str, Any]) -> str:
 def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
-    names = _moment_names(extractor)
-    return checked(
-        Reference(
-            sha256=key,
-            description=_description(split, int(arrays["count"]), key),
-            count=int(arrays["count"]),
-            moments={name: (arrays[f"mean_{name}"], arrays[f"cov_{name}"]) for name in names},
-            features=arrays.get("features"),
-            labels=arrays.get("labels"),
-        ),
-        extractor,
+    sizes, features, labels = extractor.network.dimensions, arrays.get("features"), arrays.get("labels")
+    moments = {
+        name: checked_moments(arrays[f"mean_{name}"], arrays[f"cov_{name}"], size=sizes[name])
+        for name in _moment_names(extractor)
+    }
+    if features is not None:
+        if features.ndim != 2 or features.shape[1] != sizes["pool"] or not np.isfinite(features).all():
+            raise ValueError(f"features of shape {features.shape} or not finite")
+        if labels is None or labels.shape != features.shape[:1]:
+            raise ValueError("not one label for each image")
+    return Reference(
+        sha256=key,
+        description=_description(split, int(arrays["count"]), key),
+        count=int(arrays["count"]),
+        moments=moments,
+        features=features,
+        labels=labels,
     )
 
 
-def checked(reference: Reference, extractor: Extractor) -> Reference:
-    """The reference itself, if its arrays are finite and of the extractor's dimensions.
-
-    Raises:
-      ValueError: naming the array.
-    """
-    for name, (mean, cov) in reference.moments.items():
-        size = extractor.network.dimensions[name]
-        if mean.shape != (size,) or cov.shape != (size, size):
-            raise ValueError(
-                f"{name}: moments of shapes {mean.shape} and {cov.shape}, not of {size} features"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError(f"{name}: moments that are not finite")
-    if reference.features is not None:
-        size = extractor.network.dimensions["pool"]
-        if reference.features.ndim != 2 or reference.features.shape[1] != size:
-            raise ValueError(f"features of shape {reference.features.shape}, not [N, {size}]")
-    return reference
-
-
 def _moment_names(extractor: Extractor) -> list[str]:
-    """Features whose distribution is compared, which class scores are not."""
+    """The features whose distributions are compared: all except class scores."""
     return [name for name in extractor.network.dimensions if name != "logits"]
 
 
@@ -174,7 +161,7 @@ def _load_numbers(path: Path) -> dict[str, float]:
 
 
 class _Sums:
-    """What a reference is made of, block by block."""
+    """The sums that a reference is made of, accumulated block by block."""
 
     def __init__(self, extractor: Extractor):
         sizes = extractor.network.dimensions
@@ -208,7 +195,7 @@ class _Sums:
         }
 
     def go_on_from(self, arrays: Arrays) -> None:
-        """The inverse of `arrays`; KeyError where they are of other features."""
+        """The inverse of `arrays`; raises KeyError if they belong to other features."""
         self._moments = {name: Moments.of_arrays(part(arrays, name)) for name in self._moments}
         self._rows = [arrays["rows"]] if len(arrays["rows"]) else []
         self._labels = [arrays["labels"]] if len(arrays["rows"]) else []
@@ -217,8 +204,8 @@ class _Sums:
     def reference(self, *, split: str, key: str) -> Reference:
         if self._differ and not np.diag(self._moments["pool"].covariance).any():
             raise InputError(
-                f"the features of all {self.count} images of the reference are equal, though the images "
-                "differ, and every distance would be 0: give the right weights"
+                f"the features of all {self.count} images of the reference are equal although the images "
+                "differ, so these are not the network's weights; give the right ones"
             )
         return Reference(
             sha256=key,
@@ -237,11 +224,11 @@ def _compute_reference(
     arrays = unfinished.read(copy.copy(sums).go_on_from)
     if arrays is not None:
         sums.go_on_from(arrays)
-        distributed.say(f"going on after the first {sums.count} images of split {split}")
-    del arrays  # As large as all features.
+        distributed.say(f"continuing after the first {sums.count} images of split {split}")
+    del arrays  # They take as much memory as all features.
     done, seen = sums.count, 0
     for images, labels in blocks:
-        fresh = slice(max(done - seen, 0), None)  # Of an interrupted computation some have been seen.
+        fresh = slice(max(done - seen, 0), None)  # What an interrupted computation has not seen.
         seen += len(images)
         if seen > done:
             sums.update(images[fresh], labels[fresh])

@@ -3,35 +3,53 @@
 import dataclasses
 import functools
 import itertools
+import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mcm_jax.data.pixels import Rounding, lacks_scaling
 from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
-from mcm_jax.evaluation.evaluator import RESULTS, Draws, Evaluator
+from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
+from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest
 from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.records import (
+    MEAN_IMAGE,
+    NEAREST,
+    RESULTS,
+    TEST_IMAGES,
+    UNTRAINED_NETWORK,
+    ImagesResult,
+    Result,
+    count_of,
+)
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_writable
 
-SAMPLERS, NOISE_GRIDS, X_VARS = (typing.get_args(choices) for choices in (Sampler, Grid, XVar))
-
+SAMPLERS, NOISE_GRIDS, X_VARS, ROUNDINGS = (
+    typing.get_args(choices) for choices in (Sampler, Grid, XVar, Rounding)
+)
 
 PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
-
 
 DEFAULT_METRICS = {
     "efficientnet": ("frechet", "nearest"),
     "inception": ("frechet", "sfid", "inception_score"),
 }
 
+# The first images are looked at before the work begins.
+_FIRST_IMAGES = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The flags, see `define_flags`. None or no value: as the run says."""
+    """The program's flags, see `evaluate.define_flags`. None or an empty tuple: the run's own setting."""
 
     workdirs: tuple[Path, ...] = ()
     images: Path | None = None
@@ -42,6 +60,7 @@ class Options:
     noise_grid: str | None = None
     x_var: str | None = None
     guidance: tuple[float, ...] = ()
+    rounding: str = "nearest"
     seed: int = 0
     parameters: str = "ema"
     checkpoint_step: tuple[int, ...] = ()
@@ -58,9 +77,9 @@ class Options:
     allow_singular: bool = False
 
     @property
-    def hows(self) -> list[dict[str, Any]]:
-        """Every combination of the sampler's settings, for `runs.run.Run.sample`."""
-        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var")}
+    def sampling_options(self) -> list[dict[str, Any]]:
+        """Every combination of the sampler's settings, as keywords of `runs.run.Run.sample`."""
+        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var", "rounding")}
         return [
             {"steps": steps, **fixed, "guidance": guidance}
             for steps in self.steps or (None,)
@@ -68,71 +87,111 @@ class Options:
         ]
 
 
-def evaluate(options: Options, load_run: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Scores every combination that `options` stand for; the first process returns the records, old ones too.
+def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
+    """Scores every combination that `options` stand for.
 
-    load_run is `runs.run.load_run`. Raises InputError, before anything is sampled, for whatever the user
-    must mend.
+    Args:
+      load_run: `runs.run.load_run`.
+
+    Returns:
+      The results, among them those that were measured before.
+
+    Raises:
+      InputError: anything that the user must correct, before anything is sampled.
     """
     with distributed.together():
         _check(options)
         network = _network(options, num=options.num)
+        reference = reference_images(options.reference, split=options.reference_split)
     distributed.require_same((options, network.description), "flags and weights")
-    loaders = _loaders(options, load_run)
+    loaders = _loaders(options, load_run, reference)
     for workdir in options.workdirs:
         with distributed.together():
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
     evaluator = _evaluator(options, network)
-    draws = Draws(options.num, options.seed, options.untrained_num)
-    records = []
+    results = []
     for kind, load in loaders:
-        run = None  # Before the next is loaded.
+        run = None  # Frees its memory before the next one is loaded.
         run = load()
-        for how in options.hows:
-            inputs = evaluator.inputs(run, kind, draws, how)
-            distributed.require_same(inputs, "runs, data sets and references")
-            record = None if options.again else evaluator.stored(run, inputs)
-            if distributed.of_first(record is None):
-                distributed.say(f"{run.workdir}: sampling {draws.num} images with its {kind} parameters")
-                record = evaluator.score(run, inputs, draws, how, again=options.again)
+        for how in options.sampling_options:
+            request = SampleRequest(options.num, options.seed, options.untrained_num, how)
+            measurement = evaluator.measurement(run, kind, request)
+            distributed.require_same(measurement, "runs, data sets and references")
+            result = None if options.again else evaluator.stored(run, measurement)
+            if distributed.of_first(result is None):
+                distributed.say(f"{run.workdir}: sampling {options.num} images with its {kind} parameters")
+                result = evaluator.score(run, measurement, request, again=options.again)
             else:
-                distributed.say(f"{run.workdir}: measured before, --again measures it again")
+                distributed.say(f"{run.workdir}: measured before; add --again to measure it again")
             if distributed.is_first():
-                print(table(record, Path(run.workdir)), flush=True)
-            records.append(record)
-    return records
+                print(table(result, Path(run.workdir)), flush=True)
+            results.append(result)
+    return results
 
 
-def evaluate_images(options: Options) -> dict[str, Any]:
-    """Scores the images that `options` name; returns the record.
+def evaluate_images(options: Options) -> ImagesResult:
+    """Scores the images that `options` name and returns the result.
 
-    Raises InputError, before anything is computed, for whatever the user must mend.
+    Raises:
+      InputError: anything that the user must correct, before anything is computed.
     """
     with distributed.together():
         _check(options)
         if options.reference is None:
             raise InputError(
-                f"--images={options.images} needs --reference=FILE of statistics, or DIR of a prepared "
-                "data set"
+                f"--images={options.images} needs a reference: add --reference=FILE with statistics, or DIR "
+                "with a prepared data set"
             )
         images = image_files.open_images(options.images)
+        if images.note:
+            distributed.say(f"{options.images}: {images.note}")
         network = _network(options, num=images.num)
+        reference = reference_images(options.reference, split=options.reference_split)
+        images = _compatible(images, reference, options)
         if options.results is not None:
             require_writable(options.results.absolute().parent, "--results, its directory")
     distributed.require_same((options, network.description, images.description), "flags, weights and images")
     evaluator = _evaluator(options, network)
-    record = evaluator.score_images(images)
+    result = evaluator.score_images(images)
     if options.results is not None and distributed.is_first():
-        append_line(options.results, record)
-    distributed.say("\n".join([record["images"], *_numbers_told(record)]))
-    return record
+        append_line(options.results, result.to_json())
+    distributed.say("\n".join([result.images, *_lines(result)]))
+    return result
 
 
-def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]:
-    """(kind of parameters, what loads the run with them), all tried once, so that a bad one costs no time.
+def _compatible(
+    images: image_files.ImageFiles, reference: ReferenceImages, options: Options
+) -> image_files.ImageFiles:
+    """`images`, described with what can't be seen from their numbers, once they fit the reference.
 
-    Several are not held at a time: a device may have room for one.
+    Raises:
+      InputError: they don't, or they are not images.
+    """
+    what = f"--images={options.images}"
+    first, _ = next(iter(images.blocks(_FIRST_IMAGES)))
+    if lacks_scaling(first):
+        raise InputError(
+            f"{what} holds bytes of 0 and 1 only (the first {len(first)} images): masks or floats in [0, 1] "
+            "must be multiplied by 255 before they become uint8"
+        )
+    height, width = first.shape[1:3]
+    reference.require_size((height, width), what=what)
+    if "class_fid" in _metrics(options) and images.has_labels:
+        labels = np.concatenate([labels for _, labels in images.blocks(_FIRST_IMAGES)])
+        reference.require_labels(labels, what=what)
+    # Another program made them: how it rounded is not known.
+    description = {**images.description, "image_size": (height, width), "rounding": None}
+    return dataclasses.replace(images, description=description)
+
+
+def _loaders(
+    options: Options, load_run: Callable[..., Any], reference: ReferenceImages
+) -> list[tuple[str, Callable[[], Any]]]:
+    """(kind of parameters, function that loads the run with them) for each combination.
+
+    Each is tried once beforehand, so that a bad one is found before the first is sampled. Only one run is
+    held at a time, as a device may have no room for more.
     """
     combinations = itertools.product(
         options.workdirs, PARAMETERS[options.parameters], options.checkpoint_step or (None,)
@@ -146,8 +205,13 @@ def _loaders(options: Options, load_run: Callable[..., Any]) -> list[tuple[str, 
         run = load()
         if options.reference is None:
             run.check_data()
-        for how in options.hows:
-            run.sampling_record(**how)
+        else:
+            what, resolution = f"--workdir={run.workdir}", run.dataset.resolution
+            reference.require_size((resolution, resolution), what=what)
+            if "class_fid" in _metrics(options):
+                reference.require_class_names(run.dataset.class_names, what=what)
+        for how in options.sampling_options:
+            run.sampling(**how)
     return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
 
 
@@ -167,7 +231,7 @@ def _metrics(options: Options) -> tuple[str, ...]:
 
 
 def _network(options: Options, *, num: int) -> FeatureNetwork:
-    """The feature network, with the metrics of `num` images checked."""
+    """The feature network, after a check that it gives the metrics with `num` images."""
     network = _feature_network(options)
     protocol.check_metrics(_metrics(options), network, num=num, allow_singular=options.allow_singular)
     return network
@@ -178,21 +242,21 @@ def _feature_network(options: Options) -> FeatureNetwork:
         return inception_weights.load(options.inception).network()
     if options.reference is not None and not options.reference.is_dir():
         raise InputError(
-            f"--reference={options.reference} is of Inception's features; add --features=inception"
+            f"--reference={options.reference} is a file of Inception's statistics; add --features=inception"
         )
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
 
-# What says which samples to draw.
+# Options that apply only when runs are sampled.
 _OF_SAMPLING = (
-    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "seed", "parameters"),
+    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "rounding", "seed", "parameters"),
     *("checkpoint_step", "data_dir", "untrained_num", "again"),
 )
 
 
 def _check(options: Options) -> None:
     if not options.workdirs and options.images is None:
-        raise InputError("--workdir names no directory: give a finished run's, several separated by commas")
+        raise InputError("--workdir is empty: name the directories of runs, separated by commas")
     for workdir in options.workdirs:
         if not workdir.is_dir():
             raise InputError(f"--workdir={workdir}: there is no such directory; train a run there first")
@@ -200,82 +264,99 @@ def _check(options: Options) -> None:
         raise InputError(f"--num={options.num}: a Frechet distance needs at least 2 samples; 2048 is usual")
     for steps in options.steps:
         if steps < 1:
-            raise InputError(f"--steps={steps}: sampling takes at least 1 step")
-    for name, choices in (("sampler", SAMPLERS), ("noise_grid", NOISE_GRIDS), ("x_var", X_VARS)):
+            raise InputError(f"--steps={steps}: sampling needs at least 1 step")
+    settings = {"sampler": SAMPLERS, "noise_grid": NOISE_GRIDS, "x_var": X_VARS, "rounding": ROUNDINGS}
+    for name, choices in settings.items():
         value = getattr(options, name)
         if value is not None and value not in choices:
-            raise InputError(f"--{name}={value}: it is one of {', '.join(choices)}")
+            raise InputError(f"--{name}={value} is not one of {', '.join(choices)}")
     for guidance in options.guidance:
-        if not guidance >= 0:
-            raise InputError(f"--guidance={guidance}: 0 is none, larger is more; it can't be negative")
+        if not 0 <= guidance < math.inf:
+            raise InputError(f"--guidance={guidance}: it must be a number from 0, which means none, upwards")
     if options.reference is not None and not options.reference.exists():
         raise InputError(f"--reference={options.reference}: there is no such file or directory")
     if options.reference_split != "train" and (options.reference is None or not options.reference.is_dir()):
         raise InputError(
-            f"--reference_split={options.reference_split} is of a prepared data set: add --reference=DIR"
+            f"--reference_split={options.reference_split} selects a split of a prepared data set: add "
+            "--reference=DIR"
         )
     for field in dataclasses.fields(Options) if options.images is not None else ():
         if field.name in _OF_SAMPLING and getattr(options, field.name) != field.default:
-            raise InputError(f"--{field.name} is of sampling, and --images are there already: leave it out")
+            raise InputError(
+                f"--{field.name} applies only when runs are sampled; remove it when using --images"
+            )
     if options.workdirs and options.results is not None:
-        raise InputError("--results belongs to --images: a run's results are kept beside it")
+        raise InputError("--results applies only to --images; a run's results are saved in its directory")
     require_writable(options.cache_dir, "--cache_dir")
     if options.features not in DEFAULT_METRICS:
-        raise InputError(f"--features={options.features}: it is one of {', '.join(DEFAULT_METRICS)}")
+        raise InputError(f"--features={options.features} is not one of {', '.join(DEFAULT_METRICS)}")
     if options.parameters not in PARAMETERS:
-        raise InputError(f"--parameters={options.parameters}: it is one of {', '.join(PARAMETERS)}")
+        raise InputError(f"--parameters={options.parameters} is not one of {', '.join(PARAMETERS)}")
+    if options.metrics == ():
+        raise InputError(f"--metrics is empty: name some of {', '.join(protocol.METRICS)}, or leave it out")
+    _check_features(options)
+
+
+# Options that apply only with these features.
+_OF_FEATURES = {"efficientnet": ("input_resolution",), "inception": ("inception", "allow_singular")}
+
+
+def _check_features(options: Options) -> None:
+    """Raises InputError for options that the chosen features would ignore."""
+    for features, names in _OF_FEATURES.items():
+        for name in names if features != options.features else ():
+            if getattr(options, name) != getattr(Options, name):
+                raise InputError(f"--{name} applies only to --features={features}; remove it, or add that")
 
 
 _MEANINGS = (
-    ("test_images_nearest", "the same for test images; samples far below it are copies"),
-    ("test_images", "test images in place of samples: about the best there is at this count"),
-    ("mean_image", "the mean training image, repeated: no better than that is no model"),
-    ("untrained_network", "the same network before training"),
-    ("nearest_neighbour", "mean feature distance from a sample to its nearest training image"),
+    (f"{TEST_IMAGES}_{NEAREST}", "the same for test images; samples far below it are copies"),
+    (TEST_IMAGES, "test images in place of samples: about the best possible at this count"),
+    (MEAN_IMAGE, "the mean training image, repeated: a model must score better than this"),
+    (UNTRAINED_NETWORK, "the same network before training"),
+    (NEAREST, "mean feature distance from a sample to its nearest training image"),
     ("sfid", "Frechet distance of spatial features, lower is better"),
-    ("inception_score", "mean over ten parts, higher is better"),
+    ("inception_score", "mean over ten parts of the samples, higher is better"),
     ("kid", "unbiased kernel distance to the reference, lower is better"),
-    ("precision", "share of samples among the reference's images, higher is better"),
-    ("recall", "share of the reference's images among the samples, higher is better"),
-    ("class_fid", "mean over classes of each one's distance, lower is better"),
+    ("precision", "share of samples that lie among the reference's images, higher is better"),
+    ("recall", "share of the reference's images that lie among the samples, higher is better"),
+    ("class_fid", "mean over classes of each class's distance, lower is better"),
 )
 
 
-def table(record: dict[str, Any], workdir: Path) -> str:
-    """The record's numbers, a line each with what it means, and where they were written."""
-    student = f", {record['student_steps']} student steps" if record["student_steps"] is not None else ""
+def table(result: Result, workdir: Path) -> str:
+    """The result's numbers, a line each with what it means, and where they were written."""
+    student = "" if result.student_steps is None else f", {result.student_steps} student steps"
     lines = [
-        f"{record['workdir']}: {record['objective']}{student}, step {record['checkpoint_step']}, "
-        f"{record['parameters']} parameters; {record['steps']} steps of {record['sampler']}, "
-        f"seed {record['seed']}"
+        f"{result.workdir}: {result.objective}{student}, step {result.checkpoint_step}, "
+        f"{result.parameters} parameters; {result.sampling.steps} steps of {result.sampling.label}, "
+        f"seed {result.seed}, rounding {result.sampling.rounding}"
     ]
-    lines += _numbers_told(record)
-    lines.append(
-        f"  sampled in {record['sampling_seconds']:.1f} s, features in {record['features_seconds']:.1f} s"
-    )
-    lines.append(f"  {workdir / RESULTS}, {workdir / record['grid']}")
+    lines += _lines(result)
+    lines.append(f"  sampled in {result.sampling_seconds:.1f} s, features in {result.features_seconds:.1f} s")
+    lines.append(f"  {workdir / RESULTS}, {workdir / result.grid}")
     return "\n".join(lines)
 
 
-def _numbers_told(record: dict[str, Any]) -> list[str]:
+def _lines(result: Result | ImagesResult) -> list[str]:
     lines = [
-        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, record)}"
-        for name, value in (record["metrics"] | record["bounds"]).items()
+        f"  {name:<44} {value:>10{'.3f' if abs(value) >= 0.1 else '.6f'}}   {_meaning(name, result)}"
+        for name, value in (result.metrics | result.bounds).items()
     ]
-    if record["rank_deficient"]:
+    if result.rank_deficient:
         lines.append(
-            "  note: a side has no more images than there are features, so its covariance is singular: "
-            "compare equal counts only"
+            "  note: one of the sides has no more images than there are features, so its covariance is "
+            "singular: compare equal counts only"
         )
     return lines
 
 
-def _meaning(name: str, record: dict[str, Any]) -> str:
+def _meaning(name: str, result: Result | ImagesResult) -> str:
     for start, meaning in _MEANINGS:
         if name.startswith(start):
             return meaning
-    count, reference = protocol.count_of(name), record["reference"]
-    if count != record["num_samples"]:
-        return f"that of the first {count}, beside the test images"
-    of = reference.get("file", f"the {reference['count']} images of split {reference.get('split')}")
-    return f"Frechet distance to {of}, lower is better"
+    count, reference = count_of(name), result.reference
+    if count != result.num_samples:
+        return f"the distance of the first {count} samples, to compare with the test images"
+    other = reference.file or f"the {reference.count} images of split {reference.split}"
+    return f"Frechet distance to {other}, lower is better"

@@ -1,4 +1,4 @@
-"""softmax(q k^T) v of feature maps, every position seeing all: written out, or a TPU's fused kernel."""
+"""softmax(q k^T) v over all positions of feature maps: written out, or by a TPU's fused kernel."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float
 
-# (q, k, v) -> softmax(q k^T) v; q is scaled.
+# (q, k, v) -> softmax(q k^T) v; q is already scaled.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
-# What the result is called for rematerialisation (`uvit.Remat`), with all that the kernel's gradient needs.
+# The name of the result, and of all that the kernel's gradient needs, for rematerialisation (`uvit.Remat`).
 NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
@@ -19,7 +19,13 @@ _LONGEST = 1024
 def einsum(
     q: Float[Array, "B H L D"], k: Float[Array, "B H L D"], v: Float[Array, "B H L D"]
 ) -> Float[Array, "B H L D"]:
-    """softmax(q k^T) v, the softmax in float32. Holds all B H L^2 weights in memory."""
+    """softmax(q k^T) v with the softmax in float32. It stores all B H L^2 weights.
+
+    Examples:
+      >>> q = k = v = jnp.ones((1, 2, 4, 8))
+      >>> einsum(q, k, v).shape
+      (1, 2, 4, 8)
+    """
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return checkpoint_name(jnp.einsum("bhqk,bhkd->bhqd", weights, v), NAME)
@@ -34,17 +40,17 @@ def fused(
 ) -> Float[Array, "B H L D"]:
     """The same by JAX's splash attention, whose weights never leave a TPU's vector memory.
 
-    `einsum` where L or D is no multiple of 128, the kernel's tile, and where L is over 1024: whole rows of
-    weights are held, and longer ones don't fit. The compiler can't split a kernel over
-    devices: under a mesh, wrap it in `shard_map`.
+    It falls back to `einsum` if L or D is not a multiple of 128, the kernel's tile, or if L exceeds 1024: the
+    kernel holds whole rows of weights, and longer ones do not fit. The compiler cannot split a kernel over
+    devices; under a mesh, wrap it in `shard_map`.
 
     Args:
-      interpret: run the kernel's text without a TPU, slowly, for tests.
+      interpret: interpret the kernel without a TPU, slowly, for tests.
     """
     _, heads, length, width = q.shape
     if length % _TILE or width % _TILE or length > _LONGEST:
         return einsum(q, k, v)
-    # One block: whole rows of weights.
+    # One block, which holds whole rows of weights.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=length,
         block_kv=length,

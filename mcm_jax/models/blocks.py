@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from mcm_jax.models.attention import AttentionFn
 
-# Values within a block that may be kept for the gradient where all others are computed again.
+# Values of a block that may be saved for the gradient while all others are recomputed.
 Saved = Literal["conv_1", "mlp_in", "qkv", "attention"]
 Norm = Literal["layer", "group"]
 _zeros = nnx.initializers.zeros
@@ -20,17 +20,17 @@ _zeros = nnx.initializers.zeros
 def _modulate(
     h: Float[Array, "B *space C"], scale_shift: Float[Array, "B 2*C"]
 ) -> Float[Array, "B *space C"]:
-    """h (1 + scale) + shift, the same for all positions of an example."""
+    """h (1 + scale) + shift, with the same scale and shift at all positions of an example."""
     shape = (h.shape[0],) + (1,) * (h.ndim - 2) + (-1,)
     scale, shift = (part.reshape(shape) for part in jnp.split(scale_shift, 2, axis=-1))
     return h * (1 + scale) + shift
 
 
 def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) -> Float[Array, "B L *rest"]:
-    """Zeroes each value with probability `rate`, to the nearest 1/256, and scales up the others.
+    """Zeroes each value with probability `rate`, rounded to the nearest 1/256, and scales up the others.
 
-    Without a key it does nothing. One random word serves four values: on a TPU random words cost more than
-    the layer that they are for.
+    Without a key it returns h. One random word serves four values: on a TPU, random words cost more than the
+    layer that uses them.
 
     Args:
       rate: at most 255/256.
@@ -40,20 +40,20 @@ def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) ->
         return h
     examples, length, *rest = h.shape
     words = jax.random.bits(key, (examples, 1, -(-length // 4), *rest), jnp.uint32)
-    # Kept apart from what uses them: the compiler would make them again for each of the four.
+    # Without the barrier the compiler would generate the words again for each of the four values.
     words = jax.lax.optimization_barrier(words)
-    # Byte n of a word is below `kept`, without shifting it down.
+    # Test whether byte n of a word is below `kept`, without shifting it down.
     unit = (1 << jnp.arange(0, 32, 8, dtype=jnp.uint32)).reshape(1, 4, *(1,) * (h.ndim - 1))
-    # Kept apart again, or the compiler writes whole words where one bit each would do.
+    # Without this barrier the compiler writes a whole word per value where one bit is enough.
     stays = jax.lax.optimization_barrier((words & (0xFF * unit)) < kept * unit)
     return jnp.where(stays.reshape(examples, -1, *rest)[:, :length], h * (256 / kept), 0)
 
 
 class GroupNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + 1e-6) scale + bias; moments of an example's group of channels, in float32.
+    """(x - mean) / sqrt(variance + 1e-6) scale + bias, with moments of a group of channels, in float32.
 
-    Gives what nnx.GroupNorm gives, but sums over space first and over channels last: sums over a part of the
-    channels cross the lanes of a TPU, which takes longer (by its compiler's estimate).
+    The result is that of nnx.GroupNorm, but the sum runs over space first and over channels last: sums over a
+    part of the channels cross the lanes of a TPU, which takes longer (by its compiler's estimate).
     """
 
     def __init__(self, width: int, *, groups: int):
@@ -75,14 +75,17 @@ class GroupNorm(nnx.Module):
 
 
 def make_norm(norm: Norm, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-    """Layer norm over channels, or group norm of at most 32 groups; the paper does not say which."""
+    """Layer norm over channels, or group norm with at most 32 groups; the paper does not say which."""
     if norm == "layer":
         return nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
     return GroupNorm(width, groups=min(32, width // 4))
 
 
 class ResNetBlock(nnx.Module):
-    """x + conv(dropout(swish(modulate(norm(conv(swish(norm(x)))))))), 3x3, the last zero at first."""
+    """x + conv(dropout(swish(modulate(norm(conv(swish(norm(x)))))))).
+
+    Both convolutions are 3x3; the second is initialised to zero.
+    """
 
     def __init__(
         self,
@@ -112,10 +115,10 @@ class ResNetBlock(nnx.Module):
 def layer_norm(
     x: Float[Array, "*B C"], scale: Float[Array, "C"], bias: Float[Array, "C"]
 ) -> Float[Array, "*B C"]:
-    """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; the dtype is x's.
+    """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; returns x's dtype.
 
-    For the gradient only x and its moments are kept: what else there is on the way costs a TPU more to store
-    than to compute again.
+    Only x and its moments are saved for the gradient: on a TPU the other intermediate values cost more to
+    store than to recompute.
     """
     return _layer_norm(x, scale, bias)[0]
 
@@ -136,7 +139,7 @@ def _layer_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Arra
     inner = gradient * scale
     along = jnp.mean(inner * normalised, axis=-1, keepdims=True)
     x_gradient = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normalised * along)
-    # Kept apart: the products that give the gradients of weights and inputs would each compute it again.
+    # Without the barrier, the products for the gradients of weights and of inputs would each recompute it.
     x_gradient = jax.lax.optimization_barrier(x_gradient.astype(x.dtype))
     over = tuple(range(x.ndim - 1))
     return x_gradient, jnp.sum(gradient * normalised, over), jnp.sum(gradient, over)
@@ -147,7 +150,7 @@ layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
 
 @jax.custom_vjp
 def _apart(x: Array) -> Array:
-    """x, never computed as a part of what uses it; its gradient may be."""
+    """x, which the compiler may not fuse into its consumers; it may fuse the gradient."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -155,7 +158,7 @@ _apart.defvjp(lambda x: (_apart(x), None), lambda _, gradient: (gradient,))
 
 
 class SelfAttention(nnx.Module):
-    """softmax(n(q) n(k)^T / sqrt(head width)) v with layer-normalised q and k, output zero at first."""
+    """softmax(n(q) n(k)^T / sqrt(head width)) v, n a layer norm; the output is initialised to zero."""
 
     def __init__(self, width: int, *, head_width: int, attend: AttentionFn, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.head_width, self.attend = head_width, attend
@@ -165,7 +168,7 @@ class SelfAttention(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        # One product for each, so that it is written the way that attention reads it.
+        # One product for each of q, k and v, so that each is written in the layout that attention reads.
         kernel = rearrange(self.qkv.kernel[...], "c (n h d) -> n c h d", n=3, d=self.head_width)
         q, k, v = checkpoint_name(
             [jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype)], "qkv"
@@ -180,7 +183,7 @@ class SelfAttention(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """x + mlp(norm(x)), then x + attention(norm(x)); scale and shift at the MLP's hidden width."""
+    """x + mlp(norm(x)), then x + attention(norm(x)); scale and shift act on the MLP's hidden channels."""
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class TransformerBlock(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """hidden: channels within the MLP."""
+        """Args: hidden, the number of channels inside the MLP."""
         self.norm_mlp = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp_in = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.rate = dropout
@@ -204,7 +207,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L C"], scale_shift: Float[Array, "B M"], key: jax.Array | None
     ) -> Float[Array, "B L C"]:
-        # Without a gradient a TPU's compiler would make one operation of both products, a slower one.
+        # Without a gradient, a TPU's compiler would fuse both products into one slower operation.
         h = jax.nn.swish(_apart(checkpoint_name(self.mlp_in(self.norm_mlp(x)), "mlp_in")))
         h = _modulate(h, scale_shift)
         h = dropout(h, self.rate, key)

@@ -1,4 +1,4 @@
-"""What the network is told besides z_t: the noise level and the class (SPEC 6)."""
+"""The inputs of the network besides z_t: the noise level and the class (SPEC 6)."""
 
 import math
 from typing import Literal
@@ -12,7 +12,12 @@ NoiseScale = Literal["arctan", "logsnr"]
 
 
 def sinusoidal(position: Float[Array, "B"], *, width: int) -> Float[Array, "B width"]:
-    """sin and cos of position / 10000^(k / (width/2)), the embedding of Vaswani et al. 2017."""
+    """sin and cos of position / 10000^(k / (width/2)): the embedding of Vaswani et al. 2017.
+
+    Examples:
+      >>> sinusoidal(jnp.zeros(1), width=4).tolist()
+      [[0.0, 0.0, 1.0, 1.0]]
+    """
     half = width // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / half)
     angles = position[:, None] * frequencies
@@ -20,11 +25,15 @@ def sinusoidal(position: Float[Array, "B"], *, width: int) -> Float[Array, "B wi
 
 
 def noise_position(logsnr: Float[Array, "B"], *, scale: NoiseScale) -> Float[Array, "B"]:
-    """Where a log-SNR lies on the axis that `sinusoidal` resolves, in [0, 1000].
+    """The position in [0, 1000] at which `sinusoidal` embeds a log-SNR.
 
-    Not in the paper. "arctan" (ours): 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for the
-    cosine schedule; "logsnr": 1000 (15 - lambda) / 30, equally fine at all noise levels. A function of
-    the log-SNR alone either way, so that a sampler may use any grid.
+    Not in the paper. "arctan" (our default) is 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for
+    the cosine schedule; "logsnr" is 1000 (15 - lambda) / 30, with the same resolution at all noise levels.
+    Both depend on the log-SNR alone, so that a sampler may use any grid.
+
+    Examples:
+      >>> noise_position(jnp.zeros(1), scale="arctan").round().tolist()
+      [500.0]
     """
     if scale == "arctan":
         return 1000 * 2 / math.pi * jnp.arctan(jnp.exp(-logsnr / 2))
@@ -35,7 +44,7 @@ class Conditioning(nnx.Module):
     """emb = W2 swish(W1 sinusoidal(lambda)) + class embedding, float32 [B, width]."""
 
     def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
-        """num_classes counts the data's classes; one more row stands for 'unconditional'."""
+        """num_classes is the number of classes in the data; one more row stands for 'any class'."""
         self.width = width
         self.scale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)

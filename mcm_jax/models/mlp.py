@@ -1,4 +1,4 @@
-"""A residual MLP for vectors: the network of closed-form problems, where a UViT has no image to look at."""
+"""A residual MLP for vectors: the network of closed-form problems, whose data are not images."""
 
 import dataclasses
 
@@ -8,35 +8,39 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
+from mcm_jax.models.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPSpec:
-    """Every size of an MLP."""
+class MLPSettings:
+    """All sizes of an MLP."""
 
-    dimension: int
     width: int
     blocks: int
     embedding_width: int = 64
-    num_classes: int = 1
     dropout: float = 0.0
     noise_scale: NoiseScale = "arctan"
 
-    def build(self, rngs: nnx.Rngs) -> "MLP":
-        """The network of these sizes."""
-        return MLP(self, rngs=rngs)
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+    ) -> "MLP":
+        """The network for vectors of this shape, (dimension,). It is small, and ignores the placement."""
+        del placement
+        return MLP(self, *shape, num_classes=num_classes, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
-    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 zero at first."""
+    """x + W2 dropout(swish(W1 norm(x) (1 + scale) + shift)); W2 is initialised to zero."""
 
-    def __init__(self, spec: MLPSpec, *, rngs: nnx.Rngs):
+    def __init__(self, settings: MLPSettings, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros
-        self.norm = nnx.LayerNorm(spec.width, rngs=rngs)
-        self.dense_in = nnx.Linear(spec.width, spec.width, rngs=rngs)
-        self.modulation = nnx.Linear(spec.embedding_width, 2 * spec.width, kernel_init=zeros, rngs=rngs)
-        self.dropout = nnx.Dropout(spec.dropout)
-        self.dense_out = nnx.Linear(spec.width, spec.width, kernel_init=zeros, rngs=rngs)
+        self.norm = nnx.LayerNorm(settings.width, rngs=rngs)
+        self.dense_in = nnx.Linear(settings.width, settings.width, rngs=rngs)
+        self.modulation = nnx.Linear(
+            settings.embedding_width, 2 * settings.width, kernel_init=zeros, rngs=rngs
+        )
+        self.dropout = nnx.Dropout(settings.dropout)
+        self.dense_out = nnx.Linear(settings.width, settings.width, kernel_init=zeros, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B C"], emb: Float[Array, "B E"], key: jax.Array | None
@@ -49,14 +53,14 @@ class MLPBlock(nnx.Module):
 class MLP(nnx.Module):
     """(z_t, log-SNR, label, dropout key) -> v_hat, float32 [B, dimension]."""
 
-    def __init__(self, spec: MLPSpec, *, rngs: nnx.Rngs):
+    def __init__(self, settings: MLPSettings, dimension: int, *, num_classes: int, rngs: nnx.Rngs):
         self.conditioning = Conditioning(
-            width=spec.embedding_width, num_classes=spec.num_classes, scale=spec.noise_scale, rngs=rngs
+            width=settings.embedding_width, num_classes=num_classes, scale=settings.noise_scale, rngs=rngs
         )
-        self.dense_in = nnx.Linear(spec.dimension, spec.width, rngs=rngs)
-        self.blocks = nnx.List(MLPBlock(spec, rngs=rngs) for _ in range(spec.blocks))
-        self.norm_out = nnx.LayerNorm(spec.width, rngs=rngs)
-        self.dense_out = nnx.Linear(spec.width, spec.dimension, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.dense_in = nnx.Linear(dimension, settings.width, rngs=rngs)
+        self.blocks = nnx.List(MLPBlock(settings, rngs=rngs) for _ in range(settings.blocks))
+        self.norm_out = nnx.LayerNorm(settings.width, rngs=rngs)
+        self.dense_out = nnx.Linear(settings.width, dimension, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(
         self,

@@ -1,38 +1,59 @@
-"""A Flax NNX module as two pure functions over a plain dict of parameters."""
+"""A Flax NNX module as two pure functions of a plain dict of parameters."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mcm_jax.models.placement import Placement
+
 Params = dict[str, Any]
 
 
-class Spec(Protocol):
-    """Every size of a network: `uvit.UViTSpec` for images, `mlp.MLPSpec` for vectors."""
+@runtime_checkable
+class NetworkSettings(Protocol):
+    """All sizes of a network: `uvit.UViTSettings` for images, `mlp.MLPSettings` for vectors."""
 
-    num_classes: int
-
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module, called with (z_t, logsnr_t, label, key)."""
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+    ) -> nnx.Module:
+        """The module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, label, key) -> v_hat."""
+    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, label, key) -> v_hat.
 
-    spec: Any  # a Spec
+    Attributes:
+      settings: the sizes of the network.
+      shape: of one example: (resolution, resolution, channels) for images, (dimension,) for vectors.
+      num_classes: the number of classes in the data.
+      placement: how it is split over devices.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mcm_jax.models.mlp import MLPSettings
+      >>> network = Network(MLPSettings(width=8, blocks=1), shape=(2,))
+      >>> params = jax.jit(network.init)(jax.random.key(0))
+      >>> network.apply(params, jnp.ones((3, 2)), jnp.zeros(3), jnp.zeros(3, jnp.int32), None).shape
+      (3, 2)
+    """
+
+    settings: NetworkSettings
+    shape: tuple[int, ...]
+    num_classes: int = 1
+    placement: Placement = Placement()
 
     @property
     def null_class(self) -> int:
-        """The label that stands for 'any class'."""
-        return self.spec.num_classes
+        """The label that means 'any class'."""
+        return self.num_classes
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Traceable: use it under jit or eval_shape."""
-        return nnx.to_pure_dict(nnx.state(self.spec.build(nnx.Rngs(params=key)), nnx.Param))
+        """Fresh float32 parameters. It can be traced, by jit or eval_shape."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def apply(
         self,
@@ -42,13 +63,14 @@ class Network:
         label: Int[Array, "B"],
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
-        """v_hat(z_t, lambda_t, label); `key` is dropout's, None switches it off."""
+        """v_hat(z_t, lambda_t, label). `key` is the randomness of dropout; None disables it."""
         return self._module(params)(z_t, logsnr_t, label, key)
 
     def rounded(self, params: Params) -> Params:
-        """`params` with the weights of every layer in the dtype that it multiplies in.
+        """`params` with the weights of every layer in the dtype in which the layer multiplies.
 
-        `apply` gives the same with them, and they are half as large to send where that is bfloat16.
+        `apply` returns the same with them. Where that dtype is bfloat16, only half as many bytes are
+        exchanged.
         """
         model = self._module(params)
         for _, layer in nnx.iter_modules(model):
@@ -58,8 +80,13 @@ class Network:
                         weights.set_value(weights[...].astype(layer.dtype))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
+    def _build(self, rngs: nnx.Rngs) -> nnx.Module:
+        return self.settings.build(
+            self.shape, num_classes=self.num_classes, placement=self.placement, rngs=rngs
+        )
+
     def _module(self, params: Params) -> nnx.Module:
-        """The module with these parameters; nothing is initialised."""
-        model = nnx.eval_shape(lambda: self.spec.build(nnx.Rngs(0)))
+        """The module with these parameters, without an initialisation."""
+        model = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
         nnx.update(model, params)
         return model

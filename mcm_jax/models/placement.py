@@ -1,4 +1,4 @@
-"""What a network is told of the devices it runs on: three functions and no mesh."""
+"""What a network knows about the devices it runs on: three functions, and no mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,13 +19,15 @@ def _as_they_are(layer: nnx.Linear, x: Float[Array, "B E"]) -> Float[Array, "B F
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How feature maps lie on several devices, and which attention these have; by default nothing is said.
+    """How feature maps are split over devices, and how attention is computed; the default is for one device.
 
     Attributes:
-      constrain: applied to the feature maps around every block; the same values, said to be split by example.
+      constrain: applied to the feature maps around every block. It returns the same values, with the
+      constraint
+        that they are split by example.
       attend: computes attention, see `attention.einsum`.
-      by_column: (layer, x) -> layer(x) where x has one row an example and the layer so many columns that all
-        rows are less to send than its weights, which stay split by column.
+      by_column: (layer, x) -> layer(x), for a layer with many columns and an x with one row per example.
+        Exchanging the rows costs less than gathering the weights, which stay split by column.
     """
 
     constrain: Callable[[Array], Array] = _nothing_said

@@ -2,7 +2,7 @@
 
     conv 3x3 -> stage 0 -> down -> stage 1 -> ... middle ... -> stage 1 -> up -> stage 0 -> conv 3x3
 
-Down is a 2x2 average pool and a 1x1 projection, up a 1x1 projection and nearest-neighbour doubling.
+Down is a 2x2 average pool and a 1x1 projection; up is a 1x1 projection and nearest-neighbour doubling.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mcm_jax.fields import Affects, setting
 from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, TransformerBlock, make_norm
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
@@ -25,7 +26,7 @@ Remat = Literal["none", "full", "dots", "names"]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One resolution of the pyramid: `blocks` equal blocks at `width` channels."""
+    """One resolution of the pyramid: `blocks` equal blocks with `width` channels."""
 
     kind: StageKind
     width: int
@@ -34,54 +35,103 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class UViTSpec:
-    """Every size of a UViT; stages from the top resolution to the middle."""
+class UViTSettings:
+    """All sizes of a UViT (SPEC 6), and how it computes. Stages run from the top resolution to the middle."""
 
-    resolution: int
-    channels: int
-    num_classes: int
-    stages: tuple[Stage, ...]
-    embedding_width: int
-    head_width: int
-    mlp_factor: int
-    resnet_norm: Norm
-    noise_scale: NoiseScale
-    dtype: Literal["float32", "bfloat16"]
-    remat: Remat = "none"
-    saved: tuple[Saved, ...] = ()
-    unroll: bool = True
-    placement: Placement = Placement()
+    kinds: tuple[StageKind, ...] = setting(
+        ("resnet", "resnet", "transformer"),
+        "kind of each stage, from the top to the middle",
+        affects=Affects.ALL,
+    )
+    widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage", low=1, affects=Affects.ALL)
+    blocks: tuple[int, ...] = setting(
+        (1, 1, 4), "blocks of each stage, on each side", low=1, affects=Affects.ALL
+    )
+    dropouts: tuple[float, ...] = setting(
+        (0.0, 0.0, 0.0), "dropout of each stage, to the nearest 1/256", low=0, high=0.99
+    )
+    embedding_width: int = setting(128, "width of the conditioning vector", low=2, affects=Affects.ALL)
+    head_width: int = setting(
+        32, "attention head width (open: 64 or 128 at full size)", low=1, affects=Affects.ALL
+    )
+    mlp_factor: int = setting(
+        4, "hidden width of a transformer's MLP over its width", low=1, affects=Affects.ALL
+    )
+    resnet_norm: Norm = setting(
+        "layer",
+        "norm of ResNet blocks and of the output (open); by the compiler's estimate TPUs prefer group",
+        affects=Affects.ALL,
+    )
+    noise_scale: NoiseScale = setting(
+        "arctan", "axis of the noise level's embedding (open)", affects=Affects.ALL
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the activations", affects=Affects.TRAINING | Affects.SAMPLES
+    )
+    remat: Remat = setting(
+        "none",
+        "what the gradient recomputes instead of storing it: nothing (none), every block (full), all of a "
+        "block but its matrix products (dots), or all but what `saved` names (names)",
+        affects=Affects.NOTHING,
+    )
+    saved: tuple[Saved, ...] = setting(
+        ("conv_1", "mlp_in", "attention"),
+        "values of every block that remat=names stores: the products conv_1, mlp_in and qkv, the result of "
+        "attention",
+        affects=Affects.NOTHING,
+    )
+    unroll: bool = setting(
+        True,
+        "unroll the loop over transformer blocks; False compiles faster and runs slower on CPU",
+        affects=Affects.NOTHING,
+    )
+    attention: Literal["fused", "einsum"] = setting(
+        "fused",
+        "fused: a kernel where the devices are TPUs, head_width and the number of positions are multiples of "
+        "128, and there are at most 1024 positions; einsum: always written out",
+        affects=Affects.NOTHING,
+    )
 
-    def build(self, rngs: nnx.Rngs) -> "UViT":
-        """The network of these sizes."""
-        return UViT(self, rngs=rngs)
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, from the top resolution to the middle."""
+        columns = zip(self.kinds, self.widths, self.blocks, self.dropouts, strict=True)
+        return tuple(Stage(*column) for column in columns)
+
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+    ) -> "UViT":
+        """The network for images of this shape, (resolution, resolution, channels)."""
+        return UViT(self, shape, num_classes=num_classes, placement=placement, rngs=rngs)
 
 
 class Modulations(nnx.Module):
-    """emb -> scale and shift of every block of a stage, by one linear layer."""
+    """emb -> scale and shift of all blocks of a stage, by one linear layer."""
 
-    def __init__(self, blocks: int, channels: int, spec: UViTSpec, *, rngs: nnx.Rngs):
-        self.blocks, self.by_column = blocks, spec.placement.by_column
-        dtype = jnp.dtype(spec.dtype)
-        # By this name its weights stay split by column on a mesh.
-        self.columns = nnx.Linear(spec.embedding_width, blocks * 2 * channels, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, blocks: int, channels: int, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs
+    ):
+        self.blocks, self.by_column = blocks, placement.by_column
+        dtype = jnp.dtype(settings.dtype)
+        # Because of this name its weights stay split by column on a mesh.
+        self.columns = nnx.Linear(settings.embedding_width, blocks * 2 * channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, emb: Float[Array, "B E"]) -> Float[Array, "N B M"]:
         return rearrange(self.by_column(self.columns, emb), "b (n c) -> n b c", n=self.blocks)
 
 
 class ResNetStage(nnx.Module):
-    """ResNet blocks in a row."""
+    """A sequence of ResNet blocks."""
 
-    def __init__(self, stage: Stage, spec: UViTSpec, *, rngs: nnx.Rngs):
-        self.remat, self.saved, self.constrain = spec.remat, spec.saved, spec.placement.constrain
-        self.modulations = Modulations(stage.blocks, stage.width, spec, rngs=rngs)
+    def __init__(self, stage: Stage, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs):
+        self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
+        self.modulations = Modulations(stage.blocks, stage.width, settings, placement=placement, rngs=rngs)
         self.blocks = nnx.List(
             ResNetBlock(
                 stage.width,
                 dropout=stage.dropout,
-                norm=spec.resnet_norm,
-                dtype=jnp.dtype(spec.dtype),
+                norm=settings.resnet_norm,
+                dtype=jnp.dtype(settings.dtype),
                 rngs=rngs,
             )
             for _ in range(stage.blocks)
@@ -97,14 +147,16 @@ class ResNetStage(nnx.Module):
 
 
 class TransformerStage(nnx.Module):
-    """A learned position embedding, then transformer blocks, stacked and scanned."""
+    """A learned position embedding, then transformer blocks whose parameters are stacked and scanned."""
 
-    def __init__(self, stage: Stage, spec: UViTSpec, *, side: int, rngs: nnx.Rngs):
-        """side: height and width of the feature map in pixels."""
-        self.num_blocks, self.unroll = stage.blocks, spec.unroll
-        self.remat, self.saved, self.constrain = spec.remat, spec.saved, spec.placement.constrain
-        hidden = spec.mlp_factor * stage.width
-        self.modulations = Modulations(stage.blocks, hidden, spec, rngs=rngs)
+    def __init__(
+        self, stage: Stage, settings: UViTSettings, *, side: int, placement: Placement, rngs: nnx.Rngs
+    ):
+        """Args: side, the height and width of the feature map in pixels."""
+        self.num_blocks, self.unroll = stage.blocks, settings.unroll
+        self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
+        hidden = settings.mlp_factor * stage.width
+        self.modulations = Modulations(stage.blocks, hidden, settings, placement=placement, rngs=rngs)
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
 
         @nnx.split_rngs(splits=stage.blocks)
@@ -113,10 +165,10 @@ class TransformerStage(nnx.Module):
             return TransformerBlock(
                 stage.width,
                 hidden=hidden,
-                head_width=spec.head_width,
-                attend=spec.placement.attend,
+                head_width=settings.head_width,
+                attend=placement.attend,
                 dropout=stage.dropout,
-                dtype=jnp.dtype(spec.dtype),
+                dtype=jnp.dtype(settings.dtype),
                 rngs=rngs,
             )
 
@@ -144,45 +196,55 @@ class TransformerStage(nnx.Module):
 
 
 class UViT(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, float32 whatever it computes in."""
+    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers use."""
 
-    def __init__(self, spec: UViTSpec, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(spec.dtype)
-        stages, widths = spec.stages, [stage.width for stage in spec.stages]
+    def __init__(
+        self,
+        settings: UViTSettings,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int,
+        placement: Placement,
+        rngs: nnx.Rngs,
+    ):
+        """shape: (resolution, resolution, channels) of an image."""
+        dtype = jnp.dtype(settings.dtype)
+        resolution, _, channels = shape
+        stages, widths = settings.stages, settings.widths
 
         def make_stage(level: int) -> nnx.Module:
             if stages[level].kind == "resnet":
-                return ResNetStage(stages[level], spec, rngs=rngs)
-            side = spec.resolution >> level
-            return TransformerStage(stages[level], spec, side=side, rngs=rngs)
+                return ResNetStage(stages[level], settings, placement=placement, rngs=rngs)
+            side = resolution >> level
+            return TransformerStage(stages[level], settings, side=side, placement=placement, rngs=rngs)
 
         def project(c_in: int, c_out: int) -> nnx.Linear:
             return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs)
 
         self.skips = tuple(stage.kind == "resnet" for stage in stages[:-1])
         self.conditioning = Conditioning(
-            width=spec.embedding_width,
-            num_classes=spec.num_classes,
-            scale=spec.noise_scale,
+            width=settings.embedding_width,
+            num_classes=num_classes,
+            scale=settings.noise_scale,
             rngs=rngs,
         )
-        self.conv_in = nnx.Conv(spec.channels, widths[0], (3, 3), dtype=dtype, rngs=rngs)
+        self.conv_in = nnx.Conv(channels, widths[0], (3, 3), dtype=dtype, rngs=rngs)
         pairs = list(zip(widths, widths[1:], strict=False))
         self.down_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
         self.down = nnx.List(project(wide, narrow) for wide, narrow in pairs)
         self.middle = make_stage(len(stages) - 1)
         self.up = nnx.List(project(below, above) for above, below in pairs)
         self.up_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
-        self.norm_out = make_norm(spec.resnet_norm, widths[0], dtype=dtype, rngs=rngs)
+        self.norm_out = make_norm(settings.resnet_norm, widths[0], dtype=dtype, rngs=rngs)
         self.conv_out = nnx.Conv(
             widths[0],
-            spec.channels,
+            channels,
             (3, 3),
             kernel_init=nnx.initializers.zeros,
             dtype=jnp.float32,
             rngs=rngs,
         )
-        self.dtype, self.constrain = dtype, spec.placement.constrain
+        self.dtype, self.constrain = dtype, placement.constrain
 
     def __call__(
         self,
@@ -191,7 +253,7 @@ class UViT(nnx.Module):
         label: Int[Array, "B"],
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
-        """Args: label in [0, num_classes], the last is 'unconditional'; key None: no dropout."""
+        """Args: label in [0, num_classes], where num_classes means 'any class'; key, None for no dropout."""
         levels = len(self.down)
         keys = _split(key, 2 * levels + 1)
         emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype))
@@ -205,7 +267,7 @@ class UViT(nnx.Module):
         for level in reversed(range(levels)):
             h = self.constrain(_doubled(self.up[level](h)))
             if self.skips[level]:
-                # Both terms have unit variance at first; so does their sum over sqrt 2.
+                # Both terms have unit variance at initialisation, and so does their sum over sqrt 2.
                 h = (h + skips[level]) * 0.5**0.5
             h = self.up_stages[level](h, emb, keys[2 * levels - level])
         h = jax.nn.swish(self.norm_out(h))
@@ -213,7 +275,7 @@ class UViT(nnx.Module):
 
 
 def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 D"]:
-    """projection(2x2 average pool(x)), as one convolution."""
+    """projection(average_pool_2x2(x)), as one convolution."""
     kernel = projection.kernel[...].astype(x.dtype) / 4
     taps = jnp.broadcast_to(kernel, (2, 2, *kernel.shape))
     y = jax.lax.conv_general_dilated(x, taps, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -221,16 +283,16 @@ def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, 
 
 
 def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Every pixel twice in height and width."""
-    # Along the width by a product with zeros and ones: a TPU shifts pixels more slowly than it multiplies.
+    """Repeats every pixel twice in height and in width."""
+    # Along the width, multiply by a matrix of zeros and ones: on a TPU that is faster than moving pixels.
     twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
-    # Exact also where float32 products are rounded unless asked for.
+    # HIGHEST keeps this exact on accelerators that round float32 products by default.
     wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
     return repeat(wide, "b h w c -> b (h i) w c", i=2)
 
 
 def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
-    """(block, x, scale_shift, key) -> its result, values saved for the gradient as `remat` says."""
+    """(block, x, scale_shift, key) -> the block's result; `remat` decides what is saved for the gradient."""
 
     def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
         return block(x, scale_shift, key)

@@ -6,6 +6,7 @@ their x. That makes Algorithm 1's invDDIM(DDIM(x_ref, aDDIM(x_teacher, z_t)), z_
 `consistency_target`, exact at the segment's end.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -14,88 +15,124 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mcm_jax.diffusion import guidance, process, segments, steps
 from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.fields import setting
 from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
+from mcm_jax.objectives.objective import Networks
 
 TeacherStep = Literal["addim", "ddim"]
+TargetNetwork = Literal["student", "ema"]
 
 
-def consistency_loss(
-    model_fn: ModelFn,
-    teacher_fn: ModelFn | None,
-    x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
-    key: jax.Array,
-    *,
-    schedule: Schedule,
-    student_steps: int,
-    teacher_steps: Float[Array, ""],
-    target_fn: ModelFn | None = None,
-    teacher_step: TeacherStep = "addim",
-    xvar_frac: float = 0.75,
-    teacher_guidance: float = 0.0,
-    null_class: int = -1,
-    distance_kind: Distance = "huber",
-    huber_epsilon: float = 1e-4,
-    reduction: Reduction = "mean",
-    loss_weight: LossWeight = "sqrt_snr_plus_one",
-) -> Float[Array, "B"]:
-    """w_t huber(x_target - f(z_t, t)), one value an example (MCM Algorithm 1).
+@dataclasses.dataclass(frozen=True)
+class Consistency:
+    """w_t huber(x_target - f(z_t, t)) (MCM Algorithm 1): CD with networks.teacher, CT without.
 
-    Args:
-      model_fn: the student f; its parameters are differentiated in f(z_t, t) only.
-      teacher_fn: the diffusion model of distillation (CD); None for training from the data (CT).
-      x: clean images in [-1, 1].
-      cond: class labels.
-      key: times, noise and dropout; both calls of the student share the dropout's.
-      student_steps: S, the network calls of the student's sampler; 1 is a plain consistency model.
-      teacher_steps: N_teacher(i), see `segments.annealed_teacher_steps`; may be traced.
-      target_fn: the network of x_ref, for example the student's averaged parameters; None: f itself.
-      teacher_step, xvar_frac: see `teacher_x`.
-      teacher_guidance, null_class: see `teacher_prediction`.
-      distance_kind, huber_epsilon, reduction: see `distances.distance`.
-      loss_weight: see `distances.weight`.
+    The gradient flows through f(z_t, t) alone. Both calls of the student share their dropout.
     """
-    key_times, key_eps, key_dropout = jax.random.split(key, 3)
-    n_per = segments.steps_per_segment(teacher_steps, student_steps=student_steps)
-    times = segments.draw_times(
-        key_times, batch_size=x.shape[0], student_steps=student_steps, steps_per_segment=n_per
-    )
-    logsnr_t, logsnr_s, logsnr_step = schedule(times.t), schedule(times.s), schedule(times.t_step)
-    eps = jax.random.normal(key_eps, x.shape)
-    z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
 
-    x_teacher, x_cond = x, x
-    if teacher_fn is not None:
-        x_teacher, x_cond = teacher_prediction(
-            teacher_fn, z_t, cond, logsnr_t=logsnr_t, teacher_guidance=teacher_guidance, null_class=null_class
+    student_steps: int | None = setting(
+        None, "S, network calls of the student's sampler; 1 is an ordinary consistency model", low=1
+    )
+    teacher_steps_first: float = setting(64.0, "N_teacher at the first update", low=1)
+    teacher_steps_last: float = setting(1280.0, "N_teacher at the end of the annealing", low=1)
+    anneal_steps: int = setting(100_000, "updates from first to last, exponentially", low=1)
+    teacher_step: TeacherStep = setting("addim", "integrator of the teacher's step")
+    xvar_frac: float = setting(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
+    teacher_guidance: float = setting(
+        0.0, "cd: g of the teacher's prediction; 0: none (open, see `teacher_prediction`)", low=0
+    )
+    distance: Distance = setting("huber", "huber or squared, see `distances.distance`")
+    huber_epsilon: float = setting(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
+    huber_reduction: Reduction = setting(
+        "mean", "reduction of the squares in the distance (open; see `distances.pseudo_huber`)"
+    )
+    loss_weight: LossWeight = setting(
+        "sqrt_snr_plus_one",
+        "w_t (open); the root makes the unsquared distance in x one in v, see `distances.weight`",
+    )
+    target_network: TargetNetwork = setting(
+        "student", "the network of x_ref: the student itself, or its averaged parameters (ema)"
+    )
+    target_decay: float = setting(
+        0.95, "target_network=ema: decay of its bias-corrected average (open)", low=0, high=0.999999
+    )
+
+    def __call__(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        key: jax.Array,
+        train_step: Int[Array, ""],
+    ) -> Float[Array, "B"]:
+        """The loss of every example; see `objective.Objective`."""
+        key_times, key_eps, key_dropout = jax.random.split(key, 3)
+        times = self._draw_times(key_times, len(x), train_step)
+        logsnr_t, logsnr_s, logsnr_step = (networks.schedule(t) for t in (times.t, times.s, times.t_step))
+        z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
+
+        x_step = self._teacher_x(networks, x, z_t, cond, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+        z_s = steps.ddim(x_step, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+
+        target_fn = networks.target or networks.student
+        v_ref = target_fn(z_s, logsnr_s, cond, key_dropout)
+        x_ref = jax.lax.stop_gradient(process.x_from_v(v_ref, z_s, logsnr_t=logsnr_s))
+        x_target = consistency_target(
+            x_step,
+            x_ref,
+            logsnr_t=logsnr_t,
+            logsnr_s=logsnr_s,
+            logsnr_step=logsnr_step,
+            is_last=times.is_last,
         )
-    x_step = teacher_x(
-        x_teacher,
-        z_t,
-        x_var=xvar_frac * process.mean_square(x_cond - x),
-        logsnr_t=logsnr_t,
-        logsnr_s=logsnr_s,
-        teacher_step=teacher_step,
-    )
-    z_s = steps.ddim(x_step, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+        v_hat = networks.student(z_t, logsnr_t, cond, key_dropout)
+        x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
+        return weight(logsnr_t, kind=self.loss_weight) * distance(
+            x_diff, kind=self.distance, huber_epsilon=self.huber_epsilon, reduction=self.huber_reduction
+        )
 
-    # The target is a constant: the gradient flows through f(z_t, t) alone.
-    v_ref = (target_fn or model_fn)(z_s, logsnr_s, cond, key_dropout)
-    x_ref = jax.lax.stop_gradient(process.x_from_v(v_ref, z_s, logsnr_t=logsnr_s))
-    x_target = consistency_target(
-        x_step,
-        x_ref,
-        logsnr_t=logsnr_t,
-        logsnr_s=logsnr_s,
-        logsnr_step=logsnr_step,
-        is_last=times.is_last,
-    )
-    v_hat = model_fn(z_t, logsnr_t, cond, key_dropout)
-    x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
-    return weight(logsnr_t, kind=loss_weight) * distance(
-        x_diff, kind=distance_kind, huber_epsilon=huber_epsilon, reduction=reduction
-    )
+    def _draw_times(self, key: jax.Array, batch_size: int, train_step: Int[Array, ""]) -> segments.Times:
+        """Steps of a teacher of N_teacher(train_step) steps, inside the student's segments."""
+        teacher_steps = segments.annealed_teacher_steps(
+            train_step,
+            first=self.teacher_steps_first,
+            last=self.teacher_steps_last,
+            anneal_steps=self.anneal_steps,
+        )
+        n_per = segments.steps_per_segment(teacher_steps, student_steps=self.student_steps)
+        return segments.draw_times(
+            key, batch_size=batch_size, student_steps=self.student_steps, steps_per_segment=n_per
+        )
+
+    def _teacher_x(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        z_t: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        *,
+        logsnr_t: Float[Array, "B"],
+        logsnr_s: Float[Array, "B"],
+    ) -> Float[Array, "B ..."]:
+        """`teacher_x` of the teacher's prediction (CD), or of the data (CT)."""
+        x_teacher, x_cond = x, x
+        if networks.teacher is not None:
+            x_teacher, x_cond = teacher_prediction(
+                networks.teacher,
+                z_t,
+                cond,
+                logsnr_t=logsnr_t,
+                teacher_guidance=self.teacher_guidance,
+                null_class=networks.null_class,
+            )
+        return teacher_x(
+            x_teacher,
+            z_t,
+            x_var=self.xvar_frac * process.mean_square(x_cond - x),
+            logsnr_t=logsnr_t,
+            logsnr_s=logsnr_s,
+            teacher_step=self.teacher_step,
+        )
 
 
 def teacher_prediction(

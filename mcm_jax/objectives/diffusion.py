@@ -1,5 +1,6 @@
 """The diffusion objective that trains the teacher (SPEC 5)."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,41 +10,47 @@ from einops import reduce
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process
-from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.fields import setting
+from mcm_jax.objectives.objective import Networks
 
 LevelWeights = Literal["reciprocal", "equal"]
 
 
-def diffusion_loss(
-    model_fn: ModelFn,
-    x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
-    key: jax.Array,
-    *,
-    schedule: Schedule,
-    label_dropout: float = 0.0,
-    null_class: int = -1,
-    levels: Sequence[int] = (),
-    level_weights: LevelWeights = "reciprocal",
-) -> Float[Array, "B"]:
-    """L = ||v - v_hat(z_t, lambda_t)||^2 / d, t ~ U(0, 1): the v-loss, one value an example.
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """L = ||v - v_hat(z_t, lambda_t)||^2 / d, t ~ U(0, 1): the v-loss."""
 
-    Args:
-      x, cond, key: clean images, class labels, and the key of times, noise and both dropouts.
-      label_dropout: share of the examples whose label becomes null_class, which guidance needs.
-      levels, level_weights: see `multiscale_mean_square`; no levels: the plain loss.
-    """
-    key_t, key_eps, key_dropout, key_label = jax.random.split(key, 4)
-    logsnr_t = schedule(jax.random.uniform(key_t, x.shape[:1]))
-    eps = jax.random.normal(key_eps, x.shape)
-    cond = jnp.where(jax.random.bernoulli(key_label, label_dropout, cond.shape), null_class, cond)
-    z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-    v = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
-    error = v - model_fn(z_t, logsnr_t, cond, key_dropout)
-    if not levels:
-        return process.mean_square(error)
-    return multiscale_mean_square(error, levels=levels, level_weights=level_weights)
+    levels: tuple[int, ...] = setting(
+        (), "sides in pixels of the multiscale loss, e.g. (128, 64); (): the plain v-loss", low=1
+    )
+    level_weights: LevelWeights = setting(
+        "reciprocal", "weights of the levels (open; ours: 1/r, normalised to sum 1)"
+    )
+    label_dropout: float = setting(
+        0.0, "share of labels replaced by 'any class'; 0.1 where guidance is used (open)", low=0, high=1
+    )
+
+    def __call__(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        key: jax.Array,
+        train_step: Int[Array, ""],
+    ) -> Float[Array, "B"]:
+        """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
+        del train_step
+        key_t, key_eps, key_dropout, key_label = jax.random.split(key, 4)
+        logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
+        eps = jax.random.normal(key_eps, x.shape)
+        dropped = jax.random.bernoulli(key_label, self.label_dropout, cond.shape)
+        cond = jnp.where(dropped, networks.null_class, cond)
+        z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
+        v = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
+        error = v - networks.student(z_t, logsnr_t, cond, key_dropout)
+        if not self.levels:
+            return process.mean_square(error)
+        return multiscale_mean_square(error, levels=self.levels, level_weights=self.level_weights)
 
 
 def multiscale_mean_square(

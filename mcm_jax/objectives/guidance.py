@@ -1,34 +1,40 @@
 """Guidance distillation (Meng et al. 2022, arXiv:2210.03142; SPEC 5) for one fixed guidance weight."""
 
+import dataclasses
+
 import jax
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process
 from mcm_jax.diffusion.guidance import guided
-from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.fields import setting
+from mcm_jax.objectives.objective import Networks
 
 
-def guidance_loss(
-    model_fn: ModelFn,
-    teacher_fn: ModelFn,
-    x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
-    key: jax.Array,
-    *,
-    schedule: Schedule,
-    teacher_guidance: float,
-    null_class: int,
-) -> Float[Array, "B"]:
-    """||v_g - v_hat(z_t)||^2 / d, t ~ U(0, 1): one call that says what the guided teacher says in two.
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """||v_g - v_hat(z_t)||^2 / d, t ~ U(0, 1): the student predicts in one call what takes the teacher two.
 
-    v_g = v_cond + g (v_cond - v_uncond) is the teacher's, g = teacher_guidance; null_class is its label for
-    'any class'. The student is a diffusion model again, of guided images.
+    v_g = v_cond + g (v_cond - v_uncond) is the guided teacher's, g = teacher_guidance. The student is again a
+    diffusion model, of guided images.
     """
-    key_t, key_eps, key_dropout = jax.random.split(key, 3)
-    logsnr_t = schedule(jax.random.uniform(key_t, x.shape[:1]))
-    eps = jax.random.normal(key_eps, x.shape)
-    z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-    guided_teacher = guided(teacher_fn, guidance=teacher_guidance, null_class=null_class)
-    v_target = guided_teacher(z_t, logsnr_t, cond, None)
-    return process.mean_square(v_target - model_fn(z_t, logsnr_t, cond, key_dropout))
+
+    teacher_guidance: float = setting(0.0, "g of the teacher's prediction; it must be above 0", low=0)
+
+    def __call__(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        key: jax.Array,
+        train_step: Int[Array, ""],
+    ) -> Float[Array, "B"]:
+        """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
+        del train_step
+        key_t, key_eps, key_dropout = jax.random.split(key, 3)
+        logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
+        eps = jax.random.normal(key_eps, x.shape)
+        z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
+        teacher = guided(networks.teacher, guidance=self.teacher_guidance, null_class=networks.null_class)
+        v_target = teacher(z_t, logsnr_t, cond, None)
+        return process.mean_square(v_target - networks.student(z_t, logsnr_t, cond, key_dropout))

@@ -1,55 +1,53 @@
-"""TRACT: transitive closure time-distillation (Berthelot et al. 2023, arXiv:2303.04248; SPEC 5).
+"""TRACT: transitive closure time-distillation (Berthelot et al. 2023, arXiv:2303.04248; SPEC 5)."""
 
-Stages, for example 1024 -> 32 -> 1. In each, the student learns to jump to the end of its segment from a
-teacher, the previous stage's model, that takes single DDIM steps. It is multistep consistency distillation
-with a constant grid, a DDIM teacher, a target network that averages the student's parameters, and the squared
-distance: `consistency_loss` with these choices, and nothing else.
-"""
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.diffusion.network import ModelFn
-from mcm_jax.diffusion.schedules import Schedule
-from mcm_jax.objectives.consistency import consistency_loss
+from mcm_jax.fields import setting
+from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.distances import LossWeight
+from mcm_jax.objectives.objective import Networks
 
 
-def tract_loss(
-    model_fn: ModelFn,
-    teacher_fn: ModelFn,
-    target_fn: ModelFn,
-    x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
-    key: jax.Array,
-    *,
-    schedule: Schedule,
-    student_steps: int,
-    teacher_steps: int,
-    loss_weight: LossWeight = "max_snr_one",
-) -> Float[Array, "B"]:
-    """w_t ||x_target - f(z_t, t)||^2 / d, one value an example, w_t = max(SNR, 1).
+@dataclasses.dataclass(frozen=True)
+class Tract:
+    """w_t ||x_target - f(z_t, t)||^2 / d: consistency distillation of one stage's steps into fewer.
 
-    Args:
-      model_fn: the student f of this stage.
-      teacher_fn: the model of the stage before; in the first stage the diffusion model.
-      target_fn: the student with averaged parameters, bias-corrected, momentum 0.5 in TRACT.
-      x, cond, key: as in `consistency_loss`.
-      student_steps, teacher_steps: steps of this stage and of the one before, a multiple of them.
-      loss_weight: see `distances.weight`.
+    The stages are, for example, 1024 -> 32 -> 1. In each, the student learns to jump to the end of its
+    segment from a teacher, the previous stage's model, that takes single DDIM steps. That is `Consistency`
+    with a constant grid, a DDIM teacher, a target network of averaged parameters, and the squared distance.
     """
-    return consistency_loss(
-        model_fn,
-        teacher_fn,
-        x,
-        cond,
-        key,
-        schedule=schedule,
-        student_steps=student_steps,
-        teacher_steps=jnp.float32(teacher_steps),
-        target_fn=target_fn,
-        teacher_step="ddim",
-        distance_kind="squared",
-        loss_weight=loss_weight,
+
+    stages: tuple[int, ...] = setting(
+        (), "steps of the teacher, then of each stage's student, e.g. (1024, 32, 1)", low=1
     )
+    loss_weight: LossWeight = setting("max_snr_one", "w_t, see `distances.weight`")
+    target_decay: float = setting(
+        0.5, "decay of the target network's bias-corrected average", low=0, high=0.999999
+    )
+
+    @property
+    def as_consistency(self) -> Consistency:
+        """The same loss as a consistency objective; of a single stage."""
+        teacher_steps, student_steps = self.stages
+        return Consistency(
+            student_steps=student_steps,
+            teacher_steps_first=float(teacher_steps),
+            teacher_steps_last=float(teacher_steps),
+            teacher_step="ddim",
+            distance="squared",
+            loss_weight=self.loss_weight,
+        )
+
+    def __call__(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        key: jax.Array,
+        train_step: Int[Array, ""],
+    ) -> Float[Array, "B"]:
+        """The loss of every example; see `objective.Objective`."""
+        return self.as_consistency(networks, x, cond, key, train_step)

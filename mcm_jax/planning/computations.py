@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mcm_jax.config.settings import Config
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
-from mcm_jax.runs import experiment, samplers, trainer
+from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding
 
 
@@ -38,21 +38,22 @@ def train(config: Config, devices: Sequence[jax.Device], *, num_classes: int) ->
     settings = config.training
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    parts = trainer.build(config, num_classes=num_classes, mesh=mesh)
+    training = build.training(config, num_classes=num_classes, mesh=mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((settings.batch_size, *samplers.image_shape(config)), jnp.float32),
+        "image": jax.ShapeDtypeStruct((settings.batch_size, *build.image_shape(config)), jnp.float32),
         "label": jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32),
     }
-    teacher = parts.abstract.params if experiment.distils(config) else None
-    arguments = (parts.abstract, teacher, batch)
-    return Program(parts.train_step(), arguments, mesh, _count(parts.abstract.params), settings.batch_size)
+    teacher = training.abstract.params if config.distils else None
+    arguments = (training.abstract, teacher, batch)
+    num_params = _count(training.abstract.params)
+    return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 
 
 def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
     """A batch of samples on every device, which has all parameters, as `runs.run.Run.sample` draws it."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
-    network, how = experiment.build_network(config, num_classes=num_classes), samplers.resolve(config)
+    network, how = build.network(config, num_classes=num_classes), samplers.resolve(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
     x_var = jax.ShapeDtypeStruct((how.steps,), jnp.float32) if how.x_var == "measured" else None
     everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
@@ -61,7 +62,7 @@ def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -
         *_placed(everywhere, sharding.replicated(mesh)),
         *_placed((indices, indices), sharding.batch_sharding(mesh)),
     )
-    function = samplers.build(config, network, how, mesh=mesh)
+    function = samplers.make_sampler(config, network, how, mesh=mesh)
     return Program(function, arguments, mesh, _count(params), images)
 
 
@@ -70,7 +71,7 @@ def features(config: Config, devices: Sequence[jax.Device], *, num_classes: int)
     del num_classes  # Of the images, which the network does not ask.
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     network, images = inception_weights.abstract_network(), BATCH_PER_DEVICE * mesh.size
-    batch = jax.ShapeDtypeStruct((images, *samplers.image_shape(config)), jnp.uint8)
+    batch = jax.ShapeDtypeStruct((images, *build.image_shape(config)), jnp.uint8)
     arguments = (
         _placed(network.params, sharding.replicated(mesh)),
         _placed(batch, sharding.batch_sharding(mesh)),

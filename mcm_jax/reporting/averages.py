@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcm_jax.reporting.results import DISTANCES, OBJECTIVES, Collection, Conditions, Result, Run
+from mcm_jax.records import OBJECTIVES, count_of, with_count
+from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
-# Settings that do not change what is learned, or that a result states itself.
+# Settings that do not change what is learned, or that each result states itself.
 _NOT_LEARNED = {
     "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
     "data": ("data_dir",),
@@ -20,45 +20,39 @@ _NOT_LEARNED = {
 }
 
 
-_COUNTED = re.compile(
-    rf"(test_images_|untrained_network_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]+)"
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Results that may stand in one table: equal conditions, and every run sampled with the same seeds."""
+    """Results that may share a table: their conditions are equal, and so are each run's sampling seeds."""
 
     conditions: Conditions
     seeds: tuple[int, ...]
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
 
     @property
     def distance(self) -> str:
-        """Name of the distance of all samples."""
-        count = self.conditions.num_samples
-        return f"{self.conditions.distance}_{'50k' if count == 50_000 else count}"
+        """The name of the distance of all samples."""
+        return with_count(self.conditions.distance, self.conditions.num_samples)
 
     @property
     def distances(self) -> tuple[str, ...]:
-        """Names of the distances there are, all samples first, then of their first few."""
+        """The names of all distances: of all samples first, then of fewer."""
         names = {name for result in self.results for name in result.metrics if count_of(name) is not None}
         return tuple(sorted(names, key=lambda name: -(count_of(name) or 0)))
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether a covariance of some result was singular."""
+        """Whether any result's covariance was singular."""
         return any(result.rank_deficient for result in self.results)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One cell of a table: mean over training seeds; standard error None with a single seed."""
+    """A mean over training seeds; its standard error is None if there is a single seed."""
 
     objective: str
     student_steps: int | None
     steps: int
-    sampler: str
+    sampler: str  # records.Sampling.label
     mean: float
     standard_error: float | None
     count: int
@@ -66,16 +60,8 @@ class Estimate:
 
     @property
     def as_trained(self) -> bool:
-        """Whether a student is sampled the way it was trained for."""
+        """Whether a student was sampled as it was trained to be."""
         return self.student_steps == self.steps and self.sampler == "ddim"
-
-
-def count_of(name: str) -> int | None:
-    """The number of images at the end of a distance's name, bound or metric; None if it has none."""
-    found = _COUNTED.fullmatch(name)
-    if found is None:
-        return None
-    return 50_000 if found.group("count") == "50k" else int(found.group("count"))
 
 
 def group(collection: Collection) -> tuple[list[Group], list[str]]:
@@ -87,35 +73,43 @@ def group(collection: Collection) -> tuple[list[Group], list[str]]:
     last: dict[Any, int] = {}
     for result in results:
         last[_evaluated(result)] = max(last.get(_evaluated(result), 0), result.checkpoint_step)
-    kept = [result for result in results if result.checkpoint_step == last[_evaluated(result)]]
-    for run in sorted({result.run for result in results if result not in kept}):
+    chosen = [result for result in results if result.checkpoint_step == last[_evaluated(result)]]
+    for run in sorted({result.run for result in results if result not in chosen}):
         notes.append(f"{run} was evaluated at several checkpoints; only the last one is shown")
     seeds: dict[Any, set[int]] = {}
-    for result in kept:
+    for result in chosen:
         seeds.setdefault(_evaluated(result), set()).add(result.seed)
-    members: dict[tuple[Conditions, tuple[int, ...]], list[Result]] = {}
-    for result in kept:
+    members: dict[tuple[Conditions, tuple[int, ...]], list[RunResult]] = {}
+    for result in chosen:
         members.setdefault((result.conditions, tuple(sorted(seeds[_evaluated(result)]))), []).append(result)
     groups = [
         Group(conditions, sampling_seeds, tuple(group_results))
         for (conditions, sampling_seeds), group_results in members.items()
     ]
-    groups.sort(key=lambda g: (-len(g.results), dataclasses.astuple(g.conditions), g.seeds))
-    return groups, notes
+    return sorted(groups, key=_order), notes
 
 
-def estimates(group: Group, metric: str, runs: Mapping[str, Run]) -> tuple[list[Estimate], list[str]]:
-    """Mean and standard error over training seeds of one metric, teacher first, then CD and CT by steps.
+def _order(group: Group) -> tuple[Any, ...]:
+    """Many results first; the rest makes the order independent of the files' order."""
+    c = group.conditions
+    return (-len(group.results), c.dataset, c.resolution, c.num_samples, repr(c), group.seeds)
 
-    Runs are averaged only if they differ in nothing but their seed: their settings in run.json, those of
-    their teacher and the checkpoint's step are equal. A run's value is its mean over the sampling seeds.
-    Of two runs that are equal even in their seed the newest counts, with a note.
+
+def estimates(
+    group: Group, metric: str, descriptions: Mapping[str, RunDescription]
+) -> tuple[list[Estimate], list[str]]:
+    """Mean and standard error over training seeds of one metric, by objective and steps; and notes.
+
+    Runs are averaged only if they differ in nothing but their seed: the settings in run.json, those of the
+    teacher, and the checkpoint's step must be equal. A run's value is its mean over the sampling seeds. Of
+    two runs with equal seeds too, the newest counts, with a note.
     """
-    cells: dict[Any, dict[str, list[Result]]] = {}
+    cells: dict[Any, dict[str, list[RunResult]]] = {}
     for result in group.results:
         if metric in result.metrics:
-            what = (OBJECTIVES.index(result.objective), result.student_steps or 0)
-            key = (*what, result.steps, result.sampler, result.checkpoint_step, _recipe(result.run, runs))
+            kind = (OBJECTIVES.index(result.objective), result.student_steps or 0)
+            sampling = (result.sampling.steps, result.sampling.label)
+            key = (*kind, *sampling, result.checkpoint_step, _recipe(result.run, descriptions))
             cells.setdefault(key, {}).setdefault(result.run, []).append(result)
     notes, found = [], []
     for key in sorted(cells):
@@ -125,32 +119,35 @@ def estimates(group: Group, metric: str, runs: Mapping[str, Run]) -> tuple[list[
             if seed in by_seed:
                 notes.append(f"{by_seed[seed]} is the same training as {run}, down to the seed: left out")
             by_seed[seed] = run
-        chosen = [cells[key][by_seed[seed]] for seed in sorted(by_seed)]
-        values = [statistics.fmean(result.metrics[metric] for result in results) for results in chosen]
-        first = chosen[0][0]
-        estimate = Estimate(
-            objective=first.objective,
-            student_steps=first.student_steps,
-            steps=first.steps,
-            sampler=first.sampler,
-            mean=statistics.fmean(values),
-            standard_error=standard_error(values),
-            count=len(values),
-            runs=tuple(results[0].run for results in chosen),
-        )
-        found.append(estimate)
+        found.append(_estimate([cells[key][by_seed[seed]] for seed in sorted(by_seed)], metric))
     return found, notes
 
 
+def _estimate(results: list[list[RunResult]], metric: str) -> Estimate:
+    """The estimate from each run's results."""
+    values = [statistics.fmean(result.metrics[metric] for result in of_run) for of_run in results]
+    first = results[0][0]
+    return Estimate(
+        objective=first.objective,
+        student_steps=first.student_steps,
+        steps=first.sampling.steps,
+        sampler=first.sampling.label,
+        mean=statistics.fmean(values),
+        standard_error=standard_error(values),
+        count=len(values),
+        runs=tuple(of_run[0].run for of_run in results),
+    )
+
+
 def standard_error(values: list[float]) -> float | None:
-    """sqrt(sum (v - mean)^2 / (n - 1) / n); None where n < 2."""
+    """sqrt(sum (v - mean)^2 / (n - 1) / n); None if n < 2."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def bounds(group: Group) -> dict[str, tuple[float, float]]:
-    """Lowest and highest value of each floor and ceiling in the group.
+    """The lowest and highest value of each floor and ceiling in the group.
 
-    They differ where they depend on more than the conditions, as the untrained network's does.
+    They differ if a bound depends on more than the conditions, as the untrained network's does.
     """
     values: dict[str, list[float]] = {}
     for result in group.results:
@@ -159,62 +156,65 @@ def bounds(group: Group) -> dict[str, tuple[float, float]]:
     return {name: (min(several), max(several)) for name, several in sorted(values.items())}
 
 
-def grids(group: Group) -> dict[int, list[Result]]:
-    """Results whose pictures show the same noise, by training seed: teacher, CD, CT; each by steps.
+def grids(group: Group) -> dict[int, list[RunResult]]:
+    """The results whose pictures show the same noise, by training seed; each list by objective and steps.
 
-    All are of the group's first sampling seed.
+    All of them belong to the group's first sampling seed.
     """
     same_noise = [result for result in group.results if result.seed == group.seeds[0]]
     same_noise.sort(
-        key=lambda r: (OBJECTIVES.index(r.objective), r.student_steps or 0, r.steps, r.sampler, r.run)
+        key=lambda r: (
+            *(OBJECTIVES.index(r.objective), r.student_steps or 0),
+            *(r.sampling.steps, r.sampling.label, r.run),
+        )
     )
-    by_seed: dict[int, list[Result]] = {}
+    by_seed: dict[int, list[RunResult]] = {}
     for result in same_noise:
         by_seed.setdefault(result.training_seed, []).append(result)
     return dict(sorted(by_seed.items()))
 
 
-def _evaluated(result: Result) -> tuple[Any, ...]:
-    """What was evaluated and how, but for checkpoint and sampling seed."""
-    return (result.run, result.conditions, result.steps, result.sampler)
+def _evaluated(result: RunResult) -> tuple[Any, ...]:
+    """What was evaluated and how, without the checkpoint and the sampling seed."""
+    return (result.run, result.conditions, result.sampling.steps, result.sampling.label)
 
 
-def _newest(results: Iterable[Result]) -> list[Result]:
-    """Results that differ in their date or in what was asked for as one, in the order they were read.
+def _newest(results: Iterable[RunResult]) -> list[RunResult]:
+    """Merges results that differ only in their date or in the metrics asked for; in the order of reading.
 
-    Of every number the newest counts.
+    The newest value of each number counts.
     """
-    same: dict[Any, list[Result]] = {}
+    same: dict[Any, list[RunResult]] = {}
     for result in results:
         same.setdefault((*_evaluated(result), result.checkpoint_step, result.seed), []).append(result)
-    kept = []
-    for ones in same.values():
-        ones.sort(key=lambda one: one.created)
-        metrics = {name: value for one in ones for name, value in one.metrics.items()}
-        bounds = {name: value for one in ones for name, value in one.bounds.items()}
-        kept.append(dataclasses.replace(ones[-1], metrics=metrics, bounds=bounds))
-    return kept
+    merged = []
+    for repeated in same.values():
+        repeated.sort(key=lambda result: result.created)
+        metrics = {name: value for result in repeated for name, value in result.metrics.items()}
+        bounds = {name: value for result in repeated for name, value in result.bounds.items()}
+        merged.append(dataclasses.replace(repeated[-1], metrics=metrics, bounds=bounds))
+    return merged
 
 
-def _recipe(run: str, runs: Mapping[str, Run]) -> str:
-    """All settings that influence what the run learned, but for the seeds, as text; "" if not known.
+def _recipe(run: str, descriptions: Mapping[str, RunDescription]) -> str:
+    """All settings that influence what the run learned, except the seeds, as text; "" if unknown.
 
-    Those of its teacher are part of it, and of the teacher's teacher.
+    They include those of its teacher, and of the teacher's teacher.
     """
-    if run not in runs:
+    if run not in descriptions:
         return ""
-    teacher = runs[run].config.get("teacher_checkpoint")
+    teacher = descriptions[run].config.get("teacher_checkpoint")
     if teacher is not None:
-        # Recorded as seen from where the training was started, so that only its name can be relied on. Stages
-        # of one training stand side by side and have the same names in every training.
-        found = [name for name in runs if Path(name).name == Path(str(teacher)).name and name != run]
+        # The path is relative to where training was started, so only its last part is reliable. The stages of
+        # a training lie side by side and have the same names in every training.
+        found = [name for name in descriptions if Path(name).name == Path(str(teacher)).name and name != run]
         siblings = [name for name in found if Path(name).parent == Path(run).parent]
-        there = {_recipe(name, runs) for name in siblings or found}
-        teacher = there.pop() if len(there) == 1 else str(teacher)
-    return json.dumps([_settings(runs[run]), teacher])
+        recipes = {_recipe(name, descriptions) for name in siblings or found}
+        teacher = recipes.pop() if len(recipes) == 1 else str(teacher)
+    return json.dumps([_settings(descriptions[run]), teacher])
 
 
-def _settings(run: Run) -> str:
+def _settings(run: RunDescription) -> str:
     config = {name: value for name, value in run.config.items() if name not in _NOT_LEARNED[""]}
     for section, names in _NOT_LEARNED.items():
         if section in config:

@@ -1,34 +1,35 @@
-"""The report: one HTML page with everything inside, and the same tables as Markdown."""
+"""The page of results: one self-contained HTML file, and the same tables as Markdown."""
 
 import base64
 import dataclasses
 import html
 from collections.abc import Sequence
 
+from mcm_jax.records import NEAREST, count_of
 from mcm_jax.reporting import averages, plots, results, tables
 from mcm_jax.reporting.averages import Estimate, Group
-from mcm_jax.reporting.results import NEAREST, Collection, Result
+from mcm_jax.reporting.results import Collection, RunResult
 from mcm_jax.reporting.tables import Bound
 
 TITLE = "Multistep consistency models: measured distances"
 MEASURED_HERE = (
-    "All numbers are measurements of the runs named below, made where those runs were made. None is taken "
-    "from a paper, and none compares with a published number."
+    "All numbers were measured on the runs named below. None is taken from a paper, and none can be compared "
+    "with a published number."
 )
 METRIC = (
-    "The Frechet distance compares mean and covariance of the features that an ImageNet classifier, named "
-    "above each table, computes of the samples with those of the training images. 0 means the same mean and "
-    "covariance; lower is better. It orders models of one data set; it says nothing beside a distance on "
-    "other features, of other images, or of another number of samples: few samples score higher, so the "
-    "number is part of its name."
+    "The Frechet distance compares features of the samples with features of the training images, by their "
+    "mean and covariance. An ImageNet classifier, named above each table, computes the features. 0 means "
+    "equal mean and covariance; lower is better. The distance orders models of one data set. Distances on "
+    "other features, other images or another number of samples can't be compared: fewer samples score "
+    "higher, so the number is part of the name."
 )
 ERRORS = (
-    "± is one standard error of the mean over n training seeds; a number without it is a single training. "
-    "Student steps are network calls an image."
+    "± is one standard error of the mean over n training seeds; a number without ± comes from a single "
+    "training. Student steps are network calls per image."
 )
 SINGULAR = (
-    "There are fewer images than features on one side, so that a covariance is singular: compare only with "
-    "distances of the same counts."
+    "One side has fewer images than features, so its covariance is singular: compare only distances of "
+    "equal counts."
 )
 OPENMOJI = (
     "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. Licence: CC "
@@ -66,7 +67,7 @@ summary { cursor: pointer; }
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One metric of a group: a cell for each estimate, and what to hold them against."""
+    """One metric of a group: its estimates, and the values to compare them with."""
 
     metric: str
     estimates: tuple[Estimate, ...]
@@ -75,7 +76,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group's distances, that of all samples first, and its distance to the nearest training image."""
+    """A group's distances, with that of all samples first, and its distance to the nearest training image."""
 
     group: Group
     distances: tuple[Measured, ...]
@@ -84,7 +85,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """All that the report says."""
+    """Everything that the page says."""
 
     collection: Collection
     sections: tuple[Section, ...]
@@ -98,18 +99,18 @@ def prepare(collection: Collection) -> Content:
     for group in groups:
         distances = []
         for metric in group.distances:
-            estimates, left_out = averages.estimates(group, metric, collection.runs)
+            estimates, left_out = averages.estimates(group, metric, collection.descriptions)
             notes += left_out
             bounds = tables.distance_bounds(group, metric)
             distances.append(Measured(metric, tuple(estimates), tuple(bounds)))
-        estimates, _ = averages.estimates(group, NEAREST, collection.runs)
+        estimates, _ = averages.estimates(group, NEAREST, collection.descriptions)
         nearest = Measured(NEAREST, tuple(estimates), tuple(tables.nearest_bounds(group)))
         sections.append(Section(group, tuple(distances), nearest if estimates else None))
     return Content(collection, tuple(sections), tuple(dict.fromkeys([*collection.notes, *notes])))
 
 
 def markdown(content: Content) -> str:
-    """The tables with what is needed to read them."""
+    """The tables, with what a reader needs to understand them."""
     lines = [f"# {TITLE}", "", MEASURED_HERE, ERRORS, ""]
     for section in content.sections:
         group = section.group
@@ -127,7 +128,7 @@ def markdown(content: Content) -> str:
 
 
 def page(content: Content) -> str:
-    """The whole page; it needs nothing from outside, and its policy forbids the browser to fetch anything."""
+    """The whole page. It is self-contained, and its policy forbids the browser to fetch anything."""
     body = [
         f"<h1>{_text(TITLE)}</h1>",
         f"<p>{_text(MEASURED_HERE)}</p>",
@@ -183,12 +184,12 @@ def _measured(group: Group, measured: Measured, *, titled: bool = True) -> str:
     ]
     if measured.bounds:
         items = "".join(f"<li>{_text(bound.sentence)}</li>" for bound in measured.bounds)
-        parts.append(f"<p>To hold these against:</p><ul>{items}</ul>")
+        parts.append(f"<p>To compare with:</p><ul>{items}</ul>")
     return "\n".join(parts)
 
 
 def _title(group: Group, metric: str) -> str:
-    count = averages.count_of(metric)
+    count = count_of(metric)
     return "Distance of all samples" if metric == group.distance else f"Distance of the first {count} samples"
 
 
@@ -206,7 +207,7 @@ def _plot(group: Group, measured: Measured) -> str:
 
 
 def _all_grids(group: Group) -> str:
-    """The first training seed's pictures side by side, those of the others folded away."""
+    """The pictures of the first training seed side by side; those of the other seeds are folded away."""
     by_seed = averages.grids(group)
     parts = [
         "<h3>Samples from the same noise</h3>",
@@ -223,40 +224,41 @@ def _all_grids(group: Group) -> str:
 
 
 def picture(content: Content) -> bytes | None:
-    """A PNG of the first group's samples side by side, of its first training seed; None without any."""
+    """A PNG of the samples of the first group's first training seed, side by side; None if there are none."""
     members = next(iter(averages.grids(content.sections[0].group).values()), [])
-    pictures = [(_what(member), png) for member in members if (png := results.read_grid(member)) is not None]
+    pictures = [
+        (_caption(member), png) for member in members if (png := results.read_grid(member)) is not None
+    ]
     return plots.side_by_side(pictures) if pictures else None
 
 
-def _what(result: Result) -> str:
-    how = f"{tables.plural(result.steps, 'step')} of {result.sampler}"
+def _caption(result: RunResult) -> str:
+    sampling = f"{tables.plural(result.sampling.steps, 'step')} of {result.sampling.label}"
     if result.student_steps is None:
-        return f"{tables.kind(result.objective)}, {how}"
-    what = f"{tables.kind(result.objective)}, {tables.plural(result.student_steps or 0, 'student step')}"
-    if (result.steps, result.sampler) != (result.student_steps, "ddim"):
-        what += f", sampled with {how}"
-    return what
+        return f"{tables.kind(result.objective)}, {sampling}"
+    caption = f"{tables.kind(result.objective)}, {tables.plural(result.student_steps or 0, 'student step')}"
+    if (result.sampling.steps, result.sampling.label) != (result.student_steps, "ddim"):
+        caption += f", sampled with {sampling}"
+    return caption
 
 
-def _grid(result: Result) -> str:
-    what = _what(result)
-    caption = f'<figcaption>{_text(what)} <span class="small">{_text(result.run)}</span></figcaption>'
+def _grid(result: RunResult) -> str:
+    text = _caption(result)
+    caption = f'<figcaption>{_text(text)} <span class="small">{_text(result.run)}</span></figcaption>'
     png = results.read_grid(result)
     if png is None:
         return f'<figure>{caption}<div class="missing">no picture {_text(result.grid)}</div></figure>'
-    return f"<figure>{caption}{_image(png, 'png', f'samples of {what}')}</figure>"
+    return f"<figure>{caption}{_image(png, 'png', f'samples of {text}')}</figure>"
 
 
 def _data(collection: Collection) -> list[str]:
-    """The data sets, each with its counts, where they come from, and whom they belong to."""
+    """The data sets: their preprocessing, their counts of images, and their attribution."""
     parts = ["<h2>Data</h2>"]
     for dataset, resolution, preprocessing in dict.fromkeys(
-        (r.conditions.dataset, r.conditions.resolution, r.conditions.data_preprocessing)
-        for r in collection.results
+        (result.dataset, result.resolution, result.data_preprocessing) for result in collection.results
     ):
         parts.append(f"<p>{_text(dataset)}, {resolution}x{resolution}: {_text(preprocessing)}.</p>")
-    counts = [run.dataset.get("num_examples") for run in collection.runs.values()]
+    counts = [run.dataset.get("num_examples") for run in collection.descriptions.values()]
     for count in [c for n, c in enumerate(counts) if isinstance(c, dict) and c not in counts[:n]]:
         splits = ", ".join(f"{number} in split {split}" for split, number in count.items())
         parts.append(f"<p>Images: {_text(splits)}.</p>")
@@ -283,7 +285,7 @@ def _notes(notes: Sequence[str]) -> list[str]:
 
 
 def _shows_openmoji(collection: Collection) -> bool:
-    return any(result.conditions.dataset == "openmoji" for result in collection.results)
+    return any(result.dataset == "openmoji" for result in collection.results)
 
 
 def _image(content: bytes, kind: str, description: str) -> str:

@@ -1,4 +1,4 @@
-"""The paper's numbers, from the tables of arXiv:2403.06807v3; none of them is ours."""
+"""The paper's numbers, from the tables of arXiv:2403.06807v3; none of them was measured here."""
 
 import functools
 import importlib.resources
@@ -8,7 +8,7 @@ from typing import Any
 
 @functools.cache
 def tables() -> dict[str, Any]:
-    """Everything in paper.json: what each table shows, its columns, rows, and remarks on contradictions."""
+    """The content of paper.json: what each table shows, its columns, rows, and remarks on contradictions."""
     return json.loads(importlib.resources.files(__package__).joinpath("paper.json").read_text())
 
 
@@ -27,9 +27,9 @@ def fid(table: str, column: str, steps: int) -> float:
 
 
 def imagenet_fids(resolution: int) -> dict[str, float]:
-    """FID of every row of configs/imagenet{resolution}.py, "small,cd,steps=8", that tables 1 to 4 have.
+    """The FID of each row of configs/imagenet{resolution}.py, as "small,cd,steps=8", in tables 1 to 4.
 
-    Where two tables have it, table 1's value. resolution: 64 or 128.
+    If two tables state it, table 1 counts. resolution: 64 or 128.
     """
     columns = {
         f"{size},{system}": ("table1", f"{size}/imagenet{resolution}/{system}")
@@ -50,9 +50,9 @@ def imagenet_fids(resolution: int) -> dict[str, float]:
 
 
 def steps_per_second(*, num_params: int, resolution: int, objective: str, num_chips: int) -> float | None:
-    """The train steps a second at batch 2048 on TPU v5e (appendix A.2) of a network of so many parameters.
+    """Train steps per second at batch 2048 on TPU v5e (appendix A.2), for a network with `num_params`.
 
-    None: the paper has none for it. num_params: within 5% of the paper's rounded count.
+    The count may differ by 5% from the paper's, which is rounded. None if the paper states no such speed.
     """
     for row in tables()["throughput"]["rows"]:
         count = tables()["parameters"].get(f"{row['model']}/{row['data']}")

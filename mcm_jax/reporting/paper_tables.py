@@ -1,14 +1,14 @@
-"""The paper's tables 1 to 5 beside what was measured here; a cell that was not run stays empty."""
+"""The paper's tables 1 to 5 beside what was measured here; cells that were not run stay empty."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mcm_jax.records import DISTANCES, INCEPTION, count_of, with_count
 from mcm_jax.reporting import paper
-from mcm_jax.reporting.averages import count_of
-from mcm_jax.reporting.results import Collection, Result, Run
+from mcm_jax.reporting.results import Collection, RunDescription, RunResult
 
-# Widths and blocks of the paper's networks, as configs/imagenet64.py and configs/imagenet128.py have them.
+# Resolution, widths and blocks of the paper's networks, as in configs/imagenet64.py and imagenet128.py.
 _NETWORKS = {
     (64, (256, 512, 1024), (3, 3, 16)): "small",
     (64, (512, 1024, 2048), (3, 3, 16)): "large",
@@ -22,19 +22,19 @@ _HEAD = ("steps", "paper's FID", "ours", "ours - paper's", "samples of ours", "r
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one number of the paper is of."""
+    """What one number of the paper was measured on."""
 
     size: str
     resolution: int
     system: str  # teacher, ct, cd, pd
     steps: int
-    teacher_step: str = "addim"  # of cd and pd
-    teacher_steps: str = _ANNEALED  # of ct and cd
+    teacher_step: str = "addim"  # for cd and pd
+    teacher_steps: str = _ANNEALED  # for ct and cd
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One number of the paper; `cell` is None where nothing of ours could stand beside it."""
+    """One number of the paper; `cell` is None if no run of ours could be compared with it."""
 
     label: str
     steps: int
@@ -43,7 +43,7 @@ class Row:
 
 
 def rows() -> dict[str, list[Row]]:
-    """By table, in the paper's order."""
+    """The rows of each table, in the paper's order."""
     tables = paper.tables()
     found = {name: list(_columns(name)) for name in ("table1", "table2", "table3", "table4")}
     for name, value in tables["table1"]["diffusion_addim_512"].items():
@@ -97,63 +97,61 @@ def _system(cell: Cell) -> str:
     return " ".join(words)
 
 
-def cell_of(result: Result, run: Run) -> Cell | None:
-    """Where a result of ours belongs; None where the paper has no such network, method or sampling."""
+def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
+    """Where a result of ours belongs; None if the paper has no such network, method or sampling."""
     c, config = result.conditions, run.config
+    steps, sampler = result.sampling.steps, result.sampling.label
     model, consistency = config.get("model", {}), config.get("consistency", {})
     size = _NETWORKS.get((c.resolution, _whole(model.get("widths")), _whole(model.get("blocks"))))
-    if size is None or (c.distance, c.parameters, c.dataset) != ("fid", "ema", "imagenet"):
+    if size is None or (c.features.network, c.parameters, c.dataset) != (INCEPTION, "ema", "imagenet"):
         return None
-    # The small network on ImageNet128 is guided in the paper, by a weight it does not tell.
+    # In the paper the small network on ImageNet128 is guided, with a weight that it does not state.
     own = config.get("sampling", {}).get("guidance", 0.0) if result.objective == "diffusion" else 0.0
     if c.guidance != own:
         return None
     if result.objective == "diffusion":
-        taken = result.steps == _TEACHER_STEPS and result.sampler == "addim"
-        return Cell(size, c.resolution, "teacher", _TEACHER_STEPS) if taken else None
+        as_in_paper = (steps, sampler) == (_TEACHER_STEPS, "addim")
+        return Cell(size, c.resolution, "teacher", _TEACHER_STEPS) if as_in_paper else None
     system = {"ct": "ct", "cd": "cd", "progressive": "pd"}.get(result.objective)
-    if system is None or result.steps != result.student_steps or result.sampler != "ddim":
+    if system is None or (steps, sampler) != (result.student_steps, "ddim"):
         return None
     teacher_step = "addim" if system == "ct" else consistency.get("teacher_step", "addim")
     first, last = consistency.get("teacher_steps_first", 64), consistency.get("teacher_steps_last", 1280)
     teacher_steps = f"{first:g}" if first == last else f"{first:g}->{last:g}"
     if system == "pd":
-        teacher_steps = _ANNEALED  # Means nothing to it.
-    return Cell(size, c.resolution, system, result.steps, teacher_step, teacher_steps)
+        teacher_steps = _ANNEALED  # Has no effect on it.
+    return Cell(size, c.resolution, system, steps, teacher_step, teacher_steps)
 
 
 def _whole(values: Any) -> tuple[int, ...]:
     return tuple(values) if isinstance(values, list | tuple) else ()
 
 
-def measured(collection: Collection) -> dict[Cell, Result]:
-    """Our results by cell: of several the one of most samples, and of those the newest."""
-    found: dict[Cell, Result] = {}
-    for result in sorted(collection.results, key=lambda one: (one.conditions.num_samples, one.created)):
-        run = collection.runs.get(result.run)
+def measured(collection: Collection) -> dict[Cell, RunResult]:
+    """Our results by cell: the one with most samples, and among equals the newest."""
+    found: dict[Cell, RunResult] = {}
+    for result in sorted(collection.results, key=lambda result: (result.num_samples, result.created)):
+        run = collection.descriptions.get(result.run)
         cell = None if run is None else cell_of(result, run)
         if cell is not None and _fid(result) is not None:
             found[cell] = result
     return found
 
 
-def _fid(result: Result) -> float | None:
-    """Of all its samples."""
-    for name, value in result.metrics.items():
-        if name.startswith("fid_") and count_of(name) == result.conditions.num_samples:
-            return value
-    return None
+def _fid(result: RunResult) -> float | None:
+    """The FID of all its samples."""
+    return result.metrics.get(with_count(DISTANCES[INCEPTION], result.num_samples))
 
 
 def markdown(collection: Collection) -> str:
-    """All five tables, and what their columns are."""
+    """All five tables, with an explanation of their columns."""
     ours = measured(collection)
     lines = [
         "# The paper's tables",
         "",
-        "The paper's FIDs are of 50,000 samples (Heek, Hoogeboom, Salimans 2024, arXiv:2403.06807v3). Ours "
-        "are what `mcm_jax.evaluate --features=inception` measured; empty: not run. One of fewer samples or "
-        "against another reference does not compare.",
+        "The paper's FIDs are from 50,000 samples (Heek, Hoogeboom, Salimans 2024, arXiv:2403.06807v3). Ours "
+        "were measured with `mcm_jax.evaluate --features=inception`; an empty cell was not run. A FID from "
+        "fewer samples or against another reference can't be compared with the paper's.",
         "",
     ]
     for name, table in rows().items():
@@ -165,18 +163,18 @@ def markdown(collection: Collection) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: Row, ours: dict[Cell, Result]) -> list[str]:
+def _cells(row: Row, ours: dict[Cell, RunResult]) -> list[str]:
     result = None if row.cell is None else ours.get(row.cell)
     cells = [row.label, f"{row.steps}", f"{row.fid:g}"]
     if result is None:
         return [*cells, "", "", "", ""]
-    value, c = _fid(result), result.conditions
+    value, reference = _fid(result), result.reference
     return [
         *cells,
         f"{value:.2f}",
         f"{value - row.fid:+.2f}",
-        f"{c.num_samples}",
-        f"{c.reference} ({c.reference_sha256[:8]})",
+        f"{result.num_samples}",
+        f"{reference.name} ({reference.sha256[:8]})",
     ]
 
 
@@ -186,7 +184,7 @@ def _line(cells: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Samplers:
-    """One diffusion model by several samplers: (network calls, distance) for each."""
+    """One diffusion model sampled in several ways: (network calls, distance) for each sampler."""
 
     run: str
     distance: str
@@ -194,14 +192,14 @@ class Samplers:
 
 
 def samplers(collection: Collection) -> Samplers | None:
-    """The model with the most results on equal conditions; None where none was sampled in two ways."""
+    """The model with the most results under equal conditions; None if none was sampled in two ways."""
     groups: dict[Any, dict[tuple[str, int], tuple[int, float]]] = {}
-    for result in sorted(collection.results, key=lambda one: one.created):
-        names = [name for name in result.metrics if count_of(name) == result.conditions.num_samples]
+    for result in sorted(collection.results, key=lambda result: result.created):
+        names = [name for name in result.metrics if count_of(name) == result.num_samples]
         if result.student_steps is None and names:
             key = (result.run, result.checkpoint_step, result.seed, result.conditions, names[0])
-            point = (result.network_calls, result.metrics[names[0]])
-            groups.setdefault(key, {})[result.sampler, result.steps] = point
+            point = (result.sampling.network_calls, result.metrics[names[0]])
+            groups.setdefault(key, {})[result.sampling.label, result.sampling.steps] = point
     if not groups or max(map(len, groups.values())) < 2:
         return None
     (run, *_, distance), points = max(groups.items(), key=lambda item: len(item[1]))

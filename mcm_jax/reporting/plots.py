@@ -1,4 +1,4 @@
-"""The plot of a distance against student steps."""
+"""Plots of distances against student steps and network calls, and pictures side by side."""
 
 import io
 import math
@@ -23,14 +23,14 @@ _STUDENTS = {
 }
 _TEACHER, _FLOOR, _CEILING = "#333333", "#009e73", "#999999"
 _DASHES = ("--", "-.", ":")
-# Names are text, not formulas; text as outlines looks the same on every machine, and the salt makes equal
+# Names are not formulas. Text drawn as outlines looks the same on every machine, and the salt makes equal
 # figures equal files.
 _STYLE = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "mcm_jax"}
 
 
 @matplotlib.rc_context(_STYLE)
 def samplers_plot(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: str, distance: str) -> Figure:
-    """Distance against network calls an image, a line for each sampler and grid of noise levels."""
+    """Distance against network calls per image, with a line for each sampler."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for label, points in lines.items():
@@ -42,7 +42,7 @@ def samplers_plot(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: st
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("network calls an image")
+    axes.set_xlabel("network calls per image")
     axes.set_ylabel(f"{distance}\n(lower is better)")
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, frameon=False)
@@ -55,7 +55,7 @@ def distance_plot(
 ) -> Figure | None:
     """CD, CT, PD and TRACT with error bars of one standard error; the teacher and the bounds as lines.
 
-    Students count as they were trained to be sampled. None where there is no such student.
+    Only students sampled as they were trained to be are drawn. None if there are none.
     """
     students = [e for e in estimates if e.as_trained and e.objective in _STUDENTS]
     if not students:
@@ -74,7 +74,7 @@ def distance_plot(
     values = [e.mean for e in estimates] + [bound.low for bound in bounds]
     _scale(axes, sorted({e.student_steps for e in students if e.student_steps}), min(values), max(values))
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("student steps (network calls an image)")
+    axes.set_xlabel("student steps (network calls per image)")
     axes.set_ylabel(f"{distance}\n(lower is better)")
     axes.grid(alpha=0.25)
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -83,7 +83,7 @@ def distance_plot(
 
 @matplotlib.rc_context(_STYLE)
 def svg(figure: Figure) -> bytes:
-    """The figure as a file; equal figures give equal files."""
+    """The figure as an SVG file; equal figures give equal files."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
@@ -91,7 +91,7 @@ def svg(figure: Figure) -> bytes:
 
 @matplotlib.rc_context(_STYLE)
 def side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:
-    """One PNG of the top half of every (caption, PNG), a column each."""
+    """One PNG with a column for each (caption, PNG), which shows the PNG's top half."""
     images = [(caption, Image.open(io.BytesIO(png)).convert("RGB")) for caption, png in pictures]
     figure = Figure(figsize=(2.6 * len(images), 1.7), layout="constrained", dpi=130)
     for axes, (caption, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
@@ -110,7 +110,7 @@ def _draw_students(axes: Axes, students: list[Estimate]) -> list[Any]:
         if not points:
             continue
         x = [e.student_steps for e in points]
-        # Several recipes at one number of steps are points: a line would join what does not belong together.
+        # Several recipes with equal steps are drawn as points: a line would join unrelated trainings.
         line = "-" if len(set(x)) == len(x) else "none"
         bars = axes.errorbar(
             x,
@@ -135,7 +135,7 @@ def _line(axes: Axes, value: float, half_width: float | None, colour: str, style
 
 
 def _scale(axes: Axes, steps: list[int], low: float, high: float) -> None:
-    """Both axes logarithmic, with plain numbers; distances linear where one is not positive."""
+    """Logarithmic axes with plain numbers; a linear axis of distances if one is not positive."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, labels=[str(step) for step in steps])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -144,6 +144,6 @@ def _scale(axes: Axes, steps: list[int], low: float, high: float) -> None:
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # Less than a decade apart there is hardly a power of ten to label.
+    # Values less than a decade apart may have no power of ten between them to label.
     minor = FuncFormatter(lambda value, _: f"{value:g}") if high < 20 * low else NullFormatter()
     axes.yaxis.set_minor_formatter(minor)

@@ -1,4 +1,4 @@
-"""Tables of results, as Markdown and as HTML, and the sentences that make their numbers readable."""
+"""Tables of results, as Markdown and as HTML, and the sentences that explain their numbers."""
 
 import dataclasses
 import html
@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mcm_jax.reporting.averages import Estimate, Group, bounds, count_of
-from mcm_jax.reporting.results import NEAREST, Collection, Conditions, Run
+from mcm_jax.records import MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, Reference, count_of
+from mcm_jax.reporting.averages import Estimate, Group, bounds
+from mcm_jax.reporting.results import Collection, Conditions, RunDescription
 
 _COLUMNS = {
     "diffusion": "Teacher",
@@ -34,7 +35,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A floor or ceiling, or a value to hold samples against, with what it means."""
+    """A floor, a ceiling, or another value to compare samples with, and what it means."""
 
     label: str
     low: float
@@ -54,7 +55,7 @@ class Bound:
 
 
 def kind(objective: str) -> str:
-    """What people call it: 'Teacher', 'CD', 'PD'."""
+    """The objective's heading in tables: 'Teacher', 'CD', 'PD'."""
     return _COLUMNS[objective]
 
 
@@ -72,9 +73,9 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def results_table(estimates: Sequence[Estimate]) -> Table:
-    """Rows: student steps, then how the teacher was sampled; columns: teacher, CD, CT and so on.
+    """A row for each number of student steps and for each way to sample the teacher; a column per objective.
 
-    Runs that differ in more than their seed share a cell, each on a line with its name.
+    Runs that differ in more than their seed share a cell, each on a line of its own with its name.
     """
     objectives = [name for name in _COLUMNS if any(e.objective == name for e in estimates)]
     students = [e for e in estimates if e.student_steps is not None]
@@ -91,15 +92,15 @@ def results_table(estimates: Sequence[Estimate]) -> Table:
 
 def row_label(estimate: Estimate) -> str:
     """'4', '4, sampled with 8 steps of ddim', or 'teacher, 64 steps of addim'."""
-    how = f"{plural(estimate.steps, 'step')} of {estimate.sampler}"
+    sampling = f"{plural(estimate.steps, 'step')} of {estimate.sampler}"
     if estimate.student_steps is None:
-        return f"{'teacher' if estimate.objective == 'diffusion' else 'guidance distilled'}, {how}"
+        return f"{'teacher' if estimate.objective == 'diffusion' else 'guidance distilled'}, {sampling}"
     student_steps = str(estimate.student_steps)
-    return student_steps if estimate.as_trained else f"{student_steps}, sampled with {how}"
+    return student_steps if estimate.as_trained else f"{student_steps}, sampled with {sampling}"
 
 
 def heading(conditions: Conditions) -> str:
-    """What was evaluated, in a few words."""
+    """Data set, number of samples and kind of parameters."""
     c = conditions
     return (
         f"{c.dataset} {c.resolution}x{c.resolution}, {plural(c.num_samples, 'sample')}, "
@@ -108,46 +109,45 @@ def heading(conditions: Conditions) -> str:
 
 
 def conditions_text(group: Group) -> str:
-    """Everything that the group's results have in common; results that differ in it are in another table."""
-    c = group.conditions
+    """What the group's results have in common; a result that differs in any of it is in another table."""
+    c, side = group.conditions, group.conditions.features.input_resolution
     parts = [
         f"{plural(c.num_samples, 'sample')} each, with the {_PARAMETERS.get(c.parameters, c.parameters)}",
         f"sampling {'seed' if len(group.seeds) == 1 else 'seeds'} {', '.join(map(str, group.seeds))}",
         _LABELS.get(c.label_rule, c.label_rule),
         *([f"guidance {c.guidance:g}"] if c.guidance else []),
-        (
-            f"against the statistics in {c.reference} "
-            if c.reference_count is None
-            else f"against the {c.reference_count} images of split {c.reference} "
-        )
-        + f"(reference {c.reference_sha256[:12]})",
-        f"{c.features_network} features ({c.features_sha256[:12]})"
-        + (f" at {c.input_resolution}x{c.input_resolution} pixels" if c.input_resolution else ""),
+        f"against {_reference_text(c.reference)} (reference {c.reference.sha256[:12]})",
+        f"{c.features.network} features ({c.features.sha256[:12]})"
+        + ("" if side is None else f" at {side}x{side} pixels"),
     ]
     return "; ".join(parts) + "."
 
 
-def distance_bounds(group: Group, metric: str) -> list[Bound]:
-    """The floors and ceilings beside one distance; a floor only beside a distance of as many images.
+def _reference_text(reference: Reference) -> str:
+    if reference.file is not None:
+        return f"the statistics in {reference.file}"
+    return f"the {reference.count} images of split {reference.split}"
 
-    Fewer images score higher, so that a floor of fewer images would be none.
+
+def distance_bounds(group: Group, metric: str) -> list[Bound]:
+    """The floors and ceilings to show with a distance; a floor only if it has as many images as the distance.
+
+    Fewer images score higher, so a value from fewer images would not be a floor.
     """
     found, distance = [], group.conditions.distance
     for name, (low, high) in bounds(group).items():
         count = count_of(name)
-        if name == f"mean_image_{distance}":
+        if name == f"{MEAN_IMAGE}_{distance}":
             label = "ceiling (mean image)"
-            meaning = "the mean training image, repeated. Whoever scores no better has no model."
-        elif name.startswith(f"untrained_network_{distance}_"):
+            meaning = "the mean training image, repeated. A model must score better than this."
+        elif name.startswith(f"{UNTRAINED_NETWORK}_{distance}_"):
             label = "ceiling (untrained network)"
-            meaning = (
-                f"{count} samples of the same networks before their first update, where training starts."
-            )
-        elif name.startswith(f"test_images_{distance}_") and count == count_of(metric):
+            meaning = f"{count} samples of the same networks before their first update."
+        elif name.startswith(f"{TEST_IMAGES}_{distance}_") and count == count_of(metric):
             label = "floor (test images)"
             meaning = (
-                f"{count} test images in place of samples: real images that no network was trained on. "
-                f"About the best there is with {count} images."
+                f"{count} test images in place of samples. They are real, and no network was trained on "
+                f"them: about the best possible value for {count} images."
             )
         else:
             continue
@@ -156,36 +156,36 @@ def distance_bounds(group: Group, metric: str) -> list[Bound]:
 
 
 def nearest_bounds(group: Group) -> list[Bound]:
-    """The test images' distance to their nearest training image."""
+    """The distance from test images to their nearest training image."""
     meaning = (
-        "the mean for images that no network was trained on. Samples at about this value are as far from the "
+        "the mean for images that no network was trained on. Samples near this value are as far from the "
         "training images as new images are; samples far below it are copies of training images."
     )
     return [
         Bound("test images", low, high, meaning)
         for name, (low, high) in bounds(group).items()
-        if name == f"test_images_{NEAREST}"
+        if name == f"{TEST_IMAGES}_{NEAREST}"
     ]
 
 
 def runs_table(collection: Collection) -> Table:
-    """How each evaluated run was trained, from its run.json; a dash where that is not known."""
+    """How each evaluated run was trained, from its run.json; a dash for what is unknown."""
     rows = []
     for name in dict.fromkeys(result.run for result in collection.results):
         results = [result for result in collection.results if result.run == name]
-        first, run = results[0], collection.runs.get(name, Run({}, {}))
-        what = kind(first.objective)
+        first, run = results[0], collection.descriptions.get(name, RunDescription({}, {}))
+        name_of_kind = kind(first.objective)
         if first.student_steps is not None:
-            what += f", {plural(first.student_steps, 'step')}"
+            name_of_kind += f", {plural(first.student_steps, 'step')}"
         checkpoint_step = max(result.checkpoint_step for result in results)
-        cells = (name, what, str(first.training_seed), *_training(run, checkpoint_step))
+        cells = (name, name_of_kind, str(first.training_seed), *_training(run, checkpoint_step))
         rows.append(tuple((cell,) for cell in cells))
     head = ("Run", "Kind", "Seed", "Updates", "Batch", "Learning rate", "EMA decay", "Started from", "Notes")
     return Table(head, tuple(rows))
 
 
-def _training(run: Run, checkpoint_step: int) -> tuple[str, ...]:
-    """Updates, batch, learning rate, EMA decay, teacher, and what is particular to the kind."""
+def _training(run: RunDescription, checkpoint_step: int) -> tuple[str, ...]:
+    """Updates, batch, learning rate, EMA decay, teacher, and what only runs of this kind have."""
     training, optimizer = _settings(run, "training"), _settings(run, "optimizer")
     rate = str(optimizer.get("learning_rate", "–"))
     if optimizer.get("warmup_steps"):
@@ -202,7 +202,7 @@ def _training(run: Run, checkpoint_step: int) -> tuple[str, ...]:
     )
 
 
-def _particulars(run: Run) -> str:
+def _particulars(run: RunDescription) -> str:
     consistency, widths = _settings(run, "consistency"), _settings(run, "model").get("widths")
     parts = [f"widths {'-'.join(map(str, widths))}"] if isinstance(widths, list) else []
     if run.config.get("objective") in ("cd", "ct") and consistency:
@@ -218,31 +218,31 @@ def _particulars(run: Run) -> str:
     return "; ".join(parts) or "–"
 
 
-def _settings(run: Run, section: str) -> dict[str, Any]:
+def _settings(run: RunDescription, section: str) -> dict[str, Any]:
     content = run.config.get(section)
     return content if isinstance(content, dict) else {}
 
 
 def _plain(value: Any) -> str:
-    """64 for 64.0."""
+    """'64' for 64.0."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def metric_text(group: Group, metric: str) -> str:
-    """What the numbers of a table are."""
+    """One sentence on what a table's numbers are."""
     if metric == NEAREST:
-        return "Feature distance from a sample to its nearest training image, mean over the samples."
+        return "The feature distance from each sample to its nearest training image, averaged over samples."
     count = count_of(metric)
     which = (
         "all samples"
         if metric == group.distance
-        else f"the first {count} samples, as many as the images of the floor"
+        else f"the first {count} samples, as many as there are test images"
     )
-    return f"Frechet distance {metric}, of {which}; lower is better."
+    return f"The Frechet distance {metric} of {which}; lower is better."
 
 
 def markdown_table(table: Table) -> str:
-    """Cells padded, so that it reads well as plain text too."""
+    """The table as Markdown, padded so that it also reads well as plain text."""
     lines = [[_markdown_cell((text,)) for text in table.head]]
     lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
@@ -255,7 +255,7 @@ def markdown_table(table: Table) -> str:
 
 
 def html_table(table: Table) -> str:
-    """In a box of its own that scrolls where the screen is too narrow."""
+    """The table as HTML, in a box that scrolls if the screen is too narrow."""
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.head)
     rows = []
     for label, *cells in table.rows:
@@ -268,7 +268,7 @@ def html_table(table: Table) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text with Markdown's and HTML's own characters escaped, on one line."""
+    """The text on one line, with the special characters of Markdown and HTML escaped."""
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*|\[\]])", r"\\\1", text)
 

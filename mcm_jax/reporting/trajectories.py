@@ -1,4 +1,4 @@
-"""The picture of paths from noise to data on a line, one panel a sampler (after MCM's first figure)."""
+"""Paths from noise to data on a line, with one panel for each sampler (after MCM's first figure)."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's blue and vermilion, which the colour-blind can tell apart.
+# Okabe and Ito's blue and vermilion, which the colour-blind can distinguish.
 _LEFT, _RIGHT = "#0072b2", "#d55e00"
 _INK, _GREY, _FILL = "#333333", "#8c8c8c", "#c4c4c4"
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#b4b4b4"])
@@ -21,29 +21,29 @@ _STYLE = {"text.parse_math": False, "font.size": 12}
 
 
 class Panel(NamedTuple):
-    """One sampler's."""
+    """What one sampler does."""
 
     title: str
     subtitle: str
     t: Float[np.ndarray, "P"]
-    z: Float[np.ndarray, "P N"]  # a column is a path
-    boundaries: Float[np.ndarray, "C"]  # values of t, among those above, that get dots
+    z: Float[np.ndarray, "P N"]  # each column is a path
+    boundaries: Float[np.ndarray, "C"]  # the values in t that are marked with dots
     samples: Float[np.ndarray, "M"]  # x, for the histogram
 
 
 class Marginals(NamedTuple):
     """The exact densities of z_t."""
 
-    t: Float[np.ndarray, "T"]  # uniform, falls from 1 to 0
-    z: Float[np.ndarray, "Z"]  # uniform, rises; the picture's width
+    t: Float[np.ndarray, "T"]  # uniform, descending from 1 to 0
+    z: Float[np.ndarray, "Z"]  # uniform, ascending; the picture's width
     density: Float[np.ndarray, "T Z"]
 
 
 @matplotlib.rc_context(_STYLE)
 def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption: str) -> Figure:
-    """Panels in a row: data above (t = 0), noise below (t = 1), the paths between them.
+    """Panels in a row, with data above (t = 0), noise below (t = 1) and the paths between them.
 
-    A path's colour is that of the side on which its noise lies.
+    A path has the colour of the side on which its noise lies.
     """
     figure = Figure(figsize=(2.75 * len(panels), 6.2), dpi=130)
     rows = figure.subplots(
@@ -63,7 +63,7 @@ def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption:
         above.stairs(heights, edges, color=_INK, linewidth=1.1)
         above.set_ylim(0, 1.05 * highest)
         _draw_paths(middle, panel, marginals)
-        # Above its neighbours, so that the dots at t = 0 and t = 1 are whole.
+        # Drawn above its neighbours, which would cut off the dots at t = 0 and t = 1.
         middle.set_zorder(1)
         _draw_density(below, marginals.z, marginals.density[0])
         below.set_ylim(1.05 * np.max(marginals.density[0]), 0)
@@ -89,7 +89,7 @@ def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption:
 
 @matplotlib.rc_context(_STYLE)
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of at most 256 colours, a third of the size."""
+    """The figure as a PNG of at most 256 colours, which takes a third of the space."""
     content, small = io.BytesIO(), io.BytesIO()
     figure.savefig(content, format="png")
     Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
@@ -100,7 +100,7 @@ def png(figure: Figure) -> bytes:
 
 def _draw_paths(axes: Axes, panel: Panel, marginals: Marginals) -> None:
     extent = (marginals.z[0], marginals.z[-1], marginals.t[0], marginals.t[-1])
-    # The root, so that the wide densities show beside the narrow ones.
+    # The square root, so that wide densities are visible beside narrow ones.
     axes.imshow(
         np.sqrt(marginals.density), extent=extent, cmap=_HEAT, aspect="auto", origin="lower", zorder=0
     )
@@ -137,6 +137,6 @@ def _draw_density(axes: Axes, z: np.ndarray, density: np.ndarray) -> None:
 
 
 def _density(samples: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Of all samples, those outside of the edges included."""
+    """A histogram normalised by all samples, including those outside of the edges."""
     heights, _ = np.histogram(samples, edges)
     return heights / (len(samples) * np.diff(edges))

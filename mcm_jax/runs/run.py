@@ -1,7 +1,6 @@
 """A trained run, ready to sample from: what `mcm_jax.load` returns."""
 
 import copy
-import dataclasses
 import functools
 import json
 import warnings
@@ -20,7 +19,7 @@ from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
-from mcm_jax.runs import experiment, samplers, workdirs
+from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.runs.samplers import Sampling
 from mcm_jax.system import distributed, files, sharding
 from mcm_jax.system.errors import InputError
@@ -52,7 +51,7 @@ class Run:
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.workdir = params, checkpoint_step, workdir
         self.parameters = parameters
-        self.network = experiment.build_network(config, num_classes=dataset.num_classes)
+        self.network = build.network(config, num_classes=dataset.num_classes)
         self._compiled: dict[Sampling, Callable[..., Any]] = {}
         self._x_var: dict[Sampling, Float[Array, N]] = {}
 
@@ -79,15 +78,6 @@ class Run:
     def sampling(self, **how: Any) -> Sampling:
         """What `sample` does with these arguments, defaults filled in; see `samplers.resolve`."""
         return samplers.resolve(self.config, **how)
-
-    def sampling_record(self, **how: Any) -> dict[str, Any]:
-        """`sampling` for a result: with the label rule and the number of network calls an image."""
-        how = self.sampling(**how)
-        return {
-            **dataclasses.asdict(how),
-            "label_rule": self.label_rule,
-            "network_calls": how.network_calls,
-        }
 
     def sample(
         self,
@@ -132,7 +122,7 @@ class Run:
         labels = np.asarray(labels, np.int32)
         if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
             raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
-        images = np.empty((num, *samplers.image_shape(self.config)), np.uint8)
+        images = np.empty((num, *build.image_shape(self.config)), np.uint8)
         run = self._compiled_sampler(how)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(how)))
         for start in range(0, num, batch):
@@ -156,7 +146,7 @@ class Run:
     def untrained(self) -> "Run":
         """The same run before its first update, with fresh parameters."""
         init = jax.jit(self.network.init, out_shardings=sharding.replicated(self.mesh))
-        params = init(experiment.init_key(self.config.seed))
+        params = init(build.init_key(self.config.seed))
         return Run(self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0)
 
     def images(self, split: str) -> tuple[Images, Labels]:
@@ -191,14 +181,15 @@ class Run:
 
     def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
+        # Nothing was learned about a class without a training image.
         uniform = self.label_rule == "uniform"
-        probabilities = np.ones_like(counts) if uniform else counts
+        probabilities = (counts > 0).astype(np.float32) if uniform else counts
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
     def _compiled_sampler(self, how: Sampling) -> Callable[..., Array]:
         if how not in self._compiled:
-            self._compiled[how] = samplers.build(self.config, self.network, how, mesh=self.mesh)
+            self._compiled[how] = samplers.make_sampler(self.config, self.network, how, mesh=self.mesh)
         return self._compiled[how]
 
     def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
@@ -277,7 +268,7 @@ def load_run(
     config, dataset = workdirs.read(workdir, data_dir=data_dir)
     # A trained run is sampled on whatever devices there are here, one copy on each.
     mesh = sharding.make_mesh(data=-1, fsdp=1)
-    network = experiment.build_network(config, num_classes=dataset.num_classes)
+    network = build.network(config, num_classes=dataset.num_classes)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     shardings = sharding.params_sharding(mesh, abstract)
     with Checkpoints(workdir) as saved:

@@ -1,8 +1,6 @@
 """Trains the run that a config describes: checks everything first, then hands over to the loop."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +8,20 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
+from mcm_jax import fields
 from mcm_jax.config import validation
-from mcm_jax.config.settings import STAGED, Config, stage_configs
+from mcm_jax.config.settings import SECTIONS, STAGED, Config, stage_configs
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
-from mcm_jax.models.network import Network
-from mcm_jax.models.uvit import UViTSpec
-from mcm_jax.runs import experiment, workdirs
+from mcm_jax.fields import Affects
+from mcm_jax.objectives.progressive import Progressive
+from mcm_jax.runs import build, workdirs
 from mcm_jax.runs.run import Run
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.pictures import image_grid
-from mcm_jax.training import loop, step
+from mcm_jax.training import loop
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 
@@ -53,7 +50,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
             workdirs.started(stage_workdir, config)
     for stage_workdir, config in stages:
         if len(stages) > 1:
-            before, after = config.consistency.stages
+            before, after = config.loss.stages
             distributed.say(f"== stage {before} -> {after}: {stage_workdir}")
         if not _train_run(config, stage_workdir):
             return False
@@ -81,19 +78,19 @@ def _train_run(config: Config, workdir: Path) -> bool:
             batch_size=config.training.batch_size,
             accumulation_steps=config.training.accumulation_steps,
         )
-        parts = build(config, num_classes=dataset.num_classes, mesh=mesh)
+        training = build.training(config, num_classes=dataset.num_classes, mesh=mesh)
         if config.teacher_checkpoint is not None:
-            check_teacher(config, dataset, parts.network)
+            check_teacher(config, dataset)
     distributed.require_same(dataset, "the data sets")
-    room = (config.training.keep_checkpoints + 1) * _num_bytes(parts.abstract)
+    room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     workdirs.claim(workdir, config, dataset, trained_on=trained_on, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         with distributed.together():
             batches = train_batches(config)
-        state, teacher_params = _start(parts, checkpoints, batches)
-        train_step = parts.train_step()
+        state, teacher_params = _start(training, checkpoints, batches)
+        train_step = training.train_step()
         preview = Run(config, dataset, mesh=mesh, params=None, checkpoint_step=0)
         with _observer(
             config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
@@ -104,71 +101,10 @@ def _train_run(config: Config, workdir: Path) -> bool:
                 train_step,
                 batches,
                 mesh=mesh,
-                cadence=_cadence(config),
+                settings=config.training,
                 checkpoints=checkpoints,
                 observer=observer,
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
-
-    config: Config
-    mesh: Mesh
-    network: Network
-    optimizer: optax.GradientTransformation
-    abstract: TrainState  # shapes and dtypes of a state
-    shardings: TrainState  # where its arrays lie
-
-    def init(self, key: jax.Array) -> TrainState:
-        """A state with fresh parameters."""
-        return self._jit(lambda key: self._state(self.network.init(key)))(key)
-
-    def init_from(self, params: Any) -> TrainState:
-        """A state with these parameters, as before its first update."""
-        return self._jit(self._state)(params)
-
-    def train_step(self) -> step.TrainStep:
-        """One update; with the teacher's parameters, where it distils, laid out like the student's."""
-        return step.make_train_step(
-            experiment.build_loss_fn(self.config, self.network, mesh=self.mesh),
-            self.optimizer,
-            mesh=self.mesh,
-            state_sharding=self.shardings,
-            teacher_sharding=self.shardings.params if experiment.distils(self.config) else None,
-            ema_decay=self.config.optimizer.ema_decay,
-            target_decay=experiment.target_decay(self.config),
-            accumulation_steps=self.config.training.accumulation_steps,
-            seed=self.config.seed,
-        )
-
-    def _state(self, params: Any) -> TrainState:
-        return _init_state(self.config, params, self.optimizer)
-
-    def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
-        return jax.jit(init, out_shardings=self.shardings)
-
-
-def build(config: Config, *, num_classes: int, mesh: Mesh) -> Parts:
-    """The parts that the config describes."""
-    network = experiment.build_network(config, num_classes=num_classes)
-    optimizer = experiment.build_optimizer(config)
-    abstract = jax.eval_shape(
-        lambda key: _init_state(config, network.init(key), optimizer), jax.random.key(0)
-    )
-    return Parts(
-        config=config,
-        mesh=mesh,
-        network=network,
-        optimizer=optimizer,
-        abstract=abstract,
-        shardings=sharding.params_sharding(mesh, abstract),
-    )
-
-
-def _init_state(config: Config, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return step.init_state(params, optimizer, target_decay=experiment.target_decay(config))
 
 
 def _is_finished(config: Config, workdir: Path) -> bool:
@@ -177,7 +113,7 @@ def _is_finished(config: Config, workdir: Path) -> bool:
         return (checkpoints.latest_step() or 0) >= config.training.num_steps
 
 
-def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> None:
+def check_teacher(config: Config, dataset: DatasetInfo) -> None:
     """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
     path = config.teacher_checkpoint
     try:
@@ -187,10 +123,11 @@ def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> Non
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
     _check_teacher_steps(config, teacher_config)
-    if config.teacher_guidance > 0 and not teacher_config.knows_any_class:
+    if config.teacher_guidance > 0 and not teacher_config.supports_guidance:
         raise InputError(
-            f"config.teacher_guidance={config.teacher_guidance}: config.teacher_checkpoint={path} knows no "
-            "'any class'; train a diffusion model with config.diffusion.label_dropout=0.1"
+            f"config.{SECTIONS[config.objective]}.teacher_guidance={config.teacher_guidance}: "
+            f"config.teacher_checkpoint={path} was not trained for 'any class'; train a diffusion model with "
+            "config.diffusion.label_dropout=0.1"
         )
     if done < teacher_config.training.num_steps:
         raise InputError(
@@ -203,19 +140,13 @@ def check_teacher(config: Config, dataset: DatasetInfo, network: Network) -> Non
             f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; take the "
             "teacher's data set"
         )
-    theirs = experiment.build_network(teacher_config, num_classes=teacher_data.num_classes)
-    pairs = [
-        (_architecture(theirs.spec), _architecture(network.spec)),
-        (teacher_config.schedule, config.schedule),
-    ]
-    for its, ours in pairs:
-        for field in dataclasses.fields(ours):
-            a, b = getattr(its, field.name), getattr(ours, field.name)
-            if a != b:
-                raise InputError(
-                    f"config.teacher_checkpoint={path} does not fit: its {field.name} is {a}, this run's "
-                    f"{b}; make them equal or name another teacher"
-                )
+    its = fields.flat(teacher_config, Affects.NETWORK)
+    for name, ours in fields.flat(config, Affects.NETWORK).items():
+        if its[name] != ours:
+            raise InputError(
+                f"config.teacher_checkpoint={path} does not fit: its {name} is {its[name]}, this run's "
+                f"{ours}; make them equal or name another teacher"
+            )
 
 
 def _check_teacher_steps(config: Config, teacher: Config) -> None:
@@ -228,24 +159,18 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
             f"config.teacher_checkpoint={path} is a {teacher.objective} student; name the workdir "
             "of a diffusion teacher"
         )
-    if steps != config.consistency.stages[0]:
+    loss = config.loss
+    if steps != loss.stages[0]:
         raise InputError(
             f"config.teacher_checkpoint={path} is a student of {steps} steps and "
-            f"config.consistency.stages={config.consistency.stages!r} wants a teacher of "
-            f"{config.consistency.stages[0]}; start the stages at {steps}"
+            f"config.{config.objective}.stages={loss.stages!r} needs a teacher of {loss.stages[0]}; "
+            f"start the stages at {steps}"
         )
-    settings = config.consistency
-    if config.objective == "progressive" and settings.xvar_frac != settings.later_xvar_frac:
+    if isinstance(loss, Progressive) and loss.xvar_frac != loss.later_xvar_frac:
         raise InputError(
-            f"config.consistency.xvar_frac={settings.xvar_frac}: config.teacher_checkpoint={path} is a "
-            f"student, which carries aDDIM's adjustment; set it to later_xvar_frac={settings.later_xvar_frac}"
+            f"config.progressive.xvar_frac={loss.xvar_frac}: config.teacher_checkpoint={path} is a student, "
+            f"which carries aDDIM's adjustment; set it to later_xvar_frac={loss.later_xvar_frac}"
         )
-
-
-def _architecture(spec: UViTSpec) -> UViTSpec:
-    """What parameters depend on: not dropout, the activations' precision or how gradients are computed."""
-    stages = tuple(dataclasses.replace(stage, dropout=0.0) for stage in spec.stages)
-    return dataclasses.replace(spec, stages=stages, dtype="float32", remat="none", saved=(), unroll=True)
 
 
 def train_batches(config: Config) -> grain.DatasetIterator:
@@ -264,27 +189,28 @@ def train_batches(config: Config) -> grain.DatasetIterator:
     )
 
 
-def _start(parts: Parts, checkpoints: Checkpoints, batches: grain.DatasetIterator) -> tuple[TrainState, Any]:
+def _start(
+    training: build.Training, checkpoints: Checkpoints, batches: grain.DatasetIterator
+) -> tuple[TrainState, Any]:
     """(state, teacher's parameters where distillation needs them).
 
     The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
     the teacher's averaged ones.
     """
-    config, abstract, shardings = parts.config, parts.abstract, parts.shardings
+    config, abstract, shardings = training.config, training.abstract, training.shardings
     continuing = checkpoints.latest_step() is not None
     teacher_params = None
-    distils = experiment.distils(config)
-    if distils or (config.objective == "ct" and not continuing):
+    if config.distils or (config.objective == "ct" and not continuing):
         with Checkpoints(Path(config.teacher_checkpoint)) as teacher:
             teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
         distributed.say(f"continuing at update {int(state.step)}")
     elif teacher_params is not None:
-        state = parts.init_from(teacher_params)
+        state = training.init_from(teacher_params)
     else:
-        state = parts.init(experiment.init_key(config.seed))
-    return state, teacher_params if distils else None
+        state = training.init(build.init_key(config.seed))
+    return state, teacher_params if config.distils else None
 
 
 def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> Any:
@@ -300,15 +226,6 @@ def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> A
         batch_size=config.training.batch_size,
         log_every_steps=config.training.log_every_steps,
         draw=draw,
-    )
-
-
-def _cadence(config: Config) -> loop.Cadence:
-    settings = config.training
-    return loop.Cadence(
-        num_steps=settings.num_steps,
-        checkpoint_every_steps=settings.checkpoint_every_steps,
-        sample_every_steps=settings.sample_every_steps,
     )
 
 

@@ -13,42 +13,19 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
+from mcm_jax import fields
 from mcm_jax.config import validation
 from mcm_jax.config.settings import Config
+from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.fields import Affects
+from mcm_jax.records import RUN_FILE
 from mcm_jax.system import distributed, files
 from mcm_jax.system.errors import InputError
 
-RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _NOTE = "_CHECKPOINT_METADATA"
-
-# Settings that may change between two starts of the same run: they do not change what is learned.
-_FREE = {
-    "data.data_dir",
-    "mesh.data",
-    "mesh.fsdp",
-    "model.remat",
-    "model.saved",
-    "model.unroll",
-    "model.attention",
-    "sampling.sampler",
-    "sampling.teacher_steps",
-    "sampling.label_rule",
-    "sampling.batch_per_device",
-    "sampling.noise_grid",
-    "sampling.x_var",
-    "sampling.x_var_eta",
-    "sampling.x_var_images",
-    "sampling.guidance",
-    "sampling.clip",
-    "training.log_every_steps",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.sample_every_steps",
-}
 
 
 def checkpoint_identity(workdir: Path, step: int) -> str | None:
@@ -128,7 +105,7 @@ def read(workdir: Path, *, data_dir: str | None = None) -> tuple[Config, Dataset
     path = workdir / RUN_FILE
     try:
         content = json.loads(path.read_text())
-        config = validation.validate(content["config"])
+        config = validation.validate(upgraded(content["config"]))
         dataset = DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"]))
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
@@ -156,29 +133,18 @@ def _write(workdir: Path, config: Config, dataset: DatasetInfo) -> None:
 
 
 def _check_same(workdir: Path, config: Config, saved_config: Config) -> None:
-    """Raises InputError if the saved config is another one than `config`."""
-    saved, now = _flat(dataclasses.asdict(saved_config)), _flat(dataclasses.asdict(config))
-    free = _FREE
-    if config.optimizer.decay == "constant":
-        # A longer run is the same run, unless the learning rate's decay depends on its length.
-        free = _FREE | {"training.num_steps"}
-    for name, value in now.items():
+    """Raises InputError if the saved config would train other parameters than `config`."""
+    saved = fields.flat(saved_config, Affects.TRAINING)
+    for name, value in fields.flat(config, Affects.TRAINING).items():
+        if name == "training.num_steps" and config.optimizer.decay == "constant":
+            # A longer run is the same run, unless the learning rate's decay depends on its length.
+            continue
         if name == "teacher_checkpoint" and value is not None and saved[name] is not None:
             same = Path(value).resolve() == Path(saved[name]).resolve()
         else:
             same = value == saved[name]
-        if not same and name not in free:
+        if not same:
             raise InputError(
                 f"--workdir={workdir} holds a run with config.{name}={saved[name]!r}, now it is "
                 f"{value!r}; rerun with the same config to continue it, or choose another directory"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = value
-    return result

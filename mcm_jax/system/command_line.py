@@ -1,5 +1,6 @@
 """What all programs share: flags in, one function call, exit code 0, 1 or 2 out."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from absl import app, flags, logging
 from mcm_jax.system import files, host
 from mcm_jax.system.errors import InputError
 
-# What the code of a config file, or a value for one of its fields, can raise.
+# What a config file's code, or a value for one of its fields, can raise.
 _CONFIG_FILE_ERRORS = (
     AttributeError,
     ImportError,
@@ -22,18 +23,20 @@ _CONFIG_FILE_ERRORS = (
     ValueError,
 )
 
-# Flags that name where a program writes, the one that most is written to first.
+# Flags that name where a program writes; the first one is where most of the data goes.
 _PLACES = ("out", "workdir")
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main()`; the only way in for every program.
 
-    Exit codes: 0 done; 1 failed while running (with a traceback, it is our fault, or in one line: the disk
-    is full); 2 bad input, told in one line on stderr; 130 interrupted by Ctrl-C.
+    Exit codes: 0 done; 1 failed while running (a traceback for a fault of ours, one line for a full disk);
+    2 bad input, reported in one line on stderr; 130 interrupted by Ctrl-C.
     """
+    _print_any_text()
     host.tune()
-    # TensorFlow, which writes TensorBoard's files, greets on stderr otherwise. Before anything imports it.
+    # Set before anything imports TensorFlow, which writes TensorBoard's files: otherwise it prints a greeting
+    # on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -43,18 +46,29 @@ def run(main: Callable[[], None]) -> None:
 
 
 def loaded_config(holder: flags.FlagHolder | flags.Flag) -> ml_collections.ConfigDict:
-    """The config of a --config flag; raises InputError where its file could not be loaded."""
+    """The config of a --config flag; raises InputError if its file cannot be loaded."""
     try:
-        # ml_collections tells of a missing file when the config is first looked at, not before.
+        # ml_collections reports a missing file only when the config is first read.
         holder.value.keys()
     except OSError as error:
         raise InputError(f"bad --config: {_one_line(error)}") from error
     return holder.value
 
 
+def _print_any_text() -> None:
+    """Lets stdout and stderr escape characters that their encoding lacks.
+
+    A program in a C locale, or one that prints a file name that is not UTF-8, would otherwise end in a
+    UnicodeEncodeError after its work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        # Orbax tells every checkpoint in dozens of lines, and every error that it raises too. --verbosity=0
+        # Orbax logs dozens of lines for each checkpoint, and also every error that it raises. --verbosity=0
         # shows them.
         logging.set_verbosity(logging.FATAL)
     try:
@@ -69,18 +83,18 @@ def _guarded(main: Callable[[], None]) -> None:
         if full is None:
             raise
         print(
-            f"error: {full.strerror}: {full.filename or _place()}; make room and run the same command again "
-            "(what was written before still stands, checkpoints too)",
+            f"error: {full.strerror}: {full.filename or _place()}; free some space and run the same command "
+            "again (everything written so far is intact, checkpoints included)",
             file=sys.stderr,
         )
         sys.exit(1)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser with every failure turned into one `InputError`.
+    """absl's parser, with every failure turned into one `InputError`.
 
-    ml_collections loads the config file while parsing, so that an unknown field (AttributeError), a
-    wrong type (TypeError) or a missing file (OSError) surfaces here and not as absl's own error.
+    ml_collections loads the config file while parsing, so an unknown field (AttributeError), a wrong type
+    (TypeError) or a missing file (OSError) is raised here instead of absl's own error.
     """
     try:
         rest = flags.FLAGS(list(argv))
@@ -94,7 +108,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:
-    """The innermost `InputError`: a config file's own, which ml_collections wraps, even in its type."""
+    """The innermost `InputError`: a config file may raise one, which ml_collections wraps in other errors."""
     found = None
     while error is not None:
         found = error if isinstance(error, InputError) else found
@@ -103,7 +117,7 @@ def _input_error_within(error: BaseException | None) -> InputError | None:
 
 
 def _place() -> str:
-    """Where the program writes, as its user said it."""
+    """Where the program writes, as the user specified it."""
     given = [flags.FLAGS[name].serialize() for name in _PLACES if name in flags.FLAGS]
     return next((f"below {flag}" for flag in given if flag), "the current directory")
 

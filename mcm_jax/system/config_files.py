@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from mcm_jax.system import paths
 from mcm_jax.system.errors import InputError
 
 
@@ -27,19 +28,19 @@ def names() -> list[str]:
 
 
 def locate(value: str) -> str:
-    """'imagenet64:ROW' -> '/.../configs/imagenet64.py:ROW'; 'DIR/FILE.py:ROW' stays as it is.
+    """'imagenet64:ROW' -> '/.../configs/imagenet64.py:ROW'; in 'DIR/FILE.py:ROW', only `~` is expanded.
 
     Raises:
       InputError: there is no config of that name, or no such file.
     """
-    file, colon, row = value.partition(":")
+    file, colon, row = str(paths.local_path(value, "--config")).partition(":")
     remedy = f"use a path to a .py file, or a name: {', '.join(names())}"
     if file.isidentifier():
         if file not in names():
             raise InputError(f"--config={value}: there is no config named {file}; {remedy}")
         file = str(directory() / f"{file}.py")
     elif not Path(file).is_file():
-        raise InputError(f"--config={value}: there is no file {file or '(empty path)'}; {remedy}")
+        raise InputError(f"--config={value}: there is no file {file}; {remedy}")
     return f"{file}{colon}{row}"
 
 

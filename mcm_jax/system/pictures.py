@@ -39,6 +39,11 @@ def image_grid(
 
 def save_png(image: UInt8[np.ndarray, "H W 3"], path: str | Path) -> None:
     """Writes the PNG as `files.write_asked_for` does: whole or not at all."""
+    write_asked_for(path, png_bytes(image))
+
+
+def png_bytes(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """The content of a PNG file of the image."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, format="PNG")
-    write_asked_for(path, content.getvalue())
+    return content.getvalue()

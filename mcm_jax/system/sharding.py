@@ -1,5 +1,6 @@
 """Where arrays lie on the mesh: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,29 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mcm_jax.fields import Affects, setting
 from mcm_jax.system.errors import InputError
 
 # Smaller arrays cost more to gather than to keep everywhere.
 _SMALLEST_SHARDED = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """How devices are arranged."""
+
+    data: int = setting(
+        -1,
+        "devices over which the batch alone is split; -1: all that are left",
+        low=-1,
+        affects=Affects.NOTHING,
+    )
+    fsdp: int = setting(
+        1,
+        "devices over which the parameters are split too; each gathers them whole for every part of a batch",
+        low=1,
+        affects=Affects.NOTHING,
+    )
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,10 +77,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def params_sharding(mesh: Mesh, abstract: Any) -> Any:
-    """The largest axis that fsdp divides is split over it, the last if no other can be; not in small arrays.
+    """Shards the largest axis divisible by fsdp, the last one only as a fallback; replicates small arrays.
 
     The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Kernels of
-    layers named `columns` are split along it if they can be, since they never are joined.
+    layers named `columns` are split along it where possible, since they are never joined.
     """
 
     def rule(path: Any, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mcm_jax.fields import Affects, setting
 from mcm_jax.system import sharding
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
@@ -38,12 +39,26 @@ class Observer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cadence:
-    """How often things happen, in updates."""
+class TrainingSettings:
+    """How long, how many images at a time, and how often to save and report."""
 
-    num_steps: int
-    checkpoint_every_steps: int
-    sample_every_steps: int  # 0: never
+    num_steps: int = setting(200_000, "updates in all", low=1)
+    batch_size: int = setting(2048, "images an update, over all devices", low=1)
+    accumulation_steps: int = setting(
+        1, "parts of the batch whose gradients are computed one after the other, where memory is short", low=1
+    )
+    log_every_steps: int = setting(
+        100, "updates between two lines of metrics", low=1, affects=Affects.NOTHING
+    )
+    checkpoint_every_steps: int = setting(
+        5_000, "updates between two checkpoints", low=1, affects=Affects.NOTHING
+    )
+    keep_checkpoints: int = setting(
+        2, "number of newest checkpoints that are kept", low=1, affects=Affects.NOTHING
+    )
+    sample_every_steps: int = setting(
+        10_000, "updates between two sample grids; 0: none", low=0, affects=Affects.NOTHING
+    )
 
 
 def train(
@@ -53,11 +68,11 @@ def train(
     data: grain.DatasetIterator,
     *,
     mesh: Mesh,
-    cadence: Cadence,
+    settings: TrainingSettings,
     checkpoints: Checkpoints,
     observer: Observer,
 ) -> bool:
-    """Trains until cadence.num_steps updates are done and saves; returns whether it got there.
+    """Trains until settings.num_steps updates are done and saves; returns whether it got there.
 
     Metrics are read one update late, so that the host never waits for the update it just started.
     SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early; of several processes a
@@ -70,15 +85,15 @@ def train(
     pending: tuple[int, dict[str, jax.Array]] | None = None
     with _stop_signals() as signalled, jax.transfer_guard("disallow"):
         stops = _stop_condition(mesh, signalled)
-        while step < cadence.num_steps and not stops():
+        while step < settings.num_steps and not stops():
             batch = sharding.global_batch(mesh, next(data))
             state, metrics = train_step(state, teacher_params, batch)
             step += 1
             _report(pending, observer, saved)
             pending = (step, metrics)
             observer.update(step)
-            save_now = _is_due(step, cadence.checkpoint_every_steps)
-            draw_now = _is_due(step, cadence.sample_every_steps)
+            save_now = _is_due(step, settings.checkpoint_every_steps)
+            draw_now = _is_due(step, settings.sample_every_steps)
             if save_now or draw_now:
                 # A state is saved or shown only when it is known to be finite.
                 _report(pending, observer, saved)
@@ -91,7 +106,7 @@ def train(
         _report(pending, observer, saved)
         checkpoints.save(state, data, step=step)
     checkpoints.wait()
-    return step >= cadence.num_steps
+    return step >= settings.num_steps
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""How a run is seen: a bar or plain lines, TensorBoard, and a grid of samples now and then."""
+"""Progress of a run for people: a bar or plain lines, TensorBoard, and grids of samples."""
 
 import sys
 import time
@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clu import metric_writers
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
+from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from mcm_jax.system.pictures import save_png
+from mcm_jax.system.pictures import png_bytes, save_png
 
 Draw = Callable[[Any], UInt8[np.ndarray, "height width 3"]]
 
 
 class RunObserver:
-    """The loop's observer; use it as a context, so that everything is flushed at the end.
+    """Reports the progress of the loop; a context manager, which flushes everything at the end.
 
-    On a terminal it shows one bar, elsewhere a line whenever metrics come. Metrics and pictures also go to
-    TensorBoard (event files in the workdir), pictures to workdir/samples as PNG.
+    On a terminal it shows one bar, elsewhere it prints a line per report. Metrics and pictures also go to
+    TensorBoard (an event file in the workdir), and pictures to workdir/samples as PNG.
     """
 
     def __init__(
@@ -33,12 +35,17 @@ class RunObserver:
         log_every_steps: int,
         draw: Draw,
     ):
-        """draw: parameters -> a grid of samples."""
+        """Opens TensorBoard's event file.
+
+        Args:
+          first_step: updates done before this start.
+          draw: parameters -> a grid of samples.
+        """
         self._samples = workdir / "samples"
         self._num_steps, self._batch_size, self._draw = num_steps, batch_size, draw
         self._log_every_steps = log_every_steps
         self._window: list[dict[str, float]] = []
-        self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
+        self._events = _EventFile(workdir, first_step=first_step)
         self._started = time.monotonic()
         self._timed: tuple[int, float] | None = None
         self._bar = None
@@ -55,11 +62,10 @@ class RunObserver:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._writer.flush()
-        self._writer.close()
+        self._events.close()
 
     def update(self, step: int) -> None:
-        """Moves the bar; says how long the start took."""
+        """Moves the bar; at the first update also prints how long the start took."""
         if self._timed is None:
             self._say(f"first update after {time.monotonic() - self._started:.1f} s")
             self._timed = (step, time.monotonic())
@@ -67,7 +73,7 @@ class RunObserver:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Collects; every log_every_steps the means go to a line or the bar, and to TensorBoard."""
+        """Collects metrics; reports their means every log_every_steps updates and at the end."""
         self._window.append(values)
         if step % self._log_every_steps and step != self._num_steps:
             return
@@ -80,7 +86,7 @@ class RunObserver:
             means |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
             left = f"  {_duration((self._num_steps - step) / rate)} left"
         self._timed = (step, now)
-        self._writer.write_scalars(step, means)
+        self._events.scalars(step, means)
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
         text = f"step {step}/{self._num_steps}  {text}{left}"
         if self._bar is None:
@@ -89,11 +95,11 @@ class RunObserver:
             self._bar.update(self._task, description=text)
 
     def pictures(self, step: int, params: Any) -> None:
-        """Draws a grid; the time it takes does not count in the steps a second."""
+        """Draws a grid of samples; the reported steps per second exclude the time that it takes."""
         start = time.monotonic()
         grid = self._draw(params)
         save_png(grid, self._samples / f"step_{step:07d}.png")
-        self._writer.write_images(step, {"samples": grid[None]})
+        self._events.image(step, "samples", grid)
         if self._timed is not None:
             self._timed = (self._timed[0], self._timed[1] + time.monotonic() - start)
 
@@ -105,7 +111,7 @@ class RunObserver:
 
 
 class SilentObserver:
-    """The observer of all processes but the first: it takes part in drawing, and tells nobody."""
+    """The observer of all processes but the first: it takes part in drawing and reports nothing."""
 
     def __init__(self, *, draw: Draw):
         """draw: parameters -> a grid of samples."""
@@ -118,14 +124,42 @@ class SilentObserver:
         pass
 
     def update(self, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def pictures(self, step: int, params: Any) -> None:
-        """Samples on this process's devices what the first process draws."""
+        """Computes this process's share of the samples that the first process draws."""
         self._draw(params)
+
+
+class _EventFile:
+    """The event file that TensorBoard reads of one start of a run."""
+
+    def __init__(self, workdir: Path, *, first_step: int):
+        self._writer = EventFileWriter(str(workdir))
+        # Makes TensorBoard drop whatever an earlier start logged after first_step: this one logs it again.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(first_step + 1, session_log=restart)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        summary = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step, summary=Summary(value=summary))
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "height width 3"]) -> None:
+        height, width, channels = image.shape
+        encoded = Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png_bytes(image)
+        )
+        self._add(step, summary=Summary(value=[Summary.Value(tag=name, image=encoded)]))
+
+    def close(self) -> None:
+        """Returns when everything is written."""
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
 
 def _duration(seconds: float) -> str:

@@ -1,29 +1,51 @@
 """Adam with warm-up, decay and a global clip (SPEC 4)."""
 
+import dataclasses
 from typing import Literal
 
 import optax
 
+from mcm_jax.fields import setting
 
-def learning_rate_schedule(
-    *, peak: float, warmup_steps: int, decay: Literal["constant", "linear"], num_steps: int
-) -> optax.Schedule:
-    """Linear from peak / warmup_steps to `peak`, then constant or linear to 0 at num_steps."""
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam, its learning rate, and the averaged parameters."""
+
+    learning_rate: float = setting(1e-4, "peak learning rate of Adam (open)", low=0)
+    warmup_steps: int = setting(0, "updates of linear warm-up, the first at peak / warmup_steps", low=0)
+    decay: Literal["constant", "linear"] = setting("constant", "after the warm-up; linear ends at 0")
+    b1: float = setting(0.9, "Adam's b1 (open)", low=0, high=0.999999)
+    b2: float = setting(0.99, "Adam's b2 (open)", low=0, high=0.999999)
+    eps: float = setting(1e-12, "Adam's epsilon (open)", low=1e-30)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient (open)", low=1e-30)
+    ema_decay: float = setting(0.9999, "decay of the averaged parameters (open)", low=0, high=1)
+
+
+def learning_rate_schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
+    """Linear from peak / warmup_steps to the peak, then constant or linear to 0 at num_steps."""
+    peak, warmup_steps = settings.learning_rate, settings.warmup_steps
     after = num_steps - warmup_steps
     tail = (
         optax.constant_schedule(peak)
-        if decay == "constant"
+        if settings.decay == "constant"
         else optax.linear_schedule(peak, 0.0, max(after, 1))
     )
     if warmup_steps == 0:
         return tail
-    # From peak / warmup: an update with learning rate 0 would be wasted.
+    # From peak / warmup_steps: an update with learning rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, tail], [warmup_steps])
 
 
-def adam(
-    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """The gradient clipped to a global norm of clip_norm, then Adam."""
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(learning_rate, b1=b1, b2=b2, eps=eps))
+def adam(settings: OptimizerSettings, *, num_steps: int) -> optax.GradientTransformation:
+    """The gradient clipped to a global norm of clip_norm, then Adam; num_steps: updates in all."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adam(
+            learning_rate_schedule(settings, num_steps=num_steps),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+        ),
+    )

@@ -14,11 +14,11 @@ B = Cell("mixture", "cd", 4, 1, (("consistency.xvar_frac", 0.0), ("model.dropout
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Problem:
     updates: tuple[int, ...] = (10,)
 
 
-SETTINGS = {"mixture": Setting()}
+PROBLEMS = {"mixture": Problem()}
 
 
 def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
@@ -33,10 +33,10 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
 
     path = tmp_path / "new" / "results.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        cells.run([A, B, A], Store(path, SETTINGS), measure)
-    cells.run([A, B], Store(path, SETTINGS), measure)
+        cells.run([A, B, A], Store(path, PROBLEMS), measure)
+    cells.run([A, B], Store(path, PROBLEMS), measure)
     assert measured == [A, "died", B]
-    store = Store(path, SETTINGS)
+    store = Store(path, PROBLEMS)
     assert store[A] == {"distance": 0.1} and store[B] == {"distance": 1.1}
     assert store.seconds[B] >= 0
     assert "1 of 2 cells are done already" in capsys.readouterr().out
@@ -44,20 +44,20 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     path = tmp_path / "results.jsonl"
-    store = Store(path, SETTINGS)
+    store = Store(path, PROBLEMS)
     store.add(A, {"distance": 1.0}, seconds=1.0)
     store.add(B, {"distance": 2.0}, seconds=1.0)
     path.write_text(path.read_text()[:-30])
-    assert A in Store(path, SETTINGS) and B not in Store(path, SETTINGS)
+    assert A in Store(path, PROBLEMS) and B not in Store(path, PROBLEMS)
 
 
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"metrics": 1}) + "\n")
     with pytest.raises(InputError, match=r"results.jsonl:1 is no result of the bench .* remove it"):
-        Store(path, SETTINGS)
+        Store(path, PROBLEMS)
     with pytest.raises(InputError, match="can't be read"):
-        Store(tmp_path, SETTINGS)
+        Store(tmp_path, PROBLEMS)
 
 
 def test_labels_tell_cells_apart():
@@ -67,9 +67,9 @@ def test_labels_tell_cells_apart():
 
 def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     path = tmp_path / "results.jsonl"
-    Store(path, SETTINGS).add(A, {"distance": 1.0}, seconds=1.0)
+    Store(path, PROBLEMS).add(A, {"distance": 1.0}, seconds=1.0)
     with pytest.raises(
         InputError, match=r"measured with .*\[10\].* now it would be .*\[20\].* another --out"
     ):
-        Store(path, {"mixture": Setting((20,))})
-    assert A in Store(path, {"openmoji": Setting((20,))})
+        Store(path, {"mixture": Problem((20,))})
+    assert A in Store(path, {"openmoji": Problem((20,))})

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from mcm_jax.bench import choices, findings, mixture, openmoji, report
+from mcm_jax.bench import choices, findings, mixture, openmoji, summary
 from mcm_jax.bench.cells import Cell, Store
 from mcm_jax.bench.findings import Term
 from mcm_jax.reporting import paper
 
-SETTINGS = {"mixture": mixture.MIXTURE_64D, "mixture2d": mixture.MIXTURE_2D, "openmoji": openmoji.OPENMOJI}
+PROBLEMS = {"mixture": mixture.MIXTURE_64D, "mixture2d": mixture.MIXTURE_2D, "openmoji": openmoji.OPENMOJI}
 SEEDS = range(3)
 
 
@@ -33,11 +33,11 @@ def cd(steps):
     return paper.fid("table1", "small/imagenet64/cd", steps)
 
 
-def filled(tmp_path, setting, *, noise=0.0, without=()):
-    """A store with the paper's numbers for every cell of a setting."""
-    store = Store(tmp_path / f"{setting}.jsonl", SETTINGS)
+def filled(tmp_path, problem, *, noise=0.0, without=()):
+    """A store with the paper's numbers for every cell of a problem."""
+    store = Store(tmp_path / f"{problem}.jsonl", PROBLEMS)
     rng = np.random.default_rng(0)
-    for cell in findings.cells_of(SETTINGS[setting].findings(), setting, SEEDS):
+    for cell in findings.cells_of(PROBLEMS[problem].findings(), problem, SEEDS):
         if cell in without:
             continue
         values = {"distance": published(cell) + noise * rng.normal()}
@@ -47,13 +47,13 @@ def filled(tmp_path, setting, *, noise=0.0, without=()):
     return store
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_papers_own_numbers_agree_with_the_paper(setting, tmp_path):
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_papers_own_numbers_agree_with_the_paper(problem, tmp_path):
     """Each contrast of the paper's tables is its own published value, and has the sign that 'holds' means."""
-    store = filled(tmp_path, setting)
-    for finding in SETTINGS[setting].findings():
+    store = filled(tmp_path, problem)
+    for finding in PROBLEMS[problem].findings():
         for contrast in finding.contrasts:
-            values = contrast.values(store, setting, SEEDS)
+            values = contrast.values(store, problem, SEEDS)
             assert values == pytest.approx([values[0]] * 3)
             if contrast.published is not None:
                 assert values[0] == pytest.approx(contrast.published, abs=1e-9), contrast.name
@@ -92,29 +92,29 @@ def test_the_report_says_what_is_there_and_what_is_not(tmp_path):
     missing = Cell("mixture", "progressive", 8, 1)
     store = filled(tmp_path, "mixture", without=(missing,))
     chosen = {"mixture": mixture.MIXTURE_64D}
-    text = report.markdown(store, chosen, SEEDS, quick=False)
+    text = summary.markdown(store, chosen, SEEDS, quick=False)
     rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
     (seventh,) = [row for name, row in rows.items() if name.startswith("7. ")]
     assert seventh.endswith("| not measured |")
     assert rows["PD - CD, 8 steps"] == "| PD - CD, 8 steps | +0.20 | not measured |"
     assert rows["CT - CD, 1 steps"] == "| CT - CD, 1 steps | +2.90 | +2.9 ± 0, holds |"
     assert "Quick" not in text and "Open choices" not in text
-    assert "Quick" in report.markdown(store, chosen, SEEDS, quick=True)
+    assert "Quick" in summary.markdown(store, chosen, SEEDS, quick=True)
 
 
 def test_an_undecided_contrast_says_what_would_decide(tmp_path):
     store = filled(tmp_path, "mixture", noise=5.0)
-    text = report.markdown(store, {"mixture": mixture.MIXTURE_64D}, SEEDS, quick=False)
+    text = summary.markdown(store, {"mixture": mixture.MIXTURE_64D}, SEEDS, quick=False)
     assert "undecided (needs " in text
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    png = report.plot(filled(tmp_path, "mixture"), {"mixture": mixture.MIXTURE_64D}, SEEDS)
+    png = summary.plot(filled(tmp_path, "mixture"), {"mixture": mixture.MIXTURE_64D}, SEEDS)
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
 def test_choices_are_compared_with_the_default(tmp_path):
-    store = Store(tmp_path / "results.jsonl", SETTINGS)
+    store = Store(tmp_path / "results.jsonl", PROBLEMS)
     chosen = openmoji.OPENMOJI.choices()
     cells = choices.cells_of(chosen, "openmoji", SEEDS)
     assert len(set(cells)) == len(cells) == 3 * 2 * 11
@@ -123,9 +123,9 @@ def test_choices_are_compared_with_the_default(tmp_path):
         store.add(cell, {"distance": 10.0 * cell.seed + worse}, seconds=0.0)
     measured = {c.name: choices.measured(c, store, "openmoji", 4, SEEDS) for c in chosen}
     assert measured["Huber epsilon 1"].mean == 1 and measured["dropout 0.1"].mean == 0
-    text = report.markdown(store, {"openmoji": openmoji.OPENMOJI}, SEEDS, quick=False)
+    text = summary.markdown(store, {"openmoji": openmoji.OPENMOJI}, SEEDS, quick=False)
     assert "| Huber epsilon 1 | +1 ± 0 | +1 ± 0 |" in text
-    missing = Store(tmp_path / "empty.jsonl", SETTINGS)
+    missing = Store(tmp_path / "empty.jsonl", PROBLEMS)
     assert choices.measured(chosen[0], missing, "openmoji", 4, SEEDS) is None
 
 

@@ -11,7 +11,7 @@ from mcm_jax.config.settings import stage_configs
 from mcm_jax.system.errors import InputError
 from tests.test_programs import call
 
-TINY = mixture.Setting(
+TINY = mixture.Problem(
     "mixture2d", dimension=2, width=8, blocks=1, diffusion_updates=2, student_updates=2, batch_size=8
 )
 
@@ -20,35 +20,35 @@ TINY = mixture.Setting(
 def tiny(monkeypatch):
     """Two-dimensional cells of two updates, and only the finding on samplers."""
 
-    class Fewer(mixture.Setting):
+    class Fewer(mixture.Problem):
         def findings(self):
             return tuple(f for f in super().findings() if f.number == 4)
 
-    setting = Fewer(**dataclasses.asdict(TINY))
+    problem = Fewer(**dataclasses.asdict(TINY))
     monkeypatch.setattr(mixture, "NUM_SAMPLES", 50)
     monkeypatch.setattr(
-        runner, "_bench", lambda *_, **__: (setting, functools.partial(mixture.Bench, setting))
+        runner, "_bench", lambda *_, **__: (problem, functools.partial(mixture.Bench, problem))
     )
 
 
 def test_what_is_stored_is_not_measured_again(tiny, tmp_path, capsys):
-    text = runner.run(tmp_path, settings=["mixture2d"], seeds=2)
+    text = runner.run(tmp_path, problems=["mixture2d"], seeds=2)
     assert "| 4. aDDIM beats DDIM as a sampler" in text and "not measured" not in text
     assert (tmp_path / "findings.md").read_text() == text
     assert (tmp_path / "findings.png").read_bytes().startswith(b"\x89PNG")
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 6
     capsys.readouterr()
-    assert runner.run(tmp_path, settings=["mixture2d"], seeds=2) == text
+    assert runner.run(tmp_path, problems=["mixture2d"], seeds=2) == text
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines)
     assert capsys.readouterr().out == ""
 
 
 def test_the_report_alone_measures_nothing(tiny, tmp_path):
     with pytest.raises(InputError, match=r"has no results\.jsonl to report"):
-        runner.run(tmp_path, settings=["mixture2d"], seeds=2, report_only=True)
+        runner.run(tmp_path, problems=["mixture2d"], seeds=2, report_only=True)
     (tmp_path / "results.jsonl").write_text("")
-    text = runner.run(tmp_path, settings=["mixture2d"], seeds=2, report_only=True)
+    text = runner.run(tmp_path, problems=["mixture2d"], seeds=2, report_only=True)
     assert "not measured" in text and (tmp_path / "results.jsonl").read_text() == ""
 
 
@@ -66,9 +66,9 @@ def test_every_system_on_a_mixture(system, monkeypatch):
 
 def test_bad_input_is_one_line(tmp_path):
     for arguments, said in (
-        (["--settings=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
+        (["--problems=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
         (["--seeds=1"], "seeds"),
-        (["--settings="], "--settings is empty"),
+        (["--problems="], "--problems is empty"),
         (["--report_only", f"--out={tmp_path / 'none'}"], "has no results.jsonl to report"),
         ([f"--out={tmp_path / 'file' / 'x'}"], "cannot write there"),
     ):
@@ -83,12 +83,12 @@ def test_more_than_one_seed(tmp_path):
         runner.run(tmp_path, seeds=1)
 
 
-@pytest.mark.parametrize("setting", [openmoji.OPENMOJI, openmoji.QUICK])
-def test_every_openmoji_cell_is_looked_for_where_it_is_trained(setting, tmp_path, monkeypatch):
+@pytest.mark.parametrize("problem", [openmoji.OPENMOJI, openmoji.QUICK])
+def test_every_openmoji_cell_is_looked_for_where_it_is_trained(problem, tmp_path, monkeypatch):
     """In particular a progressive distillation of one stage, which has no directory for it."""
-    monkeypatch.setattr(openmoji.prepare, "prepare", lambda *_, **__: None)
-    bench = openmoji.Bench(setting, tmp_path)
-    for cell in findings.cells_of(setting.findings(), "openmoji", [0]):
+    monkeypatch.setattr(openmoji.preparation, "prepare", lambda *_, **__: None)
+    bench = openmoji.Bench(problem, tmp_path)
+    for cell in findings.cells_of(problem.findings(), "openmoji", [0]):
         config = validation.validate(bench._config(cell))
         stages = stage_configs(config, bench._root(cell))
         assert bench._workdir(cell) == stages[-1][0]

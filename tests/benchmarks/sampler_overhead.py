@@ -19,7 +19,7 @@ from absl import flags
 
 from mcm_jax.config import rows, validation
 from mcm_jax.diffusion import sampling
-from mcm_jax.runs import experiment
+from mcm_jax.runs import build
 from mcm_jax.system import command_line
 
 _RESOLUTION = flags.DEFINE_integer("resolution", 64, "Image side in pixels.", lower_bound=4)
@@ -37,13 +37,13 @@ NUM_CLASSES = 9
 def main() -> None:
     raw = rows.tiny("teacher", dataset="openmoji", resolution=_RESOLUTION.value)
     config = validation.validate(raw)
-    network = experiment.build_network(config, num_classes=NUM_CLASSES)
+    network = build.network(config, num_classes=NUM_CLASSES)
     params = jax.jit(network.init)(jax.random.key(0))
     keys = sampling.image_keys(jax.random.key(1), jnp.arange(_BATCH_SIZE.value))
     side = _RESOLUTION.value
-    z_1 = sampling.initial_noise(keys, (side, side, experiment.CHANNELS))
+    z_1 = sampling.initial_noise(keys, (side, side, build.CHANNELS))
     label = jnp.arange(_BATCH_SIZE.value) % NUM_CLASSES
-    grid = experiment.build_schedule(config)(jnp.linspace(1.0, 1 / _STEPS.value, _STEPS.value))
+    grid = build.schedule(config)(jnp.linspace(1.0, 1 / _STEPS.value, _STEPS.value))
     call = jax.jit(lambda params, z_t, logsnr_t, label: network.apply(params, z_t, logsnr_t, label, None))
 
     for sampler in _SAMPLERS.value:

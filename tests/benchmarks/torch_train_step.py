@@ -34,9 +34,9 @@ from mcm_jax.config import validation
 from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.network import Network
-from mcm_jax.runs import experiment
+from mcm_jax.runs import build
 from mcm_jax.system import command_line, sharding
-from mcm_jax.training import step
+from mcm_jax.training import optimizer, step
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[2] / "configs/openmoji.py:teacher"), "A diffusion config."
@@ -55,7 +55,7 @@ Batch = dict[str, jax.Array]
 def main() -> None:
     torch.set_num_threads(_THREADS.value)
     config = validation.validate(command_line.loaded_config(_CONFIG))
-    network = experiment.build_network(config, num_classes=NUM_CLASSES)
+    network = build.network(config, num_classes=NUM_CLASSES)
     check_agreement(config, network)
     results = [compare(config, network, batch_size) for batch_size in _BATCH_SIZES.value]
     print("batch                JAX ms  torch ms  ratio")
@@ -70,7 +70,7 @@ def main() -> None:
 def check_agreement(config: Config, network: Network, *, batch_size: int = 8) -> None:
     """Raises AssertionError if the loss or a gradient differs by more than float32 explains."""
     params, batch, key = _random_params(network), _batch(network, batch_size), jax.random.key(2)
-    loss_fn = experiment.build_loss_fn(config, network, mesh=sharding.make_mesh(data=-1, fsdp=1))
+    loss_fn = build.loss_fn(config, network, mesh=sharding.make_mesh(data=-1, fsdp=1))
     loss, grads = jax.jit(
         jax.value_and_grad(lambda params: loss_fn(params, None, None, batch, key, jnp.zeros((), int)).mean())
     )(params)
@@ -120,14 +120,14 @@ def compare(config: Config, network: Network, batch_size: int) -> dict[str, Any]
 def jax_steps(config: Config, network: Network, batch: Batch) -> Iterator[None]:
     """One train step, finished, for every `next`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1)
-    optimizer = experiment.build_optimizer(config)
-    state = step.init_state(_random_params(network), optimizer)
+    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
+    state = step.init_state(_random_params(network), adam)
     state_sharding = sharding.params_sharding(mesh, state)
     state = jax.device_put(state, state_sharding)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     train_step = step.make_train_step(
-        experiment.build_loss_fn(config, network, mesh=mesh),
-        optimizer,
+        build.loss_fn(config, network, mesh=mesh),
+        adam,
         mesh=mesh,
         state_sharding=state_sharding,
         teacher_sharding=None,
@@ -146,15 +146,15 @@ def torch_steps(config: Config, network: Network, batch: Batch) -> Iterator[None
     model = _torch_network(network, _random_params(network))
     params = list(model.parameters())
     ema_params = [parameter.detach().clone() for parameter in params]
-    optimizer = torch.optim.Adam(
+    torch_adam = torch.optim.Adam(
         params, lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True
     )
     x, label = _torch_batch(batch)
     while True:
-        optimizer.zero_grad()
+        torch_adam.zero_grad()
         _torch_loss(model, x, label, torch.randn_like(x), torch.rand(len(x))).backward()
         torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
-        optimizer.step()
+        torch_adam.step()
         with torch.no_grad():
             torch._foreach_lerp_(ema_params, params, 1 - settings.ema_decay)
         yield
@@ -189,7 +189,7 @@ def _random_params(network: Network) -> Any:
 
 
 def _torch_network(network: Network, params: Any) -> torch_uvit.UViT:
-    model = torch_uvit.UViT(network.spec)
+    model = torch_uvit.UViT(network)
     model.load_state_dict(torch_uvit.to_torch_layout(_by_path(params), model))
     return model.to(memory_format=torch.channels_last)
 
@@ -201,7 +201,7 @@ def _by_path(params: Any) -> dict[str, np.ndarray]:
 
 def _batch(network: Network, size: int) -> Batch:
     key_x, key_label = jax.random.split(jax.random.key(3))
-    shape = (size, network.spec.resolution, network.spec.resolution, network.spec.channels)
+    shape = (size, *network.shape)
     x = jax.random.uniform(key_x, shape, minval=-1.0, maxval=1.0)
     return {"image": x, "label": jax.random.randint(key_label, (size,), 0, NUM_CLASSES)}
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcm_jax.models.uvit import Stage, UViTSpec
+from mcm_jax.models.network import Network
+from mcm_jax.models.uvit import Stage, UViTSettings
 
 # flax.nnx's default; PyTorch's is 1e-5.
 NORM_EPSILON = 1e-6
@@ -26,7 +27,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResNetBlock(nn.Module):
-    def __init__(self, width: int, spec: UViTSpec):
+    def __init__(self, width: int, settings: UViTSettings):
         super().__init__()
         self.norm_1 = ChannelNorm(width, NORM_EPSILON)
         self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
@@ -41,12 +42,12 @@ class ResNetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width: int, spec: UViTSpec):
+    def __init__(self, width: int, settings: UViTSettings):
         super().__init__()
-        self.head_width = spec.head_width
+        self.head_width = settings.head_width
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q = nn.LayerNorm(spec.head_width, NORM_EPSILON)
-        self.norm_k = nn.LayerNorm(spec.head_width, NORM_EPSILON)
+        self.norm_q = nn.LayerNorm(settings.head_width, NORM_EPSILON)
+        self.norm_k = nn.LayerNorm(settings.head_width, NORM_EPSILON)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,14 +58,14 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, spec: UViTSpec):
+    def __init__(self, width: int, settings: UViTSettings):
         super().__init__()
-        hidden = spec.mlp_factor * width
+        hidden = settings.mlp_factor * width
         self.norm_mlp = nn.LayerNorm(width, NORM_EPSILON, bias=False)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
         self.norm_attention = nn.LayerNorm(width, NORM_EPSILON, bias=False)
-        self.attention = SelfAttention(width, spec)
+        self.attention = SelfAttention(width, settings)
 
     def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         h = F.silu(self.mlp_in(self.norm_mlp(x)))
@@ -76,20 +77,20 @@ class TransformerBlock(nn.Module):
 class Modulations(nn.Module):
     """emb -> scale and shift of every block of a stage."""
 
-    def __init__(self, blocks: int, channels: int, spec: UViTSpec):
+    def __init__(self, blocks: int, channels: int, settings: UViTSettings):
         super().__init__()
         self.blocks = blocks
-        self.columns = nn.Linear(spec.embedding_width, blocks * 2 * channels)
+        self.columns = nn.Linear(settings.embedding_width, blocks * 2 * channels)
 
     def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
         return self.columns(emb).unflatten(1, (self.blocks, -1)).unbind(1)
 
 
 class ResNetStage(nn.Module):
-    def __init__(self, stage: Stage, spec: UViTSpec):
+    def __init__(self, stage: Stage, settings: UViTSettings):
         super().__init__()
-        self.modulations = Modulations(stage.blocks, stage.width, spec)
-        self.blocks = nn.ModuleList(ResNetBlock(stage.width, spec) for _ in range(stage.blocks))
+        self.modulations = Modulations(stage.blocks, stage.width, settings)
+        self.blocks = nn.ModuleList(ResNetBlock(stage.width, settings) for _ in range(stage.blocks))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, scale_shift in zip(self.blocks, self.modulations(emb), strict=True):
@@ -98,11 +99,11 @@ class ResNetStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    def __init__(self, stage: Stage, spec: UViTSpec, side: int):
+    def __init__(self, stage: Stage, settings: UViTSettings, side: int):
         super().__init__()
-        self.modulations = Modulations(stage.blocks, spec.mlp_factor * stage.width, spec)
+        self.modulations = Modulations(stage.blocks, settings.mlp_factor * stage.width, settings)
         self.position = nn.Parameter(torch.zeros(side * side, stage.width))
-        blocks = (TransformerBlock(stage.width, spec) for _ in range(stage.blocks))
+        blocks = (TransformerBlock(stage.width, settings) for _ in range(stage.blocks))
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -114,12 +115,13 @@ class TransformerStage(nn.Module):
 
 
 class Conditioning(nn.Module):
-    def __init__(self, spec: UViTSpec):
+    def __init__(self, network: Network):
+        settings = network.settings
         super().__init__()
-        self.scale = spec.noise_scale
-        self.dense_1 = nn.Linear(spec.embedding_width, spec.embedding_width)
-        self.dense_2 = nn.Linear(spec.embedding_width, spec.embedding_width)
-        self.classes = nn.Embedding(spec.num_classes + 1, spec.embedding_width)
+        self.scale = settings.noise_scale
+        self.dense_1 = nn.Linear(settings.embedding_width, settings.embedding_width)
+        self.dense_2 = nn.Linear(settings.embedding_width, settings.embedding_width)
+        self.classes = nn.Embedding(network.num_classes + 1, settings.embedding_width)
 
     def forward(self, logsnr: Tensor, label: Tensor) -> Tensor:
         if self.scale == "arctan":
@@ -136,31 +138,32 @@ class Conditioning(nn.Module):
 class UViT(nn.Module):
     """(z_t [B, C, H, W], log-SNR [B], label [B]) -> v_hat [B, C, H, W]."""
 
-    def __init__(self, spec: UViTSpec):
+    def __init__(self, network: Network):
+        settings = network.settings
         super().__init__()
-        if spec.resnet_norm != "layer" or spec.dtype != "float32":
+        if settings.resnet_norm != "layer" or settings.dtype != "float32":
             raise ValueError("the benchmark knows resnet_norm='layer', dtype='float32' only")
-        *outer, middle = spec.stages
-        widths = [stage.width for stage in spec.stages]
+        *outer, middle = settings.stages
+        widths = [stage.width for stage in settings.stages]
 
         def make_stage(stage: Stage, level: int) -> nn.Module:
             if stage.kind == "resnet":
-                return ResNetStage(stage, spec)
-            return TransformerStage(stage, spec, spec.resolution // 2**level)
+                return ResNetStage(stage, settings)
+            return TransformerStage(stage, settings, network.shape[0] // 2**level)
 
         def make_stages() -> nn.ModuleList:
             return nn.ModuleList(make_stage(stage, level) for level, stage in enumerate(outer))
 
         self.has_skip = [stage.kind == "resnet" for stage in outer]
-        self.conditioning = Conditioning(spec)
-        self.conv_in = nn.Conv2d(spec.channels, widths[0], 3, padding=1)
+        self.conditioning = Conditioning(network)
+        self.conv_in = nn.Conv2d(network.shape[-1], widths[0], 3, padding=1)
         self.down_stages = make_stages()
         self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 1) for i in range(len(outer)))
         self.middle = make_stage(middle, len(outer))
         self.up = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in range(len(outer)))
         self.up_stages = make_stages()
         self.norm_out = ChannelNorm(widths[0], NORM_EPSILON)
-        self.conv_out = nn.Conv2d(widths[0], spec.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], network.shape[-1], 3, padding=1)
 
     def forward(self, z_t: Tensor, logsnr_t: Tensor, label: Tensor) -> Tensor:
         emb = F.silu(self.conditioning(logsnr_t, label))

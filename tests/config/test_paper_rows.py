@@ -18,10 +18,10 @@ from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
 from mcm_jax.models.network import Network
 from mcm_jax.reporting import paper
-from mcm_jax.runs import experiment
+from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
-from mcm_jax.training import step
+from mcm_jax.training import optimizer, step
 
 FILES = {64: imagenet64, 128: imagenet128}
 BOTH = pytest.mark.parametrize("resolution", FILES)
@@ -144,7 +144,7 @@ def test_the_network(resolution, size):
 @SIZES
 def test_parameter_counts_of_the_paper(resolution, size):
     """Within 1.5%: the paper rounds. Shapes only, nothing is allocated."""
-    network = experiment.build_network(load(resolution, f"{size},cd,steps=8"), num_classes=1000)
+    network = build.network(load(resolution, f"{size},cd,steps=8"), num_classes=1000)
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
     published = paper.tables()["parameters"][f"{size}/imagenet{resolution}"]
     units = {"M": 1e6, "B": 1e9}
@@ -157,7 +157,7 @@ def test_the_noise_schedule(resolution):
     t = np.linspace(0.1, 0.9, 9)
     expected = -2 * np.log(np.tan(np.pi * t / 2)) - 2 * math.log(resolution / 32) * (1 - t)
     for row in ("small,teacher", "large,cd,steps=8"):
-        schedule = experiment.build_schedule(load(resolution, row))
+        schedule = build.schedule(load(resolution, row))
         # The ends' clip moves lambda by up to 1e-3 where the paper's formula has none.
         np.testing.assert_allclose(schedule(jnp.asarray(t, jnp.float32)), expected, atol=0.01)
 
@@ -210,20 +210,20 @@ def test_what_all_systems_share(resolution, size, system):
 def test_progressive_distillation_halves_down_to_the_students_steps():
     raw = load(64, "small,pd,steps=8")
     stages = [config for _, config in stage_configs(raw, Path("pd"))]
-    assert [config.consistency.stages for config in stages] == [
+    assert [config.progressive.stages for config in stages] == [
         (2**n, 2 ** (n - 1)) for n in range(10, 3, -1)
     ]
     # The first teacher lacks aDDIM's adjustment; the others are students, which carry it.
-    assert [config.consistency.xvar_frac for config in stages] == [0.75] + [0] * 6
+    assert [config.progressive.xvar_frac for config in stages] == [0.75] + [0] * 6
     assert {config.training.num_steps for config in stages} == {20_000}
     assert {config.optimizer.learning_rate for config in stages} == {2e-5}
-    assert len(load(64, "small,pd,steps=1").consistency.stages) == 11
+    assert len(load(64, "small,pd,steps=1").progressive.stages) == 11
 
 
 def test_tract_takes_two_stages():
     config = load(64, "small,tract,steps=2")
-    assert config.consistency.stages == (1024, 32, 2)
-    assert (config.training.num_steps, experiment.target_decay(config)) == (100_000, 0.5)
+    assert config.tract.stages == (1024, 32, 2)
+    assert (config.training.num_steps, config.target_decay) == (100_000, 0.5)
 
 
 # --- Headers. ---
@@ -355,8 +355,8 @@ def test_an_update_of_every_program(resolution, row):
     config = validation.validate(shrunk(raw_config(resolution, row)))
     _, config = stage_configs(config, Path("run"))[0]
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    network = CompiledNetwork(experiment.build_network(config, num_classes=5).spec)
-    optimizer, target_decay = experiment.build_optimizer(config), experiment.target_decay(config)
+    network = CompiledNetwork(config.model, build.image_shape(config), num_classes=5)
+    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
     rng = np.random.default_rng(0)
     # Away from the initial zeros, at which every network predicts the same.
     params = jax.tree.map(
@@ -368,14 +368,14 @@ def test_an_update_of_every_program(resolution, row):
         "label": jnp.arange(4),
     }
     update = step.make_update(
-        experiment.build_loss_fn(config, network, mesh=mesh),
-        optimizer,
+        build.loss_fn(config, network, mesh=mesh),
+        adam,
         ema_decay=config.optimizer.ema_decay,
-        target_decay=target_decay,
+        target_decay=config.target_decay,
         seed=config.seed,
     )
-    before = step.init_state(params, optimizer, target_decay=target_decay)
-    state, metrics = update(before, params if experiment.distils(config) else None, batch)
+    before = step.init_state(params, adam, target_decay=config.target_decay)
+    state, metrics = update(before, params if config.distils else None, batch)
     assert int(state.step) == 1
     for metric in metrics.values():
         assert np.isfinite(metric) and metric > 0

@@ -1,10 +1,11 @@
+import os
+
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from mcm_jax.data import folder
+from mcm_jax.data import folder, layout, pipeline, preparation
 from mcm_jax.system.errors import InputError
 
 
@@ -37,30 +38,6 @@ def test_area_resize_by_a_fraction_weighs_covered_areas(tmp_path):
     expected = [(0 + 45) / 1.5, (45 + 240) / 1.5]
     loaded = load(save(tmp_path / "a.png", pixels), resolution=2)
     np.testing.assert_allclose(loaded[0, :, 0], expected, atol=0.51)
-
-
-@given(st.integers(1, 12), st.integers(1, 24), st.integers(0, 2**32))
-def test_area_sums_are_exact(resolution, side, seed):
-    """Repeat every pixel `resolution` times, and the cells are blocks of whole pixels; enlarging too."""
-    values = np.random.default_rng(seed).integers(0, 256, (side, 2, 3), np.uint8)
-    expected = values.repeat(resolution, axis=0).reshape(resolution, side, 2, 3).sum(1)
-    for given_as in (values, values.astype(np.int32)):
-        found = folder._sums_over_cells(given_as, resolution, np.int32)
-        np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("side", [257, 258, 900, 3000])
-def test_sums_of_large_images_do_not_overflow(side):
-    """Two cells of white: up to 257 rows fit 16 bits, up to 2,901 pixels squared 31 bits."""
-    white = Image.fromarray(np.full((side, side, 3), 255, np.uint8))
-    assert (folder.square_area(white, 1) == 255).all() and (folder.square_area(white, 2) == 255).all()
-
-
-def test_a_half_is_rounded_to_even():
-    """As in NumPy."""
-    halves = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("RGB")
-    odd_halves = Image.fromarray(np.array([[1, 2], [2, 1]], np.uint8)).convert("RGB")
-    assert (folder.square_area(halves, 1) == 0).all() and (folder.square_area(odd_halves, 1) == 2).all()
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -181,6 +158,159 @@ def test_folders_that_cannot_be_split_are_refused(tmp_path, files, message):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=message):
         folder.list_images(tmp_path, single_class="x")
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def class_names(root):
+    return folder.list_images(root, single_class="x").class_names
+
+
+def test_numbers_in_class_names_count_as_numbers(tmp_path):
+    names = ["10", "9", "02", "2", "a10b", "a9b", "n02_1", "n2"]
+    touch(tmp_path, *(f"{name}/a.png" for name in names))
+    listing = folder.list_images(tmp_path, single_class="x")
+    assert listing.class_names == ("02", "2", "9", "10", "a9b", "a10b", "n2", "n02_1")
+    assert all(listing.class_names[label] == name.partition("/")[0] for name, label in listing.files.items())
+
+
+@pytest.mark.parametrize(
+    "name", [" ", "cat ", " cat", "a\nb", "a\r", "a\x85b", "a\u2028b", "a\x1bb", "\u3000a"]
+)
+def test_a_name_that_comes_back_as_another_is_refused(tmp_path, name):
+    """TFDS writes one stripped name a line."""
+    touch(tmp_path, f"{name}/a.png", "cat/a.png")
+    with pytest.raises(InputError, match=r"the subfolder '.*' cannot be a class name.*rename it") as caught:
+        class_names(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_other_odd_names_come_back(tmp_path):
+    names = {"a\u3000b", "ünïcødé 图", "a\xa0b", "a  b", "#a", '"a"'}
+    touch(tmp_path, *(f"{name}/a.png" for name in names))
+    label = tfds.features.ClassLabel(names=class_names(tmp_path))
+    label.save_metadata(tmp_path, "label")
+    read = tfds.features.ClassLabel()
+    read.load_metadata(tmp_path, "label")
+    assert tuple(read.names) == class_names(tmp_path) and set(read.names) == names
+
+
+def test_names_that_are_no_unicode_are_escaped_or_refused(tmp_path):
+    touch(tmp_path, os.fsdecode(b"\xff/a.png"), "b/a.png")
+    assert class_names(tmp_path) == ("b", "\\xff")
+    touch(tmp_path, "\\xff/a.png")
+    with pytest.raises(InputError, match="same name once escaped"):
+        class_names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["train/cat/a.png", "val/cat/a.png"], True),
+        (["Train/a.png", "Test/b.png"], True),
+        (["train/a.png", "validation/a.png", "unlabelled/b.png"], True),
+        (["training/cat/a.png", "training/dog/b.png", "readme/a.txt"], True),
+        (["train/a.png", "bus/b.png"], False),
+        (["cat/train/a.png", "cat/val/b.png"], False),
+    ],
+)
+def test_splits_are_no_classes(tmp_path, names, refused):
+    touch(tmp_path, *names)
+    if not refused:
+        class_names(tmp_path)
+        return
+    with pytest.raises(
+        InputError, match=r"rain\w*.*\) are splits, not classes; name one of them, --manual_dir="
+    ):
+        class_names(tmp_path)
+
+
+def test_what_is_left_out_is_noted(tmp_path):
+    touch(
+        tmp_path,
+        "a/1.png",
+        "a/2.heic",
+        "b/1.heic",
+        "b/2.HEIC",
+        "d/1.png",
+        ".hidden/1.png",
+        "list",
+        "a/._1.png",
+    )
+    (tmp_path / "c").mkdir()
+    assert folder.list_images(tmp_path, single_class="x").notes == (
+        "passed over: 3 .heic, 2 hidden, 1 without a suffix",
+        "subfolders without an image, which become no class: b, c",
+    )
+
+
+def test_a_single_folder_of_classes_is_noted(tmp_path):
+    touch(tmp_path, "pets/cats/1.png", "pets/dogs/2.png")
+    (note,) = folder.list_images(tmp_path, single_class="x").notes
+    assert note.startswith("one class, pets; ") and note.endswith(f"--manual_dir={tmp_path / 'pets'}")
+
+
+def test_nothing_is_noted_where_all_is_read(tmp_path):
+    assert folder.list_images(touch(tmp_path, "a/1.png", "b/1.jpg"), single_class="x").notes == ()
+
+
+def prepared(root, data_dir):
+    chosen = preparation.plan(dataset="folder", resolution=4, manual_dir=str(root), name="x")
+    return preparation.prepare(chosen, data_dir=data_dir)[0]
+
+
+def test_copies_share_a_split(tmp_path, capsys):
+    """Forty images, each under three names: what is tested on was never trained on."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3))
+    for n, pixels in enumerate(images):
+        for name in (f"a/{n}.png", f"a/copy of {n}.png", f"b/{n}.png"):
+            save(tmp_path / "images" / name, pixels)
+    info = prepared(tmp_path / "images", tmp_path / "data")
+    assert "80 images are copies of others" in capsys.readouterr().err
+    found = [
+        {
+            pixels.tobytes()
+            for pixels in pipeline.open_split(
+                data_dir=tmp_path / "data", dataset="folder/x", resolution=4, split=split
+            ).images
+        }
+        for split in layout.SPLITS
+    ]
+    assert not found[0] & found[1] and len(found[0] | found[1]) == 40
+    assert info.num_examples == {
+        split: 3 * len(part) for split, part in zip(layout.SPLITS, found, strict=True)
+    }
+
+
+def test_each_class_trains_on_an_image(tmp_path):
+    for n in range(40):
+        save(tmp_path / "images" / f"c{n}" / "a.png", uniform(n, n, n))
+    info = prepared(tmp_path / "images", tmp_path / "data")
+    assert info.num_examples == {"train": 39, "test": 1}
+    untrained = info.class_names[info.class_counts["test"].index(1)]
+    report = preparation.report(info, built=True, data_dir="data")
+    assert f"no training image, so never sampled: {untrained}\n" in report
+    assert "\n     10  c10  " in report
+
+
+def test_copies_of_one_image_are_refused(tmp_path):
+    for n in range(3):
+        save(tmp_path / "images" / f"{n}.png", uniform(1, 2, 3))
+    with pytest.raises(InputError, match="its 3 images are copies of one"):
+        prepared(tmp_path / "images", tmp_path / "data")
+
+
+def test_paths_that_differ_by_a_backslash_are_two(tmp_path):
+    """TFDS takes one for the other where a key is text."""
+    for n in range(5):
+        save(tmp_path / "images" / "class" / f"{n}\\b.png", uniform(n, 0, 0))
+        save(tmp_path / "images" / "class" / f"{n}/b.png", uniform(n, 1, 0))
+    assert sum(prepared(tmp_path / "images", tmp_path / "data").num_examples.values()) == 10
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from mcm_jax import prepare
-from mcm_jax.data import folder, imagenet, layout, pipeline, preparation, shards
+from mcm_jax.data import imagenet, layout, pipeline, preparation, resizing, shards
 from mcm_jax.system.errors import InputError
 from tests.tars import tar
 
@@ -139,7 +139,7 @@ def test_a_prepared_data_set(manual_dir, tmp_path, workers):
         name = record["file"].decode() if isinstance(record["file"], bytes) else record["file"]
         _, _, label, content = expected[name]
         with Image.open(io.BytesIO(content)) as image:
-            pixels = folder.square_area(image.convert("RGB"), RESOLUTION)
+            pixels = resizing.square_area(image.convert("RGB"), RESOLUTION)
         np.testing.assert_array_equal(record["image"], pixels)
         assert record["label"] == label
     source = pipeline.open_split(data_dir=tmp_path, dataset="imagenet", resolution=RESOLUTION, split="test")
@@ -241,7 +241,7 @@ def test_images_that_are_not_what_they_are_called(mode, kind):
     found = imagenet.load(
         imagenet.Encoded("n02105855_2933.JPEG", content, 0), resolution=16, preparation="area"
     )
-    expected = folder.square_area(image.convert("L" if mode == "L" else "RGB").convert("RGB"), 16)
+    expected = resizing.square_area(image.convert("L" if mode == "L" else "RGB").convert("RGB"), 16)
     assert found.shape == (16, 16, 3)
     # Palettes of 256 colours and JPEG's losses; a channel taken for another would be off by a hundred.
     assert np.abs(found.astype(int) - expected.astype(int)).mean() < 12
@@ -254,7 +254,7 @@ def test_orientation_marks_are_passed_over():
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif)
     found = imagenet.load(imagenet.Encoded("x", file.getvalue(), 0), resolution=16, preparation="area")
-    np.testing.assert_array_equal(found, folder.square_area(image, 16))
+    np.testing.assert_array_equal(found, resizing.square_area(image, 16))
 
 
 def cut(manual_dir, directory, name, keep):
@@ -374,10 +374,10 @@ def test_an_interruption_after_the_last_shard_makes_none_again(manual_dir, tmp_p
         raise Interrupted
 
     describe = preparation._describe
-    monkeypatch.setattr(prepare, "_describe", interrupted)
+    monkeypatch.setattr(preparation, "_describe", interrupted)
     with pytest.raises(Interrupted):
         prepared(manual_dir, tmp_path)
-    monkeypatch.setattr(prepare, "_describe", describe)
+    monkeypatch.setattr(preparation, "_describe", describe)
     monkeypatch.setattr(shards, "_write_one", interrupted)
     assert prepared(manual_dir, tmp_path)[1]
 

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -195,6 +196,22 @@ def test_program_reports_and_names_the_next_command(images, tmp_path):
     )
     assert (info.path / "preview.png").exists()
     assert sum(json.loads((info.path / "summary.json").read_text())["num_examples"].values()) == 6
+
+
+def test_program_notes_what_it_passes_over(images, tmp_path):
+    (images / "class 1" / "photo.heic").touch()
+    done = run("--dataset=folder", f"--manual_dir={images}", "--name=pets", "--resolution=4", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "note: passed over: 1 .heic\n")
+
+
+def test_many_classes_are_counted_and_their_numbering_shown(images, tmp_path):
+    info, _ = preparation.prepare(chosen(images), data_dir=tmp_path / "data")
+    names = tuple(f"c{n}" for n in range(120))
+    counts = {"train": (1,) * 119 + (0,), "test": (0,) * 120}
+    many = dataclasses.replace(info, class_names=names, class_counts=counts)
+    report = preparation.report(many, built=True, data_dir="data")
+    assert "120 classes: 0 is c0, 1 is c1, ..., 119 is c119\n" in report
+    assert "no training image, so never sampled: c119\n" in report and "ILSVRC" not in report
 
 
 def test_inceptions_weights_are_converted(tmp_path):

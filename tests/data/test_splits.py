@@ -35,6 +35,21 @@ def test_a_tenth_is_tested_on():
     assert abs(len(test) / 20_000 - 0.1) < 4 * (0.09 / 20_000) ** 0.5
 
 
+@given(keys, st.floats(0.01, 0.99), st.integers(1, 5))
+def test_each_class_trains_unless_nothing_else_can_test(names, fraction, num_classes):
+    groups = [
+        group
+        for n in range(num_classes)
+        if (group := {name for name in names if len(name) % num_classes == n})
+    ]
+    before = splits.test_keys(names, test_fraction=fraction)
+    test = splits.test_keys(names, test_fraction=fraction, classes=groups)
+    assert 0 < len(test) < len(names)
+    if len(test) > 1:
+        assert test <= before and not any(group <= test for group in groups)
+        assert all(len(group & (before - test)) <= 1 for group in groups)
+
+
 def test_one_example_cannot_be_split():
     with pytest.raises(ValueError, match="1 keys"):
         splits.test_keys({"only"})

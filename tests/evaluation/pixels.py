@@ -2,14 +2,16 @@
 
 import numpy as np
 
+from mcm_jax import records
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 
 
 def network(
     dimensions=(("pool", 48),), *, distance="fd_effnet_lite0", sha256="f00d", input_resolution=96
 ) -> FeatureNetwork:
-    """Its features are the first pixels of an image, over 255, zero where there are no more."""
-    description = {"network": "pixels", "sha256": sha256, "input_resolution": input_resolution}
+    """In place of the network that has this distance: the first pixels of an image, over 255; else zero."""
+    name = {distance: name for name, distance in records.DISTANCES.items()}[distance]
+    description = {"network": name, "sha256": sha256, "input_resolution": input_resolution}
     return FeatureNetwork(None, lambda *_: {}, dict(dimensions), distance, description)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.system import sharding
+from mcm_jax.system.errors import InputError
 
 
 def two_features(params, images):
@@ -52,6 +53,13 @@ def test_features_do_not_depend_on_what_else_is_in_the_batch(extractor):
 def test_no_images_have_no_features(extractor):
     found = extractor(IMAGES[:0])
     assert {name: rows.shape for name, rows in found.items()} == {"pool": (0, 5), "spatial": (0, 1)}
+
+
+def test_features_that_are_not_finite_are_refused():
+    """As damaged weights give them; their distance would be found to be none after all the work."""
+    damaged = dataclasses.replace(NETWORK, params=np.full_like(PARAMS, np.nan))
+    with pytest.raises(InputError, match=r"pool features of .* not finite: its weights are damaged"):
+        Extractor(damaged, batch_per_device=8)(IMAGES)
 
 
 def test_images_of_another_size_are_another_program(extractor):

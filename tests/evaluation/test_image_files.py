@@ -1,4 +1,4 @@
-"""Images of other programs: what is read is what they wrote, and what is none is told beforehand."""
+"""Images of other programs: what is read is what they wrote, and bad input is refused beforehand."""
 
 import io
 
@@ -48,6 +48,24 @@ def test_a_folder_in_the_order_of_its_paths(folder):
     assert found.num == 5 and not found.has_labels
 
 
+def test_what_is_no_image_is_noted(folder):
+    """The listing is that of `prepare`, see tests/data/test_images.py."""
+    for name in (".hidden.png", "list.txt", "photo.heic"):
+        (folder / name).write_text("no image")
+    (folder / ".ipynb_checkpoints").mkdir()
+    png(folder / ".ipynb_checkpoints" / "0.png", IMAGES[0])
+    for n, suffix in enumerate(("gif", "tif", "jfif", "tga")):
+        Image.fromarray(IMAGES[n]).save(folder / f"{n}.{suffix}")
+    found = open_images(folder)
+    assert found.num == len(all_of(found)[0]) == 9
+    assert found.note == "passed over: 2 hidden, 1 .heic, 1 .txt"
+
+
+def test_a_linked_folder_is_read(folder, tmp_path):
+    (folder / "linked").symlink_to(folder / "class 0")
+    assert open_images(folder).num == 8
+
+
 def test_the_hash_is_of_the_content(folder, tmp_path):
     first = open_images(folder).description
     assert open_images(folder).description == first
@@ -94,11 +112,11 @@ def cut_off(path):
         (cut_off, "neither a whole .npz nor a folder"),
         (
             lambda path: np.savez(path.open("wb"), x=IMAGES),
-            "arr_0 must hold uint8 images .*, and holds nothing",
+            "arr_0 must hold uint8 images .*, not nothing",
         ),
         (
             lambda path: np.savez(path.open("wb"), IMAGES / 255),
-            "arr_0 must hold uint8 images .* holds float64",
+            "arr_0 must hold uint8 images .* not float64",
         ),
         (lambda path: np.savez(path.open("wb"), IMAGES, np.arange(4)), "arr_1 must hold 5 labels"),
         (lambda path: np.save(path.open("wb"), IMAGES), "neither a whole .npz nor a folder"),

@@ -187,6 +187,28 @@ def test_a_pickle_in_the_cache_is_damage_and_is_not_run(ask, tmp_path):
     assert ask.loads == 2 and not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cov_pool": lambda cov: -cov},
+        {"cov_pool": lambda cov: cov.astype(complex)},
+        {"mean_pool": lambda mean: mean * np.nan},
+        {"features": lambda rows: rows * np.nan},
+        {"labels": lambda labels: labels[1:]},
+    ],
+)
+def test_numbers_that_are_no_statistics_are_damage(ask, change):
+    """A whole file of such numbers, which would score 0 or nothing."""
+    first = ask()
+    (path,) = ask.directory.glob("*.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    ((name, damage),) = change.items()
+    np.savez(path, **{**arrays, name: damage(arrays[name])})
+    assert_equal(ask(), first)
+    assert ask.loads == 2
+
+
 def test_features_of_large_sets_are_not_kept(ask, monkeypatch):
     monkeypatch.setattr(references, "MAX_KEPT_FEATURES", 29)
     assert ask().features is None

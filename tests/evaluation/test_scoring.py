@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcm_jax import records
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
 from mcm_jax.system.errors import InputError
 from tests.evaluation.pixels import PixelExtractor, network
+from tests.reporting import made_up
 
 SIDE = 4
 
@@ -25,6 +28,7 @@ SIDE = 4
 class FakeDataset:
     dataset: str = "openmoji"
     resolution: int = SIDE
+    class_names: tuple[str, ...] = ("even", "odd")
     fingerprints: dict = dataclasses.field(default_factory=lambda: {"train": "abc", "test": "def"})
     preprocessing: str = "none"
     num_examples: dict = dataclasses.field(default_factory=lambda: {"train": 60, "test": 12})
@@ -60,27 +64,29 @@ class FakeRun:
         noise_grid=None,
         x_var=None,
         guidance=None,
+        rounding=None,
     ):
-        self.asked.append(("sample", self.low, num, seed, steps, sampler, noise_grid, x_var, guidance, first))
+        how = (steps, sampler, noise_grid, x_var, guidance, rounding)
+        self.asked.append(("sample", self.low, num, seed, *how, first))
         images = [
             np.random.default_rng([seed, first + n]).integers(self.low, 256, (SIDE, SIDE, 3))
             for n in range(num)
         ]
         return np.array(images, np.uint8), np.zeros(num, np.int32)
 
-    def sampling_record(self, steps, sampler, noise_grid, x_var, guidance):
-        return {
-            "steps": steps or 4,
-            "sampler": sampler or "ddim",
-            "noise_grid": noise_grid or "schedule",
-            "x_var": x_var,
-            "x_var_eta": 0.75 if x_var == "measured" else None,
-            "x_var_images": 1024 if x_var == "measured" else None,
-            "guidance": guidance or 0.0,
-            "clip": "last",
-            "label_rule": self.label_rule,
-            "network_calls": steps or 4,
-        }
+    def sampling(self, steps, sampler, noise_grid, x_var, guidance, rounding):
+        measured = x_var == "measured"
+        return records.Sampling(
+            steps=steps or 4,
+            sampler=sampler or "ddim",
+            noise_grid=noise_grid or "schedule",
+            x_var=x_var,
+            x_var_eta=0.75 if measured else None,
+            x_var_images=1024 if measured else None,
+            guidance=guidance or 0.0,
+            rounding=rounding,
+            network_calls=steps or 4,
+        )
 
     def untrained(self):
         run = FakeRun(self.workdir, asked=self.asked)
@@ -134,13 +140,15 @@ def options(tmp_path, workdirs) -> scoring.Options:
     return scoring.Options(workdirs=workdirs[:1], num=40, cache_dir=tmp_path / "cache", untrained_num=16)
 
 
-def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "evaluation" / "results.jsonl").read_text().splitlines()]
+def lines(workdir: Path) -> list[records.Result]:
+    text = (workdir / "evaluation" / "results.jsonl").read_text()
+    return [records.Result.from_json(json.loads(line)) for line in text.splitlines()]
 
 
 def test_the_record_says_everything_that_the_number_depends_on(options, workdirs):
-    (record,) = scoring.evaluate(options, Loader())
-    assert lines(workdirs[0]) == [record]
+    (result,) = scoring.evaluate(options, Loader())
+    assert lines(workdirs[0]) == [result]
+    record = result.to_json()
     expected = {
         "workdir": "teacher",
         "objective": "cd",
@@ -161,6 +169,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "x_var_eta": None,
         "x_var_images": None,
         "clip": "last",
+        "rounding": "nearest",
         "network_calls": 4,
         "num_samples": 40,
         "rank_deficient": True,
@@ -206,14 +215,14 @@ def inception(options, monkeypatch) -> scoring.Options:
 
 def test_inceptions_features_give_fid_by_name(inception):
     (record,) = scoring.evaluate(inception, Loader())
-    assert list(record["metrics"]) == ["fid_40", "fid_12", "sfid_40", "inception_score_40"]
-    assert set(record["bounds"]) == {
+    assert list(record.metrics) == ["fid_40", "fid_12", "sfid_40", "inception_score_40"]
+    assert set(record.bounds) == {
         "mean_image_fid",
         "test_images_fid_12",
         "test_images_nearest_neighbour_distance",
         "untrained_network_fid_16",
     }
-    assert record["features"] == INCEPTION.description
+    assert record.features.to_json() == INCEPTION.description
 
 
 def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_path, capsys):
@@ -223,14 +232,14 @@ def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_pa
     chosen = dataclasses.replace(inception, reference=path)
     (record,) = scoring.evaluate(chosen, load)
     # The file has no moments of spatial features.
-    assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["bounds"] == {}
-    assert record["reference"] == {
-        "file": "reference.npz",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "count": None,
-    }
+    printed = capsys.readouterr().out
+    assert "note: sfid is left out: the reference has no moments of spatial features" in printed
+    assert list(record.metrics) == ["fid_40", "inception_score_40"] and record.bounds == {}
+    assert record.reference == records.Reference(
+        file="reference.npz", sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     assert [call[0] for call in load.runs[0].asked] == ["sample"]
-    assert "Frechet distance to reference.npz, lower is better" in capsys.readouterr().out
+    assert "Frechet distance to reference.npz, lower is better" in printed
 
 
 def test_without_weights_it_says_where_to_get_them(options, tmp_path):
@@ -241,9 +250,20 @@ def test_without_weights_it_says_where_to_get_them(options, tmp_path):
     assert not load.calls
 
 
+def test_missing_metadata_of_the_package_lose_no_result(options, workdirs, monkeypatch):
+    """As where the code lies on PYTHONPATH and is not installed."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    (record,) = scoring.evaluate(options, Loader())
+    assert lines(workdirs[0]) == [record] and record.versions["mcm_jax"] == "unknown"
+
+
 def test_the_grid_shows_the_first_samples(options, workdirs):
     (record,) = scoring.evaluate(options, Loader())
-    grid = np.asarray(Image.open(workdirs[0] / record["grid"]))
+    grid = np.asarray(Image.open(workdirs[0] / record.grid))
     samples, _ = FakeRun("").sample(40)
     scale, pitch = 12, 12 * (SIDE + 1)
     for index in (0, 9, 39):
@@ -263,6 +283,7 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
         noise_grid="karras",
         x_var="measured",
         guidance=(0.5,),
+        rounding="floor",
         checkpoint_step=(200,),
         data_dir="/data",
         untrained_num=0,
@@ -271,24 +292,24 @@ def test_flags_reach_the_sampler_in_blocks_that_make_one_stream(options, workdir
     assert load.calls == [("teacher", "ema", 200, "/data")]
     samples = [call for call in load.runs[0].asked if call[0] == "sample"]
     expected = [
-        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, first)
+        ("sample", 0, num, 5, 8, "addim", "karras", "measured", 0.5, "floor", first)
         for num, first in ((16, 0), (16, 16), (8, 32))
     ]
     assert samples == expected
     monkeypatch.setattr(evaluator, "_BLOCK", 1000)
     (whole,) = scoring.evaluate(dataclasses.replace(changed, again=True), Loader())
-    assert parts["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
-    assert "untrained_network_fd_effnet_lite0_16" not in whole["bounds"]
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
+    assert "untrained_network_fd_effnet_lite0_16" not in whole.bounds
 
 
 def test_every_workdir_with_both_kinds_of_parameters(options, workdirs):
     load = Loader()
-    records = scoring.evaluate(dataclasses.replace(options, workdirs=workdirs, parameters="both"), load)
+    results = scoring.evaluate(dataclasses.replace(options, workdirs=workdirs, parameters="both"), load)
     expected = [(workdir.name, kind) for workdir in workdirs for kind in ("ema", "raw")]
-    assert [(record["workdir"], record["parameters"]) for record in records] == expected
-    assert [lines(workdir) for workdir in workdirs] == [records[:2], records[2:]]
-    assert records[0]["metrics"] != records[1]["metrics"]
-    assert len({record["reference"]["sha256"] for record in records}) == 1
+    assert [(record.workdir, record.parameters) for record in results] == expected
+    assert [lines(workdir) for workdir in workdirs] == [results[:2], results[2:]]
+    assert results[0].metrics != results[1].metrics
+    assert len({record.reference.sha256 for record in results}) == 1
     grids = {(workdir.name, path.name) for workdir in workdirs for path in workdir.glob("evaluation/*.png")}
     assert len(grids) == 4
     # Every run is tried before the first is sampled, and loaded again for its turn.
@@ -301,7 +322,16 @@ def test_the_second_evaluation_computes_only_its_samples(options):
     scoring.evaluate(options, Loader())
     load = Loader()
     scoring.evaluate(dataclasses.replace(options, again=True), load)
-    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, 0)]
+    assert load.runs[0].asked == [("sample", 0, 40, 0, None, None, None, None, None, "nearest", 0)]
+
+
+def test_results_from_before_they_named_their_rounding_still_count(options, workdirs):
+    (result,) = scoring.evaluate(options, Loader())
+    content = result.to_json()
+    del content["rounding"]
+    (workdirs[0] / "evaluation" / "results.jsonl").write_text(json.dumps(content))
+    load = Loader()
+    assert scoring.evaluate(options, load) == [result] and load.runs[0].asked == []
 
 
 def test_results_are_added_and_never_lost(options, workdirs):
@@ -318,7 +348,7 @@ def test_results_are_added_and_never_lost(options, workdirs):
 def test_the_table_names_each_number(options, capsys):
     (record,) = scoring.evaluate(options, Loader())
     printed = capsys.readouterr().out
-    for name, value in (record["metrics"] | record["bounds"]).items():
+    for name, value in (record.metrics | record.bounds).items():
         (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
         assert f"{value:.3f}" in line and len(line.split()) > 4
 
@@ -332,11 +362,20 @@ def test_the_table_names_each_number(options, capsys):
         ({"steps": (4, 0)}, "--steps=0"),
         ({"sampler": "euler"}, "--sampler=euler.*ddim, addim"),
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
+        ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
-        ({"guidance": (-1.0,)}, "--guidance=-1.0: 0 is none"),
+        ({"guidance": (-1.0,)}, "--guidance=-1.0: it must be a number from 0"),
+        ({"guidance": (float("inf"),)}, "--guidance=inf: it must be a number from 0"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
-        ({"features": "vgg"}, "--features=vgg: it is one of efficientnet, inception"),
+        ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception"),
+        ({"metrics": ()}, "--metrics is empty: name some of frechet"),
+        ({"inception": Path("x")}, "--inception applies only to --features=inception"),
+        ({"allow_singular": True}, "--allow_singular applies only to --features=inception"),
+        (
+            {"features": "inception", "input_resolution": 128},
+            "--input_resolution applies only to --features=efficientnet",
+        ),
         ({"metrics": ("kid",)}, "--metrics=kid is defined on Inception's features only"),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
     ],
@@ -387,7 +426,7 @@ def test_without_a_test_split_its_numbers_are_left_out(options):
             return run
 
     (record,) = scoring.evaluate(options, NoTest())
-    assert set(record["bounds"]) == {"mean_image_fd_effnet_lite0", "untrained_network_fd_effnet_lite0_16"}
+    assert set(record.bounds) == {"mean_image_fd_effnet_lite0", "untrained_network_fd_effnet_lite0_16"}
 
 
 @pytest.mark.parametrize(
@@ -403,11 +442,15 @@ def test_the_program_exits_with_2_on_bad_flags(arguments, message):
 
 
 def test_files_tell_unusual_samplers_apart():
-    usual = {"sampler": "ddim", "steps": 4, "noise_grid": "schedule", "x_var": None, "guidance": 0.0}
-    usual |= {"checkpoint_step": 300, "parameters": "ema", "seed": 1}
-    unusual = usual | {"sampler": "addim", "noise_grid": "karras", "x_var": "measured", "guidance": 0.5}
+    changes = {"sampler": "addim", "noise_grid": "karras", "guidance": 0.5}
+    changes |= {"x_var": "measured", "x_var_eta": 0.75, "x_var_images": 1024}
+    usual, unusual, floor = (
+        records.Measurement.from_json(made_up.record(checkpoint_step=300, seed=1, **each))
+        for each in ({}, changes, {"rounding": "floor"})
+    )
     assert evaluator.grid_name(usual) == "samples_step300_ema_ddim4_seed1.png"
     assert evaluator.grid_name(unusual) == "samples_step300_ema_addim4_karras_measured_g0.5_seed1.png"
+    assert evaluator.grid_name(floor) == "samples_step300_ema_ddim4_floor_seed1.png"
 
 
 def test_every_combination_in_one_command(options, workdirs):
@@ -420,8 +463,8 @@ def test_every_combination_in_one_command(options, workdirs):
         checkpoint_step=(100, 200),
         untrained_num=0,
     )
-    records = scoring.evaluate(several, load)
-    found = [(one["workdir"], one["steps"], one["guidance"]) for one in records]
+    results = scoring.evaluate(several, load)
+    found = [(one.workdir, one.sampling.steps, one.sampling.guidance) for one in results]
     expected = [
         (name.name, steps, g) for name in workdirs for _ in (100, 200) for steps in (1, 2) for g in (0.0, 0.5)
     ]
@@ -437,7 +480,7 @@ def test_an_interrupted_command_goes_on_where_it_was(options, workdirs):
     path.write_text(path.read_text()[:-30])
     load = Loader()
     again = scoring.evaluate(several, load)
-    assert again[0] == first and again[1]["metrics"] == second["metrics"]
+    assert again[0] == first and again[1].metrics == second.metrics
     assert [call[4] for call in load.runs[0].asked if call[0] == "sample"] == [2]
     load = Loader()
     assert scoring.evaluate(several, load) == again and load.runs[0].asked == []
@@ -481,13 +524,14 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, int
     """To the same numbers to the last bit, of every metric, and the same grid."""
     options = dataclasses.replace(inception, metrics=tuple(protocol.METRICS), untrained_num=0)
     (expected,) = scoring.evaluate(options, Loader())
-    grid = (workdirs[0] / expected["grid"]).read_bytes()
+    grid = (workdirs[0] / expected.grid).read_bytes()
     (workdirs[0] / "evaluation/results.jsonl").unlink()
     asked = interrupt(options)
     (found,) = scoring.evaluate(options, Loader())
-    assert asked == [20, 30] and "going on after the 20 samples" in capsys.readouterr().out
-    assert found["metrics"] == expected["metrics"] and len(found["metrics"]) >= 8
-    assert (workdirs[0] / found["grid"]).read_bytes() == grid
+    assert asked == [20, 30]
+    assert "continuing an interrupted evaluation after 20 samples" in capsys.readouterr().out
+    assert found.metrics == expected.metrics and len(found.metrics) >= 8
+    assert (workdirs[0] / found.grid).read_bytes() == grid
     assert not list((workdirs[0] / "evaluation").glob("unfinished*"))
 
 
@@ -520,7 +564,7 @@ def test_a_disk_that_has_no_room_for_what_is_kept(options, stop_at, monkeypatch,
     monkeypatch.setattr(unfinished, "write_whole", full)
     stop_at(None)
     (record,) = scoring.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
-    assert record["metrics"] and "an interruption will begin anew" in capsys.readouterr().err
+    assert record.metrics and "an interruption will begin anew" in capsys.readouterr().err
 
 
 def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrupt, capsys):
@@ -535,8 +579,8 @@ def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrup
 @pytest.mark.parametrize(
     "change",
     [
-        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"parameters": "raw"}),
-        *({"metrics": ("frechet",)}, {"input_resolution": 48}),
+        *({"num": 41}, {"seed": 1}, {"steps": (3,)}, {"guidance": (0.5,)}, {"rounding": "floor"}),
+        *({"metrics": ("frechet",)}, {"parameters": "raw"}, {"input_resolution": 48}),
     ],
 )
 def test_other_inputs_are_another_result(options, change):
@@ -574,7 +618,7 @@ def test_a_metric_that_the_reference_cannot_give_is_told_before_sampling(incepti
             scoring.evaluate(dataclasses.replace(chosen, metrics=("frechet", metric)), load)
         assert load.runs[0].asked == []
     (record,) = scoring.evaluate(chosen, Loader())
-    assert list(record["metrics"]) == ["fid_40", "inception_score_40"]
+    assert list(record.metrics) == ["fid_40", "inception_score_40"]
 
 
 @pytest.mark.parametrize("flag", ["--steps=1,x", "--guidance=a", "--checkpoint_step=1.5"])
@@ -611,47 +655,129 @@ def test_images_of_another_program_against_a_published_file(inception, tmp_path,
         results=tmp_path / "results.jsonl",
     )
     record = scoring.evaluate_images(chosen)
-    assert json.loads((tmp_path / "results.jsonl").read_text()) == record
-    assert list(record["metrics"]) == ["fid_40", "inception_score_40"] and record["images"] == "samples.npz"
-    assert record["reference"]["file"] == "reference.npz" and record["num_samples"] == 40
+    assert record.image_size == (SIDE, SIDE) and record.rounding is None
+    assert records.ImagesResult.from_json(json.loads((tmp_path / "results.jsonl").read_text())) == record
+    assert list(record.metrics) == ["fid_40", "inception_score_40"] and record.images == "samples.npz"
+    assert record.reference.file == "reference.npz" and record.num_samples == 40
     printed = capsys.readouterr().out
-    assert printed.startswith("samples.npz\n") and "Frechet distance to reference.npz" in printed
+    assert "\nsamples.npz\n  fid_40" in printed and "Frechet distance to reference.npz" in printed
 
 
-def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_data):
-    """The data set's own images are at distance zero from it."""
-    from mcm_jax.data import layout, pipeline
+@pytest.fixture(scope="module")
+def tiny_reference(tiny_data) -> Path:
+    from mcm_jax.data import layout
+
+    return layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
+
+
+@pytest.fixture(scope="module")
+def tiny_images(tiny_data):
+    """(images, labels) of that data set."""
+    from mcm_jax.data import pipeline
 
     source = pipeline.open_split(data_dir=tiny_data, dataset="folder/tiny", resolution=8, split="train")
-    images, labels = pipeline.load_arrays(source)
+    return pipeline.load_arrays(source)
+
+
+def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_reference, tiny_images, capsys):
+    """The data set's own images are at distance zero from it."""
+    images, labels = tiny_images
     np.savez(tmp_path / "samples.npz", images, labels)
-    directory = layout.dataset_dir(tiny_data, dataset="folder/tiny", resolution=8)
     chosen = of_images(
         inception,
         tmp_path / "samples.npz",
-        reference=directory,
+        reference=tiny_reference,
         metrics=tuple(protocol.METRICS),
     )
     record = scoring.evaluate_images(chosen)
-    metrics = {name.rsplit("_", 1)[0]: value for name, value in record["metrics"].items()}
+    metrics = {name.rsplit("_", 1)[0]: value for name, value in record.metrics.items()}
     assert metrics["fid"] == pytest.approx(0, abs=1e-6) and metrics["sfid"] == pytest.approx(0, abs=1e-6)
     assert metrics["class_fid"] == pytest.approx(0, abs=1e-6)
     assert (metrics["precision"], metrics["recall"]) == (1.0, 1.0)
-    assert record["reference"]["split"] == "train" and record["reference"]["count"] == len(images)
+    assert record.reference.split == "train" and record.reference.count == len(images)
+    assert "note: class" not in capsys.readouterr().out
+
+
+def test_images_against_images(inception, tmp_path, tiny_images):
+    """A reference of images alone, with labels: its moments are computed here."""
+    images, labels = tiny_images
+    np.savez(tmp_path / "reference.npz", images, labels)
+    np.savez(tmp_path / "samples.npz", images[::-1], labels[::-1])
+    chosen = of_images(
+        inception,
+        tmp_path / "samples.npz",
+        reference=tmp_path / "reference.npz",
+        metrics=("frechet", "class_fid"),
+    )
+    record = scoring.evaluate_images(chosen)
+    assert list(record.metrics.values()) == pytest.approx([0, 0], abs=1e-6)
+    assert record.reference.file == "reference.npz" and record.reference.count == len(images)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"reference": None}, "needs --reference=FILE of statistics, or DIR of a prepared data set"),
+        (
+            lambda images, labels: (images.repeat(2, 1).repeat(2, 2), labels),
+            "images of 16x16 pixels and --ref",
+        ),
+        (
+            lambda images, labels: (images[:, :4, :4], labels),
+            "images of 4x4 pixels and --reference images of 8",
+        ),
+        (lambda images, labels: (images.repeat(2, 2), labels), "images of 16x8 pixels"),
+        (lambda images, labels: (images // 128, labels), "bytes of 0 and 1 only"),
+        (
+            lambda images, labels: (images, labels + 1),
+            "an image of class 2, and --reference has classes 0 to 1",
+        ),
+        (lambda images, labels: (images, labels + 100), "an image of class 10[01], and"),
+    ],
+)
+def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path, tiny_reference, tiny_images):
+    """Each was scored, or its class_fid left out, without a word."""
+    np.savez(tmp_path / "samples.npz", *change(*tiny_images))
+    metrics = ("frechet", "class_fid")
+    with pytest.raises(InputError, match=said) as error:
+        scoring.evaluate_images(
+            of_images(inception, tmp_path / "samples.npz", reference=tiny_reference, metrics=metrics)
+        )
+    assert "\n" not in str(error.value) and not list(inception.cache_dir.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "class_names", "said"),
+    [
+        (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels and --reference images of 8x8 pixels"),
+        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher and 'even' for --reference"),
+    ],
+)
+def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, inception, tiny_reference):
+    load = Loader()
+
+    def other(*arguments, **how):
+        run = load(*arguments, **how)
+        run.dataset = dataclasses.replace(run.dataset, resolution=resolution, class_names=class_names)
+        return run
+
+    chosen = dataclasses.replace(inception, reference=tiny_reference, metrics=("frechet", "class_fid"))
+    with pytest.raises(InputError, match=said):
+        scoring.evaluate(chosen, other)
+    assert load.runs[0].asked == [] and not list(inception.cache_dir.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": None}, "needs a reference: add --reference=FILE with statistics, or DIR"),
         ({"reference": Path("DIR")}, "is no prepared data set"),
-        ({"metrics": ("class_fid",)}, "class_fid: the reference has no single images"),
-        ({"steps": (1,)}, "--steps is of sampling, and --images are there already: leave it out"),
-        ({"seed": 1}, "--seed is of sampling"),
-        ({"num": 7}, "--num is of sampling"),
+        ({"metrics": ("class_fid",)}, "class_fid: the reference has no features of single images"),
+        ({"steps": (1,)}, "--steps applies only when runs are sampled; remove it when using --images"),
+        ({"seed": 1}, "--seed applies only when"),
+        ({"num": 7}, "--num applies only when"),
         (
             {"images": Path("BARE"), "metrics": ("kid",)},
-            "--metrics=kid needs 2 images or more, there are 1",
+            "--metrics=kid needs at least 2 images, and there are 1",
         ),
         ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
         ({"images": Path("/no/where")}, "there is no such file or folder"),
@@ -676,4 +802,4 @@ def test_runs_or_images(flags):
     done = subprocess.run(
         [sys.executable, "-m", "mcm_jax.evaluate", *flags], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 2 and "give --workdir=DIR of a run or --images=PATH, one of them" in done.stderr
+    assert done.returncode == 2 and "give either --workdir=DIR of a run or --images=PATH" in done.stderr

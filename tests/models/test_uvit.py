@@ -10,20 +10,24 @@ from flax import nnx
 from mcm_jax.models import attention, embeddings, uvit
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
-from mcm_jax.models.uvit import Stage, UViTSpec
+from mcm_jax.models.uvit import UViTSettings
 
-SPEC = UViTSpec(
-    resolution=8,
-    channels=3,
-    num_classes=5,
-    stages=(Stage("resnet", 8, 1, 0.0), Stage("transformer", 16, 1, 0.0), Stage("transformer", 16, 3, 0.5)),
+UVIT = UViTSettings(
+    kinds=("resnet", "transformer", "transformer"),
+    widths=(8, 16, 16),
+    blocks=(1, 1, 3),
+    dropouts=(0.0, 0.0, 0.5),
     embedding_width=16,
     head_width=8,
     mlp_factor=2,
-    resnet_norm="layer",
-    noise_scale="arctan",
-    dtype="float32",
+    saved=(),
 )
+
+
+def network_of(settings=UVIT, **placement):
+    return Network(settings, (8, 8, 3), num_classes=5, **placement)
+
+
 Z = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 LOGSNR = jnp.array([-4.0, 0.0, 2.0, 9.0])
 LABEL = jnp.array([0, 1, 4, 5])
@@ -32,7 +36,7 @@ LABEL = jnp.array([0, 1, 4, 5])
 @pytest.fixture(scope="module")
 def params():
     """Away from the initial zeros, so that every part of the network matters."""
-    fresh = jax.jit(Network(SPEC).init)(jax.random.key(1))
+    fresh = jax.jit(network_of().init)(jax.random.key(1))
     leaves, tree = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
@@ -41,20 +45,20 @@ def params():
 
 @pytest.fixture(scope="module")
 def apply():
-    return jax.jit(Network(SPEC).apply)
+    return jax.jit(network_of().apply)
 
 
 def test_a_fresh_network_predicts_nothing():
     """The last convolution starts at zero: v_hat = 0, so x_hat = alpha_t z_t."""
-    fresh = Network(SPEC).init(jax.random.key(1))
-    np.testing.assert_array_equal(Network(SPEC).apply(fresh, Z, LOGSNR, LABEL, None), 0)
+    fresh = network_of().init(jax.random.key(1))
+    np.testing.assert_array_equal(network_of().apply(fresh, Z, LOGSNR, LABEL, None), 0)
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_the_scale_of_a_stage_matters_only_where_nothing_normalises_it(norm):
     """Both norms undo a scaling of all of their inputs, up to the 1e-6 beside the variance."""
-    spec = dataclasses.replace(SPEC, resnet_norm=norm)
-    network = Network(spec)
+    settings = dataclasses.replace(UVIT, resnet_norm=norm)
+    network = network_of(settings)
     fresh = jax.jit(network.init)(jax.random.key(1))
     leaves, tree = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(2), len(leaves))
@@ -72,7 +76,7 @@ def test_the_scale_of_a_stage_matters_only_where_nothing_normalises_it(norm):
 
 def test_parameters_are_float32():
     for dtype in ("float32", "bfloat16"):
-        network = Network(dataclasses.replace(SPEC, dtype=dtype))
+        network = network_of(dataclasses.replace(UVIT, dtype=dtype))
         leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
@@ -90,7 +94,7 @@ def test_everything_it_is_told_matters(params, apply):
 
 def test_every_parameter_has_a_gradient(params):
     def loss(p):
-        v = Network(SPEC).apply(p, Z, LOGSNR, LABEL, None)
+        v = network_of().apply(p, Z, LOGSNR, LABEL, None)
         return jnp.sum(v * jnp.sin(jnp.arange(v.size).reshape(v.shape)))
 
     gradient = jax.jit(jax.grad(loss))(params)
@@ -115,7 +119,7 @@ def test_dropout_is_a_function_of_its_key(params, apply):
 
 def test_scanned_blocks_differ(params, apply):
     """Each layer of a scanned stage has parameters, and dropout, of its own."""
-    fresh = Network(SPEC).init(jax.random.key(1))
+    fresh = network_of().init(jax.random.key(1))
     kernel = fresh["middle"]["blocks"]["mlp_in"]["kernel"]
     assert kernel.shape == (3, 16, 32)
     assert not np.allclose(kernel[0], kernel[1])
@@ -125,16 +129,16 @@ def test_scanned_blocks_differ(params, apply):
     assert not np.allclose(v, w)
 
 
-def value_and_grad(spec, params):
+def value_and_grad(settings, params):
     def loss(p):
-        return jnp.mean(Network(spec).apply(p, Z, LOGSNR, LABEL, jax.random.key(0)) ** 2)
+        return jnp.mean(network_of(settings).apply(p, Z, LOGSNR, LABEL, jax.random.key(0)) ** 2)
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.fixture(scope="module")
 def plain(params):
-    return value_and_grad(SPEC, params)
+    return value_and_grad(UVIT, params)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def plain(params):
 )
 def test_how_the_gradient_is_computed_changes_nothing(changed, params, plain):
     """Dropout's draws included; the same operations in another order, so that only rounding differs."""
-    value, gradient = value_and_grad(dataclasses.replace(SPEC, **changed), params)
+    value, gradient = value_and_grad(dataclasses.replace(UVIT, **changed), params)
     np.testing.assert_allclose(value, plain[0], rtol=1e-5)
     # The gradient of the keys' bias is zero, and what there is of it rounding: a scale for all leaves.
     scale = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(plain[1]))
@@ -164,8 +168,8 @@ def test_recomputing_keeps_fewer_values(params):
     """
 
     def kept(remat, *saved):
-        spec = dataclasses.replace(SPEC, remat=remat, saved=saved)
-        apply = lambda p: Network(spec).apply(p, Z, LOGSNR, LABEL, None)  # noqa: E731
+        settings = dataclasses.replace(UVIT, remat=remat, saved=saved)
+        apply = lambda p: network_of(settings).apply(p, Z, LOGSNR, LABEL, None)  # noqa: E731
         _, pullback = jax.eval_shape(lambda p: jax.vjp(apply, p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
@@ -174,7 +178,7 @@ def test_recomputing_keeps_fewer_values(params):
     resnets, transformers = 2 * 8 * 8 * 8, 2 * 4 * 4 * 16 + 3 * 2 * 2 * 16
     sizes = {
         "conv_1": resnets,
-        "mlp_in": SPEC.mlp_factor * transformers,
+        "mlp_in": UVIT.mlp_factor * transformers,
         "qkv": 3 * transformers,
         "attention": transformers,
     }
@@ -184,7 +188,7 @@ def test_recomputing_keeps_fewer_values(params):
 
 
 def test_bfloat16_is_near_float32_and_returns_float32(params, apply):
-    low = jax.jit(Network(dataclasses.replace(SPEC, dtype="bfloat16")).apply)
+    low = jax.jit(network_of(dataclasses.replace(UVIT, dtype="bfloat16")).apply)
     v, v_low = apply(params, Z, LOGSNR, LABEL, None), low(params, Z, LOGSNR, LABEL, None)
     assert v_low.dtype == jnp.float32
     # bfloat16 has 8 bits: 0.4% a product, averaged over a dozen layers.
@@ -223,7 +227,7 @@ def test_up_doubles_every_pixel_exactly(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounded_weights_give_the_same(dtype, params):
     """Those of layers that multiply in bfloat16 are halved, all others untouched."""
-    network = Network(dataclasses.replace(SPEC, dtype=dtype))
+    network = network_of(dataclasses.replace(UVIT, dtype=dtype))
     rounded = network.rounded(params)
     value, expected = (network.apply(p, Z, LOGSNR, LABEL, None) for p in (rounded, params))
     np.testing.assert_array_equal(value, expected)
@@ -249,9 +253,9 @@ def test_a_placement_sees_every_block_and_its_attention(params):
         seen["attention"] += 1
         return attention.einsum(q, k, v)
 
-    placed = dataclasses.replace(SPEC, placement=Placement(constrain, attend))
-    value = Network(placed).apply(params, Z, LOGSNR, LABEL, None)
-    np.testing.assert_allclose(value, Network(SPEC).apply(params, Z, LOGSNR, LABEL, None), atol=1e-5)
+    placed = network_of(placement=Placement(constrain, attend))
+    value = placed.apply(params, Z, LOGSNR, LABEL, None)
+    np.testing.assert_allclose(value, network_of().apply(params, Z, LOGSNR, LABEL, None), atol=1e-5)
     # Of each of the five stages' blocks (a scan traces its body once), of the three position embeddings, and
     # of the embedding, the input and both ways up and down.
     assert seen == {"map": 5 + 3 + 6, "attention": 3}

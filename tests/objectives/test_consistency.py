@@ -10,6 +10,8 @@ import pytest
 
 from mcm_jax.diffusion import process, schedules, segments, steps
 from mcm_jax.objectives import consistency
+from mcm_jax.objectives.consistency import Consistency
+from mcm_jax.objectives.objective import Networks
 from tests import reference
 
 SCHEDULE = schedules.cosine()
@@ -46,10 +48,21 @@ def quadratic_slope(function, theta):
     return (function(theta + 1) - function(theta - 1)) / 2
 
 
-def loss(theta, *, teacher=None, key=KEY, x=X, **options):
-    options = {"student_steps": 4, "teacher_steps": jnp.float32(64), **options}
-    options = {"schedule": SCHEDULE, **options}
-    return consistency.consistency_loss(linear_model(theta), teacher, x, COND, key, **options)
+def networks(student, teacher=None, target=None, *, schedule=SCHEDULE, null_class=-1):
+    return Networks(student=student, teacher=teacher, target=target, schedule=schedule, null_class=null_class)
+
+
+def constant_grid(teacher_steps=64, *, student_steps=4, **settings):
+    """Consistency with the same N_teacher in every update."""
+    first = last = float(teacher_steps)
+    return Consistency(
+        student_steps=student_steps, teacher_steps_first=first, teacher_steps_last=last, **settings
+    )
+
+
+def loss(theta, *, teacher=None, key=KEY, x=X, null_class=-1, **settings):
+    functions = networks(linear_model(theta), teacher, null_class=null_class)
+    return constant_grid(**settings)(functions, x, COND, key, jnp.int32(0))
 
 
 @hypothesis.given(
@@ -115,7 +128,7 @@ def test_one_step_segments_are_diffusion_training(weight):
     actual = functools.partial(
         loss,
         student_steps=student_steps,
-        teacher_steps=jnp.float32(1),
+        teacher_steps=1,
         loss_weight=weight,
         huber_epsilon=epsilon,
     )
@@ -135,22 +148,12 @@ def test_the_gradient_flows_through_f_at_t_alone():
         frozen.append(v)
         return v
 
-    consistency.consistency_loss(
-        spy, None, X, COND, KEY, schedule=SCHEDULE, student_steps=4, teacher_steps=jnp.float32(64)
-    )
+    constant_grid()(networks(spy), X, COND, KEY, jnp.int32(0))
 
     def with_constant_target(p):
         calls = iter([lambda *_: frozen[0], linear_model(p)])
-        return consistency.consistency_loss(
-            lambda *arguments: next(calls)(*arguments),
-            None,
-            X,
-            COND,
-            KEY,
-            schedule=SCHEDULE,
-            student_steps=4,
-            teacher_steps=jnp.float32(64),
-        ).mean()
+        student = networks(lambda *arguments: next(calls)(*arguments))
+        return constant_grid()(student, X, COND, KEY, jnp.int32(0)).mean()
 
     expected = jax.grad(with_constant_target)(theta)
     assert expected != 0
@@ -165,17 +168,8 @@ def test_network_evaluations(teacher, guidance, calls):
         count.append(key)
         return linear_model(0.1)(z_t, logsnr_t, cond, key)
 
-    consistency.consistency_loss(
-        model_fn,
-        model_fn if teacher else None,
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=4,
-        teacher_steps=jnp.float32(64),
-        teacher_guidance=guidance,
-    )
+    functions = networks(model_fn, model_fn if teacher else None)
+    constant_grid(teacher_guidance=guidance)(functions, X, COND, KEY, jnp.int32(0))
     assert len(count) == calls
     # Both of the student's calls share the dropout's randomness, which is its own; the teacher has none.
     dropout = key_numbers(jax.random.split(KEY, 3)[2])
@@ -193,34 +187,21 @@ def test_the_target_network_is_what_speaks_at_s():
 
         return model_fn
 
-    options = {"schedule": SCHEDULE, "student_steps": 2, "teacher_steps": jnp.float32(16)}
-    separate = consistency.consistency_loss(
-        spy("student", 0.3), None, X, COND, KEY, target_fn=spy("target", 0.3), **options
-    )
-    np.testing.assert_array_equal(separate, loss(0.3, **options))
+    objective = constant_grid(16, student_steps=2)
+    separate = objective(networks(spy("student", 0.3), target=spy("target", 0.3)), X, COND, KEY, jnp.int32(0))
+    np.testing.assert_array_equal(separate, loss(0.3, teacher_steps=16, student_steps=2))
     (at_t, key_t), (at_s, key_s) = seen["student"][0], seen["target"][0]
     assert len(seen["student"]) == len(seen["target"]) == 1
     assert np.all(np.asarray(at_s) > np.asarray(at_t))
     np.testing.assert_array_equal(jax.random.key_data(key_t), jax.random.key_data(key_s))
-    other = consistency.consistency_loss(
-        linear_model(0.3), None, X, COND, KEY, target_fn=linear_model(0.1), **options
-    )
+    other = objective(networks(linear_model(0.3), target=linear_model(0.1)), X, COND, KEY, jnp.int32(0))
     assert not np.allclose(other, separate)
 
 
 def test_no_gradient_through_a_target_network_or_teacher():
     def total(theta):
-        return consistency.consistency_loss(
-            linear_model(0.3),
-            linear_model(0.2),
-            X,
-            COND,
-            KEY,
-            target_fn=linear_model(theta),
-            schedule=SCHEDULE,
-            student_steps=2,
-            teacher_steps=jnp.float32(16),
-        ).sum()
+        functions = networks(linear_model(0.3), linear_model(0.2), linear_model(theta))
+        return constant_grid(16, student_steps=2)(functions, X, COND, KEY, jnp.int32(0)).sum()
 
     assert jax.grad(total)(0.1) == 0
 
@@ -324,9 +305,10 @@ def test_the_defaults():
         teacher_step="addim",
         xvar_frac=0.75,
         teacher_guidance=0.0,
-        distance_kind="huber",
+        distance="huber",
         huber_epsilon=1e-4,
-        reduction="mean",
+        huber_reduction="mean",
+        target_network="student",
         loss_weight="sqrt_snr_plus_one",
     )
     np.testing.assert_array_equal(loss(0.3, teacher=teacher), explicit)

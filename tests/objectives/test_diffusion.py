@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from mcm_jax.diffusion import process, schedules
-from mcm_jax.objectives.diffusion import diffusion_loss, multiscale_mean_square
-from tests.objectives.test_consistency import COND, KEY, SHAPE, X, linear_model, perfect, quadratic_slope
+from mcm_jax.objectives.diffusion import Diffusion, multiscale_mean_square
+from tests.objectives.test_consistency import (
+    COND,
+    KEY,
+    SHAPE,
+    X,
+    linear_model,
+    networks,
+    perfect,
+    quadratic_slope,
+)
 
 SCHEDULE = schedules.cosine()
 
 
-def loss(model_fn, x=X, cond=COND, **options):
-    return diffusion_loss(model_fn, x, cond, KEY, schedule=SCHEDULE, **options)
+def loss(model_fn, x=X, cond=COND, null_class=-1, **settings):
+    functions = networks(model_fn, null_class=null_class)
+    return Diffusion(**settings)(functions, x, cond, KEY, jnp.int32(0))
 
 
 def test_of_the_best_constant():
@@ -60,7 +70,7 @@ def test_the_same_draws_by_hand():
 
 
 def test_label_dropout():
-    """A share of the labels becomes 'any class', -1 unless named; t and noise are unchanged."""
+    """A share of the labels becomes 'any class'; t and noise are unchanged."""
     cond = jnp.arange(8000) % 5
     seen = []
 

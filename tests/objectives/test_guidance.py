@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcm_jax.diffusion import guidance, process, schedules
-from mcm_jax.objectives.guidance import guidance_loss
+from mcm_jax.objectives.guidance import Guidance
 from tests.objectives.test_consistency import (
     COND,
     KEY,
@@ -12,6 +12,7 @@ from tests.objectives.test_consistency import (
     conditional_model,
     key_numbers,
     linear_model,
+    networks,
     quadratic_slope,
 )
 
@@ -19,17 +20,9 @@ SCHEDULE = schedules.cosine()
 NULL = 9
 
 
-def loss(model_fn, *, g=1.5, x=X):
-    return guidance_loss(
-        model_fn,
-        conditional_model,
-        x,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        teacher_guidance=g,
-        null_class=NULL,
-    )
+def loss(student, *, teacher=conditional_model, g=1.5, x=X):
+    functions = networks(student, teacher, null_class=NULL)
+    return Guidance(teacher_guidance=g)(functions, x, COND, KEY, jnp.int32(0))
 
 
 def test_guided_is_linear_in_x():
@@ -81,16 +74,7 @@ def test_three_network_evaluations():
 
         return model_fn
 
-    guidance_loss(
-        counted("student"),
-        counted("teacher"),
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        teacher_guidance=1.0,
-        null_class=NULL,
-    )
+    loss(counted("student"), teacher=counted("teacher"), g=1.0)
     dropout = key_numbers(jax.random.split(KEY, 3)[2])
     assert sorted(calls) == [("student", 0, dropout), ("teacher", 0, None), ("teacher", NULL, None)]
 

@@ -1,9 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mcm_jax.diffusion import process, schedules, segments, steps
-from mcm_jax.objectives.progressive import progressive_loss
+from mcm_jax.objectives.progressive import Progressive
 from tests import reference
 from tests.objectives.test_consistency import (
     COND,
@@ -12,6 +13,7 @@ from tests.objectives.test_consistency import (
     X,
     key_numbers,
     linear_model,
+    networks,
     numpy_x_hat,
     quadratic_slope,
 )
@@ -19,10 +21,13 @@ from tests.objectives.test_consistency import (
 SCHEDULE = schedules.cosine()
 
 
-def loss(theta, *, x=X, **options):
-    student, teacher = linear_model(theta), linear_model(0.2)
-    options = {"student_steps": 8, **options}
-    return progressive_loss(student, teacher, x, COND, KEY, schedule=SCHEDULE, **options)
+def progressive(student, teacher, *, x=X, student_steps=8, **settings):
+    objective = Progressive(stages=(2 * student_steps, student_steps), **settings)
+    return objective(networks(student, teacher), x, COND, KEY, jnp.int32(0))
+
+
+def loss(theta, **options):
+    return progressive(linear_model(theta), linear_model(0.2), **options)
 
 
 @pytest.mark.parametrize("teacher_step", ["ddim", "addim"])
@@ -71,9 +76,7 @@ def test_a_student_that_is_its_teacher_on_a_straight_line_has_no_loss():
         alpha, sigma = (process.over_pixels(f(logsnr_t), z_t) for f in (process.alpha, process.sigma))
         return (alpha * z_t - 0.3) / sigma
 
-    values = progressive_loss(
-        constant, constant, X, COND, KEY, schedule=SCHEDULE, student_steps=4, xvar_frac=0.0
-    )
+    values = progressive(constant, constant, student_steps=4, xvar_frac=0.0)
     # x comes back from v to 1e-7 / sigma; times the weight SNR, of up to 1 / sigma^2.
     assert values.max() < 1e-8
 
@@ -106,15 +109,7 @@ def test_three_network_evaluations():
 
         return model_fn
 
-    progressive_loss(
-        counted("student", 0.3),
-        counted("teacher", 0.2),
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=4,
-    )
+    progressive(counted("student", 0.3), counted("teacher", 0.2), student_steps=4)
     dropout = key_numbers(jax.random.split(KEY, 3)[2])
     assert sorted(calls) == [("student", dropout), ("teacher", None), ("teacher", None)]
 

@@ -2,46 +2,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcm_jax.diffusion import schedules
-from mcm_jax.objectives.consistency import consistency_loss
-from mcm_jax.objectives.tract import tract_loss
-from tests.objectives.test_consistency import COND, KEY, X, linear_model
-
-SCHEDULE = schedules.cosine()
+from mcm_jax.objectives.tract import Tract
+from tests.objectives.test_consistency import COND, KEY, X, constant_grid, linear_model, networks
 
 
 def loss(theta, *, target=None, weight="max_snr_one", student_steps=4, teacher_steps=64):
-    return tract_loss(
-        linear_model(theta),
-        linear_model(0.2),
-        linear_model(theta) if target is None else target,
-        X,
-        COND,
-        KEY,
-        schedule=SCHEDULE,
-        student_steps=student_steps,
-        teacher_steps=teacher_steps,
-        loss_weight=weight,
-    )
+    student = linear_model(theta)
+    functions = networks(student, linear_model(0.2), student if target is None else target)
+    objective = Tract(stages=(teacher_steps, student_steps), loss_weight=weight)
+    return objective(functions, X, COND, KEY, jnp.int32(0))
 
 
 def test_one_phase_without_momentum_is_distillation_with_a_constant_grid():
     """For the same distance, weight and DDIM step: loss and gradient (the target being the student's own)."""
 
     def distillation(theta):
-        return consistency_loss(
-            linear_model(theta),
-            linear_model(0.2),
-            X,
-            COND,
-            KEY,
-            schedule=SCHEDULE,
-            student_steps=4,
-            teacher_steps=jnp.float32(64),
-            teacher_step="ddim",
-            distance_kind="squared",
-            loss_weight="snr_plus_one",
-        )
+        objective = constant_grid(teacher_step="ddim", distance="squared", loss_weight="snr_plus_one")
+        functions = networks(linear_model(theta), linear_model(0.2))
+        return objective(functions, X, COND, KEY, jnp.int32(0))
 
     def tract(theta):
         target = linear_model(jax.lax.stop_gradient(theta))

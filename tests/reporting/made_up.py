@@ -28,6 +28,7 @@ RECORD = {
     "x_var_eta": None,
     "x_var_images": None,
     "clip": "last",
+    "rounding": "nearest",
     "network_calls": 4,
     "num_samples": 1024,
     "asked": ["frechet", "nearest"],

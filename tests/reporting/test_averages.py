@@ -17,7 +17,7 @@ def groups(runs):
 def estimates(runs, metric=METRIC):
     collection = results.collect(runs)
     (group,), _ = averages.group(collection)
-    return averages.estimates(group, metric, collection.runs)[0]
+    return averages.estimates(group, metric, collection.descriptions)[0]
 
 
 def test_mean_and_standard_error_over_training_seeds(tmp_path):
@@ -128,7 +128,7 @@ def test_the_same_training_twice_counts_once(tmp_path):
     write(tmp_path / "new", record(30.0, created="2026-05-05T00:00:00+00:00"))
     collection = results.collect(tmp_path)
     (group,), _ = averages.group(collection)
-    (estimate,), notes = averages.estimates(group, METRIC, collection.runs)
+    (estimate,), notes = averages.estimates(group, METRIC, collection.descriptions)
     assert (estimate.mean, estimate.count, estimate.runs) == (30.0, 1, ("new",))
     assert notes == ["old is the same training as new, down to the seed: left out"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mcm_jax.reporting import paper, paper_tables, reports, results
+from mcm_jax.reporting import outputs, paper, paper_tables, results
 from tests.reporting.made_up import config, record, write
 
 SMALL64 = {"model": {"widths": [256, 512, 1024], "blocks": [3, 3, 16]}}
@@ -185,7 +185,7 @@ def test_samplers_of_one_model(tmp_path):
     found = paper_tables.samplers(collection)
     assert found.lines == {
         "addim": [(64, 2.0)],
-        "addim on the karras grid": [(64, 2.5)],
+        "addim (karras grid)": [(64, 2.5)],
         "ddim": [(16, 9.0), (64, 3.0)],
     }
     assert (found.run, found.distance) == ("run0", "fid_50k")
@@ -194,7 +194,7 @@ def test_samplers_of_one_model(tmp_path):
 
 def test_the_program_writes_both(tmp_path):
     collected(tmp_path, ({}, teacher(64, 3.0), teacher(16, 9.0)))
-    text = reports.paper_tables(tmp_path)
+    text = outputs.write_paper_tables(tmp_path)
     assert (tmp_path / "tables.md").read_text() == text
     assert (tmp_path / "samplers.png").read_bytes().startswith(b"\x89PNG")
     assert [line for line in text.splitlines() if line.startswith("## Table")].__len__() == 5

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 
 from mcm_jax.reporting import averages, results, tables
@@ -14,42 +13,7 @@ from tests.reporting.made_up import RECORD, record, write
 METRIC = "fd_effnet_lite0_1024"
 
 
-def test_names_are_those_that_the_other_programs_write():
-    from mcm_jax.evaluation import efficientnet, inception_weights, protocol, scoring
-    from mcm_jax.runs import workdirs
-
-    assert results.RESULTS == scoring.RESULTS
-    assert results.RUN_FILE == workdirs.RUN_FILE
-    assert results.NEAREST == protocol.NEAREST
-    efficient = efficientnet.network(efficientnet.load())
-    weights = inception_weights.Weights(dict.fromkeys(inception_weights._shapes(), np.zeros(1)), "f00d")
-    for network in (efficient, weights.network()):
-        assert results.DISTANCES[network.description["network"]] == network.distance
-        for count in (1024, 50_000):
-            assert averages.count_of(protocol.counted(network.distance, count)) == count
-    assert averages.count_of("sfid_50k") is None
-
-
-def test_it_reads_what_evaluate_writes(tmp_path, monkeypatch):
-    from tests.test_evaluate import Loader, pixels_for
-
-    from mcm_jax.evaluation import evaluator, scoring
-
-    monkeypatch.setattr(evaluator, "Extractor", pixels_for)
-    (tmp_path / "runs" / "cd4").mkdir(parents=True)
-    options = scoring.Options(
-        workdirs=(tmp_path / "runs" / "cd4",), num=40, cache_dir=tmp_path / "cache", untrained_num=16
-    )
-    (written,) = scoring.evaluate(options, Loader())
-    assert set(written) == set(RECORD)  # What the other tests read has the same fields.
-    (result,) = results.collect(tmp_path / "runs").results
-    assert result.run == "cd4"
-    assert (result.metrics, result.bounds) == (written["metrics"], written["bounds"])
-    assert result.conditions.reference_sha256 == written["reference"]["sha256"]
-    assert results.read_grid(result).startswith(b"\x89PNG")
-
-
-def test_features_of_several_resolutions_must_tell_theirs(tmp_path):
+def test_features_of_several_resolutions_must_state_theirs(tmp_path):
     features = {"network": "efficientnet-lite0", "sha256": "f" * 64}
     write(tmp_path / "cd4", record(features=features))
     with pytest.raises(InputError, match=r"features\.input_resolution is missing"):
@@ -94,7 +58,7 @@ def test_a_line_that_was_cut_off_is_skipped_with_a_note(tmp_path, at):
     collection = results.collect(tmp_path)
     assert [result.metrics[METRIC] for result in collection.results] == [10.0]
     assert f"{path}:2 is cut off and was skipped; evaluate that run again" in collection.notes
-    # Evaluating again leaves it in place, see scoring.append_line.
+    # Evaluating again leaves it in place, see files.append_line.
     with open(path, "a") as file:
         file.write("\n")
     write(tmp_path / "cd4", record(11.0))
@@ -165,16 +129,17 @@ def test_nothing_to_report(tmp_path):
         ({"sampler": "addim", "x_var": "analytic", "noise_grid": "schedule", "clip": "last"}, "addim"),
         (
             {"sampler": "addim", "x_var": "measured", "x_var_eta": 0.75, "x_var_images": 1024},
-            "addim with measured variance (eta 0.75, 1024 images)",
+            "addim (measured variance with eta 0.75 over 1024 images)",
         ),
-        ({"sampler": "heun", "noise_grid": "karras"}, "heun on the karras grid"),
-        ({"clip": "every", "noise_grid": "karras"}, "ddim, clipped in every step, on the karras grid"),
+        ({"sampler": "heun", "noise_grid": "karras"}, "heun (karras grid)"),
+        ({"rounding": "floor"}, "ddim (floor rounding)"),
+        ({"clip": "every", "noise_grid": "karras"}, "ddim (karras grid, clipped in every step)"),
     ],
 )
-def test_samplers_that_differ_are_told_apart(changes, sampler, tmp_path):
+def test_samplers_that_differ_have_different_labels(changes, sampler, tmp_path):
     write(tmp_path / "run", record(**changes))
     (result,) = results.collect(tmp_path).results
-    assert result.sampler == sampler
+    assert result.sampling.label == sampler
 
 
 @pytest.mark.parametrize(("objective", "steps"), [("progressive", 4), ("tract", 4), ("guidance", None)])

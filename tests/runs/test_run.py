@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 import mcm_jax
 from mcm_jax.diffusion import process, sampling
-from mcm_jax.runs import experiment, trainer
+from mcm_jax.runs import build, trainer
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.system.errors import InputError
 from tests import tiny
@@ -82,8 +82,8 @@ def test_any_device_count(tiny_data, tmp_path):
 
 
 def test_a_student_takes_its_own_steps(student):
-    assert student.sampling_record()["steps"] == 2
-    assert student.sampling_record()["sampler"] == "ddim"
+    assert student.sampling().steps == 2
+    assert student.sampling().sampler == "ddim"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student.sample(2)
@@ -109,15 +109,24 @@ def test_progress_comes_batch_by_batch(run):
         assert done == expected
 
 
-def test_classes_are_drawn_by_the_rule(run):
-    """Of classes that the training set does not have, none unless uniformly."""
-    dataset = dataclasses.replace(run.dataset, class_counts={"train": (0, 9), "test": (9, 0)})
-    for rule, classes in (("train_frequency", {1}), ("uniform", {0, 1})):
-        sampling = dataclasses.replace(run.config.sampling, label_rule=rule)
-        config = dataclasses.replace(run.config, sampling=sampling)
-        other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
-        assert set(other.sample(20)[1].tolist()) == classes
-        assert other.sampling_record()["label_rule"] == other.label_rule == rule
+@pytest.mark.parametrize(
+    ("rule", "counts", "classes"),
+    [
+        ("train_frequency", (0, 9), {1}),
+        ("uniform", (0, 9), {1}),
+        ("train_frequency", (1, 10**9), {1}),
+        ("uniform", (1, 10**9), {0, 1}),
+    ],
+)
+def test_classes_are_drawn_by_the_rule(run, rule, counts, classes):
+    """A class that the training set does not have is never drawn."""
+    dataset = dataclasses.replace(run.dataset, class_counts={"train": counts, "test": (9, 0)})
+    sampling = dataclasses.replace(run.config.sampling, label_rule=rule)
+    config = dataclasses.replace(run.config, sampling=sampling)
+    other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
+    other._compiled = run._compiled
+    assert set(other.sample(20)[1].tolist()) == classes
+    assert other.label_rule == rule
 
 
 def test_classes_depend_on_the_seed(run):
@@ -163,7 +172,7 @@ def test_measured_variance(tiny_data, teacher, tmp_path):
         jnp.asarray(images[:10], jnp.float32) / 127.5 - 1,
         jnp.asarray(labels[:10]),
         keys,
-        logsnr=experiment.build_schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
+        logsnr=build.schedule(run.config)(jnp.array([1.0, 2 / 3, 1 / 3], jnp.float32)),
     )
     np.testing.assert_allclose(x_var, 0.5 * np.mean(errors, axis=1), rtol=1e-4)
     analytic, measured = (
@@ -195,8 +204,8 @@ def test_other_parameters_have_another_variance(run):
 
 
 def test_a_variance_for_a_sampler_that_takes_none(run):
-    with pytest.raises(InputError, match="x_var=measured means nothing to ddim"):
-        run.sampling_record(sampler="ddim", x_var="measured")
+    with pytest.raises(InputError, match="x_var=measured has no effect on ddim"):
+        run.sampling(sampler="ddim", x_var="measured")
 
 
 def test_a_student_warns_of_another_grid(student):
@@ -223,9 +232,9 @@ def test_the_variance_that_was_kept_is_another_checkpoints(tiny_data, teacher, t
 @pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
 @pytest.mark.parametrize("noise_grid", ["schedule", "karras"])
 def test_a_teacher_takes_every_sampler_on_every_grid(run, sampler, noise_grid):
-    record = run.sampling_record(steps=3, sampler=sampler, noise_grid=noise_grid)
-    assert record["network_calls"] == (5 if sampler == "heun" else 3)
-    assert record["x_var"] == ("analytic" if sampler in ("addim", "noisy_ddim") else None)
+    settings = run.sampling(steps=3, sampler=sampler, noise_grid=noise_grid)
+    assert settings.network_calls == (5 if sampler == "heun" else 3)
+    assert settings.x_var == ("analytic" if sampler in ("addim", "noisy_ddim") else None)
     images, _ = run.sample(3, steps=3, sampler=sampler, noise_grid=noise_grid)
     part, _ = run.sample(1, first=2, steps=3, sampler=sampler, noise_grid=noise_grid)
     # Also the noise in the steps is the image's own.
@@ -239,13 +248,13 @@ def test_guidance(run, student):
     diffusion = dataclasses.replace(run.config.diffusion, label_dropout=0.1)
     config = dataclasses.replace(run.config, diffusion=diffusion)
     knows = Run(config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
-    record = knows.sampling_record(steps=1, guidance=0.5)
-    assert record["guidance"] == 0.5 and record["network_calls"] == 2
+    settings = knows.sampling(steps=1, guidance=0.5)
+    assert settings.guidance == 0.5 and settings.network_calls == 2
     labels = np.array([0, 1, 1, 0], np.int32)
     images, _ = knows.sample(4, steps=1, guidance=0.5, labels=labels)
     keys = sampling.image_keys(jax.random.key(0), jnp.arange(4))
     z_1 = sampling.initial_noise(keys, (8, 8, 3))
-    logsnr = jnp.full(4, experiment.build_schedule(run.config)(jnp.float32(1.0)))
+    logsnr = jnp.full(4, build.schedule(run.config)(jnp.float32(1.0)))
     x_cond, x_any = (
         np.asarray(
             process.x_from_v(run.network.apply(run.params, z_1, logsnr, c, None), z_1, logsnr_t=logsnr)
@@ -256,8 +265,18 @@ def test_guidance(run, student):
     # Rounding, and a last bit before it.
     assert np.abs(images - expected).max() < 0.51
     for other in (run, student):
-        with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model that knows 'any class'"):
+        with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model trained with"):
             other.sample(1, guidance=1.0)
+
+
+def test_samples_are_rounded_as_adm_does_on_request(run):
+    """Its scripts take the floor; the same samples are then half a grey level darker on average."""
+    nearest, _ = run.sample(4)
+    floor, _ = run.sample(4, rounding="floor")
+    difference = nearest.astype(int) - floor
+    assert set(np.unique(difference)) == {0, 1} and 0.3 < difference.mean() < 0.7
+    rules = [run.sampling(**settings).rounding for settings in ({}, {"rounding": "floor"})]
+    assert rules == ["nearest", "floor"]
 
 
 def test_labels_can_be_chosen(run):
@@ -312,7 +331,7 @@ def test_untrained_is_gray_noise(run):
     images, _ = untrained.sample(8)
     assert not np.array_equal(images, run.sample(8)[0])
     assert untrained.checkpoint_step == 0
-    expected = jax.jit(run.network.init)(experiment.init_key(run.seed))
+    expected = jax.jit(run.network.init)(build.init_key(run.seed))
     jax.tree.map(np.testing.assert_array_equal, untrained.params, expected)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 
 from mcm_jax.config import validation
 from mcm_jax.data import pipeline
-from mcm_jax.runs import experiment, trainer, workdirs
+from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
@@ -90,7 +90,7 @@ def test_settings_that_may_change_are_kept_as_they_are_now(tiny_data, tmp_path):
     config.training.num_steps = 2
     config.sampling.teacher_steps = 3
     assert trainer.train(config, tmp_path / "run")
-    assert load_run(tmp_path / "run").sampling_record()["steps"] == 3
+    assert load_run(tmp_path / "run").sampling().steps == 3
 
 
 def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilation):
@@ -121,7 +121,7 @@ def staged(tiny_data, teacher, tmp_path_factory):
 
 def progressive(tiny_data, teacher):
     config = tiny.config(tiny_data, "progressive", teacher)
-    config.consistency.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
+    config.progressive.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
     config.training.num_steps = 2
     return config
 
@@ -130,19 +130,19 @@ def test_every_stage_is_a_run_of_its_own(staged, teacher):
     """Started from the last, sampled with its own step count; the adjustment only in the first."""
     first, second = (load_run(staged / name) for name in ("steps_2", "steps_1"))
     assert (first.student_steps, second.student_steps) == (2, 1)
-    assert first.sampling_record()["steps"] == 2
+    assert first.sampling().steps == 2
     assert first.config.teacher_checkpoint == str(teacher)
     assert second.config.teacher_checkpoint == str(staged / "steps_2")
-    assert first.config.consistency.stages == (4, 2) and second.config.consistency.stages == (2, 1)
-    assert first.config.consistency.xvar_frac == 0.5 and second.config.consistency.xvar_frac == 0.25
+    assert first.config.progressive.stages == (4, 2) and second.config.progressive.stages == (2, 1)
+    assert first.config.progressive.xvar_frac == 0.5 and second.config.progressive.xvar_frac == 0.25
 
 
 def test_a_stage_starts_from_the_last_one(tiny_data, teacher, staged, tmp_path):
     config = progressive(tiny_data, staged / "steps_2")
-    config.consistency.stages = (2, 1)
+    config.progressive.stages = (2, 1)
     with pytest.raises(InputError, match=r"carries aDDIM's adjustment; set it to later_xvar_frac=0.25"):
         trainer.train(config, tmp_path / "student")
-    config.consistency.xvar_frac = 0.25
+    config.progressive.xvar_frac = 0.25
     config.training.num_steps = 1
     config.optimizer.learning_rate = 0.0
     assert trainer.train(config, tmp_path / "student")
@@ -153,8 +153,8 @@ def test_stages_go_on_inside_a_stage(tiny_data, teacher, staged, tmp_path, capsy
     """The first stage finished and the second half done: only what is left is done, with the same result."""
     config = progressive(tiny_data, teacher)
     shutil.copytree(staged / "steps_2", tmp_path / "steps_2")
-    config.consistency.stages = (2, 1)
-    config.consistency.xvar_frac = 0.25
+    config.progressive.stages = (2, 1)
+    config.progressive.xvar_frac = 0.25
     config.teacher_checkpoint = str(tmp_path / "steps_2")
     config.training.num_steps = 1
     assert trainer.train(config, tmp_path / "steps_1")
@@ -187,23 +187,31 @@ def test_stages_are_no_run_to_sample(staged):
         load_run(staged)
 
 
+UNSTAGED = {"progressive__stages": ()}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"consistency__stages": (4, 3)}, "progressive halves, 4 -> 2"),
-        ({"consistency__stages": (4,)}, "needs the teacher's steps and those of one student"),
-        ({"objective": "tract", "consistency__stages": (4, 3)}, "3 steps are no whole segments of 4"),
-        ({"objective": "tract", "consistency__stages": (2, 4)}, "4 steps are no whole segments of 2"),
-        ({"teacher_guidance": 1.0}, "config.teacher_guidance=1.0 means nothing to progressive"),
+        ({"progressive__stages": (4, 3)}, "progressive halves, 4 -> 2"),
+        ({"progressive__stages": (4,)}, "needs the teacher's steps and those of one student"),
+        ({"objective": "tract", "tract__stages": (4, 3)} | UNSTAGED, "4 steps can't be grouped into 3"),
+        ({"objective": "tract", "tract__stages": (2, 4)} | UNSTAGED, "2 steps can't be grouped into 4"),
+        ({"consistency__teacher_guidance": 1.0}, "teacher_guidance=1.0 has no effect on progressive"),
         (
-            {"objective": "guidance", "teacher_guidance": 1.0, "consistency__stages": ()},
-            "knows no 'any class'; train a diffusion model",
+            {"objective": "guidance", "guidance__teacher_guidance": 1.0} | UNSTAGED,
+            "was not trained for 'any class'; train a diffusion model",
         ),
-        ({"objective": "guidance", "consistency__stages": ()}, "there is no guidance to distil"),
-        ({"objective": "cd", "consistency__student_steps": 2}, "stages=(4, 2) means nothing to cd"),
-        ({"consistency__student_steps": 2}, "student_steps=2 means nothing to progressive"),
-        ({"sampling__guidance": 1.0}, "config.sampling.guidance=1.0 needs a diffusion model that knows"),
-        ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
+        ({"objective": "guidance"} | UNSTAGED, "there is no guidance to distil"),
+        ({"objective": "cd", "consistency__student_steps": 2}, "stages=(4, 2) has no effect on cd"),
+        (
+            {"objective": "ct", "consistency__student_steps": 2, "consistency__teacher_guidance": 1.0}
+            | UNSTAGED,
+            "config.consistency.teacher_guidance=1.0 has no effect on ct",
+        ),
+        ({"consistency__student_steps": 2}, "student_steps=2 has no effect on progressive"),
+        ({"sampling__guidance": 1.0}, "config.sampling.guidance=1.0 needs a diffusion model that was also"),
+        ({"diffusion__levels": (8,)}, "config.diffusion.levels=(8,) has no effect on progressive"),
     ],
 )
 def test_bad_stages_and_guidance(fields, message, tiny_data, teacher, tmp_path, no_compilation):
@@ -214,7 +222,7 @@ def test_bad_stages_and_guidance(fields, message, tiny_data, teacher, tmp_path, 
 
 def test_a_student_teaches_only_the_next_stage(tiny_data, staged, tmp_path, no_compilation):
     config = progressive(tiny_data, staged / "steps_2")
-    with pytest.raises(InputError, match=r"is a student of 2 steps and .* wants a teacher of 4"):
+    with pytest.raises(InputError, match=r"is a student of 2 steps and .* needs a teacher of 4"):
         trainer.train(config, tmp_path / "run")
     for objective in ("cd", "tract"):
         with pytest.raises(InputError, match="is a progressive student; name the workdir of a diffusion"):
@@ -229,7 +237,7 @@ def test_guidance_is_distilled_and_then_distilled_from(tiny_data, tmp_path):
     assert trainer.train(config, tmp_path / "teacher")
     config = tiny.config(tiny_data, "guidance", tmp_path / "teacher")
     config.training.num_steps = 1
-    config.teacher_guidance = 1.0
+    config.guidance.teacher_guidance = 1.0
     assert trainer.train(config, tmp_path / "guided")
     guided = load_run(tmp_path / "guided")
     assert guided.student_steps is None
@@ -238,7 +246,7 @@ def test_guidance_is_distilled_and_then_distilled_from(tiny_data, tmp_path):
     assert trainer.train(config, tmp_path / "student")
     config = tiny.config(tiny_data, "cd", tmp_path / "teacher")
     config.training.num_steps = 1
-    config.teacher_guidance = 1.0
+    config.consistency.teacher_guidance = 1.0
     assert trainer.train(config, tmp_path / "guided_student")
 
 
@@ -374,11 +382,13 @@ def three_updates_config(objective, tiny_data, teacher):
 
 def three_updates(objective, mesh, tiny_data, teacher):
     config = validation.validate(three_updates_config(objective, tiny_data, teacher))
-    parts = trainer.build(config, num_classes=2, mesh=mesh)
-    assert mesh.shape["fsdp"] == 1 or any(not s.is_fully_replicated for s in jax.tree.leaves(parts.shardings))
+    training = build.training(config, num_classes=2, mesh=mesh)
+    assert mesh.shape["fsdp"] == 1 or any(
+        not s.is_fully_replicated for s in jax.tree.leaves(training.shardings)
+    )
     params = params_of(teacher)
-    state, train_step = parts.init_from(params), parts.train_step()
-    teacher_params = jax.device_put(params, parts.shardings.params) if objective == "cd" else None
+    state, train_step = training.init_from(params), training.train_step()
+    teacher_params = jax.device_put(params, training.shardings.params) if objective == "cd" else None
     batches = trainer.train_batches(config)
     losses = []
     for _ in range(3):
@@ -434,7 +444,7 @@ def test_settings_arrive_where_they_belong(handed, tiny_data, tmp_path):
     config.training.keep_checkpoints = 4
     jax.config.update("jax_compilation_cache_dir", None)
     trainer.train(config, tmp_path / "run")
-    assert handed["cadence"] == loop.Cadence(70, 12, 13)
+    assert handed["settings"] == validation.validate(config).training
     expected = {"first_step": 0, "num_steps": 70, "batch_size": 8, "log_every_steps": 11}
     assert handed.items() >= (expected | {"seed": 5, "ema_decay": 0.75}).items()
     assert handed["observer_workdir"] == tmp_path / "run"
@@ -448,8 +458,8 @@ def test_a_fresh_run_starts_where_its_seed_says(handed, tiny_data, tmp_path):
     config.seed = 5
     trainer.train(config, tmp_path / "run")
     validated = validation.validate(config)
-    network = experiment.build_network(validated, num_classes=2)
-    expected = jax.jit(network.init)(experiment.init_key(5))
+    network = build.network(validated, num_classes=2)
+    expected = jax.jit(network.init)(build.init_key(5))
     assert_equal_trees(handed["state"].params, expected)
     assert_equal_trees(handed["state"].ema_params, expected)
     assert int(handed["state"].step) == 0 and handed["teacher_params"] is None
@@ -612,6 +622,7 @@ def changed(config, **fields):
         ({"data__resolution": 7}, "config.data.resolution=7 can't be halved 1 times"),
         ({"data__resolution": 16}, "folder/tiny at resolution 16 is not in"),
         ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
+        ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
         ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
         ({"teacher_checkpoint": "x"}, "has no meaning for a diffusion teacher"),
         ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
@@ -632,10 +643,10 @@ def test_bad_config(fields, message, tiny_data, tmp_path, no_compilation):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model__embedding_width": 32}, "its embedding_width is 16, this run's 32"),
-        ({"schedule__noise_resolution_low": 4}, "its noise_resolution_low is None, this run's 4"),
+        ({"model__embedding_width": 32}, "its model.embedding_width is 16, this run's 32"),
+        ({"schedule__noise_resolution_low": 4}, "its schedule.noise_resolution_low is None, this run's 4"),
         ({"consistency__student_steps": None}, "config.consistency.student_steps is not set"),
-        ({"model__blocks": (1, 3)}, "its stages is"),
+        ({"model__blocks": (1, 3)}, "its model.blocks is (1, 2), this run's (1, 3)"),
     ],
 )
 def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_path, no_compilation):
@@ -648,7 +659,7 @@ def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
     config = validation.validate(changed(tiny.config(tiny_data, "cd", teacher), **fields))
     described = pipeline.describe(data_dir=tiny_data, dataset="folder/tiny", resolution=8)
     dataset = dataclasses.replace(described, class_names=class_names)
-    trainer.check_teacher(config, dataset, experiment.build_network(config, num_classes=len(class_names)))
+    trainer.check_teacher(config, dataset)
 
 
 def test_a_teacher_of_other_classes(tiny_data, teacher):
@@ -674,7 +685,7 @@ def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, ti
 def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):
     tiny.prepare_folder(tmp_path, resolution=16)
     config = changed(tiny.config(tmp_path / "data", "cd", teacher), data__resolution=16)
-    with pytest.raises(InputError, match="its resolution is 8, this run's 16"):
+    with pytest.raises(InputError, match=r"its data\.resolution is 8, this run's 16"):
         trainer.train(config, tmp_path / "run")
 
 

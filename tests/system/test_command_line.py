@@ -1,6 +1,7 @@
 """What every program does with flags, mistakes and failures: exit codes, and one line or a traceback."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from mcm_jax.system import command_line
+
+ROOT = Path(__file__).parents[2]
 
 
 def program(main, *arguments, before="", env=None):
@@ -59,6 +62,21 @@ def test_our_mistake_has_a_traceback():
     done = program("raise ValueError('a bug')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ValueError: a bug" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", b"r\\xe9sum\\xe9 \\udcff\n"), ("utf-8", b"r\xc3\xa9sum\xc3\xa9 \\udcff\n")],
+)
+def test_output_that_its_encoding_lacks_is_escaped(encoding, printed, monkeypatch):
+    """Characters of a C locale's ASCII, and in any encoding those of a file name that is not UTF-8."""
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding=encoding))
+    monkeypatch.setattr(command_line.host, "tune", lambda: None)
+    monkeypatch.setattr(command_line.app, "run", lambda *_, **__: print("r\u00e9sum\u00e9 \udcff"))
+    command_line.run(lambda: None)
+    sys.stdout.flush()
+    assert buffer.getvalue() == printed
 
 
 def test_ctrl_c():
@@ -168,14 +186,14 @@ def test_a_full_disk_is_one_line(kind):
     done = program(main, "--workdir=runs/cd4", before="flags.DEFINE_string('workdir', None, '')")
     what = "Disk quota exceeded" if kind == "quota" else "No space left on device"
     assert error_of(done, 1) == (
-        f"error: {what}: {place}; make room and run the same command again (what was written before still "
-        "stands, checkpoints too)"
+        f"error: {what}: {place}; free some space and run the same command again (everything written so "
+        "far is intact, checkpoints included)"
     )
 
 
 def test_a_full_disk_where_nothing_is_named():
     done = program(f"raise OSError({errno.ENOSPC}, 'No space left on device')")
-    assert "No space left on device: the current directory; make room" in error_of(done, 1)
+    assert "No space left on device: the current directory; free some space" in error_of(done, 1)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +210,7 @@ def test_out_is_where_a_program_with_both_writes(arguments, place):
         *arguments,
         before="flags.DEFINE_list('workdir', None, ''); flags.DEFINE_string('out', None, '')",
     )
-    assert f": below {place}; make room" in error_of(done, 1)
+    assert f": below {place}; free some space" in error_of(done, 1)
 
 
 def test_a_disk_that_was_full_from_the_start_is_the_users_to_change():

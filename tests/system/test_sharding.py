@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mcm_jax.config import rows, validation
-from mcm_jax.runs import experiment
+from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 
@@ -146,7 +146,7 @@ def test_columns_that_can_not_be_divided_are_computed_all_the_same():
 def test_the_modulations_of_a_network_are_columns():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     config = rows.tiny("teacher", dataset="openmoji", resolution=16)
-    network = experiment.build_network(validation.validate(config), num_classes=9)
+    network = build.network(validation.validate(config), num_classes=9)
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     split = jax.tree.map(
         lambda leaf, sharding: (leaf.size, sharding.spec), abstract, sharding.params_sharding(mesh, abstract)

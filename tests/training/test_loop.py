@@ -72,7 +72,11 @@ class Story(Checkpoints):
             self.train_step,
             iter(data.to_iter_dataset(grain.ReadOptions(num_threads=0))),
             mesh=sharding.make_mesh(data=-1, fsdp=1),
-            cadence=loop.Cadence(num_steps, checkpoint_every, sample_every),
+            settings=loop.TrainingSettings(
+                num_steps=num_steps,
+                checkpoint_every_steps=checkpoint_every,
+                sample_every_steps=sample_every,
+            ),
             checkpoints=self,
             observer=self,
         )

@@ -1,32 +1,32 @@
-"""What a run tells people: on a terminal, in a log, in TensorBoard, as pictures; by a clock of our own."""
+"""Progress on a terminal, in a log, in TensorBoard and as pictures, by a clock of our own."""
 
+import io
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from mcm_jax.training import observer
 from mcm_jax.training.observer import RunObserver
 
 
-class Writer:
-    """In TensorBoard's place."""
+class Events:
+    """In the place of TensorBoard's event file."""
 
     def __init__(self):
-        self.scalars, self.images, self.told = {}, {}, []
+        self.logged_scalars, self.logged_images, self.closed = {}, {}, 0
 
-    def write_scalars(self, step, scalars):
-        self.scalars[step] = dict(scalars)
+    def scalars(self, step, values):
+        self.logged_scalars[step] = dict(values)
 
-    def write_images(self, step, images):
-        self.images[step] = images
-
-    def flush(self):
-        self.told.append("flush")
+    def image(self, step, name, image):
+        self.logged_images[step, name] = image
 
     def close(self):
-        self.told.append("close")
+        self.closed += 1
 
 
 class Clock:
@@ -41,10 +41,9 @@ class Clock:
 
 
 @pytest.fixture
-def writer(monkeypatch):
-    found = Writer()
-    monkeypatch.setattr(observer.metric_writers, "SummaryWriter", lambda workdir: workdir)
-    monkeypatch.setattr(observer.metric_writers, "AsyncMultiWriter", lambda writers: found)
+def events(monkeypatch):
+    found = Events()
+    monkeypatch.setattr(observer, "_EventFile", lambda workdir, *, first_step: found)
     return found
 
 
@@ -69,7 +68,7 @@ def observe(workdir, *, draw=lambda params: GRID, num_steps=10_000, log_every_st
     )
 
 
-def test_lines_where_there_is_no_terminal(writer, clock, tmp_path, capsys):
+def test_lines_where_there_is_no_terminal(events, clock, tmp_path, capsys):
     with observe(tmp_path, num_steps=5, first_step=1) as run:
         clock.passes(3.0)
         run.update(2)  # The first one compiles: it does not count in the speed.
@@ -91,18 +90,18 @@ def test_lines_where_there_is_no_terminal(writer, clock, tmp_path, capsys):
         "step 4/5  loss 3  gradient norm 0.5  steps per second 1.333  images per second 21.33  1 s left",
         "step 5/5  loss 7  gradient norm 1  steps per second 4  images per second 64  0 s left",
     ]
-    assert set(writer.scalars) == {2, 4, 5}
-    assert writer.scalars[2] == {"loss": 1.0, "gradient_norm": 8.0}
-    assert writer.scalars[5] == {
+    assert set(events.logged_scalars) == {2, 4, 5}
+    assert events.logged_scalars[2] == {"loss": 1.0, "gradient_norm": 8.0}
+    assert events.logged_scalars[5] == {
         "loss": 7.0,
         "gradient_norm": 1.0,
         "steps_per_second": 4.0,
         "images_per_second": 64.0,
     }
-    assert writer.told == ["flush", "close"]
+    assert events.closed == 1
 
 
-def test_a_picture_is_drawn_saved_and_shown_and_its_time_does_not_count(writer, clock, tmp_path):
+def test_a_picture_is_drawn_saved_and_shown_and_its_time_does_not_count(events, clock, tmp_path):
     drawn = []
 
     def draw(params):
@@ -118,47 +117,47 @@ def test_a_picture_is_drawn_saved_and_shown_and_its_time_does_not_count(writer, 
         run.metrics(2, {"loss": 1.0})
     assert drawn == ["params"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples/step_0000001.png")), GRID)
-    np.testing.assert_array_equal(writer.images[1]["samples"], GRID[None])
-    assert writer.scalars[2]["steps_per_second"] == 2.0
+    np.testing.assert_array_equal(events.logged_images[1, "samples"], GRID)
+    assert events.logged_scalars[2]["steps_per_second"] == 2.0
 
 
-def test_a_picture_may_be_the_first_thing(writer, clock, tmp_path):
+def test_a_picture_may_be_the_first_thing(events, clock, tmp_path):
     with observe(tmp_path) as run:
         run.pictures(0, "params")
     assert (tmp_path / "samples/step_0000000.png").exists()
 
 
-def test_all_is_written_when_the_run_fails(writer, tmp_path):
+def test_all_is_written_when_the_run_fails(events, tmp_path):
     with pytest.raises(ValueError, match="a bug"), observe(tmp_path):
         raise ValueError("a bug")
-    assert writer.told == ["flush", "close"]
+    assert events.closed == 1
 
 
 class Bar:
     """In rich's place."""
 
     def __init__(self, *columns, **options):
-        self.told, self.console = [], self
+        self.calls, self.console = [], self
 
     def add_task(self, description, **fields):
-        self.told.append(("add", description, fields))
+        self.calls.append(("add", description, fields))
         return "task"
 
     def start(self):
-        self.told.append("start")
+        self.calls.append("start")
 
     def stop(self):
-        self.told.append("stop")
+        self.calls.append("stop")
 
     def update(self, task, **fields):
         assert task == "task"
-        self.told.append(fields)
+        self.calls.append(fields)
 
     def print(self, text):
-        self.told.append(text)
+        self.calls.append(text)
 
 
-def test_a_bar_on_a_terminal(writer, clock, tmp_path, monkeypatch, capsys):
+def test_a_bar_on_a_terminal(events, clock, tmp_path, monkeypatch, capsys):
     bars = []
     monkeypatch.setattr(observer, "Progress", lambda *args, **kwargs: bars.append(Bar()) or bars[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -167,7 +166,7 @@ def test_a_bar_on_a_terminal(writer, clock, tmp_path, monkeypatch, capsys):
         clock.passes(0.5)
         run.update(7)
         run.metrics(6, {"loss": 1.0})
-    assert bars[0].told == [
+    assert bars[0].calls == [
         ("add", "compiling", {"total": 8, "completed": 5}),
         "start",
         "first update after 0.0 s",
@@ -183,10 +182,63 @@ def test_a_bar_on_a_terminal(writer, clock, tmp_path, monkeypatch, capsys):
     ("rate_seconds", "left"),
     [(1.0, "59 s"), (60.0, "59 min 00 s"), (61.5, "1 h 00 min"), (200.0, "3 h 16 min")],
 )
-def test_how_long_it_still_takes(rate_seconds, left, writer, clock, tmp_path, capsys):
+def test_how_long_it_still_takes(rate_seconds, left, events, clock, tmp_path, capsys):
     with observe(tmp_path, num_steps=61, log_every_steps=1) as run:
         clock.passes(7.0)  # Compiling is over when the first update is told.
         run.update(1)
         clock.passes(rate_seconds)
         run.metrics(2, {"loss": 1.0})
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"  {left} left")
+
+
+def shown(workdir):
+    """tag -> steps that TensorBoard shows, and the losses; other readers of event files see the same."""
+    board = plugin_event_accumulator.EventAccumulator(str(workdir)).Reload()
+    steps = {tag: [event.step for event in board.Tensors(tag)] for tag in board.Tags()["tensors"]}
+    losses = [float(make_ndarray(event.tensor_proto)) for event in board.Tensors("loss")]
+    all_images = {event_accumulator.IMAGES: 0}
+    reader = event_accumulator.EventAccumulator(str(workdir), size_guidance=all_images).Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("loss")] == list(
+        zip(steps["loss"], losses, strict=True)
+    )
+    assert [event.step for event in reader.Images("samples")] == steps["samples"]
+    return steps, losses
+
+
+def start(workdir, *, first_step, last_step, loss):
+    """Logs every fifth update, and a picture at every tenth."""
+    with observe(workdir, log_every_steps=5, first_step=first_step) as run:
+        for step in range(first_step + 1, last_step + 1):
+            run.metrics(step, {"loss": loss})
+            if step % 10 == 0:
+                run.pictures(step, "params")
+    # The names of event files have whole seconds; a new start takes longer than one.
+    for path in workdir.glob("events.out.tfevents.*"):
+        events, out, tfevents, seconds, rest = path.name.split(".", 4)
+        path.rename(path.with_name(f"{events}.{out}.{tfevents}.{int(seconds) - 100}.{rest}"))
+
+
+def test_every_step_is_shown_once_after_a_restart(tmp_path, capsys):
+    """Killed at update 50 with the newest checkpoint at 20, then continued; killed before any; not killed."""
+    start(tmp_path, first_step=0, last_step=50, loss=1.0)
+    start(tmp_path, first_step=20, last_step=60, loss=2.0)
+    steps, losses = shown(tmp_path)
+    assert steps["loss"] == list(range(5, 61, 5)) and losses == [1.0] * 4 + [2.0] * 8
+    assert steps["samples"] == list(range(10, 61, 10))
+    start(tmp_path, first_step=60, last_step=70, loss=3.0)
+    steps, losses = shown(tmp_path)
+    assert steps["loss"] == list(range(5, 71, 5)) and losses == [1.0] * 4 + [2.0] * 8 + [3.0] * 2
+    start(tmp_path, first_step=0, last_step=10, loss=4.0)
+    steps, losses = shown(tmp_path)
+    assert (steps["loss"], steps["samples"], losses) == ([5, 10], [10], [4.0, 4.0])
+
+
+def test_the_event_file_has_metrics_and_pictures(tmp_path, capsys):
+    start(tmp_path, first_step=0, last_step=10, loss=1.5)
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    reader = event_accumulator.EventAccumulator(str(file)).Reload()
+    assert set(reader.Tags()["scalars"]) == {"loss", "steps_per_second", "images_per_second"}
+    (image,) = reader.Images("samples")
+    assert (image.width, image.height) == (6, 4)
+    shown_image = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    np.testing.assert_array_equal(shown_image, GRID)

@@ -4,6 +4,7 @@ import optax
 import pytest
 
 from mcm_jax.training import optimizer
+from mcm_jax.training.optimizer import OptimizerSettings
 
 
 @pytest.mark.parametrize(
@@ -11,12 +12,14 @@ from mcm_jax.training import optimizer
     [("constant", [0.25, 0.5, 1.0, 1.0, 1.0]), ("linear", [0.25, 0.5, 1.0, 0.5, 0.0])],
 )
 def test_learning_rate(decay, expected):
-    schedule = optimizer.learning_rate_schedule(peak=1.0, warmup_steps=4, decay=decay, num_steps=24)
+    settings = OptimizerSettings(learning_rate=1.0, warmup_steps=4, decay=decay)
+    schedule = optimizer.learning_rate_schedule(settings, num_steps=24)
     np.testing.assert_allclose([schedule(i) for i in (0, 1, 4, 14, 24)], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_no_warmup():
-    schedule = optimizer.learning_rate_schedule(peak=0.5, warmup_steps=0, decay="linear", num_steps=10)
+    settings = OptimizerSettings(learning_rate=0.5, warmup_steps=0, decay="linear")
+    schedule = optimizer.learning_rate_schedule(settings, num_steps=10)
     np.testing.assert_allclose([schedule(i) for i in (0, 5, 10)], [0.5, 0.25, 0.0], rtol=1e-6, atol=1e-7)
 
 
@@ -28,7 +31,8 @@ def test_adam_equals_its_definition():
         g = gradient / max(1.0, np.linalg.norm(gradient))
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         expected -= 0.1 * (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.99**i)) + 1e-8)
-    adam = optimizer.adam(lambda _: 0.1, b1=0.9, b2=0.99, eps=1e-8, clip_norm=1.0)
+    settings = OptimizerSettings(learning_rate=0.1, b1=0.9, b2=0.99, eps=1e-8, clip_norm=1.0)
+    adam = optimizer.adam(settings, num_steps=2)
     params = jnp.zeros(2)
     state = adam.init(params)
     for gradient in gradients:

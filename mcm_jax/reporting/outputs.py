@@ -1,4 +1,4 @@
-"""Writes what was measured: the page, or the paper's tables beside our results; see the program `report`."""
+"""The files that the program `report` writes: the page, or the paper's tables beside our results."""
 
 import sys
 from pathlib import Path
@@ -7,26 +7,21 @@ from mcm_jax.reporting import results
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_asked_for
 
-FIGURE_STEPS = (1, 2, 4)
 
+def write_page(runs: Path, out: Path | None = None) -> str:
+    """Writes the page to `out`, its Markdown and a picture of samples beside it; returns the Markdown.
 
-# Of exact samples, whose distance depends on how many fall to either side.
-_DRAWS = 100
-
-
-def report(runs: Path, out: Path | None = None) -> str:
-    """Writes the page to `out`, the Markdown and a picture of samples beside it; returns the Markdown.
-
-    out: default report.html in `runs`.
+    Args:
+      out: default report.html in `runs`.
 
     Raises:
-      InputError: nothing to report, a damaged file, or no place to write to.
+      InputError: there are no results, a file is damaged, or `out` can't be written.
     """
     out = runs / "report.html" if out is None else out
     if out.suffix != ".html":
         raise InputError(f"--out={out} must end in .html; the Markdown table is written beside it as .md")
     collection = results.collect(runs)
-    from mcm_jax.reporting import page  # Imports matplotlib: bad input need not wait for it.
+    from mcm_jax.reporting import page  # Imports matplotlib; bad input should not wait for it.
 
     content = page.prepare(collection)
     markdown = page.markdown(content)
@@ -40,18 +35,18 @@ def report(runs: Path, out: Path | None = None) -> str:
     return markdown
 
 
-def paper_tables(runs: Path) -> str:
-    """Writes the paper's tables beside our results into `runs`, and the samplers' figure; returns the tables.
+def write_paper_tables(runs: Path) -> str:
+    """Writes the paper's tables beside our results, and the plot of samplers, to `runs`; returns the tables.
 
     Raises:
-      InputError: no results, a damaged file, or no place to write to.
+      InputError: there are no results, a file is damaged, or `runs` can't be written.
     """
-    from mcm_jax.reporting import paper_tables as tables
+    from mcm_jax.reporting import paper_tables
 
     collection = results.collect(runs)
-    markdown = tables.markdown(collection)
+    markdown = paper_tables.markdown(collection)
     write_asked_for(runs / "tables.md", markdown)
-    compared = tables.samplers(collection)
+    compared = paper_tables.samplers(collection)
     if compared is not None:
         from mcm_jax.reporting import plots  # Imports matplotlib.
         from mcm_jax.reporting.trajectories import png

@@ -1,4 +1,4 @@
-"""What the bench found, as Markdown and as a picture; made from the stored results alone."""
+"""What the bench found, as Markdown and as a picture, made from the stored results alone."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from mcm_jax.bench.findings import DDIM_TEACHER, Contrast, Finding, Measured, Te
 
 
 @runtime_checkable
-class Setting(Protocol):
-    """What is measured on one problem."""
+class Problem(Protocol):
+    """What a problem offers to measure."""
 
     def findings(self) -> Sequence[Finding]:
-        """The findings that can be had there."""
+        """The findings that can be measured on it."""
 
     def choices(self) -> Sequence[Choice]:
-        """The open choices that can be compared there."""
+        """The open choices that can be compared on it."""
 
 
-Settings = Mapping[str, Setting]
+Problems = Mapping[str, Problem]
 
 _NAMES = {
     "mixture": "mixture, 64-D",
@@ -37,7 +37,7 @@ _DISTANCES = {
     "mixture2d": "squared Wasserstein distance, exact",
     "openmoji": "fd_effnet_lite0_1024 (a proxy, not FID)",
 }
-# Okabe and Ito's colours, told apart by everyone; markers say the same.
+# Okabe and Ito's colours, which the colour-blind can distinguish; the markers differ too.
 _SYSTEMS = (
     ("CD", Term(1.0, "cd", 1), "#0072b2", "o"),
     ("CD, DDIM teacher", Term(1.0, "cd", 1, DDIM_TEACHER), "#56b4e9", "v"),
@@ -50,64 +50,64 @@ _SAMPLERS = (
 )
 
 
-def markdown(store: Store, settings: Settings, seeds: Sequence[int], *, quick: bool) -> str:
-    """Verdicts, then every difference with the paper's own, then the open choices where measured."""
+def markdown(store: Store, problems: Problems, seeds: Sequence[int], *, quick: bool) -> str:
+    """The verdicts, then every difference beside the paper's, then the open choices that were measured."""
     lines = [
-        f"Seeds: {len(seeds)}. Numbers are measurements, mean ± one standard error over the seeds, of "
-        "differences that are positive if the paper is right; 'paper' is the same difference of its FIDs, "
-        "on a scale of its own. Rule: more than two standard errors above 0 holds, as far below 0 does not "
-        "hold, else undecided.",
+        f"Seeds: {len(seeds)}. Each number is a measured difference that is positive if the paper is right, "
+        "as mean ± one standard error over the seeds; 'paper' is the same difference between the paper's "
+        "FIDs, on another scale. Rule: a difference of more than two standard errors above 0 holds, as far "
+        "below 0 it does not hold, and otherwise it is undecided.",
         "",
     ]
     if quick:
         lines += [
-            "**Quick: trainings of seconds. These numbers say that everything runs and nothing else.**",
+            "**Quick: each training takes seconds. These numbers only show that everything runs.**",
             "",
         ]
-    lines += _summary(store, settings, seeds)
-    for number in sorted({f.number for setting in settings.values() for f in setting.findings()}):
-        lines += ["", *_details(store, settings, seeds, number)]
-    for name, setting in settings.items():
-        lines += _choices(store, setting.choices(), name, seeds)
+    lines += _summary(store, problems, seeds)
+    for number in sorted({f.number for problem in problems.values() for f in problem.findings()}):
+        lines += ["", *_details(store, problems, seeds, number)]
+    for name, problem in problems.items():
+        lines += _choices(store, problem.choices(), name, seeds)
     return "\n".join(lines) + "\n"
 
 
-def _summary(store: Store, settings: Settings, seeds: Sequence[int]) -> list[str]:
-    rows = {f.number: f.statement for setting in settings.values() for f in setting.findings()}
-    lines = [_row(["Finding", *(_NAMES[name] for name in settings)]), _row(["---"] * (1 + len(settings)))]
+def _summary(store: Store, problems: Problems, seeds: Sequence[int]) -> list[str]:
+    rows = {f.number: f.statement for problem in problems.values() for f in problem.findings()}
+    lines = [_row(["Finding", *(_NAMES[name] for name in problems)]), _row(["---"] * (1 + len(problems)))]
     for number, statement in sorted(rows.items()):
         cells = []
-        for name, setting in settings.items():
-            (finding,) = [f for f in setting.findings() if f.number == number] or [None]
+        for name, problem in problems.items():
+            (finding,) = [f for f in problem.findings() if f.number == number] or [None]
             cells.append("" if finding is None else _verdict(store, finding, name, seeds))
         lines.append(_row([f"{number}. {statement}", *cells]))
     return lines
 
 
-def _details(store: Store, settings: Settings, seeds: Sequence[int], number: int) -> list[str]:
-    """A row for every contrast that any setting has."""
+def _details(store: Store, problems: Problems, seeds: Sequence[int], number: int) -> list[str]:
+    """A row for every contrast of a finding on any problem."""
     contrasts: dict[str, dict[str, Contrast]] = {}
-    for name, setting in settings.items():
-        for finding in setting.findings():
+    for name, problem in problems.items():
+        for finding in problem.findings():
             if finding.number == number:
                 for contrast in finding.contrasts:
                     contrasts.setdefault(contrast.name, {})[name] = contrast
     lines = [
-        _row([f"Finding {number}", "paper", *(_NAMES[name] for name in settings)]),
-        _row(["---"] * (2 + len(settings))),
+        _row([f"Finding {number}", "paper", *(_NAMES[name] for name in problems)]),
+        _row(["---"] * (2 + len(problems))),
     ]
-    for label, by_setting in contrasts.items():
-        published = next(iter(by_setting.values())).published
+    for label, by_problem in contrasts.items():
+        published = next(iter(by_problem.values())).published
         cells = [
-            _told(_measure(store, by_setting[name], name, seeds)) if name in by_setting else ""
-            for name in settings
+            _text(_measure(store, by_problem[name], name, seeds)) if name in by_problem else ""
+            for name in problems
         ]
         lines.append(_row([label, "" if published is None else f"{published:+.2f}", *cells]))
     return lines
 
 
 def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence[int]) -> list[str]:
-    """The alternatives' differences from the default; positive is worse than the default."""
+    """Each alternative's difference from the default; positive means worse than the default."""
     rows = []
     for choice in choices:
         values = [measured(choice, store, name, steps, seeds) for steps in STUDENT_STEPS]
@@ -116,26 +116,26 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
         rows.append(_row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
     if not rows:
         return []
-    title = f"Open choices, {_NAMES[name]}: distance less the default's (positive: the default is better)"
+    title = f"Open choices, {_NAMES[name]}: distance minus the default's (positive: the default is better)"
     heads = [f"CD, {steps} steps" if steps > 1 else "CD, 1 step" for steps in STUDENT_STEPS]
     return ["", _row([title, *heads]), _row(["---"] * (1 + len(heads))), *rows]
 
 
-def _measure(store: Store, contrast: Contrast, setting: str, seeds: Sequence[int]) -> Measured | None:
-    if any(term.cell(setting, seed) not in store for term in contrast.terms for seed in seeds):
+def _measure(store: Store, contrast: Contrast, problem: str, seeds: Sequence[int]) -> Measured | None:
+    if any(term.cell(problem, seed) not in store for term in contrast.terms for seed in seeds):
         return None
-    return measure(contrast.values(store, setting, seeds))
+    return measure(contrast.values(store, problem, seeds))
 
 
-def _verdict(store: Store, finding: Finding, setting: str, seeds: Sequence[int]) -> str:
-    measured = [_measure(store, contrast, setting, seeds) for contrast in finding.contrasts]
+def _verdict(store: Store, finding: Finding, problem: str, seeds: Sequence[int]) -> str:
+    measured = [_measure(store, contrast, problem, seeds) for contrast in finding.contrasts]
     if None in measured:
         return "not measured"
     held = sum(m.verdict == "holds" for m in measured)
     return f"{verdict([m.verdict for m in measured])} ({held} of {len(measured)})"
 
 
-def _told(measured: Measured | None) -> str:
+def _text(measured: Measured | None) -> str:
     if measured is None:
         return "not measured"
     text = f"{measured.mean:+.3g} ± {measured.standard_error:.2g}, {measured.verdict}"
@@ -149,19 +149,19 @@ def _row(cells: Sequence[str]) -> str:
 
 
 @matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9})
-def plot(store: Store, settings: Settings, seeds: Sequence[int]) -> bytes:
-    """PNG: for every setting the distance against student steps, and against the teacher's sampling steps."""
-    figure = Figure(figsize=(4.2 * len(settings), 6.4), layout="constrained", dpi=110)
-    grid = figure.subplots(2, len(settings), squeeze=False)
-    for column, name in enumerate(settings):
+def plot(store: Store, problems: Problems, seeds: Sequence[int]) -> bytes:
+    """A PNG of each problem's distance against student steps, and against the teacher's sampling steps."""
+    figure = Figure(figsize=(4.2 * len(problems), 6.4), layout="constrained", dpi=110)
+    grid = figure.subplots(2, len(problems), squeeze=False)
+    for column, name in enumerate(problems):
         top, bottom = grid[0][column], grid[1][column]
         for label, term, colour, marker in _SYSTEMS:
             _curve(top, store, name, seeds, term, label, colour, marker)
         for label, term, colour, marker in _SAMPLERS:
             _curve(bottom, store, name, seeds, term, label, colour, marker)
         top.set_title(_NAMES[name])
-        for axes, what in ((top, "student steps"), (bottom, "steps of the teacher's sampler")):
-            axes.set_xlabel(what)
+        for axes, label in ((top, "student steps"), (bottom, "steps of the teacher's sampler")):
+            axes.set_xlabel(label)
             axes.set_ylabel(_DISTANCES[name])
             axes.grid(alpha=0.25)
             if axes.has_data():
@@ -174,18 +174,18 @@ def plot(store: Store, settings: Settings, seeds: Sequence[int]) -> bytes:
 def _curve(
     axes: Axes,
     store: Store,
-    setting: str,
+    problem: str,
     seeds: Sequence[int],
     term: Term,
     label: str,
     colour: str,
     marker: str,
 ) -> None:
-    """Mean and standard error at every step count that all seeds have."""
+    """Mean and standard error at every number of steps that was measured with all seeds."""
     points = []
     for steps in (1, 2, 4, 8, 16, 32, 64, 128, 512):
         cells = [
-            Term(1.0, term.system, steps, term.overrides, term.sampler).cell(setting, seed) for seed in seeds
+            Term(1.0, term.system, steps, term.overrides, term.sampler).cell(problem, seed) for seed in seeds
         ]
         if all(cell in store for cell in cells):
             measured = measure([store[cell]["distance"] for cell in cells])

@@ -1,0 +1,35 @@
+"""Reads the settings of runs that were started by version 0.1."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Where version 0.1 had one section `consistency` for four objectives.
+_MOVED = {
+    "tract": ("stages", "loss_weight", "target_decay"),
+    "progressive": ("stages", "teacher_step", "xvar_frac", "later_xvar_frac", "loss_weight"),
+}
+
+
+def upgraded(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Today's settings that mean the same as `raw`, which is returned as it is if it is of today.
+
+    Version 0.1 had `teacher_guidance` beside the sections, and None in a few settings for the objective's own
+    default. Settings that had no effect on the selected objective are left out.
+    """
+    result = dict(raw)
+    if "teacher_guidance" not in result:
+        return result
+    objective, teacher_guidance = result["objective"], result.pop("teacher_guidance")
+    old = {name: value for name, value in result.pop("consistency").items() if value is not None}
+    if objective in _MOVED:
+        result[objective] = {name: old[name] for name in _MOVED[objective] if name in old}
+    elif objective in ("cd", "ct"):
+        result["consistency"] = {
+            name: value for name, value in old.items() if name not in ("stages", "later_xvar_frac")
+        }
+        result["consistency"]["teacher_guidance"] = teacher_guidance
+    elif objective == "guidance":
+        result["guidance"] = {"teacher_guidance": teacher_guidance}
+    if objective != "diffusion":
+        result.pop("diffusion", None)
+    return result

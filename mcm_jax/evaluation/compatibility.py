@@ -1,0 +1,100 @@
+"""Whether images can be compared with a reference at all: their size, and the numbers of their classes."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from mcm_jax.data import layout
+from mcm_jax.evaluation import published
+from mcm_jax.system.errors import InputError
+
+# A class needs a covariance on both sides.
+_FEWEST_OF_A_CLASS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceImages:
+    """What is known about a reference's images before any features are computed; None if unknown.
+
+    Attributes:
+      size: their height and width.
+      class_names: the classes in the order of their numbers.
+      class_counts: number of images of each class.
+    """
+
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
+
+    def require_size(self, size: tuple[int, int], *, what: str) -> None:
+        """Raises InputError unless images of this height and width can be compared with the reference's."""
+        if self.size not in (None, size):
+            raise InputError(
+                f"{what} has images of {_pixels(size)} and --reference images of {_pixels(self.size)}; "
+                "take a reference of the same size, or resize the images"
+            )
+
+    def require_class_names(self, class_names: tuple[str, ...], *, what: str) -> None:
+        """Raises InputError if the reference has other classes, or numbers them in another order."""
+        for number, (ours, theirs) in enumerate(itertools.zip_longest(class_names, self.class_names or ())):
+            if self.class_names is not None and ours != theirs:
+                raise InputError(
+                    f"--metrics=class_fid: class {number} is {_named(ours)} for {what} and {_named(theirs)} "
+                    "for --reference; take a reference with the same classes, or leave class_fid out"
+                )
+
+    def require_labels(self, labels: Int[np.ndarray, " N"], *, what: str) -> None:
+        """Raises InputError if labels are not the reference's class numbers, or no class can be compared."""
+        if self.class_counts is None:
+            return
+        classes = len(self.class_counts)
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if outside.size:
+            raise InputError(
+                f"--metrics=class_fid: {what} has an image of class {outside[0]}, and --reference has "
+                f"classes 0 to {classes - 1}; number the classes as the reference does, from 0"
+            )
+        counts = np.bincount(labels, minlength=classes)
+        if not np.any(np.minimum(counts, self.class_counts) >= _FEWEST_OF_A_CLASS):
+            raise InputError(
+                f"--metrics=class_fid: no class has {_FEWEST_OF_A_CLASS} images or more both in {what} and "
+                "in --reference; give more images, or leave class_fid out"
+            )
+
+
+def reference_images(path: Path | None, *, split: str = "train") -> ReferenceImages:
+    """What the reference at `path`, a file or the directory of a prepared data set, says about its images.
+
+    Nothing is known without a path, or where the directory is no data set, which its evaluation reports.
+
+    Raises:
+      InputError: a file that is damaged.
+    """
+    if path is None:
+        return ReferenceImages()
+    if path.is_dir():
+        try:
+            info = layout.read_summary(path)
+        except (OSError, ValueError):
+            return ReferenceImages()
+        size = (info.resolution, info.resolution)
+        counts = info.class_counts.get(split)
+        return ReferenceImages(size=size, class_names=info.class_names, class_counts=counts)
+    arrays = published.load_arrays(path)
+    images, labels = (np.asarray(arrays.get(name, ())) for name in ("arr_0", "arr_1"))
+    counts = None
+    if labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size and labels.min() >= 0:
+        counts = tuple(np.bincount(labels).tolist())
+    return ReferenceImages(size=images.shape[1:3] if images.ndim == 4 else None, class_counts=counts)
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width}x{height} pixels"
+
+
+def _named(name: str | None) -> str:
+    return "missing" if name is None else repr(name)

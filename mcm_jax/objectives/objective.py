@@ -1,0 +1,50 @@
+"""What all objectives have in common: the functions they are given, and the form of their call."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.diffusion.schedules import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Networks:
+    """The networks that an objective calls, and what they all share.
+
+    Attributes:
+      student: f, the network that is trained; its parameters are differentiated.
+      teacher: the model that is distilled; None where there is none.
+      target: the network of x_ref, for example with averaged parameters; None: the student itself.
+      schedule: the noise schedule.
+      null_class: the label that stands for 'any class'.
+    """
+
+    student: ModelFn
+    teacher: ModelFn | None = None
+    target: ModelFn | None = None
+    schedule: Schedule
+    null_class: int
+
+
+class Objective(Protocol):
+    """A frozen dataclass whose fields are its settings and whose call is the loss."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        x: Float[Array, "B ..."],
+        cond: Int[Array, "B"],
+        key: jax.Array,
+        train_step: Int[Array, ""],
+    ) -> Float[Array, "B"]:
+        """The loss of every example.
+
+        Args:
+          x: clean images in [-1, 1].
+          cond: class labels.
+          key: the randomness of times, noise and dropout.
+          train_step: the number of updates done so far.
+        """

@@ -1,0 +1,331 @@
+"""The record of a result: its fields, their names in the file, and the names of files, distances and bounds.
+
+`evaluation` writes records, `reporting` reads them. A field is declared once, here; its name in the file, how
+it is checked when read, and whether it identifies a measurement follow from where it stands:
+
+- in `Sampling`, `Features`, `Reference` or `Measurement`: part of what was measured, so that results that
+  differ in it are different results;
+- in `Outcome` or `Result`: what came out.
+
+A field with a default may be missing in files of older versions. Nothing here needs more than the standard
+library, so that a report starts without JAX and TensorFlow.
+"""
+
+import dataclasses
+import datetime
+import functools
+import math
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+# Files of a run's directory.
+RUN_FILE = "run.json"
+RESULTS = Path("evaluation") / "results.jsonl"
+
+Objective = Literal["diffusion", "guidance", "cd", "ct", "progressive", "tract"]
+# In the order of tables.
+OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
+# Models of all of time, sampled with any number of steps; the others are students of a fixed number.
+DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
+
+EFFICIENTNET: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+INCEPTION: Literal["inception-2015-12-05"] = "inception-2015-12-05"
+# What the Frechet distance on each network's features is called; on Inception's it is FID.
+DISTANCES = {EFFICIENTNET: "fd_effnet_lite0", INCEPTION: "fid"}
+NEAREST = "nearest_neighbour_distance"
+# The bounds' names begin with these.
+TEST_IMAGES, MEAN_IMAGE, UNTRAINED_NETWORK = "test_images", "mean_image", "untrained_network"
+
+_DISTANCE_WITH_COUNT = re.compile(
+    rf"(({TEST_IMAGES}|{UNTRAINED_NETWORK})_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]+)"
+)
+
+
+def with_count(name: str, count: int) -> str:
+    """The name of a metric computed from `count` images: 'fid_2048', 'fid_50k'."""
+    return f"{name}_50k" if count == 50_000 else f"{name}_{count}"
+
+
+def count_of(name: str) -> int | None:
+    """The number of images in the name of a Frechet distance, metric or bound; None for any other name."""
+    found = _DISTANCE_WITH_COUNT.fullmatch(name)
+    if found is None:
+        return None
+    return 50_000 if found.group("count") == "50k" else int(found.group("count"))
+
+
+_Record = TypeVar("_Record", bound="Record")
+
+
+class RecordError(ValueError):
+    """A record that can't be one; the message begins with the field's name."""
+
+
+class Record:
+    """A frozen dataclass that is written as a JSON object and checked when it is read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object for the file; the fields of a `flat` record stand among its own."""
+        content: dict[str, Any] = {}
+        for field in dataclasses.fields(_dataclass(self)):
+            value = getattr(self, field.name)
+            if field.metadata.get("flat"):
+                content |= value.to_json()
+            else:
+                content[field.name] = _plain(value)
+        return content
+
+    @classmethod
+    def from_json(cls: type[_Record], content: object, *, prefix: str = "") -> _Record:
+        """The inverse of `to_json`; ignores unknown fields.
+
+        Args:
+          prefix: what the names of fields begin with in messages, 'features.' for example.
+
+        Raises:
+          RecordError: a field is missing, has the wrong type, or holds a number that is not finite.
+        """
+        if not isinstance(content, dict):
+            raise RecordError(f"{prefix.rstrip('.') or 'the line'} is no JSON object")
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(_dataclass(cls)):
+            kind = _types(cls)[field.name]
+            if field.metadata.get("flat"):
+                values[field.name] = kind.from_json(content, prefix=prefix)
+            elif field.name in content:
+                values[field.name] = _checked(kind, content[field.name], prefix + field.name)
+            elif field.default is dataclasses.MISSING:
+                raise RecordError(f"{prefix}{field.name} is missing")
+        try:
+            return cls(**values)
+        except RecordError as error:
+            raise RecordError(f"{prefix}{error}") from error
+
+
+_FLAT = {"flat": True}
+
+
+def _usual(*values: str | None, otherwise: str) -> Any:
+    """A setting whose usual values go without saying; `otherwise` is the phrase for any other value."""
+    return dataclasses.field(default=values[0], metadata={"usual": values, "otherwise": otherwise})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Record):
+    """How images are made: the settings of SamplingConfig, resolved for one run."""
+
+    steps: int
+    sampler: str
+    noise_grid: str = _usual("schedule", otherwise="{noise_grid} grid")
+    # None where the sampler takes no variance.
+    x_var: str | None = _usual(
+        *(None, "analytic"), otherwise="{x_var} variance with eta {x_var_eta:g} over {x_var_images} images"
+    )
+    # These two only where the variance is measured.
+    x_var_eta: float | None = None
+    x_var_images: int | None = None
+    guidance: float
+    clip: str = _usual("last", otherwise="clipped in {clip} step")
+    rounding: str = _usual("nearest", otherwise="{rounding} rounding")  # of pixels to bytes
+    network_calls: int  # for one image
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Each setting that is not the usual one, with a phrase that says so."""
+        return {
+            field.name: field.metadata["otherwise"].format(**vars(self))
+            for field in dataclasses.fields(self)
+            if "usual" in field.metadata and getattr(self, field.name) not in field.metadata["usual"]
+        }
+
+    @property
+    def label(self) -> str:
+        """The sampler and what is unusual about it: 'ddim', 'heun (karras grid)'."""
+        return f"{self.sampler} ({', '.join(self.unusual.values())})" if self.unusual else self.sampler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features(Record):
+    """The network whose features are compared."""
+
+    network: Literal["efficientnet-lite0", "inception-2015-12-05"]
+    sha256: str  # of the weights
+    input_resolution: int | None = None  # None: the network has only one
+
+    def __post_init__(self) -> None:
+        if self.network == EFFICIENTNET and self.input_resolution is None:
+            raise RecordError("input_resolution is missing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference(Record):
+    """What samples are compared with: a split of a prepared data set, or a published file."""
+
+    # Not compared: sha256 covers them, and files of older versions lack them.
+    dataset: str | None = dataclasses.field(default=None, compare=False)
+    resolution: int | None = dataclasses.field(default=None, compare=False)
+    split: str | None = None
+    file: str | None = None
+    count: int | None = None  # of images; None: unknown, for a file
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.file is None:
+            for name in ("split", "count"):
+                if getattr(self, name) is None:
+                    raise RecordError(f"{name} is missing")
+
+    @property
+    def name(self) -> str:
+        """The file, or the split."""
+        return self.file or self.split or ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement(Record):
+    """Everything that the numbers of an evaluated run depend on."""
+
+    version: int = 0  # of the code that computes features and statistics
+    workdir: str = ""
+    objective: Objective
+    dataset: str
+    resolution: int
+    data_preprocessing: str
+    training_seed: int
+    student_steps: int | None = None  # None: a model of all of time
+    checkpoint_step: int
+    checkpoint: str | None = None  # identity, as a hash; None: unknown
+    parameters: str
+    label_rule: str
+    seed: int
+    sampling: Sampling = dataclasses.field(metadata=_FLAT)
+    num_samples: int
+    untrained_num: int = 0  # samples of the untrained network
+    asked: tuple[str, ...] = ()  # the metrics' names in --metrics
+    features: Features
+    reference: Reference
+
+    def __post_init__(self) -> None:
+        if self.student_steps is None and self.objective not in DIFFUSION_MODELS:
+            raise RecordError("student_steps is None, not a whole number")
+
+    def same_measurement(self, other: "Measurement") -> bool:
+        """Whether both are of the same inputs, whatever came out."""
+        names = [field.name for field in dataclasses.fields(Measurement)]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesMeasurement(Record):
+    """Everything that the numbers of images made elsewhere depend on."""
+
+    images: str  # name of the file or folder
+    sha256: str  # of the images
+    image_size: tuple[int, ...] = ()  # height and width in pixels; (): unknown
+    rounding: str | None = None  # of pixels to bytes; None: unknown
+    num_samples: int
+    asked: tuple[str, ...] = ()
+    features: Features
+    reference: Reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome(Record):
+    """What was measured, when, and with what."""
+
+    metrics: dict[str, float]
+    bounds: dict[str, float]
+    rank_deficient: bool  # a covariance had fewer images than dimensions
+    features_seconds: float = 0.0
+    created: datetime.datetime
+    versions: dict[str, str]
+
+
+# The fields of the last base come first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Outcome, Measurement):
+    """One line of a run's RESULTS."""
+
+    grid: str  # picture of the first samples, relative to the run's directory
+    sampling_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesResult(Outcome, ImagesMeasurement):
+    """One line of `evaluate --images --results=FILE`."""
+
+
+def _dataclass(record: Any) -> Any:
+    """The record itself: every Record is a dataclass, which its base class can't declare."""
+    return record
+
+
+@functools.cache
+def _types(cls: type[Record]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it; a nested record leaves out what it does not have."""
+    if isinstance(value, Record):
+        return {name: field for name, field in value.to_json().items() if field is not None}
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(timespec="seconds")
+    return list(value) if isinstance(value, tuple) else value
+
+
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_CONTAINERS = {tuple: (list, "a list"), dict: (dict, "an object")}
+
+
+def _checked(kind: Any, value: Any, name: str) -> Any:
+    """The value of a field of type `kind`, from JSON.
+
+    Raises:
+      RecordError: the value is of another type; `name` is the field's.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        (kind,) = (one for one in arguments if one is not types.NoneType)
+        return None if value is None else _checked(kind, value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecordError(f"{name} is {value!r}, not one of {', '.join(arguments)}")
+        return value
+    if origin in _CONTAINERS or issubclass(kind, Record):
+        expected, words = _CONTAINERS.get(origin, (dict, "an object"))
+        if not isinstance(value, expected):
+            raise RecordError(f"{name} is {value!r}, not {words}")
+        if origin is tuple:
+            return tuple(_checked(arguments[0], one, name) for one in value)
+        if origin is dict:
+            return {key: _checked(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
+        return kind.from_json(value, prefix=f"{name}.")
+    return _date(value, name) if kind is datetime.datetime else _scalar(kind, value, name)
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
+    if kind is float and type(value) is int:
+        value = float(value)
+    # Not isinstance: true is an int to Python.
+    if type(value) is not kind:
+        raise RecordError(f"{name} is {value!r}, not {_WORDS[kind]}")
+    if kind is float and not math.isfinite(value):
+        raise RecordError(f"{name} is not finite")
+    if kind is int and value < 0:
+        raise RecordError(f"{name} is {value}, below zero")
+    return value
+
+
+def _date(value: Any, name: str) -> datetime.datetime:
+    """A date without a zone is taken for UTC, which is what evaluation writes."""
+    try:
+        date = datetime.datetime.fromisoformat(_scalar(str, value, name))
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(f"{name} is {value!r}, not a date") from error
+    return date if date.tzinfo else date.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,155 @@
+"""Builds what a config describes: network, schedule, loss, optimizer, and the train step on a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from mcm_jax.config.settings import Config
+from mcm_jax.diffusion import schedules
+from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.diffusion.schedules import Schedule
+from mcm_jax.models import attention
+from mcm_jax.models.network import Network
+from mcm_jax.models.placement import Placement
+from mcm_jax.objectives.objective import Networks
+from mcm_jax.system import sharding
+from mcm_jax.training import optimizer, step
+from mcm_jax.training.state import TrainState
+
+CHANNELS = 3
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """(height, width, channels)."""
+    return (config.data.resolution, config.data.resolution, CHANNELS)
+
+
+def network(config: Config, *, num_classes: int) -> Network:
+    """The UViT of config.model for the images of config.data."""
+    return Network(config.model, image_shape(config), num_classes)
+
+
+def schedule(config: Config) -> Schedule:
+    """The interpolated schedule; the plain or shifted cosine where both its ends are equal."""
+    resolution = config.data.resolution
+    return schedules.interpolated(
+        noise_resolution_low=config.schedule.noise_resolution_low or resolution,
+        noise_resolution_high=config.schedule.noise_resolution_high or resolution,
+        image_resolution=resolution,
+        end_points=config.schedule.end_points,
+    )
+
+
+def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
+    """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
+    network = placed(config, network, mesh=mesh)
+    constrain = network.placement.constrain
+
+    def bind(params: Any) -> ModelFn | None:
+        if params is None:
+            return None
+        # Gathered once for all that is done with them, not layer by layer and again for the gradient.
+        params = sharding.gathered(mesh, network.rounded(params))
+        return lambda z_t, logsnr_t, cond, key: constrain(
+            network.apply(params, constrain(z_t), logsnr_t, cond, key)
+        )
+
+    def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+        networks = Networks(
+            student=bind(params),
+            teacher=bind(teacher_params),
+            target=bind(target_params),
+            schedule=schedule(config),
+            null_class=network.null_class,
+        )
+        return config.loss(networks, batch["image"], batch["label"], key, train_step)
+
+    return loss_fn
+
+
+def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
+    """The same network on a mesh: its feature maps split by example, with the attention its devices support.
+
+    Without that the compiler replicates feature maps where parameters are split.
+    """
+    over_batch = sharding.batch_sharding(mesh)
+    attend = attention.einsum
+    if config.model.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
+        attend = jax.shard_map(
+            attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
+        )
+    placement = Placement(
+        constrain=functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch),
+        attend=attend,
+        by_column=functools.partial(sharding.by_column, mesh),
+    )
+    return dataclasses.replace(network, placement=placement)
+
+
+def init_key(seed: int) -> jax.Array:
+    """The key of the fresh parameters, apart from the updates' fold_in(key(seed), 0), 1, ..."""
+    return jax.random.fold_in(jax.random.key(seed), 2**31)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
+
+    config: Config
+    mesh: Mesh
+    network: Network
+    optimizer: optax.GradientTransformation
+    abstract: TrainState  # shapes and dtypes of a state
+    shardings: TrainState  # where its arrays lie
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A state with fresh parameters."""
+        return self._jit(lambda key: self._state(self.network.init(key)))(key)
+
+    def init_from(self, params: Any) -> TrainState:
+        """A state with these parameters, as before its first update."""
+        return self._jit(self._state)(params)
+
+    def train_step(self) -> step.TrainStep:
+        """One update; a teacher's parameters are laid out like the student's."""
+        config = self.config
+        return step.make_train_step(
+            loss_fn(config, self.network, mesh=self.mesh),
+            self.optimizer,
+            mesh=self.mesh,
+            state_sharding=self.shardings,
+            teacher_sharding=self.shardings.params if config.distils else None,
+            ema_decay=config.optimizer.ema_decay,
+            target_decay=config.target_decay,
+            accumulation_steps=config.training.accumulation_steps,
+            seed=config.seed,
+        )
+
+    def _state(self, params: Any) -> TrainState:
+        return step.init_state(params, self.optimizer, target_decay=self.config.target_decay)
+
+    def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
+        return jax.jit(init, out_shardings=self.shardings)
+
+
+def training(config: Config, *, num_classes: int, mesh: Mesh) -> Training:
+    """The network, optimizer and abstract state that the config describes."""
+    built = network(config, num_classes=num_classes)
+    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
+    abstract = jax.eval_shape(
+        lambda key: step.init_state(built.init(key), adam, target_decay=config.target_decay),
+        jax.random.key(0),
+    )
+    return Training(
+        config=config,
+        mesh=mesh,
+        network=built,
+        optimizer=adam,
+        abstract=abstract,
+        shardings=sharding.params_sharding(mesh, abstract),
+    )

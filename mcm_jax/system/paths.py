@@ -1,0 +1,67 @@
+"""Paths that a user names, in a flag or a setting: local ones, with `~` for the home directory."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mcm_jax.system.errors import InputError
+
+# gs://bucket/run, and gs:/bucket/run, which pathlib makes of it. ./gs:/x is a local name.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(text: str | Path, name: str) -> Path:
+    """The path that `text` stands for, with `~` expanded.
+
+    Args:
+      name: the flag or setting that the text was given for, as its user writes it: `--workdir`.
+
+    Raises:
+      InputError: the text is empty, a URL, or the home directory of an unknown user.
+    """
+    if not str(text):
+        raise InputError(f"{name} is empty; name a file or directory, . for the current one")
+    if _URL.match(str(text)):
+        raise InputError(f"{name}={text} is a URL; only local paths work, such as a mounted bucket's")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name}={text}: there is no such user's home directory") from error
+
+
+class _PathParser(flags.ArgumentParser):
+    """Turns a flag's text into a local path."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str | Path) -> Path:
+        return local_path(argument, self._name)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+class _PathsParser(flags.ListParser):
+    """Turns a flag's text into local paths; commas separate them."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def parse(self, argument: str | list[str] | None) -> list[Path]:
+        return [local_path(text, self._name) for text in super().parse(argument)]
+
+
+def define_path(name: str, default: str | Path | None, help: str, *, required: bool = False) -> Any:
+    """Defines a flag whose value is a local `Path`; returns its holder, as absl's DEFINE_string does."""
+    parser = _PathParser(f"--{name}")
+    return flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer(), required=required)
+
+
+def define_paths(name: str, default: Sequence[str] | None, help: str) -> Any:
+    """Defines a flag whose value is a list of local paths, separated by commas."""
+    return flags.DEFINE(_PathsParser(f"--{name}"), name, default, help, serializer=flags.ListSerializer(","))

@@ -1,0 +1,153 @@
+"""Paths that users name: `~` is expanded, URLs are refused, and no flag or setting is forgotten."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from mcm_jax.config import settings, validation
+from mcm_jax.config.settings import without_none
+from mcm_jax.data import preparation
+from mcm_jax.runs import workdirs
+from mcm_jax.runs.run import load_run
+from mcm_jax.system import command_line, paths
+from mcm_jax.system.errors import InputError
+
+PACKAGE = Path(paths.__file__).parents[1]
+PROGRAMS = ("train", "sample", "evaluate", "prepare", "plan", "report", "findings")
+URLS = ("gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "gs:/bucket/run")
+
+# Flags with text that names no local path. Only prepare's manual_dir may be a URL: TFDS reads imagenet2012
+# from a bucket.
+TEXTS = {
+    "evaluate": {"steps", "guidance", "checkpoint_step", "metrics"},
+    "prepare": {"dataset", "host", "name", "manual_dir"},
+    "plan": {"topology"},
+    "findings": {"problems"},
+}
+PATHS = {
+    "train": {"workdir"},
+    "sample": {"workdir", "out", "data_dir"},
+    "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir"},
+    "prepare": {"inception", "data_dir"},
+    "plan": {"json", "hlo", "table", "scaling"},
+    "report": {"runs", "out"},
+    "findings": {"out"},
+}
+
+
+def defined(program, *functions):
+    """Names of the flags that a program defines by these functions."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse((PACKAGE / f"{program}.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in functions
+    }
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_with_text_is_a_path_or_known_to_be_none(program):
+    assert defined(program, "define_path", "define_paths") == PATHS[program]
+    assert defined(program, "DEFINE_string", "DEFINE_list", "DEFINE_multi_string", "DEFINE") == TEXTS.get(
+        program, set()
+    )
+
+
+def test_every_program_is_looked_at():
+    found = {path.stem for path in PACKAGE.glob("*.py") if "command_line.run(main)" in path.read_text()}
+    assert found == set(PROGRAMS)
+
+
+@pytest.fixture
+def values(monkeypatch):
+    """A set of flags of its own, in place of the process's."""
+    found = flags.FlagValues()
+    define = flags.DEFINE
+    monkeypatch.setattr(flags, "DEFINE", lambda *given, **named: define(*given, flag_values=found, **named))
+    return found
+
+
+def test_a_flag_expands_the_home_directory(values, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    paths.define_path("out", None, "")
+    paths.define_path("data_dir", "data", "")
+    paths.define_paths("workdir", None, "")
+    values(["program", "--out=~/x.png", "--workdir=~/runs/a,runs/b"])
+    assert values.out == Path("/home/ada/x.png") and values.data_dir == Path("data")
+    assert values.workdir == [Path("/home/ada/runs/a"), Path("runs/b")]
+    assert values["out"].serialize() == "--out=/home/ada/x.png"
+    assert values["workdir"].serialize() == "--workdir=/home/ada/runs/a,runs/b"
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_flag_refuses_a_url_in_one_line(url, values):
+    paths.define_path("out", None, "")
+    paths.define_paths("workdir", None, "")
+    for argument, flag in ((f"--out={url}", "--out"), (f"--workdir=a,{url}", "--workdir")):
+        with pytest.raises(flags.Error) as error:
+            values(["program", argument])
+        refused = command_line._input_error_within(error.value)
+        assert str(refused) == f"{flag}={url} is a URL; only local paths work, such as a mounted bucket's"
+
+
+@pytest.mark.parametrize("local", ["runs/a:b", "./gs:/x", "C:/runs", "/gs://x", "2024-01-01T10:/x"])
+def test_other_colons_are_local(local):
+    assert paths.local_path(local, "--out") == Path(local)
+
+
+def test_a_path_that_is_none():
+    with pytest.raises(InputError, match=r"^--workdir is empty; name a file or directory"):
+        paths.local_path("", "--workdir")
+    with pytest.raises(InputError, match=r"^--out=~nobody-has-this-name/x: there is no such user's home"):
+        paths.local_path("~nobody-has-this-name/x", "--out")
+
+
+# Settings with text.
+PATH_SETTINGS = {"teacher_checkpoint", "data.data_dir"}
+TEXT_SETTINGS = {"data.dataset"}
+
+
+def text_settings(kind, prefix=""):
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from text_settings(hint, f"{prefix}{name}.")
+        elif hint is str or (type(None) in typing.get_args(hint) and without_none(hint) is str):
+            yield prefix + name
+
+
+def test_every_setting_with_text_is_a_path_or_known_to_be_none():
+    assert set(text_settings(settings.Config)) == PATH_SETTINGS | TEXT_SETTINGS
+
+
+def configured(name, value):
+    config = settings.default_config()
+    config.update(objective="cd", teacher_checkpoint="teacher")
+    config.consistency.student_steps = 2
+    section, _, field = name.rpartition(".")
+    (config[section] if section else config)[field] = value
+    found = validation.validate(config)
+    return getattr(getattr(found, section) if section else found, field)
+
+
+@pytest.mark.parametrize("name", sorted(PATH_SETTINGS))
+def test_a_setting_is_a_local_path(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert configured(name, "~/x") == "/home/ada/x"
+    for url in URLS:
+        with pytest.raises(InputError, match=rf"^config\.{name}={url} is a URL"):
+            configured(name, url)
+
+
+def test_what_else_takes_a_path(monkeypatch):
+    with pytest.raises(InputError, match=r"^workdir=gs://b/r is a URL"):
+        load_run("gs://b/r")
+    with pytest.raises(InputError, match=r"^data_dir=s3://b/d is a URL"):
+        load_run("run", data_dir="s3://b/d")
+    with pytest.raises(InputError, match=r"^--manual_dir=gs://b/images is a URL"):
+        preparation.plan(dataset="folder", resolution=8, manual_dir="gs://b/images")
+    monkeypatch.setenv("MCM_COMPILATION_CACHE", "gs://b/cache")
+    with pytest.raises(InputError, match=r"^MCM_COMPILATION_CACHE=gs://b/cache is a URL"):
+        workdirs.compilation_cache(Path("run"))
