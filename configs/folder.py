@@ -1,8 +1,10 @@
-"""Any folder of images, prepared by mcm_jax.prepare --dataset=folder: the tiny networks of a laptop's CPU.
+"""Any folder of images, prepared by `mcm_jax.prepare --dataset=folder`; tiny networks for a laptop's CPU.
 
-    --config=configs/folder.py:teacher --config.data.dataset=folder/NAME --config.data.resolution=R
+The rows are those of configs/openmoji.py. The resolution must be a multiple of 4 for the default network.
 
-Rows as in configs/openmoji.py. R must be a multiple of 4 for the default network.
+    python -m mcm_jax.prepare --dataset=folder --manual_dir=PATH --name=pets --resolution=32
+    python -m mcm_jax.train --config=folder:teacher --config.data.dataset=folder/pets \\
+        --config.data.resolution=32 --workdir=runs/teacher
 """
 
 import ml_collections
@@ -11,5 +13,5 @@ from mcm_jax.config import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
-    """The config of one row; data.dataset and data.resolution are the user's to set."""
+    """The config of a row, e.g. "teacher" or "cd,steps=4"; set data.dataset and data.resolution yourself."""
     return rows.tiny(row, dataset="folder/NAME", resolution=32)

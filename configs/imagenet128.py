@@ -8,7 +8,7 @@
     SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 5)
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
-SIZE is small or large. Expected FID of 50,000 samples, the paper's, none measured here:
+SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measured with this code):
 
     S     small,ct   small,cd   large,ct   large,cd
     1         16.0        8.5       14.5        7.0
@@ -23,29 +23,29 @@ SIZE is small or large. Expected FID of 50,000 samples, the paper's, none measur
     4                            5.0                          3.5                           2.6
     8                            4.9                          3.2                           2.2
 
-The teacher with 512 steps of aDDIM: small 2.2, large 2.2. Table 5 gives pd as 8.0, 3.8 and 2.5 at 2, 4 and 8
-steps, and not the size of its network.
+The teachers with 512 steps of aDDIM: small 2.2, large 2.2. Table 5 reports pd as 8.0, 3.8 and 2.5 with 2, 4
+and 8 steps, but not the size of its network.
 
-Chips and hours, derived from the paper's published updates a second and not measured here:
+Chips and hours, derived from the paper's updates per second (not measured with this code):
 
                               small, 64 TPU v5e   large, 256 TPU v5e
-    teacher  1,000,000 updates     126 h              126 h       at CT's speed; it has a network call less
+    teacher  1,000,000 updates     126 h              126 h       at CT's speed; it needs one call fewer
     ct         200,000 updates      25 h               25 h
     cd         200,000 updates      33 h               31 h
     pd          20,000 a stage     3.3 h              3.1 h       a stage, at CD's speed; ten stages to 1 step
     tract      100,000 a stage      16 h               15 h       a stage, at CD's speed; two stages
 
-The small network is guided, as the paper's is: its teacher is trained for 'any class' too and sampled with
-guidance, and cd distils the guided prediction, which costs it a network call that the published speed may not
-have. ct, pd and tract aren't guided; --config.consistency.teacher_guidance=0 turns it off for cd.
+The small network is guided, as in the paper: its teacher is also trained without labels and is sampled with
+guidance, and cd distils the guided prediction. This costs cd another network call, which the published speed
+may not include. ct, pd and tract are not guided; --config.consistency.teacher_guidance=0 turns it off for cd.
 
-On another number of chips add --config.mesh.fsdp=CHIPS. The commands:
+On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 
-    python -m mcm_jax.train --config=configs/imagenet128.py:small,teacher --workdir=runs/teacher
-    python -m mcm_jax.train --config=configs/imagenet128.py:small,cd,steps=8 --workdir=runs/cd8 \\
+    python -m mcm_jax.train --config=imagenet128:small,teacher --workdir=runs/teacher
+    python -m mcm_jax.train --config=imagenet128:small,cd,steps=8 --workdir=runs/cd8 \\
         --config.teacher_checkpoint=runs/teacher
-    python -m mcm_jax.train --config=configs/imagenet128.py:small,pd,steps=1 --workdir=runs/pd \\
-        --config.teacher_checkpoint=runs/teacher    # runs/pd/steps_512 to steps_1 are all rows of pd
+    python -m mcm_jax.train --config=imagenet128:small,pd,steps=1 --workdir=runs/pd \\
+        --config.teacher_checkpoint=runs/teacher    # writes runs/pd/steps_512 to runs/pd/steps_1
 """
 
 import ml_collections
@@ -54,12 +54,12 @@ from mcm_jax.config import paper_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """The config of one row, e.g. "small,teacher" or "large,cd,steps=8"."""
+    """The config of a row, e.g. "small,teacher" or "large,cd,steps=8"."""
     return paper_rows.imagenet(
         row,
         resolution=128,
         widths=(128, 256, 512, 1024),
-        # The paper guides the small network. Open: the weight, and where it enters (SPEC 3).
+        # The paper guides the small network, but leaves open by which weight and where (SPEC 3).
         small=paper_rows.Size(dropouts=(0.0, 0.0, 0.0, 0.1), guidance=0.3),
         large=paper_rows.Size(dropouts=(0.0, 0.1, 0.1, 0.1)),
         levels=(128, 64),

@@ -8,7 +8,7 @@
     SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 3)
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
-SIZE is small or large. Expected FID of 50,000 samples, the paper's, none measured here:
+SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measured with this code):
 
     S     small,ct   small,cd   small,cd,ddim   small,pd   large,ct   large,cd
     1          7.2        4.3            3.91       10.7        6.4        3.2
@@ -17,25 +17,25 @@ SIZE is small or large. Expected FID of 50,000 samples, the paper's, none measur
     8          1.5        1.6            1.70        1.8        1.5        1.4
     16         1.5        1.5            1.72          -        1.6        1.4
 
-The teacher with 512 steps of aDDIM: small 1.5, large 1.4. Table 4 gives small,cd as 4.35, 2.02, 1.68, 1.58
-and 1.54, table 5 gives small,pd at 8 steps as 1.7.
+The teachers with 512 steps of aDDIM: small 1.5, large 1.4. Table 4 reports small,cd as 4.35, 2.02, 1.68, 1.58
+and 1.54, and table 5 reports small,pd with 8 steps as 1.7.
 
-Chips and hours, derived from the paper's published updates a second and not measured here:
+Chips and hours, derived from the paper's updates per second (not measured with this code):
 
                               small, 64 TPU v5e   large, 256 TPU v5e
-    teacher  1,000,000 updates     103 h               96 h       at CT's speed; it has a network call less
+    teacher  1,000,000 updates     103 h               96 h       at CT's speed; it needs one call fewer
     ct         200,000 updates      21 h               19 h
     cd         200,000 updates      22 h               22 h
     pd          20,000 a stage     2.2 h              2.2 h       a stage, at CD's speed; ten stages to 1 step
     tract      100,000 a stage      11 h               11 h       a stage, at CD's speed; two stages
 
-On another number of chips add --config.mesh.fsdp=CHIPS. The commands:
+On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 
-    python -m mcm_jax.train --config=configs/imagenet64.py:small,teacher --workdir=runs/teacher
-    python -m mcm_jax.train --config=configs/imagenet64.py:small,cd,steps=8 --workdir=runs/cd8 \\
+    python -m mcm_jax.train --config=imagenet64:small,teacher --workdir=runs/teacher
+    python -m mcm_jax.train --config=imagenet64:small,cd,steps=8 --workdir=runs/cd8 \\
         --config.teacher_checkpoint=runs/teacher
-    python -m mcm_jax.train --config=configs/imagenet64.py:small,pd,steps=1 --workdir=runs/pd \\
-        --config.teacher_checkpoint=runs/teacher    # runs/pd/steps_512 to steps_1 are all rows of pd
+    python -m mcm_jax.train --config=imagenet64:small,pd,steps=1 --workdir=runs/pd \\
+        --config.teacher_checkpoint=runs/teacher    # writes runs/pd/steps_512 to runs/pd/steps_1
 """
 
 import ml_collections
@@ -44,7 +44,7 @@ from mcm_jax.config import paper_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """The config of one row, e.g. "small,teacher" or "large,cd,steps=8"."""
+    """The config of a row, e.g. "small,teacher" or "large,cd,steps=8"."""
     return paper_rows.imagenet(
         row,
         resolution=64,

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the image of the Dockerfile, and pushes or runs it.
+# Builds an image from the Dockerfile, and pushes or runs it.
 #
 #   bash launch/docker.sh                                                   builds mcm_jax:cpu
 #   MCM_ACCELERATOR=tpu bash launch/docker.sh --image=REGISTRY/mcm_jax:tpu --push       for launch/gke/train.sh
-#   MCM_ACCELERATOR=gpu bash launch/docker.sh -- python -m mcm_jax.train --config=configs/openmoji.py:teacher \
+#   MCM_ACCELERATOR=gpu bash launch/docker.sh -- python -m mcm_jax.train --config=openmoji:teacher \
 #       --workdir=runs/teacher
-#   bash launch/docker.sh --dry-run ...                                     prints the commands
+#   bash launch/docker.sh --dry-run ...                                     only prints the commands
 #
-# What follows -- runs in the image, with this checkout's data/ and runs/.
+# The command after -- runs in the image, with this checkout's data/ and runs/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -38,7 +38,7 @@ mcm_run docker build --build-arg "ACCELERATOR=$accelerator" --tag "$image" .
 [ -z "$push" ] || mcm_run docker push "$image"
 if [ $# -gt 0 ]; then
   mcm_run mkdir -p data runs
-  # --init: hands signals on, so that Ctrl-C saves a checkpoint. The files belong to whoever called.
+  # --init forwards signals, so that Ctrl-C saves a checkpoint; --user makes you the owner of the files.
   mcm_run docker run --rm --init --user "$(id -u):$(id -g)" "${devices[@]}" \
     --volume "$PWD/data:/opt/mcm_jax/data" --volume "$PWD/runs:/opt/mcm_jax/runs" "$image" "$@"
 fi

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the launchers: makes .venv in the checkout, or reuses it, and puts it on PATH.
+# Sourced by the launchers: creates or reuses .venv in the checkout and puts it on PATH.
 #
 #   mcm_environment EXTRA...    installs mcm_jax with these extras of setup.cfg, at pinned versions
-#   mcm_run COMMAND...          runs it, or prints it in a dry run
-#   mcm_refuse MESSAGE          ends the launcher: the user's input is at fault
-#   mcm_require_run ARGUMENT... refuses what `python -m mcm_jax.train` could not start with
+#   mcm_run COMMAND...          runs the command, or prints it in a dry run
+#   mcm_refuse MESSAGE          reports bad input and ends the launcher with exit code 2
+#   mcm_require_run ARGUMENT... checks that the arguments of `python -m mcm_jax.train` name a config and a workdir
 #
-# PYTHON=python3.12 chooses the interpreter (3.11 or newer), MCM_VENV=DIR another place for the environment,
-# MCM_ACCELERATOR=gpu or tpu the variant of JAX; MCM_DRY_RUN=1 prints what would be run.
+# PYTHON=python3.12 chooses the interpreter (3.11, 3.12 or 3.13), MCM_VENV=DIR another place for the environment,
+# MCM_ACCELERATOR=gpu or tpu the variant of JAX; MCM_DRY_RUN=1 prints the commands instead of running them.
 
 mcm_run() {
   if [ -n "${MCM_DRY_RUN:-}" ]; then
@@ -28,11 +28,22 @@ mcm_require_run() {
     for argument in "$@"; do
       case "$argument" in "$flag="?*) continue 2 ;; esac
     done
-    mcm_refuse "$flag=... is missing among the arguments of mcm_jax.train, which stand after --"
+    mcm_refuse "$flag=... is missing among the arguments of mcm_jax.train (those after --)"
   done
 }
 
-# shellcheck disable=SC2120 # Without extras it has no arguments.
+# mcm_supports PYTHON: TensorFlow, which reads and writes data sets, has no builds for other versions.
+mcm_supports() {
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+}
+
+# mcm_same PYTHON PYTHON: whether both are the same interpreter, or environments made by it.
+mcm_same() {
+  local identity='import sys; print(sys.version_info[:2], sys.base_prefix)'
+  [ "$("$1" -c "$identity" 2>/dev/null)" = "$("$2" -c "$identity" 2>/dev/null)" ]
+}
+
+# shellcheck disable=SC2120 # Some launchers call it without extras.
 mcm_environment() {
   local extras="$*" python="${PYTHON:-python3}" venv="${MCM_VENV:-$PWD/.venv}" stamp wanted
   case "${MCM_ACCELERATOR:-cpu}" in
@@ -43,20 +54,27 @@ mcm_environment() {
       return 2
       ;;
   esac
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: $python is not Python 3.11 or newer; name one with PYTHON=/path/to/python3.12" >&2
+  if [ -x "$venv/bin/pip" ]; then
+    if [ -n "${PYTHON:-}" ] && ! mcm_same "$PYTHON" "$venv/bin/python"; then
+      echo "error: $venv was not made by PYTHON=$PYTHON; remove it, or choose another place with MCM_VENV=DIR" >&2
+      return 2
+    fi
+    python="$venv/bin/python"
+  fi
+  if ! mcm_supports "$python"; then
+    echo "error: $python is not Python 3.11, 3.12 or 3.13; choose one with PYTHON=/path/to/python3.12" >&2
     return 2
   fi
-  # shellcheck disable=SC2086 # Words, one a line.
+  # shellcheck disable=SC2086 # Splits the extras into words, one a line.
   extras=$(printf '%s\n' $extras | sort -u | paste -sd, -)
   stamp="$venv/installed-${extras:-base}"
-  wanted=$(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)
+  wanted=$(cat setup.cfg setup.py pyproject.toml launch/constraints.txt | cksum)
   if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     [ -x "$venv/bin/pip" ] || mcm_run "$python" -m venv "$venv" || return 1
-    echo "installing mcm_jax${extras:+[$extras]} into .venv (a minute or two, once)"
+    echo "installing mcm_jax${extras:+[$extras]} into $venv (a minute or two, once)"
     mcm_run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint launch/constraints.txt --editable ".${extras:+[$extras]}" || return 1
-    # Written last: an interrupted installation is made again.
+    # Written last, so that an interrupted installation is repeated.
     [ -n "${MCM_DRY_RUN:-}" ] || printf '%s\n' "$wanted" >"$stamp"
   fi
   export PATH="$venv/bin:$PATH"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Plans one train step, of the small network for ImageNet64 with CT, for slices of 8 to 256 TPU v5e chips, without a
-# TPU, and prints how the estimates change: at 32 images a chip, and at 2048 images in all (in parts of 32 images a
-# chip where there would be more). Blocks are in a loop and computed again for the gradient, which compiles faster;
-# the step is a slower one than that of plan_table.sh.
-# Eleven plans one after another, some minutes each on 2 cores.
+# Plans one train step (CT of the small ImageNet64 network) for slices of 8 to 256 TPU v5e chips, without a TPU, and
+# prints how the estimates change with the number of chips: once with 32 images a chip, and once with 2048 images in
+# total (accumulated in parts of at most 32 images a chip). To compile faster, blocks run in a loop and are recomputed
+# for the gradient; this step is slower than that of plan_table.sh.
+# Makes eleven plans, one after another; each takes some minutes on 2 cores.
 #
-#   bash launch/plan_scaling.sh                   runs/scaling
+#   bash launch/plan_scaling.sh                   writes to runs/scaling
 #   bash launch/plan_scaling.sh --out=DIR
-#   bash launch/plan_scaling.sh --dry-run         prints the commands, as MCM_DRY_RUN=1 does
+#   bash launch/plan_scaling.sh --dry-run         only prints the commands, as MCM_DRY_RUN=1 does
 #
-# DIR is relative to the checkout. Every plan is kept there as it is made, so that the same command continues where an
-# earlier one stopped. After a change of the program, or of a library, take another directory.
+# DIR is relative to the checkout. Each plan is saved there when it is done, and the same command continues an
+# interrupted one. After a change of the code or of a library, use another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -29,7 +29,7 @@ mcm_environment plan
 plan() {
   local file="$out/$2-chips-$3-images.json"
   [ -f "$file" ] || mcm_run python -m mcm_jax.plan --json="$file" \
-    --config=configs/imagenet64.py:small,ct,steps=8 --topology="v5e:$1" --config.model.unroll=False \
+    --config=imagenet64:small,ct,steps=8 --topology="v5e:$1" --config.model.unroll=False \
     --config.model.remat=full --config.mesh.fsdp="$2" --config.training.batch_size="$3" \
     --config.training.accumulation_steps="$4" || return
 }

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Plans the train step of the paper's eight networks and systems for the slices that its authors used, without a
-# TPU, and prints one table: the compiler's estimates beside the paper's measured speeds. Every row twice: as
-# configured, and in a plain form (attention written out, every block computed again, blocks in a loop). Then what
-# 50,000 samples of the small networks and their features take.
-# One after another, 5 to 30 minutes each on 2 cores, and up to 15 GB.
+# Plans the train steps whose speed the paper reports (two sizes, two resolutions, CT and CD) for the TPU slices that
+# its authors used, without a TPU, and prints one table: the compiler's estimates beside the paper's measured speeds.
+# Each row appears twice: as configured, and in a plain form (attention without a fused kernel, every block recomputed,
+# blocks in a loop). Then it plans sampling from the small networks and computing features of the samples.
+# Makes the plans one after another; each takes 5 to 30 minutes on 2 cores and up to 15 GB of memory.
 #
-#   bash launch/plan_table.sh                     runs/plan
+#   bash launch/plan_table.sh                     writes to runs/plan
 #   bash launch/plan_table.sh --out=DIR --plain=no
-#   bash launch/plan_table.sh --dry-run           prints the commands, as MCM_DRY_RUN=1 does
+#   bash launch/plan_table.sh --dry-run           only prints the commands, as MCM_DRY_RUN=1 does
 #
-# DIR is relative to the checkout. Every plan is kept there as it is made, so that the same command continues where an
-# earlier one stopped, and the table is of all plans there. After a change of the program, or of a library, take
-# another directory.
+# DIR is relative to the checkout. Each plan is saved there when it is done, the same command continues an interrupted
+# one, and the table contains all plans in DIR. After a change of the code or of a library, use another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -40,7 +39,7 @@ for size in small large; do
   if [ "$size" = small ]; then topology=v5e:8x8; else topology=v5e:16x16; fi
   for resolution in 64 128; do
     for system in ct cd; do
-      row=("--config=configs/imagenet$resolution.py:$size,$system,steps=8" "--topology=$topology")
+      row=("--config=imagenet$resolution:$size,$system,steps=8" "--topology=$topology")
       echo "== imagenet$resolution, $size, $system"
       plan "$size-$resolution-$system" "${row[@]}"
       [ "$plain" = no ] || plan "$size-$resolution-$system-plain" "${row[@]}" --config.model.attention=einsum \
@@ -50,7 +49,7 @@ for size in small large; do
 done
 for resolution in 64 128; do
   echo "== imagenet$resolution, small, sampling"
-  row=("--config=configs/imagenet$resolution.py:small,cd,steps=8" --topology=v5e:8x8)
+  row=("--config=imagenet$resolution:small,cd,steps=8" --topology=v5e:8x8)
   for program in sample features; do
     plan "small-$resolution-$program" "${row[@]}" "--program=$program"
   done

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole job in small: 16x16 OpenMoji; a diffusion teacher; CD and CT students of 1 and 4 steps from it;
-# all evaluated; one table and one page. About 13 minutes on 2 cores, installation included.
+# The whole job in small: prepares 16x16 OpenMoji, trains a diffusion teacher, makes CD and CT students of 1 and 4
+# steps from it, evaluates all five, and writes one table and one page. Takes about 13 minutes on 2 cores, including
+# the installation.
 #
-#   bash launch/smoke.sh                          runs/smoke, training seed 0
+#   bash launch/smoke.sh                          writes to runs/smoke, training seed 0
 #   bash launch/smoke.sh --runs=DIR --seed=1      another directory, another training seed
 #   MCM_ACCELERATOR=gpu bash launch/smoke.sh      installs JAX for CUDA and runs there
-#   bash launch/smoke.sh --dry-run                prints the commands, as MCM_DRY_RUN=1 does
+#   bash launch/smoke.sh --dry-run                only prints the commands, as MCM_DRY_RUN=1 does
 #
-# The same command continues where an earlier one stopped.
+# The same command continues an interrupted one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -24,19 +25,18 @@ for argument in "$@"; do
 done
 started=$SECONDS
 mcm_environment
-# One cache of compiled programs for all of them, so that a second start is fast.
+# All programs share one cache of compiled code, so that later ones start faster.
 export MCM_COMPILATION_CACHE="${MCM_COMPILATION_CACHE:-$runs/xla_cache}"
-config=configs/openmoji.py
 here="$runs/seed$seed"
 
 mcm_run python -m mcm_jax.prepare --dataset=openmoji --resolution=16
 echo "== teacher"
-mcm_run python -m mcm_jax.train --config="$config:teacher" --config.seed="$seed" --workdir="$here/teacher"
+mcm_run python -m mcm_jax.train --config=openmoji:teacher --config.seed="$seed" --workdir="$here/teacher"
 workdirs="$here/teacher"
 for system in cd ct; do
   for steps in 1 4; do
     echo "== $system, $steps steps"
-    mcm_run python -m mcm_jax.train --config="$config:$system,steps=$steps" --config.seed="$seed" \
+    mcm_run python -m mcm_jax.train --config="openmoji:$system,steps=$steps" --config.seed="$seed" \
       --config.teacher_checkpoint="$here/teacher" --workdir="$here/$system$steps"
     workdirs="$workdirs,$here/$system$steps"
   done
@@ -49,10 +49,10 @@ mcm_run python -m mcm_jax.report --runs="$runs"
 minutes=$(((SECONDS - started + 59) / 60))
 cat <<EOF
 
-Done in $minutes minutes. From here:
+Done in $minutes minutes. Next:
   more images       python -m mcm_jax.sample --workdir=$here/cd4 --num=64 --out=grid.png
   loss curves       tensorboard --logdir=$here
   your own images   python -m mcm_jax.prepare --dataset=folder --manual_dir=PATH --resolution=32
-  all settings      mcm_jax/config/settings.py; set one with --config.SECTION.NAME=VALUE
-(in this checkout's environment: source .venv/bin/activate)
+  all settings      mcm_jax/config/settings.py; change one with --config.SECTION.NAME=VALUE
+(first activate the environment: source .venv/bin/activate)
 EOF

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test, in a .venv of its own making. Arguments go to pytest, e.g. bash launch/test.sh -k steps
+# Runs every test in .venv, which it creates if missing. Arguments go to pytest: bash launch/test.sh -k steps
 #
-#   bash launch/test.sh --parity    compares features and metrics with torch-fidelity and pytorch-fid instead,
-#                                   which are installed with PyTorch into an environment of their own, .venv-parity
+#   bash launch/test.sh --parity    instead compares features and metrics with torch-fidelity and pytorch-fid, which it
+#                                   installs with PyTorch into a separate environment, .venv-parity
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh runs on every host of a slice. Training does not depend on the connection: it writes to
-# ~/mcm_train.log, and its exit code to ~/.mcm_train.code.
+# Runs on every host of a slice, called by tpu_pod.sh. Training goes on if the connection is lost: its output goes to
+# ~/mcm_train.log and its exit code to ~/.mcm_train.code.
 #
-#   bash launch/tpu_host.sh install          this checkout, at pinned versions
-#   bash launch/tpu_host.sh train ARGUMENT...   starts it, or finds it running, and follows it to its end
-#   bash launch/tpu_host.sh stop             lets it save a checkpoint and end
+#   bash launch/tpu_host.sh install             installs this checkout at pinned versions
+#   bash launch/tpu_host.sh train ARGUMENT...   starts training, unless it is running already, and follows it to its end
+#   bash launch/tpu_host.sh stop                lets it save a checkpoint and end
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 export MCM_ACCELERATOR=tpu MCM_VENV="${MCM_VENV:-$HOME/mcm_venv}"
 state="$HOME/.mcm_train" log="$HOME/mcm_train.log"
 
-# The images of TPU VMs have an older Python.
+# The images of TPU VMs come with an older Python; an environment that exists needs none.
 require_python() {
-  if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then return; fi
+  if [ -x "$MCM_VENV/bin/pip" ] || mcm_supports python3; then return; fi
   local uv="$HOME/.local/bin/uv"
   [ -x "$uv" ] || python3 -m pip install --quiet --user uv
   "$uv" python install --quiet 3.12
@@ -35,7 +35,7 @@ stop() {
   kill -KILL "$(cat "$state.pid")"
 }
 
-# Outlives the connection.
+# Runs in a session of its own, which outlives the connection.
 run() {
   local code=0
   python -m mcm_jax.train "$@" &
@@ -63,7 +63,10 @@ train() {
 action="${1:-}"
 [ $# -eq 0 ] || shift
 case "$action" in
-  install) require_python && mcm_environment ;;
+  install)
+    require_python
+    mcm_environment
+    ;;
   run) run "$@" ;;
   stop) stop ;;
   train)
@@ -71,5 +74,5 @@ case "$action" in
     mcm_environment
     train "$@"
     ;;
-  *) mcm_refuse "launch/tpu_host.sh install, train ARGUMENT... or stop" ;;
+  *) mcm_refuse "use launch/tpu_host.sh install, train ARGUMENT... or stop" ;;
 esac

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice of any number of hosts: asks for it (or takes the one of that name), installs
-# this checkout on every host, trains, and after a preemption does all of it again until the run is finished.
+# Trains on a Cloud TPU slice of any number of hosts: requests the slice (or uses an existing one of that name),
+# installs this checkout on every host and trains. After a preemption it starts over, until the run is finished.
 #
 #   bash launch/tpu_pod.sh --name=mcm --zone=us-west4-a --type=v5litepod-16 --spot \
 #       --setup='mountpoint -q /mnt/mcm || sudo mount --mkdir 10.0.0.2:/mcm /mnt/mcm' \
-#       -- --config=configs/openmoji.py:teacher --config.data.data_dir=/mnt/mcm/data \
+#       -- --config=openmoji:teacher --config.data.data_dir=/mnt/mcm/data \
 #       --workdir=/mnt/mcm/runs/teacher
 #
 #   --name=NAME --zone=ZONE   of the slice and of its queued resource
 #   --type=TYPE               accelerator type, e.g. v5litepod-16, v5p-32, v6e-64
 #   --version=VERSION         runtime version; default: the one for the type
 #   --project=PROJECT         default: gcloud's
-#   --spot                    cheaper, and may be taken away at any time
-#   --setup=COMMAND           run on every host before each attempt; a new slice comes with nothing mounted
-#   --attempts=N              failures in a row that are no preemption before it gives up; default 3
+#   --spot                    cheaper, but may be preempted at any time
+#   --setup=COMMAND           runs on every host before each attempt; a new slice has nothing mounted
+#   --attempts=N              gives up after N failures in a row, not counting preemptions; default 3
 #   --delete                  deletes the slice when the run is finished
-#   --dry-run                 prints the commands
+#   --dry-run                 only prints the commands
 #
-# What follows -- goes to `python -m mcm_jax.train`. --workdir must be a directory that all hosts share. Ctrl-C
-# saves a checkpoint and leaves the slice as it is; the same command continues. If only the connection to the
-# hosts is lost, training goes on there and the same command follows it.
+# Arguments after -- go to `python -m mcm_jax.train`. --workdir must be a directory that all hosts share. Ctrl-C
+# saves a checkpoint and leaves the slice running; the same command continues. If only the connection to the hosts is
+# lost, training goes on there, and the same command reconnects to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$name" ] || mcm_refuse "--name=NAME is missing: what the slice is called"
+[ -n "$name" ] || mcm_refuse "--name=NAME is missing: the name of the slice"
 [ -n "$zone" ] || mcm_refuse "--zone=ZONE is missing, e.g. --zone=us-west4-a"
 [ -n "$type" ] || mcm_refuse "--type=TYPE is missing, e.g. --type=v5litepod-16"
 case "$attempts" in '' | *[!0-9]* | 0) mcm_refuse "--attempts=$attempts must be a number from 1 on" ;; esac
@@ -68,12 +68,12 @@ tpus() {
   mcm_run gcloud compute tpus "$@" "${place[@]}"
 }
 
-# On one host or all: on_hosts 0|all COMMAND
+# on_hosts 0|all COMMAND: runs it on the first host, or on all
 on_hosts() {
   tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
 }
 
-# The state of a tpu-vm or queued resource; empty where there is none.
+# state_of tpu-vm|queued-resources: its state; empty if it does not exist
 state_of() {
   local field=state
   [ "$1" = tpu-vm ] || field=state.state
@@ -83,7 +83,7 @@ state_of() {
   grep -q NOT_FOUND "$temporary/error" || { cat "$temporary/error" >&2 && return 1; }
 }
 
-# Returns when the slice is ready, however long the queue is.
+# Returns when the slice is ready, however long that takes.
 require_slice() {
   local node queued said=''
   while :; do
@@ -97,7 +97,7 @@ require_slice() {
     case "$queued/$node" in
       /) request_slice ;;
       /PREEMPTED | /TERMINATED) tpus tpu-vm delete "$name" ;;
-      # A preempted slice keeps its name and its request, which is never filled again.
+      # A preempted slice keeps its name and its request, which is never granted again.
       SUSPENDED/* | FAILED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
         tpus queued-resources delete "$name" --force
         ;;
@@ -119,7 +119,7 @@ install_checkout() {
   on_hosts all "${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax && bash mcm_jax/launch/tpu_host.sh install"
 }
 
-# In the background, so that Ctrl-C reaches the hosts and not the connection to them.
+# In the background, so that Ctrl-C stops the training on the hosts, not the connection to them.
 train() {
   local code=0
   on_hosts all "bash mcm_jax/launch/tpu_host.sh train $arguments" &
@@ -149,21 +149,21 @@ while :; do
     if train; then break; fi
     trap - INT TERM
   fi
-  # The host's own word for it: gcloud's exit code says only that a command failed somewhere.
+  # The host's own exit code: gcloud's says only that a command failed somewhere.
   code=$(on_hosts 0 "cat .mcm_train.code" 2>/dev/null) || code=unknown
   if [ "$(state_of tpu-vm)" != READY ]; then
-    echo "slice $name was taken away; the run continues on another"
+    echo "slice $name was preempted; the run continues on another"
     failures=0
   elif [ "$code" = 2 ]; then
-    echo "error: mcm_jax.train refuses its input, see above" >&2
+    echo "error: mcm_jax.train reports bad input, see above" >&2
     exit 2
   else
     failures=$((failures + 1))
     if [ "$failures" -ge "$attempts" ]; then
-      echo "error: failed $failures times in a row on a slice that is there; see above" >&2
+      echo "error: training failed $failures times in a row without a preemption; see above" >&2
       exit 1
     fi
-    echo "failed (exit code $code); the run continues from its last checkpoint"
+    echo "training failed (exit code $code); the run continues from its last checkpoint"
     sleep "$poll_seconds"
   fi
 done

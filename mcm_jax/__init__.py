@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mcm_jax.runs.run import Run
 
+# Written here and nowhere else: it is known even where the package's metadata are missing.
+__version__ = "0.1.0"
+
 
 def load(workdir: Any, **options: Any) -> "Run":
-    """The trained run in `workdir`, ready to sample from; options as of `runs.run.load_run`."""
+    """The trained run in `workdir`, ready to sample from; `options` are those of `runs.run.load_run`."""
     from mcm_jax.runs.run import load_run  # `import mcm_jax` stays light: programs' --help need no JAX.
 
     return load_run(workdir, **options)

@@ -1,6 +1,6 @@
 """Says whether and how fast a config trains on a TPU slice, without a TPU: compiles its train step for it.
 
-    python -m mcm_jax.plan --config=configs/imagenet64.py:small,ct,steps=8 --topology=v5e:8x8
+    python -m mcm_jax.plan --config=imagenet64:small,ct,steps=8 --topology=v5e:8x8
 
     python -m mcm_jax.plan --config=... --program=sample      # a batch of samples; features: FID's network
 
@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
-from mcm_jax.system import command_line, paths, versions
+from mcm_jax.system import command_line, config_files, paths, versions
 from mcm_jax.system.files import write_asked_for
 
 
@@ -55,13 +55,11 @@ def define_flags() -> None:
     paths.define_path(
         "scaling", None, "The same, as tables of how one config's train step scales with the chips."
     )
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file and row, e.g. configs/imagenet64.py:small,ct,steps=8", lock_config=True
-    )
+    config_files.define_flag("imagenet64:small,ct,steps=8")
     flags.register_multi_flags_validator(
         ["config", "table", "scaling"],
         lambda given: sum(value is not None for value in given.values()) == 1,
-        message="give --config=FILE:ROW for a plan, or --table=DIR or --scaling=DIR for a table of plans, "
+        message="give --config=NAME:ROW for a plan, or --table=DIR or --scaling=DIR for a table of plans, "
         "one of them",
     )
 

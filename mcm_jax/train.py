@@ -1,7 +1,7 @@
 """Trains a diffusion teacher, or a multistep consistency model from it.
 
-    python -m mcm_jax.train --config=configs/openmoji.py:teacher --workdir=runs/teacher
-    python -m mcm_jax.train --config=configs/openmoji.py:cd,steps=4 --workdir=runs/cd4 \\
+    python -m mcm_jax.train --config=openmoji:teacher --workdir=runs/teacher
+    python -m mcm_jax.train --config=openmoji:cd,steps=4 --workdir=runs/cd4 \\
         --config.teacher_checkpoint=runs/teacher
 
 The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first. For several hosts,
@@ -11,13 +11,10 @@ where it is started on each, see mcm_jax/system/distributed.py and launch/.
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from mcm_jax.system import command_line, paths
+from mcm_jax.system import command_line, config_files, paths
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file and row, e.g. configs/openmoji.py:cd,steps=4", lock_config=True
-)
+_CONFIG = config_files.define_flag("openmoji:cd,steps=4")
 _WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.")
 flags.mark_flags_as_required(["config", "workdir"])
 

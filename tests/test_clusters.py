@@ -1,7 +1,7 @@
-"""The launchers for pods, clusters and containers: what they would do, and what they do with made-up tools.
+"""The launchers for pods, clusters and containers: their dry runs, and what they do with fake tools.
 
-Each tool (gcloud, kubectl, srun, docker) is a script that logs its arguments; gcloud's also runs what it is
-told to run on a host, in that host's home directory. Tools that this machine may have are out of reach.
+Each fake tool (gcloud, kubectl, srun, docker) is a script that logs its arguments; gcloud's also runs the
+commands for a host in that host's home directory. Real tools of this machine are not on PATH.
 """
 
 import atexit
@@ -25,11 +25,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/*.sbatch")])
-RUN = ("--config=configs/openmoji.py:cd,steps=4", "--workdir=/mnt/mcm/runs/cd4")
+RUN = ("--config=openmoji:cd,steps=4", "--workdir=/mnt/mcm/runs/cd4")
 
 
 def launch(script, *arguments, tools=None, **variables):
-    """The launcher's end. tools: a directory of made-up ones; none, and a dry run, if None."""
+    """The finished launcher. tools: a directory of fake tools; without them only dry runs get far."""
     return subprocess.run(
         ["bash", ROOT / "launch" / script, *arguments],
         env=environment(tools, **variables),
@@ -40,7 +40,7 @@ def launch(script, *arguments, tools=None, **variables):
     )
 
 
-# All that the launchers and the made-up tools need of a machine.
+# All other programs that the launchers and the fake tools need.
 BASICS = """
 bash cat cksum cp dirname grep gzip id mkdir mktemp paste python3 rm sed seq setsid sleep sort tail tar touch
 wc
@@ -108,11 +108,11 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
         ("tpu_pod.sh", [*POD, "--", *RUN], "gcloud is not installed"),
         ("tpu_host.sh", [], "install, train ARGUMENT... or stop"),
         ("slurm.sbatch", [], "--config=... is missing"),
-        ("slurm.sbatch", [*RUN], "this is no SLURM job; submit it"),
+        ("slurm.sbatch", [*RUN], "this is not a SLURM job; submit it"),
         ("docker.sh", ["--imagine=x"], "--imagine=x is not an option"),
         ("docker.sh", [], "docker is not installed"),
-        ("gke/train.sh", [], "say tpu or gpu first"),
-        ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "say tpu or gpu first"),
+        ("gke/train.sh", [], "name tpu or gpu first"),
+        ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "name tpu or gpu first"),
         *[
             ("gke/train.sh", [*(a for a in TPU if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
             for name in ("name", "image", "claim", "accelerator", "topology", "hosts", "chips")
@@ -120,7 +120,11 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
         ("gke/train.sh", [*TPU, "--name=Cd4", "--", *RUN], "--name=Cd4 must be lower case"),
         ("gke/train.sh", [*TPU, f"--name={'a' * 41}", "--", *RUN], "at most 40"),
         ("gke/train.sh", [*TPU, "--hosts=four", "--", *RUN], "--hosts=four must be a number"),
-        ("gke/train.sh", [*TPU, "--image=a b", "--", *RUN], "--image=a b has characters"),
+        (
+            "gke/train.sh",
+            [*TPU, "--image=a b", "--", *RUN],
+            "--image=a b contains characters that are not allowed",
+        ),
         ("gke/train.sh", [*GPU, "--slices=2", "--", *RUN], "--topology and --slices are for tpu"),
         ("gke/train.sh", [*GPU, "--", RUN[0]], "--workdir=... is missing"),
         ("gke/train.sh", [*GPU, "--", *RUN], "kubectl is not installed"),
@@ -136,7 +140,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, arguments, message):
 # Cloud TPU.
 
 
-def test_a_pod_in_words():
+def test_the_commands_of_a_pod():
     given = (
         *POD,
         "--project=p",
@@ -168,7 +172,7 @@ def test_a_pod_in_words():
         assert command.endswith("--zone=us-west4-a --project=p --quiet")
 
 
-def test_a_pod_is_kept_unless_asked():
+def test_a_pod_is_deleted_only_on_request():
     create, *_, last = commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN))
     assert "--spot" not in create and " train " in last
     assert commands(launch("tpu_pod.sh", *POD, "--", *RUN, MCM_DRY_RUN="1"))[0] == create
@@ -187,8 +191,7 @@ def test_every_type_has_its_runtime(type_, version):
     assert "--runtime-version=own " in create
 
 
-# A slice of two hosts. Its state is in the files node and queue; what becomes of each training, in a line of
-# plan.
+# A slice of two hosts. Its state is in the files node and queue; each line of plan tells how a training ends.
 GCLOUD = r"""
 echo "$*" >>"$TOOLS/calls"
 absent() { echo "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found" >&2; exit 1; }
@@ -197,7 +200,7 @@ case "$*" in
   "compute tpus queued-resources describe"*)
     [ ! -f "$TOOLS/denied" ] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
     cat "$TOOLS/queue" 2>/dev/null || absent
-    # Granted when it has been asked for twice.
+    # Granted after two questions.
     if grep -qx WAITING_FOR_RESOURCES "$TOOLS/queue"; then
       echo PROVISIONING >"$TOOLS/queue"
     elif grep -qx PROVISIONING "$TOOLS/queue"; then
@@ -232,7 +235,7 @@ case "$*" in
 esac
 """
 
-# The python of a host: trains as the next line of the plan says.
+# A host's Python: training ends as the next line of plan says.
 PYTHON = r"""
 if [ "$1 $2" != "-m mcm_jax.train" ]; then exec python3 "$@"; fi
 echo "$*" >>"$TOOLS/trained.$HOST"
@@ -259,7 +262,7 @@ def tools(tmp_path):
     make_tool(directory / "venv/bin", "pip", "exit 0")
     # As installed before.
     wanted = subprocess.run(
-        "cat setup.cfg pyproject.toml launch/constraints.txt | cksum",
+        "cat setup.cfg setup.py pyproject.toml launch/constraints.txt | cksum",
         shell=True,
         cwd=ROOT,
         capture_output=True,
@@ -277,8 +280,8 @@ def pod(tools, *plan, arguments=POD):
     return launch("tpu_pod.sh", *arguments, "--", *RUN, tools=tools, **pod_variables(tools))
 
 
-def told(tools):
-    """What gcloud was told to do, in order and in a word each; questions left out."""
+def requests(tools):
+    """The requests that gcloud received, in order and in a word each, without questions about the state."""
     result = []
     for line in (tools / "calls").read_text().splitlines():
         words = line.removeprefix("compute tpus ").split()
@@ -290,71 +293,71 @@ def told(tools):
     return result
 
 
-def test_a_pod_is_made_and_trains(tools):
+def test_a_pod_is_created_and_trains(tools):
     result = pod(tools, "done")
     assert result.returncode == 0, result.stderr
-    assert told(tools) == ["create", "scp", "install", "train"]
+    assert requests(tools) == ["create", "scp", "install", "train"]
     trained = [(tools / f"trained.{host}").read_text() for host in (0, 1)]
     assert trained == [f"-m mcm_jax.train {' '.join(RUN)}\n"] * 2
     assert result.stdout.count("finished") == 2
     assert "slice mcm: not there, its request: WAITING_FOR_RESOURCES" in result.stdout
-    # The checkout is on every host, and no more than that.
+    # The checkout is on every host, without its history.
     for host in (0, 1):
         assert (tools / f"host{host}/mcm_jax/mcm_jax/data/pipeline.py").exists()
         assert not (tools / f"host{host}/mcm_jax/.git").exists()
 
 
-def test_a_pod_that_is_there_is_taken(tools):
+def test_an_existing_pod_is_used(tools):
     (tools / "node").write_text("READY\n")
     assert pod(tools, "done", arguments=(*POD, "--delete")).returncode == 0
-    assert told(tools) == ["scp", "install", "train", "delete"]
+    assert requests(tools) == ["scp", "install", "train", "delete"]
 
 
-def test_a_preempted_pod_is_made_again_and_goes_on(tools):
+def test_a_preempted_pod_is_recreated_and_training_continues(tools):
     result = pod(tools, "preempted", "preempted", "done", arguments=(*POD, "--spot", "--attempts=1"))
     assert result.returncode == 0, result.stderr
     once = ["create", "scp", "install", "train", "ask", "delete"]
-    assert told(tools) == [*once, *once, *once[:4]]
-    assert result.stdout.count("slice mcm was taken away; the run continues on another") == 2
+    assert requests(tools) == [*once, *once, *once[:4]]
+    assert result.stdout.count("slice mcm was preempted; the run continues on another") == 2
     calls = (tools / "calls").read_text()
     assert calls.count("queued-resources delete mcm --force") == 2
     assert len(re.findall("queued-resources create .* --spot", calls)) == 3
 
 
-def test_a_pod_found_preempted_is_made_again(tools):
+def test_a_pod_found_preempted_is_recreated(tools):
     (tools / "node").write_text("PREEMPTED\n")
     assert pod(tools, "done").returncode == 0
-    assert told(tools) == ["delete", "create", "scp", "install", "train"]
+    assert requests(tools) == ["delete", "create", "scp", "install", "train"]
 
 
 def test_bad_input_is_not_tried_again(tools):
     result = pod(tools, "refused", "done")
     assert result.returncode == 2
-    assert told(tools) == ["create", "scp", "install", "train", "ask"]
+    assert requests(tools) == ["create", "scp", "install", "train", "ask"]
     assert "error: no such data" in result.stdout
-    assert result.stderr.splitlines()[-1] == "error: mcm_jax.train refuses its input, see above"
+    assert result.stderr.splitlines()[-1] == "error: mcm_jax.train reports bad input, see above"
 
 
 def test_it_does_not_try_for_ever(tools):
     result = pod(tools, "crash", "crash", "done", arguments=(*POD, "--attempts=2"))
     assert result.returncode == 1
-    assert "failed 2 times in a row on a slice that is there" in result.stderr
-    assert told(tools) == ["create", *["scp", "install", "train", "ask"] * 2]
+    assert "training failed 2 times in a row without a preemption" in result.stderr
+    assert requests(tools) == ["create", *["scp", "install", "train", "ask"] * 2]
 
 
-def test_a_run_goes_on_without_the_connection_and_is_found_again(tools):
+def test_a_run_survives_a_lost_connection_and_is_found_again(tools):
     (tools / "lost").touch()
     result = pod(tools, "found", "never")
     assert result.returncode == 0, result.stderr + result.stdout
-    assert told(tools).count("train") == 2
+    assert requests(tools).count("train") == 2
     assert all(len((tools / f"trained.{host}").read_text().splitlines()) == 1 for host in (0, 1))
 
 
-def test_what_gcloud_may_not_do_is_told(tools):
+def test_a_denied_permission_is_reported(tools):
     (tools / "denied").touch()
     result = pod(tools, "done")
     assert result.returncode == 1 and "PERMISSION_DENIED" in result.stderr
-    assert "create" not in told(tools)
+    assert "create" not in requests(tools)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -366,7 +369,7 @@ def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # As a terminal's: a test of a test in the background is born deaf to SIGINT.
+        # As in a terminal; pytest in the background would pass on an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
@@ -379,7 +382,7 @@ def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
     assert process.returncode == 130
     assert "stopped and saved: the same command continues" in said
     assert (tools / "saved").read_text() == "saved\n" * 2
-    assert told(tools)[-2:] == ["train", "stop"]
+    assert requests(tools)[-2:] == ["train", "stop"]
 
 
 # SLURM.
@@ -398,20 +401,20 @@ def slurm(tmp_path, code):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_a_slurm_job_queues_again_when_it_was_stopped(code, tmp_path):
+def test_a_stopped_slurm_job_is_queued_again(code, tmp_path):
     result, calls = slurm(tmp_path, code)
     assert result.returncode == code
     assert calls[0] == f"--kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
     assert calls[1:] == (["requeue 7"] if code == 130 else [])
 
 
-def test_a_slurm_job_in_words():
+def test_the_commands_of_a_slurm_job():
     *install, run = commands(launch("slurm.sbatch", "--dry-run", *RUN))
     assert install[1].endswith("--editable .[gpu]")
     assert run == f"srun --kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
 
 
-def test_a_slurm_job_asks_for_a_task_a_gpu_and_for_a_warning():
+def test_a_slurm_job_requests_a_task_for_each_gpu_and_a_warning():
     text = (ROOT / "launch/slurm.sbatch").read_text()
     # sbatch stops reading at the first line that is neither empty nor a comment.
     head = text[: text.index("\nset ")]
@@ -432,7 +435,7 @@ def test_a_slurm_job_from_elsewhere(tmp_path):
 
 # Kubernetes.
 
-# The fields of JobSet that the manifests use, as its definition has them; none else.
+# The fields of JobSet that the manifests use, as in its definition; others are refused.
 JOBSET = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -507,7 +510,7 @@ JOBSET = {
 
 
 def manifest(*arguments):
-    """What the launcher would apply; checked against Kubernetes' own definition of a Job."""
+    """The manifest of a dry run, checked against Kubernetes' own definition of a Job."""
     result = launch(
         "gke/train.sh", *arguments, "--dry-run", "--", *RUN, '--config.model.widths=(64, "\\1", ${NAME})'
     )
@@ -526,7 +529,7 @@ def pod_of(job):
 
 
 def check_restarts(found, job):
-    """All pods start again together; after a preemption always, after a failure a few times."""
+    """All pods restart together: after every preemption, and a few times after other failures."""
     policy = found["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
     (rule,) = policy["rules"]
@@ -565,7 +568,7 @@ def test_slices_of_tpu():
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x8",
     }
-    # GKE says who is who; variables of ours would come first.
+    # GKE names the processes; our variables would take precedence.
     assert not container.get("env")
 
 
@@ -619,7 +622,7 @@ def test_an_image_is_built_pushed_and_run(accelerator, devices):
         assert f"--volume {ROOT}/{directory}:/opt/mcm_jax/{directory}" in run
 
 
-def test_an_image_is_only_built_unless_asked():
+def test_an_image_is_only_built_by_default():
     assert commands(launch("docker.sh", "--dry-run")) == [
         "docker build --build-arg ACCELERATOR=cpu --tag mcm_jax:cpu ."
     ]
@@ -631,14 +634,16 @@ def test_docker_is_called(tmp_path):
     assert (tmp_path / "calls").read_text() == "build --build-arg ACCELERATOR=cpu --tag mcm_jax:cpu .\n"
 
 
-def test_the_image_installs_as_everybody_does():
-    """With the launchers' own function, from files that it copies before, all of which there are."""
+def test_the_image_is_installed_by_the_launchers_function():
+    """All files that the installation reads exist and are copied before it."""
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(None, 1) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
     install = next(number for number, (step, rest) in enumerate(steps) if step == "RUN")
     assert "mcm_environment" in steps[install][1]
     copied = [word for step, rest in steps[:install] if step == "COPY" for word in rest.split()[:-1]]
-    assert {"setup.cfg", "pyproject.toml", "launch/constraints.txt", "launch/environment.sh"} <= set(copied)
+    needed = {"setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt", "launch/environment.sh"}
+    # setup.py names configs/ as a package, setup.cfg reads the version.
+    assert needed | {"configs/__init__.py", "mcm_jax/__init__.py"} <= set(copied)
     assert all((ROOT / path).exists() for path in copied)
     assert ["COPY", ". ."] in steps[install:]
     ignored = (ROOT / ".dockerignore").read_text().split()

@@ -1,8 +1,9 @@
-"""The launchers' dry runs: what they would do, without doing it."""
+"""The launchers that need no cluster: the commands of their dry runs, and the environment they create."""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def dry_run(script, *arguments, **variables):
-    # Without the .venv of this checkout, as on a fresh machine.
+    # Without this checkout's .venv, as on a fresh machine.
     environment = {**os.environ, "MCM_DRY_RUN": "1", "MCM_VENV": "/nonexistent/.venv", **variables}
     environment.pop("MCM_COMPILATION_CACHE", None)
     return subprocess.run(
@@ -32,11 +33,11 @@ def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
     assert commands[1].endswith(f"--constraint launch/constraints.txt --editable {extra}")
     programs = [command.split()[2] for command in commands[2:]]
     assert programs == ["mcm_jax.prepare", *["mcm_jax.train"] * 5, "mcm_jax.evaluate", "mcm_jax.report"]
-    rows = [command.split("openmoji.py:")[1].split()[0] for command in commands if ".train" in command]
+    rows = [command.split("openmoji:")[1].split()[0] for command in commands if ".train" in command]
     assert rows == ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=1", "ct,steps=4"]
 
 
-def test_a_dry_run_can_be_asked_for_in_two_ways():
+def test_two_ways_to_request_a_dry_run():
     result = dry_run("smoke.sh", "--dry-run", MCM_DRY_RUN="")
     assert (result.returncode, result.stdout) == (0, dry_run("smoke.sh").stdout)
 
@@ -59,7 +60,7 @@ def test_parity_has_an_environment_of_its_own():
     ("variables", "arguments", "message"),
     [
         ({"MCM_ACCELERATOR": "quantum"}, [], "MCM_ACCELERATOR=quantum must be cpu, gpu or tpu"),
-        ({"PYTHON": "/nonexistent/python"}, [], "is not Python 3.11 or newer"),
+        ({"PYTHON": "/nonexistent/python"}, [], "is not Python 3.11, 3.12 or 3.13; choose one with PYTHON="),
         ({}, ["--speed=7"], "--speed=7 is not an option"),
     ],
 )
@@ -67,6 +68,41 @@ def test_bad_input(variables, arguments, message):
     result = dry_run("smoke.sh", *arguments, **variables)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def make_python(path, code):
+    """An interpreter that first runs `code`, which may change what it reports about itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; {code}; exec(sys.argv[2])' \"$@\"\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("version", "code"), [((3, 10), 2), ((3, 11), 0), ((3, 13), 0), ((3, 14), 2)])
+def test_versions_of_python(version, code, tmp_path):
+    """TensorFlow, which is required, has no build for 3.14."""
+    python = make_python(tmp_path / "python", f"sys.version_info = {(*version, 0)}")
+    result = dry_run("smoke.sh", PYTHON=python)
+    assert result.returncode == code
+    if code != 0:
+        assert result.stderr == (
+            f"error: {python} is not Python 3.11, 3.12 or 3.13; choose one with PYTHON=/path/to/python3.12\n"
+        )
+
+
+@pytest.mark.parametrize(("change", "code"), [("pass", 0), ('sys.base_prefix = "/elsewhere"', 2)])
+def test_an_environment_of_another_interpreter_is_refused(change, code, tmp_path):
+    """Without PYTHON any environment will do."""
+    make_python(tmp_path / "bin/python", change)
+    make_python(tmp_path / "bin/pip", "pass")
+    result = dry_run("smoke.sh", PYTHON=sys.executable, MCM_VENV=str(tmp_path))
+    assert result.returncode == code
+    if code != 0:
+        assert result.stderr == (
+            f"error: {tmp_path} was not made by PYTHON={sys.executable}; remove it, or choose another place "
+            "with MCM_VENV=DIR\n"
+        )
+    assert dry_run("smoke.sh", PYTHON="", MCM_VENV=str(tmp_path)).returncode == 0
 
 
 def test_the_table_of_plans_has_the_papers_eight_speeds_twice(tmp_path):
@@ -79,11 +115,11 @@ def test_the_table_of_plans_has_the_papers_eight_speeds_twice(tmp_path):
     for size, topology in (("small", "v5e:8x8"), ("large", "v5e:16x16")):
         for resolution in (64, 128):
             for system in ("ct", "cd"):
-                row = f"--config=configs/imagenet{resolution}.py:{size},{system},steps=8"
+                row = f"--config=imagenet{resolution}:{size},{system},steps=8"
                 plain = [plan[6:] for plan in plans if plan[4:6] == [row, f"--topology={topology}"]]
                 assert [len(overrides) for overrides in plain] == [0, 3]
     assert lines[-1] == f"python -m mcm_jax.plan --table={tmp_path}"
-    (tmp_path / "small-64-ct.json").touch()  # Is not made again.
+    (tmp_path / "small-64-ct.json").touch()  # Is not planned again.
     assert dry_run("plan_table.sh", f"--out={tmp_path}", "--plain=no").stdout.count("--json") == 7 + 4
 
 

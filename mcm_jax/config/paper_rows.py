@@ -1,6 +1,6 @@
 """Rows of the paper's tables on ImageNet, at full size (SPEC 4 to 6).
 
-What is not set here keeps its default in `config.settings`: those are the paper's values.
+Settings that do not appear here keep their defaults in `config.settings`, which are the paper's values.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from mcm_jax.config import rows
 from mcm_jax.config.settings import default_config
 from mcm_jax.system.errors import InputError
 
-# TPU v5e chips of the published speeds; the parameters are split over all of them (open).
+# TPU v5e chips of the published speeds. The paper leaves the sharding of parameters open: here over all.
 _CHIPS = {"small": 64, "large": 256}
 
-# Of each system: words that may stand beside it, numbers that must, numbers that may.
+# For each system: the words it allows, the numbers it requires, and the numbers it allows.
 _SYSTEMS = {
     "teacher": (set(), set(), set()),
     "ct": (set(), {"steps"}, {"teacher_steps"}),
@@ -30,11 +30,11 @@ _ALLOWED = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What the two sizes of a network differ in, besides their widths.
+    """Settings in which the two sizes of a network differ, besides their widths.
 
     Attributes:
-      dropouts: of each stage.
-      guidance: g of the diffusion model's predictions, sampled and distilled by CD; 0: none.
+      dropouts: the dropout rate of each stage.
+      guidance: the weight g with which the diffusion model is sampled, and distilled by CD; 0: no guidance.
     """
 
     dropouts: tuple[float, ...]
@@ -50,19 +50,20 @@ def imagenet(
     large: Size,
     levels: tuple[int, ...] = (),
 ) -> ml_collections.ConfigDict:
-    """The config of a row: a size, a system and what it needs, in any order.
+    """The config of a row: a size, a system and the numbers that the system requires, in any order.
 
     Sizes: "small", "large". Systems: "teacher" (the diffusion model); "ct,steps=S"; "cd,steps=S"; both also
     with "teacher_steps=N" for a constant N_teacher, and cd with "ddim" for DDIM as the teacher's step;
     "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S); "tract,steps=S" (1024 -> 32 -> S).
 
     Args:
-      resolution: of the images, in pixels.
-      widths: channels of the small network's stages from the top: ResNets, a transformer, and the middle.
-      levels: sides in pixels of the teacher's multiscale loss; (): the plain one.
+      resolution: side of the images, in pixels.
+      widths: channels of the small network's stages, highest resolution first; the last two are transformers,
+        the others ResNets.
+      levels: resolutions of the teacher's multiscale loss, in pixels; (): the loss at full resolution only.
 
     Raises:
-      InputError: another row.
+      InputError: there is no such row.
     """
     size, system, options, numbers = _parse(row)
     settings = {"small": small, "large": large}[size]
@@ -76,9 +77,9 @@ def imagenet(
         blocks=(3,) * (len(widths) - 1) + (16,),
         dropouts=settings.dropouts,
         embedding_width=1024,
-        # Open, 64 or 128: 128 is the width of a TPU's matrix unit.
+        # The paper leaves open whether 64 or 128; 128 is the width of a TPU's matrix unit.
         head_width=128,
-        # Open, layer or group: by its compiler's estimate a TPU is faster with group.
+        # The paper leaves open whether layer or group; by the compiler's estimate, group is faster on a TPU.
         resnet_norm="group",
         dtype="bfloat16",
     )
@@ -89,7 +90,7 @@ def imagenet(
             config.diffusion.label_dropout = 0.1
             config.sampling.guidance = settings.guidance
         config.optimizer.warmup_steps = 10_000
-        # Open: how long. Its samples take 512 steps, so that they are drawn less often than a student's.
+        # The paper leaves open how long. Samples take 512 steps, so they are drawn less often than students'.
         config.training.update(num_steps=1_000_000, sample_every_steps=50_000)
         return config
     config.objective = "progressive" if system == "pd" else system
@@ -122,10 +123,10 @@ def _parse(row: str) -> tuple[str, str, set[str], dict[str, int]]:
 
 
 def _stages(row: str, system: str, last: int) -> tuple[tuple[int, ...], int]:
-    """Steps of the teacher and of each stage's student, and updates of a stage.
+    """The numbers of steps (the teacher's, then each stage's student's) and the number of updates in a stage.
 
-    Not in the paper: the updates. Ours: all stages of progressive distillation down to one step, and the two
-    of TRACT, have together the 200,000 of the consistency models that they are compared with.
+    The paper does not give the updates. Here all stages together (ten of progressive distillation down to one
+    step, or two of TRACT) have the 200,000 updates of the consistency models that they are compared with.
     """
     if system == "pd":
         return rows.halvings(row, first=1024, last=last), 20_000

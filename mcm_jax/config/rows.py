@@ -1,4 +1,4 @@
-"""Rows of a config file: the words behind its colon, and the tiny systems that they name."""
+"""Rows of a config file, which are named after its colon, and the tiny configs that some of them mean."""
 
 import ml_collections
 
@@ -7,19 +7,19 @@ from mcm_jax.system.errors import InputError
 
 
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
-    """A network and a training that two CPU cores hold.
+    """A network and its training, small enough for two CPU cores.
 
     Rows: "teacher", "cd,steps=S", "ct,steps=S", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or
     to "steps=S"), and "guidance".
 
-    Not the paper's settings but the paper's system in small: fewer updates need a higher learning rate, a
-    faster annealing and a shorter average.
+    The method is the paper's, the settings are not: fewer updates need a higher learning rate, faster
+    annealing and a shorter average.
 
     Raises:
-      InputError: another row.
+      InputError: there is no such row.
     """
     words, numbers = parse_row(row)
-    # Which numbers a system must have, and which it may.
+    # For each system, the numbers that it requires and those that it allows.
     systems = {
         "teacher": ((), ()),
         "cd": (("steps",), ()),
@@ -59,7 +59,11 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
 
 
 def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
-    """'cd,steps=4' -> ({'cd'}, {'steps': 4}): the words and numbers after a config file's colon."""
+    """'cd,steps=4' -> ({'cd'}, {'steps': 4}): a row's words and numbers.
+
+    Raises:
+      InputError: a value is not a whole number, or a name occurs twice.
+    """
     words, numbers = set(), {}
     for part in filter(None, (part.strip() for part in row.split(","))):
         name, separator, number = part.partition("=")
@@ -68,17 +72,17 @@ def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
         elif not number.isdecimal():
             raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
         elif name in numbers:
-            raise InputError(f"config row {row!r}: it names {name} twice; leave one out")
+            raise InputError(f"config row {row!r}: it names {name} twice; remove one")
         else:
             numbers[name] = int(number)
     return words, numbers
 
 
 def halvings(row: str, *, first: int, last: int) -> tuple[int, ...]:
-    """(first, first / 2, ..., last), progressive distillation's stages; first is a power of two.
+    """(first, first / 2, ..., last): the stages of progressive distillation; `first` is a power of two.
 
     Raises:
-      InputError: `last`, the steps of `row`, is none of first / 2, ..., 2, 1.
+      InputError: `last`, the number of steps in `row`, is not one of first / 2, ..., 2, 1.
     """
     stages = tuple(first >> n for n in range(first.bit_length()))
     if last not in stages[1:]:

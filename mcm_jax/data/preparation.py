@@ -351,9 +351,9 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
     paper = info.resolution in (64, 128)  # The resolutions that ImageNet has configs for.
     if builder == "imagenet":
         config = f"imagenet{info.resolution}" if paper else "imagenet64"
-        command = f"python -m mcm_jax.train --config=configs/{config}.py:small,teacher"
+        command = f"python -m mcm_jax.train --config={config}:small,teacher"
     else:
-        command = f"python -m mcm_jax.train --config=configs/{builder}.py:teacher"
+        command = f"python -m mcm_jax.train --config={builder}:teacher"
     if "/" in info.dataset:
         command += f" --config.data.dataset={info.dataset}"
     if builder != "imagenet" or not paper:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import ml_collections
 from absl import app, flags, logging
 
-from mcm_jax.system import files, host, paths
+from mcm_jax.system import files, host
 from mcm_jax.system.errors import InputError
 
 # What a config file's code, or a value for one of its fields, can raise.
@@ -97,7 +97,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     (TypeError) or a missing file (OSError) is raised here instead of absl's own error.
     """
     try:
-        rest = flags.FLAGS([_with_local_config(argument) for argument in argv])
+        rest = flags.FLAGS(list(argv))
     except flags.Error as error:
         raise _input_error_within(error) or InputError(_one_line(error)) from error
     except _CONFIG_FILE_ERRORS as error:
@@ -105,14 +105,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: every option is a flag, see --help")
     return rest
-
-
-def _with_local_config(argument: str) -> str:
-    """--config=FILE:ROW with `~` expanded, which ml_collections does not do; other arguments unchanged."""
-    flag, equals, value = argument.partition("=")
-    if flag not in ("--config", "-config") or not value:
-        return argument
-    return f"{flag}{equals}{paths.local_path(value, '--config')}"
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:

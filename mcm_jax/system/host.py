@@ -2,7 +2,7 @@
 
 Those of the CPU were measured on two cores with the train step of configs/openmoji.py and jax 0.10.2; see the
 README on speed and tests/benchmarks/torch_train_step.py. Those of TPUs are estimates of their compiler
-(launch/plan/scaling.md), and have no effect without libtpu.
+(results/plan/scaling.md), and have no effect without libtpu.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ from mcm_jax.bench import mixture, openmoji, summary
 from mcm_jax.bench.cells import Store
 
 ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "launch" / "findings"
+RECORDED = ROOT / "results" / "findings"
 PROBLEMS = {"mixture": mixture.MIXTURE_64D, "mixture2d": mixture.MIXTURE_2D, "openmoji": openmoji.OPENMOJI}
 
 

@@ -191,7 +191,7 @@ def test_program_reports_and_names_the_next_command(images, tmp_path):
     assert all(digest in done.stdout for digest in info.fingerprints.values())
     assert all(name in done.stdout for name in ("class 0", "class 1", "prepared", "preview.png"))
     assert done.stdout.endswith(
-        "next: python -m mcm_jax.train --config=configs/folder.py:teacher --config.data.dataset=folder/pets "
+        "next: python -m mcm_jax.train --config=folder:teacher --config.data.dataset=folder/pets "
         "--config.data.resolution=4 --workdir=runs/teacher\n"
     )
     assert (info.path / "preview.png").exists()

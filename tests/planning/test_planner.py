@@ -210,7 +210,7 @@ def test_a_table_of_what_is_no_plan(tmp_path, text, said):
 def test_a_plan_or_a_table(flags):
     result = call("plan", *flags)
     assert result.returncode == 2
-    assert "give --config=FILE:ROW for a plan, or --table=DIR or --scaling=DIR for a table" in result.stderr
+    assert "give --config=NAME:ROW for a plan, or --table=DIR or --scaling=DIR for a table" in result.stderr
 
 
 def test_without_the_compiler(monkeypatch):

@@ -105,16 +105,6 @@ def test_a_path_that_is_none():
         paths.local_path("~nobody-has-this-name/x", "--out")
 
 
-def test_the_config_file_is_a_path_too(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
-    expand = command_line._with_local_config
-    assert expand("--config=~/x.py:cd,steps=4") == "--config=/home/ada/x.py:cd,steps=4"
-    assert expand("--config=configs/x.py:teacher") == "--config=configs/x.py:teacher"
-    assert expand("--config.teacher_checkpoint=~/x") == "--config.teacher_checkpoint=~/x"
-    with pytest.raises(InputError, match=r"^--config=gs://b/x\.py:teacher is a URL"):
-        expand("--config=gs://b/x.py:teacher")
-
-
 # Settings with text.
 PATH_SETTINGS = {"teacher_checkpoint", "data.data_dir"}
 TEXT_SETTINGS = {"data.dataset"}

@@ -1,0 +1,60 @@
+"""Config files by name or by path, and the flag that loads them.
+
+`--config=imagenet64:ROW` names a config of this package, from any directory; `--config=DIR/FILE.py:ROW` is
+the path of any file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from mcm_jax.system import paths
+from mcm_jax.system.errors import InputError
+
+
+def directory() -> Path:
+    """Where the package's own config files are: inside of an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+    """Names of the package's own configs, in alphabetical order."""
+    return sorted(path.stem for path in directory().glob("*.py") if not path.stem.startswith("_"))
+
+
+def locate(value: str) -> str:
+    """'imagenet64:ROW' -> '/.../configs/imagenet64.py:ROW'; in 'DIR/FILE.py:ROW', only `~` is expanded.
+
+    Raises:
+      InputError: there is no config of that name, or no such file.
+    """
+    file, colon, row = str(paths.local_path(value, "--config")).partition(":")
+    remedy = f"use a path to a .py file, or a name: {', '.join(names())}"
+    if file.isidentifier():
+        if file not in names():
+            raise InputError(f"--config={value}: there is no config named {file}; {remedy}")
+        file = str(directory() / f"{file}.py")
+    elif not Path(file).is_file():
+        raise InputError(f"--config={value}: there is no file {file}; {remedy}")
+    return f"{file}{colon}{row}"
+
+
+class _Parser(ConfigFileFlagParser):
+    """ml_collections' parser, which knows paths only."""
+
+    def parse(self, path: str) -> ConfigDict:
+        return super().parse(locate(path))
+
+
+def define_flag(example: str) -> Any:
+    """Defines --config, whose value is the locked config; returns absl's holder of the flag."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, f"Config and row: NAME:ROW or PATH.py:ROW, e.g. {example}", lock_config=True
+    )
+    flags.FLAGS["config"].parser = _Parser("config", lock_config=True)
+    return holder
