@@ -12,7 +12,7 @@ from mcm_jax.evaluation import published
 from mcm_jax.system.errors import InputError
 
 # A class needs a covariance on both sides.
-_FEWEST_OF_A_CLASS = 2
+_MIN_CLASS_IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class ReferenceImages:
                 f"classes 0 to {classes - 1}; number the classes as the reference does, from 0"
             )
         counts = np.bincount(labels, minlength=classes)
-        if not np.any(np.minimum(counts, self.class_counts) >= _FEWEST_OF_A_CLASS):
+        if not np.any(np.minimum(counts, self.class_counts) >= _MIN_CLASS_IMAGES):
             raise InputError(
-                f"--metrics=class_fid: no class has {_FEWEST_OF_A_CLASS} images or more both in {what} and "
+                f"--metrics=class_fid: no class has {_MIN_CLASS_IMAGES} images or more both in {what} and "
                 "in --reference; give more images, or leave class_fid out"
             )
 

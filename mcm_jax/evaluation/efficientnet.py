@@ -1,12 +1,11 @@
-"""EfficientNet-Lite0 features of images: 1280 numbers each, in plain JAX, ImageNet-1k weights from a package.
+"""EfficientNet-Lite0 features of images: 1280 numbers each, in plain JAX; a package has the weights.
 
 Network: EfficientNet (Tan & Le, arXiv:1905.11946) in its Lite0 form: no squeeze-excitation, ReLU6, 4.7M
-parameters. The weights were trained in TensorFlow, so padding is TensorFlow's SAME: at stride 2 and even
-sizes all of it lies at the bottom right. They come as a .pth, read here without torch by an unpickler
-that knows only what tensors need.
+parameters. The weights were trained on ImageNet-1k in TensorFlow, so padding is TensorFlow's SAME: at stride
+2 and even sizes all of it lies at the bottom right. They come as a .pth, which `pth` reads without torch.
 
 Compared once with the network's PyTorch implementation (efficientnet-lite-pytorch 0.1.0, torch 2.13.0, CPU)
-on four images at 224: the largest difference was 1.2e-5 in features of up to 5.5, and as much in the logits.
+on four images at 224: the largest difference was 1.2e-5 in features of up to 5.5, and the same in the logits.
 """
 
 import dataclasses
@@ -43,7 +42,7 @@ _BATCH_NORM_EPSILON = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """`params`: the pytree `features` takes, batch norms folded in; `sha256`: of the file they came from."""
+    """`params`: the pytree for `features`, with batch norms folded in; `sha256`: hash of their file."""
 
     params: dict[str, Any]
     sha256: str
@@ -54,8 +53,8 @@ def features(
 ) -> Float32[Array, "B 1280"]:
     """h = mean over positions of the last convolution's output, the 1280 inputs of the classifier.
 
-    images are resized bilinearly to `input_resolution` (half-pixel grid; with antialias only where that
-    shrinks them). Example j of a batch never influences example i.
+    Images are resized bilinearly to `input_resolution` on the half-pixel grid, with antialiasing if that
+    shrinks them. No image of a batch influences another one's features.
     """
     # Without this a TPU multiplies in bfloat16 and a GPU in TF32: distances would depend on the machine.
     with jax.default_matmul_precision("highest"):
@@ -69,14 +68,14 @@ def features(
 def logits(
     params: dict[str, Any], images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
 ) -> Float32[Array, "B 1000"]:
-    """The classifier on top of `features`, ImageNet-1k classes in their usual order: to check the network."""
+    """The classifier on top of `features`, ImageNet-1k classes in their usual order, to check the network."""
     h = features(params, images, input_resolution=input_resolution)
     with jax.default_matmul_precision("highest"):
         return h @ params["classifier"]["kernel"] + params["classifier"]["bias"]
 
 
 def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTION) -> FeatureNetwork:
-    """`features` for evaluation.
+    """`features` as a network for evaluation.
 
     Raises:
       InputError: input_resolution is too small.
@@ -98,7 +97,7 @@ def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTIO
 
 
 def _block(x: Array, block: dict[str, Any], stride: int) -> Array:
-    """Inverted bottleneck: expand 1x1, depthwise k x k, project 1x1, residual where the shape is kept."""
+    """Inverted bottleneck: expand 1x1, depthwise k x k, project 1x1, residual if the shape is unchanged."""
     y = _relu6(_pointwise(x, block["expand"])) if "expand" in block else x
     y = _relu6(_depthwise(y, block["depthwise"], stride))
     y = _pointwise(y, block["project"])
@@ -121,7 +120,7 @@ def _convolution(x: Array, layer: dict[str, Array], stride: int) -> Array:
 def _depthwise(x: Array, layer: dict[str, Array], stride: int) -> Array:
     """y[p, q, c] = bias[c] + sum_ij kernel[i, j, c] x[stride p + i, stride q + j, c]: k^2 multiply-adds.
 
-    On a CPU 7 to 10 times faster than the grouped convolution.
+    On a CPU this is 7 to 10 times faster than the grouped convolution.
     """
     kernel = layer["kernel"]
     size = kernel.shape[0]
@@ -138,7 +137,7 @@ def _depthwise(x: Array, layer: dict[str, Array], stride: int) -> Array:
 
 
 def _same(size: int, kernel_size: int, stride: int) -> tuple[int, tuple[int, int]]:
-    """Output size and (before, after) padding of TensorFlow's SAME: the odd one out goes after."""
+    """Output size and (before, after) padding of TensorFlow's SAME; an odd one goes after."""
     output = math.ceil(size / stride)
     total = max((output - 1) * stride + kernel_size - size, 0)
     return output, (total // 2, total - total // 2)
@@ -156,7 +155,7 @@ def _resize(x: Float[Array, "B H W 3"], resolution: int) -> Float[Array, "B R R 
 def _resize_matrix(source: int, target: int) -> Float32[np.ndarray, "target source"]:
     """Bilinear weights on the half-pixel grid `src = (dst + 1/2) source / target - 1/2`, edges repeated.
 
-    The triangle widens by source / target when that exceeds 1, which is the antialias; enlarging is plain
+    If source / target exceeds 1, the triangle widens by that factor, which antialiases; enlarging is plain
     bilinear.
     """
     scale = source / target
@@ -171,8 +170,8 @@ def _resize_matrix(source: int, target: int) -> Float32[np.ndarray, "target sour
 def load(path: str | Path | None = None) -> Weights:
     """The package's weights (or those in the .pth at `path`), batch norms folded in float64.
 
-    Raises InputError for a file that is missing, is no .pth, or holds anything but this network's
-    tensors.
+    Raises:
+      InputError: the file is missing, is no .pth, or does not hold this network's tensors.
     """
     path = Path(path) if path is not None else _package_file()
     try:
@@ -214,7 +213,7 @@ def _params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
 def _folded(tensors: dict[str, np.ndarray], convolution: str, norm: str) -> dict[str, np.ndarray]:
     """norm(W * x) = (g W) * x + (b - g m), g = weight / sqrt(variance + eps): in float64, rounded once.
 
-    The kernel's layout becomes [height, width, in, out] without its axes of size 1.
+    The kernel's layout becomes [height, width, in, out], without axes of size 1.
     """
     statistics = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = (tensors[f"{norm}.{name}"].astype(np.float64) for name in statistics)

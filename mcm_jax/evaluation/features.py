@@ -1,4 +1,4 @@
-"""Features of images by a network, a fixed padded batch at a time over all devices of a mesh."""
+"""Features of images, computed by a network in fixed padded batches over all devices of a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 
 BATCH_PER_DEVICE = 64
-# Measured on 2 cores: activations of 8 images stay in the caches, 64 at once are a quarter slower.
+# Measured on 2 cores: activations of 8 images stay in the caches; 64 images at once are a quarter slower.
 _CPU_MICRO_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network that metrics are defined on.
+    """A network on whose features metrics are defined.
 
     Attributes:
       params: the pytree that `apply` takes.
-      apply: (params, uint8 images [B, H, W, 3]) -> {name: [B, D]}; no example influences another.
-      dimensions: D by name. "pool" is among them; "spatial" and "logits" are where they are Inception's.
-      distance: what the Frechet distance of "pool" is called in results.
-      description: what a result must say about its features.
+      apply: (params, uint8 images [B, H, W, 3]) -> {name: [B, D]}; images don't influence each other.
+      dimensions: D by name: "pool", and for Inception also "spatial" and "logits".
+      distance: the name in results of the Frechet distance of "pool".
+      description: what a result must state about its features.
     """
 
     params: Any
@@ -38,11 +38,11 @@ class FeatureNetwork:
 
 
 def program(network: FeatureNetwork, mesh: Mesh) -> Callable[[Any, Array], dict[str, Array]]:
-    """Jitted (params, images) -> features, every device its own part of the images."""
+    """Jitted (params, images) -> features; each device computes its own part of the images."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def on_one_device(params: Any, images: Array) -> dict[str, Array]:
-        """A loop over cache-sized parts on a CPU, all at once elsewhere."""
+        """On a CPU a loop over parts that fit its caches, elsewhere all images at once."""
         if not on_cpu or len(images) % _CPU_MICRO_BATCH:
             return network.apply(params, images)
         parts = images.reshape(-1, _CPU_MICRO_BATCH, *images.shape[1:])
@@ -62,16 +62,16 @@ def program(network: FeatureNetwork, mesh: Mesh) -> Callable[[Any, Array], dict[
 
 
 class Extractor:
-    """`extract(images) -> features by name`, compiled once for every size of images.
+    """`extract(images) -> features by name`, compiled once for each size of images.
 
-    Every call runs the same fixed padded batch, so that an image's features do not depend on how many images
-    came with it, and padding is cut off before anything is returned. Of several processes every one gets all.
+    Each call runs the same fixed padded batch, so that an image's features do not depend on how many images
+    came with it; the padding's features are dropped. With several processes, each one gets all features.
     """
 
     def __init__(
         self, network: FeatureNetwork, *, mesh: Mesh | None = None, batch_per_device: int = BATCH_PER_DEVICE
     ):
-        """mesh: default, all devices."""
+        """mesh: all devices by default."""
         self.network = network
         self._mesh = mesh or sharding.make_mesh(data=-1, fsdp=1)
         self._batch = batch_per_device * self._mesh.size
@@ -79,7 +79,11 @@ class Extractor:
         self._run = program(network, self._mesh)
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> dict[str, np.ndarray]:
-        """float32 [N, D] by name."""
+        """float32 [N, D] by name.
+
+        Raises:
+          InputError: features that are not finite.
+        """
         parts = [{name: np.zeros((0, size), np.float32) for name, size in self.network.dimensions.items()}]
         for start in range(0, len(images), self._batch):
             batch = images[start : start + self._batch]

@@ -1,10 +1,11 @@
-"""The Inception network of 2015-12-05, whose features FID, sFID and Inception score are defined on (SPEC 7).
+"""The Inception network of 2015-12-05, on whose features FID, sFID and Inception score are defined (SPEC 7).
 
 Inception-v3 (Szegedy et al., arXiv:1512.00567) as it was released with TensorFlow, which differs from later
-versions of the same name: 1008 classes; its average pools don't count padding, and the last block has a
-maximum in place of an average. Images are enlarged on TensorFlow 1's grid, without half-pixel centres.
+versions of the same name: it has 1008 classes, its average pools don't count padding, and its last block has
+a maximum pool in place of an average pool. Images are enlarged on TensorFlow 1's grid, without half-pixel
+centres.
 
-Layers are named as in the port to PyTorch that most evaluators share (pt_inception-2015-12-05-6726825d.pth).
+Layers have the names of the PyTorch port that most evaluators share (pt_inception-2015-12-05-6726825d.pth).
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ SPATIAL_CHANNELS, SPATIAL = 7, 17 * 17 * 7
 
 
 class Features(NamedTuple):
-    """What the metrics are computed from, one row an image.
+    """What the metrics are computed from, one row for each image.
 
     Attributes:
-      pool: the mean over positions of the last block; FID, KID, precision and recall.
-      spatial: 17 x 17 positions of 7 channels in the middle of the network; sFID.
-      logits: pool times the classifier's weights without its bias, as Inception scores are
-        computed by the field's evaluators.
+      pool: the mean over positions of the last block; for FID, KID, precision and recall.
+      spatial: 17 x 17 positions of 7 channels in the middle of the network; for sFID.
+      logits: pool times the classifier's weights without its bias, as common evaluators compute
+        Inception scores.
     """
 
     pool: Float32[Array, "B 2048"]
@@ -41,7 +42,7 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Conv:
-    """One layer: a convolution, its batch norm folded in, and a ReLU."""
+    """One layer: a convolution with its batch norm folded in, and a ReLU."""
 
     name: str
     channels: int
@@ -58,9 +59,9 @@ def _halving(name: str, channels: int) -> _Conv:
     return _Conv(name, channels, (3, 3), stride=2, padding="VALID")
 
 
-# What a branch of a block begins with, or all that it is.
+# How a branch of a block begins; a branch without layers is this pool alone.
 _Pool = Literal["none", "average", "max", "halving"]
-# The branches of a block, joined along channels; those that begin with the same layers share them.
+# The branches of a block, concatenated along channels; branches that begin with the same layers share them.
 _Branches = tuple[tuple[_Pool, tuple[_Conv, ...]], ...]
 
 
@@ -132,7 +133,7 @@ def _block_e(pool: _Pool) -> _Branches:
     )
 
 
-# Layers before the blocks, "pool" standing for a maximum over 3x3 that halves, and the blocks.
+# The layers before the blocks, where "pool" stands for a maximum over 3x3 with stride 2, and the blocks.
 _STEM = (
     _halving("conv2d_1a_3x3", 32),
     _Conv("conv2d_2a_3x3", 32, (3, 3), padding="VALID"),
@@ -158,10 +159,10 @@ _BLOCKS = {
 
 
 class Block(nnx.Module):
-    """Branches of convolutions on the same feature map, joined along channels."""
+    """Branches of convolutions on the same feature map, concatenated along channels."""
 
     def __init__(self, channels: int, branches: _Branches, *, rngs: nnx.Rngs):
-        """channels: of the input."""
+        """channels: those of the input."""
         self._branches = branches
         for _, layers in branches:
             width = channels
@@ -180,7 +181,7 @@ class Block(nnx.Module):
             if names not in computed:
                 convolution = getattr(self, layers[-1].name)
                 if pool == "average":
-                    # Before the mean, which has fewer channels then: a 1x1 convolution commutes with it.
+                    # The 1x1 convolution commutes with the mean, which then has fewer channels.
                     y = _pooled(convolution(x), pool)
                 else:
                     y = convolution(run(pool, layers[:-1]))
@@ -191,7 +192,7 @@ class Block(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """uint8 images of any size -> Features; all in float32, multiplied exactly."""
+    """uint8 images of any size -> Features; all in float32, with products at full precision."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         width = 3
@@ -222,21 +223,21 @@ class Inception(nnx.Module):
         return Features(pool, spatial.reshape(len(images), -1), logits)
 
     def features(self, images: UInt8[Array, "B H W 3"]) -> Float32[Array, "B 2048"]:
-        """The pool features alone, of which FID is."""
+        """The pool features alone, on which FID is defined."""
         return self(images).pool
 
 
 def resized(x: Float32[Array, "B H W C"]) -> Float32[Array, "B 299 299 C"]:
-    """Bilinear, on TensorFlow 1's grid; see `resize_matrix`. The values keep their range."""
+    """Bilinear resizing on TensorFlow 1's grid; see `resize_matrix`. The values keep their range."""
     rows, columns = resize_matrix(x.shape[1]), resize_matrix(x.shape[2])
     return jnp.einsum("yh,xw,bhwc->byxc", rows, columns, x)
 
 
 def resize_matrix(size: int) -> Float32[np.ndarray, "299 size"]:
-    """What gives 299 pixels from `size`: pixel j is the value at j size / 299, between its two neighbours.
+    """Maps `size` pixels to 299: pixel j is interpolated at j size / 299, between its two neighbours.
 
-    The grid's pixels begin at 0, without a shift by half of one; beyond the last pixel its value goes on.
-    There is no antialias.
+    The grid starts at 0, without a shift by half a pixel, and the last pixel's value continues beyond it.
+    There is no antialiasing.
     """
     source = np.arange(INPUT) * size / INPUT
     low = np.floor(source).astype(int)
@@ -258,9 +259,9 @@ def _layer(channels: int, layer: _Conv, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def _pooled(x: Float32[Array, "B H W C"], pool: _Pool) -> Float32[Array, "B h w C"]:
-    """Over 3x3 positions, first along columns, then along rows; the average only over those in the image.
+    """Pools over 3x3 positions, one axis after the other; an average is over positions in the image only.
 
-    On a CPU 2 to 9 times faster than the window of both at once.
+    On a CPU this is 2 to 9 times faster than one window of 3x3.
     """
     if pool == "none":
         return x
@@ -275,12 +276,12 @@ def _pooled(x: Float32[Array, "B H W C"], pool: _Pool) -> Float32[Array, "B h w 
 def _sliding(
     join: Callable[[Array, Array], Array], x: Float32[Array, "B H W C"], padding: float | None, *, stride: int
 ) -> Float32[Array, "B h w C"]:
-    """Joins three neighbours along each axis of space; padded at both ends, or not at all."""
+    """Joins three neighbours along each spatial axis, padded at both ends or not at all."""
     if padding is not None:
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=padding)
     for axis in (1, 2):
         last = x.shape[axis] - 3
-        # The barrier makes XLA store what each axis gives instead of deriving it anew for each of three.
+        # The barrier makes XLA store each axis's result instead of computing it anew for each neighbour.
         x = lax.optimization_barrier(x)
         first, second, third = (lax.slice_in_dim(x, at, at + last + 1, stride, axis) for at in range(3))
         x = join(join(first, second), third)

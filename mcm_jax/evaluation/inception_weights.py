@@ -1,14 +1,14 @@
-"""Reads the Inception network's weights from the forms they are passed around in, and keeps them in one.
+"""Reads the Inception network's weights in any of their common forms, and writes them in one.
 
-Known by content, whatever the file is called:
+A file's form is recognised by its content, not by its name:
 
-- a .pth of PyTorch's, the port that pytorch-fid and torch-fidelity share;
+- a .pth of PyTorch, the port that pytorch-fid and torch-fidelity share;
 - TensorFlow's frozen graph, classify_image_graph_def.pb;
-- the pickle of jax-fid, read without running any of it;
-- what `write` wrote, a .safetensors.
+- the pickle of jax-fid, read without running any of its code;
+- a .safetensors that `write` wrote.
 
-The first three hold a batch norm beside every convolution, which is folded in, in float64. All forms of the
-same weights give the same numbers, and one hash names them.
+In the first three, each convolution has a batch norm, which is folded in, in float64. All forms of the same
+weights give the same numbers and the same hash.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ SOURCE = (
 )
 FILE = "inception-2015-12-05.safetensors"
 DEFAULT_PATH = Path(layout.DEFAULT_DATA_DIR) / FILE
-_EPSILON = 1e-3  # of the batch norms
+_EPSILON = 1e-3  # the batch norms'
 _FORMAT = "inception-2015-12-05, batch norms folded in"
-# Arrays of a convolution and its batch norm, or of the classifier, by our names; kernels are [h, w, in, out].
+# Arrays of a convolution and its batch norm, or of the classifier, by our names. Kernels are [h, w, in, out].
 _Layer = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """`params`: "layer.kernel" and "layer.bias" -> array; `sha256`: of all of them, equal for all forms."""
+    """`params`: "layer.kernel" and "layer.bias" -> array; `sha256`: hash of them all, equal for all forms."""
 
     params: dict[str, np.ndarray]
     sha256: str
@@ -66,7 +66,7 @@ class Weights:
 
 @functools.cache
 def abstract_network() -> FeatureNetwork:
-    """The network with shapes in place of weights: to compile it."""
+    """The network with shapes in place of weights, to compile it."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
     return FeatureNetwork(
         params=abstract,
@@ -81,7 +81,7 @@ def load(path: Path) -> Weights:
     """The weights in a file of any of the forms.
 
     Raises:
-      InputError: no such file, none of the forms, damaged, or weights of another network.
+      InputError: there is no such file, it has none of the forms, is damaged, or holds another network.
     """
     try:
         content = path.read_bytes()
@@ -100,7 +100,7 @@ def load(path: Path) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Keeps them as .safetensors, whole or not at all."""
+    """Writes them as .safetensors, completely or not at all."""
     metadata = {"format": _FORMAT, "sha256": weights.sha256}
     files.write_whole(path, safetensors.numpy.save(weights.params, metadata))
 
@@ -110,7 +110,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _check_name(path: Path, content: bytes) -> None:
-    """PyTorch puts the first digits of a file's sha256 into its name."""
+    """Compares the file with its name, in which PyTorch puts the first digits of its sha256."""
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     digest = hashlib.sha256(content).hexdigest()
     if named is not None and not digest.startswith(named.group(1)):
@@ -120,7 +120,7 @@ def _check_name(path: Path, content: bytes) -> None:
         )
 
 
-# From each form to layers by name.
+# Each function takes the arrays of one form and returns a function from a layer's name to its arrays.
 
 
 def _of_pth(tensors: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
@@ -154,7 +154,7 @@ def _of_pickle(tree: Any) -> Callable[[str], _Layer]:
 
 
 def _capitalised(name: str) -> str:
-    """A layer's name in PyTorch's port, and in jax-fid, which took it from there."""
+    """A layer's name in the PyTorch port, and in jax-fid, which took it over."""
     return name.replace("conv2d", "Conv2d").replace("mixed", "Mixed")
 
 
@@ -180,9 +180,9 @@ _BLOCKS = (
 
 
 def _scope(name: str) -> str:
-    """A layer's scope in TensorFlow's graph, which numbers what it meets: conv, conv_1, ...; tower, tower_1.
+    """A layer's scope in TensorFlow's graph, which numbers equal names: conv, conv_1, ...; tower, tower_1.
 
-    A block's first branch has no tower where it is a single convolution.
+    A block's first branch has no tower if it is a single convolution.
     """
     if name in _STEM:
         return _numbered("conv", _STEM.index(name))
@@ -225,7 +225,7 @@ def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def _of_safetensors(path: Path, content: bytes) -> Weights:
-    """What `write` wrote, and nothing else."""
+    """Weights that `write` wrote; nothing else is accepted."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         params, metadata = safetensors.numpy.load(content), header["__metadata__"]
@@ -237,7 +237,7 @@ def _of_safetensors(path: Path, content: bytes) -> Weights:
     weights = _checked(path, params)
     if (given_format, sha256) != (_FORMAT, weights.sha256):
         raise InputError(
-            f"{path} is damaged: its numbers are not those that were written; convert them again"
+            f"{path} is damaged: its numbers have changed since it was written; convert the weights again"
         )
     return weights
 
@@ -262,7 +262,7 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
 
 
 def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
-    """Names, shapes and finiteness; then the hash."""
+    """The weights with their hash, after a check of names, shapes and finiteness."""
     shapes = _shapes()
     found = {name: value.shape for name, value in params.items()}
     if found != shapes:
@@ -281,7 +281,7 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """Of all parameters by name."""
+    """The shapes of all parameters by name."""
     return {_name(path): variable.shape for path, variable in nnx.to_flat_state(abstract_network().params)}
 
 

@@ -1,4 +1,4 @@
-"""What is computed from features besides the Frechet distance: moments, class scores, kernels, neighbours."""
+"""Moments of features, and all metrics except the Frechet distance: class scores, kernels, neighbours."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from mcm_jax.system.errors import InputError
 
-# Of precision and recall, as everyone takes them.
+# The neighbour whose distance is the radius in precision and recall; 3 is the usual choice.
 NEIGHBOURS = 3
 
 
 class Moments:
     """Count, mean and covariance of vectors that arrive in chunks, in float64 (Chan, Golub & LeVeque 1979).
 
-    Any split into chunks, and any merge of parts, gives the moments of the whole to rounding.
+    Any split into chunks, and any merge of parts, gives the moments of the whole up to rounding.
     """
 
     def __init__(self, dimension: int):
@@ -24,7 +24,7 @@ class Moments:
         self._scatter = np.zeros((dimension, dimension))
 
     def update(self, features: Float[np.ndarray, "N D"], mask: Bool[np.ndarray, " N"] | None = None) -> None:
-        """Adds the rows of `features`; with a mask only those where it is True (the rest is padding)."""
+        """Adds the rows of `features`; with a mask only those where it is True (the others are padding)."""
         rows = (features if mask is None else features[mask]).astype(np.float64)
         if not len(rows):
             return
@@ -35,7 +35,7 @@ class Moments:
         self.merge(chunk)
 
     def merge(self, other: "Moments") -> None:
-        """Adds what `other` has seen: S = S_1 + S_2 + (n_1 n_2 / n) d d^T, d the difference of the means."""
+        """Adds the rows of `other`: S = S_1 + S_2 + (n_1 n_2 / n) d d^T, d the difference of the means."""
         count = self.count + other.count
         if count == 0:
             return
@@ -46,12 +46,12 @@ class Moments:
         self.count = count
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that it has seen, to go on from."""
+        """The state, for `from_arrays`."""
         return {"count": np.array(self.count), "mean": self.mean, "scatter": self._scatter}
 
     @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
-        """The inverse of `arrays`."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
+        """The object whose `arrays` these are."""
         moments = cls(len(arrays["mean"]))
         moments.count, moments.mean = int(arrays["count"]), arrays["mean"]
         moments._scatter = arrays["scatter"]
@@ -61,7 +61,7 @@ class Moments:
     def covariance(self) -> Float64[np.ndarray, "D D"]:
         """The unbiased covariance, S / (n - 1)."""
         if self.count < 2:
-            raise InputError(f"a covariance needs at least 2 images, there are {self.count}: give more")
+            raise InputError(f"a covariance needs at least 2 images, and there are {self.count}; give more")
         return self._scatter / (self.count - 1)
 
     @property
@@ -73,22 +73,22 @@ class Moments:
 class ClassScores:
     """The Inception score (Salimans et al., arXiv:1606.03498) of images in a known order, part by part.
 
-    exp(E_x KL(p(y | x) || p(y))) = exp(E_x sum_y p log p - sum_y p(y) log p(y)), of each of ten equal parts
-    of the images in order; the score is their mean. It lies between 1, where all images look alike, and
-    the number of classes.
+    exp(E_x KL(p(y | x) || p(y))) = exp(E_x sum_y p log p - sum_y p(y) log p(y)) is computed for each of ten
+    equal parts of the images in order; the score is the mean. It lies between 1, if all images look alike,
+    and the number of classes.
     """
 
     PARTS = 10
 
     def __init__(self, num: int, classes: int):
-        """num: images in all."""
+        """num: total number of images."""
         self._ends = np.arange(1, self.PARTS + 1) * num // self.PARTS
         self._counts = np.zeros(self.PARTS)
         self._probabilities = np.zeros((self.PARTS, classes))
         self._entropies = np.zeros(self.PARTS)
 
     def update(self, logits: Float[np.ndarray, "N classes"], indices: Int[np.ndarray, " N"]) -> None:
-        """Adds images by their place among all, which need not come in order."""
+        """Adds images; `indices` are their places among all images, in any order."""
         log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
         part = np.searchsorted(self._ends, indices, side="right")
@@ -97,27 +97,27 @@ class ClassScores:
         np.add.at(self._entropies, part, np.sum(p * log_p, axis=1))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that it has seen."""
+        """The state, for `from_arrays`."""
         sums = {"counts": self._counts, "probabilities": self._probabilities, "entropies": self._entropies}
         return {"ends": self._ends, **sums}
 
     @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClassScores":
-        """The inverse of `arrays`."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClassScores":
+        """The object whose `arrays` these are."""
         scores = cls(int(arrays["ends"][-1]), arrays["probabilities"].shape[1])
         scores._counts, scores._entropies = arrays["counts"], arrays["entropies"]
         scores._probabilities = arrays["probabilities"]
         return scores
 
     def merge(self, other: "ClassScores") -> None:
-        """Adds what `other` has seen of the same images."""
+        """Adds the images of `other`, which are other ones of the same set."""
         self._counts = self._counts + other._counts
         self._probabilities = self._probabilities + other._probabilities
         self._entropies = self._entropies + other._entropies
 
     @property
     def score(self) -> float:
-        """Of all images; NaN where there are fewer than parts."""
+        """The score of all images; NaN if there are fewer images than parts."""
         if not np.all(self._counts):
             return float("nan")
         marginal = self._probabilities / self._counts[:, None]
@@ -128,10 +128,10 @@ class ClassScores:
 def kernel_distance(
     features: Float[np.ndarray, "N D"], reference_features: Float[np.ndarray, "M D"], *, chunk: int = 1024
 ) -> float:
-    """KID (Binkowski et al., arXiv:1801.01401): MMD^2 with k(x, y) = (x.y / D + 1)^3, its unbiased estimate.
+    """KID (Binkowski et al., arXiv:1801.01401): unbiased estimate of MMD^2, k(x, y) = (x.y / D + 1)^3.
 
-    Of all rows at once, not the mean over random subsets that many evaluators report: that has the same
-    expectation and more variance. In float64; it can come out below 0.
+    It uses all rows at once. Many evaluators report the mean over random subsets, which has the same
+    expectation and more variance. In float64; the estimate can be below 0.
     """
 
     def total(rows: np.ndarray, others: np.ndarray) -> float:
@@ -160,15 +160,15 @@ def precision_recall(
 ) -> tuple[float, float]:
     """(precision, recall) of Kynkaanniemi et al., arXiv:1904.06991.
 
-    Every row stands for a ball that reaches to its third nearest neighbour in its own set. Precision is the
-    share of samples within some ball of the reference's, recall the share of the reference's within some ball
-    of the samples'. Both depend on both counts: compare equal ones only.
+    Each row is the centre of a ball that reaches to its third nearest neighbour in its own set. Precision is
+    the share of samples inside a ball of the reference, recall the share of reference images inside a ball of
+    the samples. Both depend on both counts: compare equal counts only.
     """
     for rows in (features, reference_features):
         if len(rows) <= neighbours:
             raise InputError(
-                f"precision and recall need more than {neighbours} images on both sides, there are "
-                f"{len(rows)}: give more"
+                f"precision and recall need more than {neighbours} images on both sides, and there "
+                f"are {len(rows)}; give more"
             )
     balls = _neighbour_distances(features, neighbours, chunk)
     reference_balls = _neighbour_distances(reference_features, neighbours, chunk)
@@ -177,7 +177,7 @@ def precision_recall(
 
 
 def _neighbour_distances(rows: np.ndarray, neighbours: int, chunk: int) -> Float64[np.ndarray, " N"]:
-    """Squared distance from every row to its n-th nearest other row."""
+    """Squared distance from each row to its n-th nearest other row."""
     result = []
     for first, x in zip(range(0, len(rows), chunk), _chunks(rows, chunk), strict=True):
         nearest = np.zeros((len(x), 0))
@@ -193,7 +193,7 @@ def _neighbour_distances(rows: np.ndarray, neighbours: int, chunk: int) -> Float
 
 
 def _share_within(rows: np.ndarray, centres: np.ndarray, balls: np.ndarray, chunk: int) -> float:
-    """The share of rows within any of the balls, given by their squared radii."""
+    """The share of rows inside at least one of the balls, whose squared radii are `balls`."""
     found = 0
     for x in _chunks(rows, chunk):
         within = np.zeros(len(x), bool)
@@ -208,8 +208,8 @@ def nearest_neighbour_distances(
 ) -> Float64[np.ndarray, " N"]:
     """min_j ||h_i - r_j|| for each row i, chunk by chunk in both, in float64.
 
-    Computed as |h|^2 - 2 h.r + |r|^2, clamped at 0: an exact copy comes out as 0 to about 1e-7 |h|.
-    The mean over samples near 0, or far below the mean over unseen real images, says that samples are copies.
+    Computed as |h|^2 - 2 h.r + |r|^2, clamped at 0: an exact copy gives 0 up to about 1e-7 |h|. If the mean
+    over samples is near 0, or far below that over unseen real images, then samples are copies.
     """
     nearest = []
     for x in _chunks(features, chunk):

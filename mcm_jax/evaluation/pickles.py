@@ -1,7 +1,7 @@
-"""Reads arrays out of a pickle without running any of it: dictionaries, lists, numbers, text, numpy arrays.
+"""Reads dictionaries, lists, numbers, text and numpy arrays from a pickle without running any of its code.
 
-A pickle may call whatever it names, so the unpickler resolves only what numpy's arrays need, and to code of
-ours.
+A pickle may call any function that it names. This unpickler resolves only the names that numpy's arrays need,
+and to functions of this module.
 """
 
 import io
@@ -15,19 +15,23 @@ from mcm_jax.system.errors import InputError
 
 
 def read(content: bytes, *, name: str) -> Any:
-    """What the pickle holds. `name` is for the error message.
+    """The content of the pickle.
 
-    Raises InputError for everything else that a pickle can hold, malicious or merely damaged.
+    Args:
+      name: names the file in the error message.
+
+    Raises:
+      InputError: the pickle holds anything else, malicious or merely damaged.
     """
     try:
         return _plain(_Unpickler(io.BytesIO(content), encoding="latin1").load())
-    # A hostile or cut-off pickle can fail in any way at all; whichever it is, the file is unusable.
+    # A hostile or cut-off pickle can fail in any way at all; in every case the file is unusable.
     except Exception as error:
         raise InputError(f"{name}: not a pickle of plain arrays ({' '.join(str(error).split())})") from error
 
 
 class _Array:
-    """Stands for an array while it is unpickled: made empty, then given its state, as numpy's pickles do."""
+    """Stands for an array while it is unpickled: numpy's pickles create it empty and then set its state."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
@@ -58,14 +62,14 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode, by which Python 3 writes bytes for Python 2."""
+    """_codecs.encode, with which Python 3 writes bytes for Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text as {encoding}")
     return text.encode(encoding)
 
 
 def _no_bytes() -> bytes:
-    """bytes, by which the same writes b""."""
+    """bytes, with which it writes b""."""
     return b""
 
 
@@ -93,7 +97,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """With arrays in place of what stood for them."""
+    """`value` with each `_Array` replaced by its array."""
     if isinstance(value, _Array):
         if value.value is None:
             raise pickle.UnpicklingError("an array without numbers")

@@ -34,7 +34,7 @@ from mcm_jax.system.errors import InputError
 # All metrics that can be requested, in the order of results.
 METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
 # Defined on the features of any network; the other metrics on Inception's only.
-_OF_ALL_FEATURES = ("frechet", "nearest")
+_ANY_FEATURES = ("frechet", "nearest")
 # These need the features of all samples at once.
 _HELD = ("kid", "precision_recall", "class_fid")
 # These compare with single images of the reference, so that they need its features.
@@ -69,7 +69,7 @@ def check_metrics(
     for metric in metrics:
         if metric not in METRICS:
             raise InputError(f"--metrics={metric} is not one of {', '.join(METRICS)}")
-        if metric not in _OF_ALL_FEATURES and network.distance != "fid":
+        if metric not in _ANY_FEATURES and network.distance != "fid":
             raise InputError(
                 f"--metrics={metric} is defined on Inception's features only: add --features=inception"
             )
@@ -173,8 +173,8 @@ class Tally:
         Raises:
           KeyError: the arrays are of another one.
         """
-        moments = {name: Moments.of_arrays(part(arrays, name)) for name in self._moments}
-        classes = None if self._classes is None else ClassScores.of_arrays(part(arrays, "classes"))
+        moments = {name: Moments.from_arrays(part(arrays, name)) for name in self._moments}
+        classes = None if self._classes is None else ClassScores.from_arrays(part(arrays, "classes"))
         held, sums = [], part(arrays, "sums")
         if set(self._metrics) & set(_HELD):
             held = [part(arrays, "held")]
@@ -202,7 +202,7 @@ class Tally:
             result[with_count("inception_score", num)] = self._classes.score
         if self._rows:
             held = np.concatenate(self._rows), np.concatenate(self._labels)
-            result |= _of_single_images(*held, self._reference, self._metrics)
+            result |= _single_image_metrics(*held, self._reference, self._metrics)
             if "class_fid" in self._metrics:
                 for note in class_notes(*held, self._reference.features, self._reference.labels):
                     distributed.say(f"note: {note}")
@@ -220,7 +220,7 @@ def evaluate_samples(blocks: Blocks, extractor: Extractor, reference: Reference,
     return tally.scores()
 
 
-def _of_single_images(
+def _single_image_metrics(
     rows: np.ndarray, labels: np.ndarray, reference: Reference, metrics: Sequence[str]
 ) -> dict[str, float]:
     result, num = {}, len(rows)

@@ -1,9 +1,10 @@
-"""Reads the tensors of a .pth without torch and without running any of it.
+"""Reads the tensors of a .pth without torch and without running any of its code.
 
-Two layouts. Since torch 1.6 a zip archive: ARCHIVE/data.pkl, the state dict, and for each storage a file
-ARCHIVE/data/KEY of its raw numbers. Before: four pickles (magic number, protocol version, system info, the
-state dict) and a fifth with the storages' keys, then for each key a little-endian int64 count and the raw
-numbers. A pickle may call whatever it names, so the unpickler resolves only what a state dict needs.
+There are two layouts. Since torch 1.6 it is a zip archive: ARCHIVE/data.pkl, the state dict, and for each
+storage a file ARCHIVE/data/KEY with its raw numbers. Before that it was four pickles (magic number, protocol
+version, system info, the state dict) and a fifth with the storages' keys, then for each key a little-endian
+int64 count and the raw numbers. A pickle may call any function that it names; this unpickler resolves only
+the names that a state dict needs.
 """
 
 import io
@@ -41,19 +42,23 @@ class _Tensor(NamedTuple):
 
 
 def recognises(content: bytes) -> bool:
-    """Whether `content` begins as one of the layouts does."""
+    """Whether `content` begins like one of the layouts."""
     return content.startswith((b"PK\x03\x04", pickle.dumps(_MAGIC, protocol=2)))
 
 
 def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
-    """The state dict in `content`: names to arrays of their own, in C order. `name` is for the error message.
+    """The state dict in `content`, as independent arrays in C order by name.
 
-    Raises InputError for everything that is not a plain state dict, malicious or merely damaged.
+    Args:
+      name: names the file in the error message.
+
+    Raises:
+      InputError: it is not a plain state dict, malicious or merely damaged.
     """
     file = io.BytesIO(content)
     try:
         return _read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-    # A hostile or cut-off pickle can fail in any way at all; whichever it is, the file is unusable.
+    # A hostile or cut-off pickle can fail in any way at all; in every case the file is unusable.
     except Exception as error:
         raise InputError(f"{name}: not a .pth of plain tensors ({' '.join(str(error).split())})") from error
 
@@ -120,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state dict needs")
 
     def persistent_load(self, reference: Any) -> _Storage:
-        # The archive's references have no sixth part, which told of a view.
+        # A sixth part described a view; archives do not have it.
         kind, dtype, key, _, count, *view = reference
         if kind != "storage" or view not in ([], [None]):
             raise pickle.UnpicklingError("storage views are not supported")
@@ -132,7 +137,7 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_
 
 
 def _as_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
-    """A strided view made only after checking that it stays inside its storage, then copied."""
+    """A copy of a strided view, which is made only if it stays inside its storage."""
     sizes = (tensor.offset, *tensor.shape, *tensor.strides)
     last = tensor.offset + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)

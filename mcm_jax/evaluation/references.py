@@ -26,7 +26,7 @@ VERSION = 3
 MAX_KEPT_FEATURES = 50_000
 
 
-# Images with their labels, in blocks.
+# Images and their labels, in blocks.
 Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, "_"]]]
 
 
@@ -196,7 +196,7 @@ class _Sums:
 
     def go_on_from(self, arrays: Arrays) -> None:
         """The inverse of `arrays`; raises KeyError if they belong to other features."""
-        self._moments = {name: Moments.of_arrays(part(arrays, name)) for name in self._moments}
+        self._moments = {name: Moments.from_arrays(part(arrays, name)) for name in self._moments}
         self._rows = [arrays["rows"]] if len(arrays["rows"]) else []
         self._labels = [arrays["labels"]] if len(arrays["rows"]) else []
         self._differ = bool(arrays["differ"])

@@ -248,7 +248,7 @@ def _feature_network(options: Options) -> FeatureNetwork:
 
 
 # Options that apply only when runs are sampled.
-_OF_SAMPLING = (
+_SAMPLING_ONLY = (
     *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "rounding", "seed", "parameters"),
     *("checkpoint_step", "data_dir", "untrained_num", "again"),
 )
@@ -272,7 +272,7 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name}={value} is not one of {', '.join(choices)}")
     for guidance in options.guidance:
         if not 0 <= guidance < math.inf:
-            raise InputError(f"--guidance={guidance}: it must be a number from 0, which means none, upwards")
+            raise InputError(f"--guidance={guidance}: it must be 0, which means none, or a positive number")
     if options.reference is not None and not options.reference.exists():
         raise InputError(f"--reference={options.reference}: there is no such file or directory")
     if options.reference_split != "train" and (options.reference is None or not options.reference.is_dir()):
@@ -281,7 +281,7 @@ def _check(options: Options) -> None:
             "--reference=DIR"
         )
     for field in dataclasses.fields(Options) if options.images is not None else ():
-        if field.name in _OF_SAMPLING and getattr(options, field.name) != field.default:
+        if field.name in _SAMPLING_ONLY and getattr(options, field.name) != field.default:
             raise InputError(
                 f"--{field.name} applies only when runs are sampled; remove it when using --images"
             )
@@ -298,12 +298,12 @@ def _check(options: Options) -> None:
 
 
 # Options that apply only with these features.
-_OF_FEATURES = {"efficientnet": ("input_resolution",), "inception": ("inception", "allow_singular")}
+_FEATURES_ONLY = {"efficientnet": ("input_resolution",), "inception": ("inception", "allow_singular")}
 
 
 def _check_features(options: Options) -> None:
     """Raises InputError for options that the chosen features would ignore."""
-    for features, names in _OF_FEATURES.items():
+    for features, names in _FEATURES_ONLY.items():
         for name in names if features != options.features else ():
             if getattr(options, name) != getattr(Options, name):
                 raise InputError(f"--{name} applies only to --features={features}; remove it, or add that")

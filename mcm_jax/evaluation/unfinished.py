@@ -1,4 +1,4 @@
-"""What a long computation has so far, in a file, so that it can go on after an interruption."""
+"""Saves the state of a long computation, so that it can continue after an interruption."""
 
 import sys
 import time
@@ -12,20 +12,20 @@ import numpy as np
 from mcm_jax.system import distributed
 from mcm_jax.system.files import write_whole
 
-# What an interruption costs at most, and the step that it was in.
+# Time between two savings: an interruption loses at most this much work, and the step in progress.
 EVERY_SECONDS = 60.0
 
 Arrays = dict[str, np.ndarray]
 
 
 class Unfinished:
-    """The arrays of one computation, for which a file's name stands. Processes share it, the first writes."""
+    """The arrays of one computation in a file. All processes share it; the first one writes."""
 
     def __init__(self, path: Path):
         self._path, self._written = path, time.monotonic()
 
     def read(self, check: Callable[[Arrays], object]) -> Arrays | None:
-        """What was kept; None where nothing was. `check` raises where anything is missing."""
+        """The saved arrays, or None if there are none. `check` raises if something is missing from them."""
 
         def load() -> Arrays:
             with np.load(self._path, allow_pickle=False) as file:
@@ -34,39 +34,41 @@ class Unfinished:
             return arrays
 
         arrays = read_kept(self._path, load)
-        # Another command may have replaced it between the reading of two processes.
+        # Another command may have replaced the file after one process read it and before another did.
         distributed.require_same(_digest(arrays or {}), f"readings of {self._path}")
         return arrays
 
     def keep(self, arrays: Callable[[], Arrays]) -> None:
-        """Writes `arrays()` if the last time is long enough ago."""
+        """Writes `arrays()` if the last time was long enough ago."""
         if time.monotonic() - self._written < EVERY_SECONDS or not distributed.is_first():
             return
         found = arrays()
         try:
             write_whole(self._path, lambda file: np.savez(file, allow_pickle=False, **found))
-        except OSError as error:  # The result itself needs little room.
+        except OSError as error:  # Continue: the result itself needs little space.
             print(
-                f"note: an interruption will begin anew, can't write {self._path} ({error})", file=sys.stderr
+                f"note: after an interruption this would start from the beginning, as {self._path} can't be "
+                f"written ({error})",
+                file=sys.stderr,
             )
         self._written = time.monotonic()
 
     def finish(self) -> None:
-        """Forgets it: the result stands elsewhere."""
+        """Deletes the file, once the result is saved elsewhere."""
         if distributed.is_first():
             self._path.unlink(missing_ok=True)
 
 
 def joined(parts: Mapping[str, Arrays]) -> Arrays:
-    """The arrays of several parts under "part/name"."""
+    """The arrays of several parts, named "part/name"."""
     return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
 
 def part(arrays: Arrays, name: str) -> Arrays:
-    """One part's arrays out of `joined`.
+    """The arrays of one part in those of `joined`.
 
     Raises:
-      KeyError: it is not there.
+      KeyError: there are none.
     """
     found = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(name + "/")}
     if not found:
@@ -82,10 +84,10 @@ def _digest(arrays: Arrays) -> int:
 
 
 def read_kept(path: Path, load: Callable[[], Any]) -> Any | None:
-    """What `load` reads from `path`; None where there is no such file or it is damaged, in any process.
+    """What `load` reads from `path`; None if there is no such file, or if it is damaged for any process.
 
     Raises:
-      InputError: processes want different files; their names say what is in them.
+      InputError: the processes need different files, whose names identify their content.
     """
     distributed.require_same(path.name, "data sets, weights or flags")
     if not distributed.exists(path):
@@ -93,9 +95,9 @@ def read_kept(path: Path, load: Callable[[], Any]) -> Any | None:
     kept = None
     try:
         kept = load()
-    # A damaged file can fail in any way that zip, npy and JSON know; each means the same.
+    # A damaged file can fail in any way that zip, npy and JSON know; all of them mean the same.
     except Exception as error:
         reason = " ".join(str(error).split())
         print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
-    # Computing is the work of all.
+    # If one process has to compute it, all do.
     return kept if distributed.all_true(kept is not None) else None

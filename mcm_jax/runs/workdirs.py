@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mcm_jax import fields
 from mcm_jax.config import validation

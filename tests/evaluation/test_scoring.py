@@ -359,8 +359,8 @@ def test_the_table_names_each_number(options, capsys):
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
         ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
-        ({"guidance": (-1.0,)}, "--guidance=-1.0: it must be a number from 0"),
-        ({"guidance": (float("inf"),)}, "--guidance=inf: it must be a number from 0"),
+        ({"guidance": (-1.0,)}, "--guidance=-1.0: it must be 0, which means none, or a"),
+        ({"guidance": (float("inf"),)}, "--guidance=inf: it must be 0, which means none, or a"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
         ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception"),
@@ -559,7 +559,7 @@ def test_a_disk_that_has_no_room_for_what_is_kept(options, stop_at, monkeypatch,
     monkeypatch.setattr(unfinished, "write_whole", full)
     stop_at(None)
     (record,) = scoring.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
-    assert record.metrics and "an interruption will begin anew" in capsys.readouterr().err
+    assert record.metrics and "this would start from the beginning" in capsys.readouterr().err
 
 
 def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrupt, capsys):
