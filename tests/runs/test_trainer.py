@@ -106,7 +106,7 @@ def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilat
 def test_a_student_keeps_its_teacher_through_all_its_starts(handed, tiny_data, teacher, tmp_path):
     """By whatever path; and refuses any other, such as one that was trained again in the same place."""
     shutil.copytree(teacher, tmp_path / "teacher")
-    for path in (tmp_path / "teacher", tmp_path / "x" / ".." / "teacher", teacher):
+    for path in (tmp_path / "teacher", tmp_path / "run" / ".." / "teacher", teacher):
         assert trainer.train(tiny.config(tiny_data, "cd", path), tmp_path / "run")
         assert handed.pop("teacher_params") is not None
     shutil.rmtree(tmp_path / "teacher/checkpoints/4")
