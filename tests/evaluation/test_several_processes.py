@@ -107,7 +107,7 @@ from mcm_jax.evaluation.features import FeatureNetwork
 import numpy as np
 place = Path(sys.argv[1]) / str(INDEX)
 place.mkdir()
-np.savez(place / "samples.npz", np.full((4, 8, 8, 3), int(INDEX), np.uint8))
+np.savez(place / "samples.npz", np.full((4, 8, 8, 3), 2 + int(INDEX), np.uint8))
 np.savez(place / "reference.npz", mu=np.zeros(2), sigma=np.eye(2))
 os.chdir(place)
 network = FeatureNetwork({}, lambda _, x: {"pool": x[:, 0, 0, :2]}, {"pool": 2}, "fid", {"network": "toy"})
