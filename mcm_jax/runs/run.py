@@ -1,6 +1,7 @@
 """A trained run, ready to sample from: the result of `mcm_jax.load`."""
 
 import copy
+import dataclasses
 import functools
 import json
 import warnings

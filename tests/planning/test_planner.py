@@ -15,7 +15,7 @@ import pytest
 from mcm_jax.config import rows
 from mcm_jax.evaluation import inception, inception_weights
 from mcm_jax.models import attention
-from mcm_jax.planning import compilation, planner, report, topologies
+from mcm_jax.planning import compilation, computations, planner, report, topologies
 from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
 from mcm_jax.system.errors import InputError
@@ -98,7 +98,7 @@ def test_features_on_four_chips(monkeypatch):
     kept = ("mixed_5b", "mixed_6a", "mixed_6d", "mixed_7a", "mixed_7c")
     monkeypatch.setattr(inception, "_BLOCKS", {name: inception._BLOCKS[name] for name in kept})
     monkeypatch.setattr(jax, "default_matmul_precision", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(programs, "BATCH_PER_DEVICE", 2)
+    monkeypatch.setattr(computations, "BATCH_PER_DEVICE", 2)
     inception_weights.abstract_network.cache_clear()
     try:
         network = inception_weights.abstract_network()
