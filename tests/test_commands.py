@@ -79,8 +79,9 @@ TRAIN = (
 def small(command, *data):
     """Arguments that make a command short; data: those that name small data for training."""
     if command.program == "train":
-        stages = ("--config.consistency.stages=(4,2)",) if ":small,pd" in str(command) else ()
-        return (*TRAIN, *data, *stages)
+        stages = ("--config.progressive.stages=(4,2)",) if ":small,pd" in str(command) else ()
+        levels = ("--config.diffusion.levels=(8,4)",) if "imagenet128:small,teacher" in str(command) else ()
+        return (*TRAIN, *data, *stages, *levels)
     return ("--num=8", "--untrained_num=4") if command.program == "evaluate" else ()
 
 
@@ -98,15 +99,14 @@ def test_the_head_of_imagenet_runs(resolution, tiny_data, tmp_path, monkeypatch)
     data = (f"--config.data.data_dir={tiny_data}", "--config.data.dataset=folder/tiny")
     data = (*data, "--config.data.resolution=8")
     for command in commands.in_docstring(ROOT / f"configs/imagenet{resolution}.py"):
-        multiscale = ("--config.diffusion.levels=(8,4)",) if resolution == 128 else ()
-        assert "finished: runs/" in commands.run(command, *small(command, *data, *multiscale))
-    assert (tmp_path / "runs/pd/steps_2/checkpoints/2").exists()
+        assert "finished: runs/" in commands.run(command, *small(command, *data))
+    assert (tmp_path / "runs/pd/checkpoints/2").exists()
 
 
 def test_the_head_of_openmoji_and_the_smoke_run(tmp_path, monkeypatch):
     """The smoke run continues the head's runs, and finds them finished."""
     monkeypatch.chdir(tmp_path)
-    prepare, teacher, student = commands.in_docstring(ROOT / "configs/openmoji.py")
+    prepare, teacher, student, _ = commands.in_docstring(ROOT / "configs/openmoji.py")
     assert "next: python -m mcm_jax.train --config=openmoji:teacher " in commands.run(prepare)
     runs = "runs/smoke/seed0"
     commands.run(teacher, *TRAIN, f"--workdir={runs}/teacher")

@@ -1,5 +1,6 @@
 """The launchers that need no cluster: the commands of their dry runs, and the environment they create."""
 
+import configparser
 import os
 import re
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+LINUX = {"platform_machine": "x86_64", "sys_platform": "linux"}
 
 
 def dry_run(script, *arguments, **variables):
@@ -68,6 +72,25 @@ def test_bad_input(variables, arguments, message):
     result = dry_run("smoke.sh", *arguments, **variables)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_every_requirement_is_pinned_to_a_version_in_its_range():
+    lines = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, version in pairs}
+    assert len(pins) == len(pairs)
+    setup = configparser.ConfigParser(delimiters="=", interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    needed = [setup["options"]["install_requires"], setup["options.extras_require"]["test"]]
+    for line in "\n".join(needed).splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        # The launchers' pins are those of Linux on x86-64, where tensorflow-cpu takes tensorflow's place.
+        if requirement.marker is None or requirement.marker.evaluate(LINUX):
+            assert requirement.specifier.contains(pins[name]), line
+            assert requirement.extras or requirement.specifier, line
 
 
 def make_python(path, code):

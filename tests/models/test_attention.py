@@ -48,7 +48,8 @@ def test_the_kernel_names_what_its_gradient_needs():
         _, pullback = jax.eval_shape(
             lambda *qkv: jax.vjp(jax.checkpoint(attend, policy=policy), *qkv), q, k, v
         )
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+        # Arrays only: the number of scalars depends on JAX's version.
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.ndim)
 
     assert kept(attention.NAME) - kept() == q.size + q.size // 128
 
