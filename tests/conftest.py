@@ -8,13 +8,14 @@ import os
 
 # Before the first import of JAX.
 DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={DEVICES}"
-).strip()
-if DEVICES > 1:
-    # Most of the time went into LLVM's optimisation of programs that run three times. What is computed where,
-    # and sent to whom, is settled before it.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES}",
+    # Most of the time went into LLVM's optimisation of programs that run a few times. What is computed,
+    # where, and sent to whom, is settled before it.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxtyping import install_import_hook
