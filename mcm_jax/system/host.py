@@ -1,7 +1,7 @@
 """Settings of the process that make XLA's compilers give faster programs.
 
-Those of the CPU were measured on two cores with the train step of configs/openmoji.py and jax 0.10.2; see the
-README on speed and tests/benchmarks/torch_train_step.py. Those of TPUs are estimates of their compiler
+Those of the CPU were measured on two cores with the train step of configs/openmoji.py and jax 0.10.2; see
+docs/speed.md and tests/benchmarks/torch_train_step.py. Those of TPUs are estimates of their compiler
 (results/plan/scaling.md), and have no effect without libtpu.
 """
 
