@@ -115,7 +115,7 @@ def _usual(*values: str | None, otherwise: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Record):
-    """How images are made: the settings of SamplingConfig, resolved for one run."""
+    """How images are made: the settings of SamplingSettings, resolved for one run."""
 
     steps: int
     sampler: str

@@ -113,4 +113,4 @@ def test_the_head_of_openmoji_and_the_smoke_run(tmp_path, monkeypatch):
     commands.run(student, *TRAIN, f"--workdir={runs}/cd4", f"--config.teacher_checkpoint={runs}/teacher")
     for command in commands.in_dry_run("launch/smoke.sh"):
         output = commands.run(command, *small(command))
-    assert "The page, with plots and samples: runs/smoke/report.html" in output
+    assert "The page with plots and samples: runs/smoke/report.html" in output

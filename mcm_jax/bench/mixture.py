@@ -25,6 +25,7 @@ from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models.mlp import MLPSettings
+from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.runs import build
 
 NUM_SAMPLES = 10_000
@@ -141,7 +142,7 @@ class Bench:
         first = 2 * steps == self.problem.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
         # Later teachers carry the adjustment already: Progressive.later_xvar_frac.
-        overrides = () if first else (("progressive.xvar_frac", 0.0),)
+        overrides = () if first else (("progressive.xvar_frac", Progressive().later_xvar_frac),)
         config = self._config(Cell(self.problem.name, "progressive", steps, seed, overrides))
         return vectors.train(
             config,
@@ -165,7 +166,7 @@ class Bench:
         num_steps = problem.diffusion_updates if diffusion else problem.student_updates
         config.optimizer.update(
             learning_rate=problem.diffusion_learning_rate if diffusion else problem.learning_rate,
-            warmup_steps=100 if diffusion else 0,
+            warmup_steps=min(100, num_steps // 2) if diffusion else 0,
             decay="linear",
             ema_decay=0.99,
         )

@@ -1,4 +1,4 @@
-"""Rows of a config file, which are named after its colon, and the tiny configs that some of them mean."""
+"""Rows of a config file, the part of --config=FILE:ROW after the colon, and the tiny configs of some."""
 
 import ml_collections
 

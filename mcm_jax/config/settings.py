@@ -127,11 +127,8 @@ class Config:
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), tract, progressive, guidance",
     )
     seed: int = setting(0, "base of all randomness in training", low=0, high=2**32 - 1)
-    # Its path may change: the identity of the checkpoint there is compared.
     teacher_checkpoint: str | None = setting(
-        None,
-        "workdir of the diffusion model that all other objectives start from and all but ct distil",
-        affects=Affects.NOTHING,
+        None, "workdir of the diffusion model that all other objectives start from and all but ct distil"
     )
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     model: UViTSettings = dataclasses.field(default_factory=UViTSettings)

@@ -132,7 +132,7 @@ def _check_model(config: Config) -> None:
     for name in ("widths", "blocks", "dropouts"):
         if len(getattr(model, name)) != stages:
             raise InputError(
-                f"config.model.{name}={getattr(model, name)!r} has not one entry for each of the "
+                f"config.model.{name}={getattr(model, name)!r} must have one entry for each of the "
                 f"{stages} stages of config.model.kinds={model.kinds!r}"
             )
     multiple = 2 ** (stages - 1)

@@ -202,6 +202,7 @@ def _loaders(
         for workdir, kind, step in combinations
     ]
     for _, load in loaders:
+        run = None  # Frees its memory before the next one is loaded.
         run = load()
         if options.reference is None:
             run.check_data()

@@ -53,7 +53,7 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
     def bind(params: Any) -> ModelFn | None:
         if params is None:
             return None
-        # Gathered once for all that is done with them, not layer by layer and again for the gradient.
+        # Once an update: otherwise the compiler gathers every layer twice, for the loss and for its gradient.
         params = sharding.gathered(mesh, network.rounded(params))
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)

@@ -1,4 +1,4 @@
-"""How a run's images are made: the settings of SamplingConfig resolved, and the program that samples."""
+"""How a run's images are made: the settings of SamplingSettings resolved, and the program that samples."""
 
 import dataclasses
 import functools

@@ -81,7 +81,8 @@ def _train_run(config: Config, workdir: Path) -> bool:
         training = build.training(config, num_classes=dataset.num_classes, mesh=mesh)
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset)
-        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=workdirs.teacher_identity(config))
+        teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)
+        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=teacher)
     distributed.require_same((dataset, run.teacher), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     workdirs.claim(workdir, run, existing=existing, needed_bytes=room)

@@ -143,7 +143,9 @@ def read(workdir: Path) -> RunRecord:
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it or train in another directory") from error
 
 
@@ -165,6 +167,9 @@ def _check_same_settings(workdir: Path, config: Config, saved_config: Config) ->
     for name, value in fields.flat(config, Affects.TRAINING).items():
         if name == "training.num_steps" and config.optimizer.decay == "constant":
             # A longer run is the same run, unless the learning rate's decay depends on its length.
+            continue
+        if name == "teacher_checkpoint":
+            # Its path may change: the identity of the checkpoint there is compared.
             continue
         if value != saved[name]:
             raise _other_setting(workdir, name, saved[name], value)

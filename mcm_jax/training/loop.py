@@ -122,8 +122,8 @@ def _report(
         return
     step, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
     if not all(math.isfinite(value) for value in values.values()):
-        last_good = "there is no checkpoint yet" if saved is None else f"the last good one is {saved}"
-        raise NonFiniteError(f"update {step} is not finite: {values}; of the checkpoints {last_good}")
+        last_good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is {saved}"
+        raise NonFiniteError(f"update {step} is not finite: {values}; {last_good}")
     observer.metrics(step, values)
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,11 +25,11 @@ def test_students_of_progressive_distillation_share_their_stages(problem):
     assert len(roots) == 1
 
 
-@pytest.mark.parametrize("setting", [openmoji.OPENMOJI, openmoji.QUICK], ids=["whole", "quick"])
+@pytest.mark.parametrize("problem", [openmoji.OPENMOJI, openmoji.QUICK], ids=["whole", "quick"])
 @pytest.mark.parametrize("system", ["teacher", "cd", "ct", "progressive"])
-def test_the_config_of_every_cell_is_valid(setting, system):
+def test_the_config_of_every_cell_is_valid(problem, system):
     bench = openmoji.Bench.__new__(openmoji.Bench)
-    bench.setting, bench.directory, bench.data_dir = setting, Path("bench"), Path("data")
+    bench.problem, bench.directory, bench.data_dir = problem, Path("bench"), Path("data")
     config = validation.validate(bench._config(Cell("openmoji", system, 1, seed=0)))
     assert config.optimizer.warmup_steps == (config.training.num_steps // 10 if system == "teacher" else 0)
 
@@ -50,11 +51,11 @@ def small_bench(tiny_data, tmp_path, monkeypatch):
 
     def evaluate(options, load_run):
         scored.append(options.workdirs)
-        return [{"metrics": {openmoji.METRIC: 0.5}}]
+        return [SimpleNamespace(metrics={openmoji.METRIC: 0.5})]
 
     monkeypatch.setattr(openmoji.scoring, "evaluate", evaluate)
     bench = openmoji.Bench(
-        openmoji.Setting("openmoji", teacher_updates=4, student_updates=1), tmp_path, data_dir=tiny_data
+        openmoji.Problem("openmoji", teacher_updates=4, student_updates=1), tmp_path, data_dir=tiny_data
     )
     # Trained already.
     tiny.made_up_teacher(tiny_data, tmp_path / "seed0" / "teacher")

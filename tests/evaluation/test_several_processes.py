@@ -44,7 +44,7 @@ def test_several_evaluate_what_one_does(teacher, tmp_path):
         json.loads(path.read_text())  # One line each.
         for path in (tmp_path / "several.jsonl", tmp_path / "run/evaluation/results.jsonl")
     )
-    assert found.keys() == expected.keys() and len(found["bounds"]) == 2
+    assert found.keys() == expected.keys() and len(found["bounds"]) == 4
     for part in ("metrics", "bounds"):
         assert found[part].keys() == expected[part].keys()
         for name, value in expected[part].items():

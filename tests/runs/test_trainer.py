@@ -306,7 +306,7 @@ def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tm
     content = json.loads(file.read_text())
     content["config"]["optimizer"]["learning_rate"] = 1e30
     file.write_text(json.dumps(content))
-    with pytest.raises(NonFiniteError, match=r"update \d+ is not finite.*the last good one is \d+"):
+    with pytest.raises(NonFiniteError, match=r"update \d+ is not finite.*the last good checkpoint is \d+"):
         trainer.train(config, tmp_path / "run")
     for parameters in ("raw", "ema"):
         leaves = jax.tree.leaves(params_of(tmp_path / "run", parameters))
@@ -559,7 +559,7 @@ sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -626,10 +626,10 @@ def changed(config, **fields):
     [
         (
             {"objective": "gan"},
-            "config.objective='gan' must be one of diffusion, cd, ct, tract, progressive, guidance",
+            "config.objective='gan' must be one of diffusion, guidance, cd, ct, progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
-        ({"model__widths": (8,)}, "config.model.widths=(8,) has not one entry"),
+        ({"model__widths": (8,)}, "config.model.widths=(8,) must have one entry"),
         ({"model__head_width": 5}, "config.model.head_width=5 does not divide"),
         ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
         ({"data__resolution": 7}, "config.data.resolution=7 can't be halved 1 times"),

@@ -122,15 +122,15 @@ def test_a_run_that_is_done_does_nothing_more():
     ("update", "first", "last_good"),
     [
         (1, 0, "there is no checkpoint yet"),
-        (3, 0, "the last good one is 2"),
-        (4, 0, "the last good one is 2"),  # Where the next checkpoint is due.
-        (7, 0, "the last good one is 6"),  # The last update.
-        (5, 4, "the last good one is 4"),  # The first after a restart.
+        (3, 0, "the last good checkpoint is 2"),
+        (4, 0, "the last good checkpoint is 2"),  # Where the next checkpoint is due.
+        (7, 0, "the last good checkpoint is 6"),  # The last update.
+        (5, 4, "the last good checkpoint is 4"),  # The first after a restart.
     ],
 )
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(name, value, update, first, last_good):
     story = Story(saved=first or None, metrics={update: {name: value}})
-    message = rf"update {update} is not finite: .*'{name}': {value}.*; of the checkpoints {last_good}$"
+    message = rf"update {update} is not finite: .*'{name}': {value}.*; {last_good}$"
     with pytest.raises(loop.NonFiniteError, match=message):
         story.train(7, first=first, sample_every=2)
     late = {f"{what} {n}" for what in ("save", "picture", "metrics") for n in range(update, 8)}

@@ -24,7 +24,8 @@ def test_no_warmup():
 
 
 def test_the_longest_warmup_still_decays():
-    schedule = optimizer.learning_rate_schedule(peak=1.0, warmup_steps=9, decay="linear", num_steps=10)
+    settings = OptimizerSettings(learning_rate=1.0, warmup_steps=9, decay="linear")
+    schedule = optimizer.learning_rate_schedule(settings, num_steps=10)
     np.testing.assert_allclose([schedule(i) for i in (0, 8, 9, 10)], [1 / 9, 1, 1, 0], rtol=1e-6, atol=1e-7)
 
 
