@@ -5,6 +5,7 @@ in a process of their own with MCM_TEST_DEVICES=8, as launch/test.sh does.
 """
 
 import os
+from pathlib import Path
 
 # Before the first import of JAX.
 DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
@@ -17,6 +18,10 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+CACHE = str(Path(__file__).parents[1] / ".cache" / "xla")
+os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from jaxtyping import install_import_hook
 
@@ -37,12 +42,6 @@ from tests import tiny
 def tiny_data(tmp_path_factory):
     """data_dir of the prepared folder/tiny."""
     return tiny.prepare_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shared_compilations(tmp_path_factory):
-    """Programs that several tests compile are compiled once."""
-    os.environ["MCM_COMPILATION_CACHE"] = str(tmp_path_factory.mktemp("xla"))
 
 
 @pytest.fixture(scope="session")

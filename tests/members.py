@@ -1,15 +1,12 @@
 """Programs of several processes on this machine, as the hosts of a cluster run them, on CPU over loopback."""
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.forks import Process
 
 # Written before the code of every member. What only the first process may do, the others can't.
 _PREAMBLE = """
@@ -59,8 +56,6 @@ class Members:
             variables = {
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
                 "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONPATH": str(ROOT),
             }
             if count > 1:
                 variables |= {
@@ -68,11 +63,16 @@ class Members:
                     "MCM_NUM_PROCESSES": str(count),
                     "MCM_PROCESS_ID": str(index),
                 }
-            command = [sys.executable, "-u", "-c", _PREAMBLE + code, str(directory)]
-            variables = os.environ | variables | (environment or {})
-            (directory / f"said.{index}").touch()
-            with open(directory / f"out.{index}", "w") as out, open(directory / f"err.{index}", "w") as err:
-                process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=err)
+            said, out, err = (directory / f"{stream}.{index}" for stream in ("said", "out", "err"))
+            said.touch()
+            process = Process(
+                _PREAMBLE + code,
+                directory,
+                out=out,
+                err=err,
+                environment=variables | (environment or {}),
+                parent=index,
+            )
             self.processes.append(process)
 
     def __enter__(self):

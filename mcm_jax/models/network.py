@@ -1,6 +1,7 @@
 """A Flax NNX module as two pure functions of a plain dict of parameters."""
 
 import dataclasses
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -87,6 +88,14 @@ class Network:
 
     def _module(self, params: Params) -> nnx.Module:
         """The module with these parameters, without an initialisation."""
-        model = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
+        graphdef, state = _abstract(self)
+        # A variable can only be set within the trace that made it, so each trace has its own.
+        model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         nnx.update(model, params)
         return model
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(network: Network) -> tuple[nnx.GraphDef, nnx.State]:
+    """The module's structure and its parameters' shapes: built once, since every trace of `apply` needs them."""
+    return nnx.split(nnx.eval_shape(lambda: network._build(nnx.Rngs(0))))

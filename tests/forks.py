@@ -1,0 +1,114 @@
+"""Processes that start at once: forks of one that has imported the libraries.
+
+Importing JAX, Orbax and TensorFlow takes a fresh interpreter longer than most tests take. There are two parents,
+each with a hash seed of its own, so that processes of one program differ in the order of their sets as they would
+on two hosts.
+"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Imports, then forks a child for every request. A child leaves the loop, with the request's environment, working
+# directory and files, and runs the request's code as __main__; its exit is that of any interpreter.
+_PARENT = """
+import json, os, sys, traceback, warnings
+import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy, tensorflow
+import mcm_jax.runs.trainer, mcm_jax.training.observer, mcm_jax.evaluation.evaluator, mcm_jax.data.preparation
+import tests.tiny
+children = {}
+print("ready", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "wait" in request:
+        pid, status = os.waitpid(request["wait"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX warns of forks after its back end has started: it has not.
+        pid = os.fork()
+    if pid == 0:
+        for number, (name, mode) in enumerate([(os.devnull, "r"), (request["out"], "a"), (request["err"], "a")]):
+            with open(name, mode) as file:
+                os.dup2(file.fileno(), number)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["cwd"])
+        sys.argv = ["-c", *request["arguments"]]
+        break
+    print(pid, flush=True)
+else:
+    os._exit(0)
+del json, os, traceback, warnings, children, line, pid, number, name, mode, file
+exec(compile(request.pop("code"), "<string>", "exec"))
+"""
+
+
+@functools.cache
+def _parent(number: int) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number + 1)}
+    command = [sys.executable, "-c", _PARENT]
+    parent = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == "ready\n"
+    return parent
+
+
+def _request(number: int, **request) -> int | None:
+    parent = _parent(number)
+    print(json.dumps(request), file=parent.stdin, flush=True)
+    return json.loads(parent.stdout.readline())
+
+
+class Process:
+    """A running `python -c CODE ARGUMENTS`, with the methods of subprocess.Popen that tests use."""
+
+    def __init__(self, code, *arguments, out, err, environment=None, cwd=ROOT, parent=0):
+        """out, err: files to append to; environment: added to this process's; parent: 0 or 1."""
+        self._parent, self.returncode = parent % 2, None
+        self.pid = _request(
+            self._parent,
+            code=code,
+            arguments=[str(argument) for argument in arguments],
+            out=str(out),
+            err=str(err),
+            environment=os.environ | (environment or {}),
+            cwd=str(cwd),
+        )
+
+    def poll(self):
+        """The exit code, negative after a signal; None while the process runs."""
+        if self.returncode is None:
+            self.returncode = _request(self._parent, wait=self.pid)
+        return self.returncode
+
+    def wait(self, timeout=300):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def run(code, *arguments, directory, **how) -> subprocess.CompletedProcess:
+    """The finished `python -c CODE ARGUMENTS`; directory: where its output is collected."""
+    out, err = (Path(directory) / f"{stream}-{time.monotonic_ns()}" for stream in ("out", "err"))
+    process = Process(code, *arguments, out=out, err=err, **how)
+    code = process.wait()
+    return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
