@@ -22,8 +22,9 @@ from tests.members import Members, free_port, logged
 
 DEVICES = 4  # in all
 
-# One update of every process, with a log of its losses and of the examples in its batches.
+# Trains one run after another, each with a log of its losses and of the examples in its batches.
 TRAIN = """
+name = None
 def recorded(of, method, record):
     original = getattr(of, method)
     def wrapped(self, *arguments):
@@ -33,34 +34,46 @@ def recorded(of, method, record):
     setattr(of, method, wrapped)
 
 for kind in (observer.RunObserver, observer.SilentObserver):
-    recorded(kind, "metrics", lambda self, step, values, _: log("metrics", [step, values]))
+    recorded(kind, "metrics", lambda self, step, values, _: log(name + "-metrics", [step, values]))
 
 import numpy as np
 gather = pipeline.ArraySource.gather
 def read(self, indices):
-    log("read", indices.tolist())
+    log(name + "-read", indices.tolist())
     return gather(self, indices)
 pipeline.ArraySource.gather = read
 
 sharding._SMALLEST_SHARDED = 1
-settings = json.loads('''SETTINGS''')
-config = tiny.made_up_config(Path(settings["data"]), *settings["objective"])
-config.training.update(settings["training"])
-config.mesh.fsdp = settings["fsdp"]
-# Where a gradient is zero but for its last bits, Adam would make an update of them.
-config.optimizer.eps = 1e-3
+finished = True
 with distributed.joined():
     first_only()
-    finished = trainer.train(config, Path(settings["workdir"]))
+    for run in json.loads('''RUNS'''):
+        name = Path(run["workdir"]).name
+        config = tiny.made_up_config(Path(run["data"]), *run["objective"])
+        config.training.update(run["training"])
+        config.mesh.fsdp = run["fsdp"]
+        # Where a gradient is zero but for its last bits, Adam would make an update of them.
+        config.optimizer.eps = 1e-3
+        finished &= trainer.train(config, Path(run["workdir"]))
 sys.exit(0 if finished else 130)
 """
 
 
-def training(data, workdir, *, count, directory, fsdp=1, objective=(), before="", **settings):
+def a_run(data, workdir, *, fsdp=1, objective=(), **settings):
+    """The description of one run of TRAIN."""
     settings = {"num_steps": 4, "checkpoint_every_steps": 2, "log_every_steps": 1, **settings}
-    given = {"data": str(data), "workdir": str(workdir), "fsdp": fsdp, "training": settings}
-    given["objective"] = [str(argument) for argument in objective]
-    code = TRAIN.replace("SETTINGS", json.dumps(given))
+    objective = [str(argument) for argument in objective]
+    return {
+        "data": str(data),
+        "workdir": str(workdir),
+        "fsdp": fsdp,
+        "training": settings,
+        "objective": objective,
+    }
+
+
+def training(*runs, count, directory, before=""):
+    code = TRAIN.replace("RUNS", json.dumps(runs))
     return Members(before + code, count=count, devices=DEVICES // count, directory=directory)
 
 
@@ -73,107 +86,104 @@ def params_of(workdir):
     return {kind: jax.device_get(load_run(workdir, parameters=kind).params) for kind in ("raw", "ema")}
 
 
-def trained(data, directory, **how):
-    with training(data, directory / "run", directory=directory / "logs", **how) as members:
-        assert members.codes() == [0] * how["count"], members.everything()
-        return members
-
-
 @pytest.fixture(scope="module")
-def objectives(tiny_data, tmp_path_factory):
-    """Arguments of tiny.config: for a teacher, and for a student of a made-up one."""
-    workdir = tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
-    return {"diffusion": ("diffusion",), "cd": ("cd", workdir)}
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_data, objectives, tmp_path_factory):
-    """objective -> directory of a run of one process with as many devices."""
+def trained(tiny_data, tmp_path_factory):
+    """number of processes -> (directory of runs named OBJECTIVE-FSDP, the processes that trained them)."""
+    teacher = tiny.made_up_teacher(tiny_data, tmp_path_factory.mktemp("made_up") / "teacher")
+    objectives = {"diffusion": ("diffusion",), "cd": ("cd", teacher)}
 
     @functools.cache
-    def run(objective):
-        directory = tmp_path_factory.mktemp("alone")
-        trained(tiny_data, directory, count=1, sample_every_steps=4, objective=objectives[objective])
+    def run(count):
+        cases = ALONE_CASES if count == 1 else [case[::2] for case in CASES if case[1] == count]
+        directory = tmp_path_factory.mktemp(f"of_{count}")
+        runs = [
+            a_run(
+                tiny_data,
+                directory / f"{objective}-{fsdp}",
+                fsdp=fsdp,
+                objective=objectives[objective],
+                sample_every_steps=4,
+            )
+            for objective, fsdp in cases
+        ]
+        with training(*runs, count=count, directory=directory / "logs") as members:
+            assert members.codes() == [0] * count, members.everything()
+        # One voice: the others are silent, and what they may not do ends them.
+        assert members.said(0).count("step 4/4") == len(runs)
+        assert not any(members.said(index) for index in range(1, count)), members.everything()
         return directory
 
     return run
 
 
+# (objective, processes, fsdp)
+CASES = [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2, 4)]
+ALONE_CASES = [("diffusion", 1), ("cd", 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "count", "fsdp"),
-    [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2, 4)],
-)
-def test_several_processes_are_one(objective, count, fsdp, alone, objectives, tiny_data, tmp_path):
+@pytest.mark.parametrize(("objective", "count", "fsdp"), CASES)
+def test_several_processes_are_one(objective, count, fsdp, trained):
     """Losses, parameters, pictures and examples, with whole and with split parameters.
 
     Sums over devices in another order change the last bits.
     """
-    alone, arguments = alone(objective), objectives[objective]
-    members = trained(tiny_data, tmp_path, count=count, fsdp=fsdp, sample_every_steps=4, objective=arguments)
-    expected = logged(alone / "logs", "metrics", 0)
+    alone, directory = trained(1), trained(count)
+    of_one, of_several = f"{objective}-1", f"{objective}-{fsdp}"
+    places = (directory / of_several, alone / of_one)
+    expected = logged(alone / "logs", f"{of_one}-metrics", 0)
     assert [step for step, _ in expected] == [1, 2, 3, 4]
     for index in range(count):
-        found = logged(tmp_path / "logs", "metrics", index)
+        found = logged(directory / "logs", f"{of_several}-metrics", index)
         assert [step for step, _ in found] == [1, 2, 3, 4]
         for (_, a), (_, b) in zip(found, expected, strict=True):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
             np.testing.assert_allclose(a["gradient_norm"], b["gradient_norm"], rtol=1e-3)
-    a, b = params_of(tmp_path / "run"), params_of(alone / "run")
+    a, b = (params_of(place) for place in places)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
     # The examples of every batch are shared out: each read by one process, all by one of them.
-    whole = logged(alone / "logs", "read", 0)
-    parts = [logged(tmp_path / "logs", "read", index) for index in range(count)]
+    whole = logged(alone / "logs", f"{of_one}-read", 0)
+    parts = [logged(directory / "logs", f"{of_several}-read", index) for index in range(count)]
     for number in range(2):  # The first epoch has 39 examples, two batches and a part.
         together = [example for part in parts for example in part[number]]
         assert together == whole[number] and len(set(together)) == 16
         assert all(len(part[number]) == 16 // count for part in parts)
 
-    # One voice: the others are silent, and what they may not do ends them.
-    assert "step 4/4" in members.said(0)
-    assert not any(members.said(index) for index in range(1, count)), members.everything()
-    names = [sorted(path.name for path in (place / "run").iterdir()) for place in (tmp_path, alone)]
+    names = [sorted(path.name for path in place.iterdir()) for place in places]
     events = [[name for name in found if "tfevents" in name] for found in names]
     # The start of the run, and its metrics.
     assert len(events[0]) == len(events[1]) == 2
     assert set(names[0]) - set(events[0]) == set(names[1]) - set(events[1])
-    pictures = [
-        np.asarray(Image.open(place / "run/samples/step_0000004.png"), int) for place in (tmp_path, alone)
-    ]
+    pictures = [np.asarray(Image.open(place / "samples/step_0000004.png"), int) for place in places]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
-    assert workdirs.read(tmp_path / "run").config.mesh.fsdp == fsdp
+    assert workdirs.read(directory / of_several).config.mesh.fsdp == fsdp
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
     """After the same update; two processes go on, bit for bit, and so does one but for the last bits."""
 
-    def run(name, **how):
-        how = {"count": 2, "checkpoint_every_steps": 10**6, **how}
-        return training(tiny_data, tmp_path / "run", directory=tmp_path / name, **how)
+    def run(name, num_steps):
+        return a_run(tiny_data, tmp_path / name, num_steps=num_steps, checkpoint_every_steps=10**6)
 
-    with run("stopped", num_steps=10**6) as members:
+    with training(run("two", 10**6), count=2, directory=tmp_path / "stopped") as members:
         members.wait_for(r"step 1\d/")
         members.processes[1].send_signal(signal.SIGTERM)
         assert members.codes(timeout=60) == [130, 130], members.everything()
-    (stopped,) = checkpoint_steps(tmp_path / "run")
-    last = [logged(tmp_path / "stopped", "metrics", index)[-1] for index in (0, 1)]
+    (stopped,) = checkpoint_steps(tmp_path / "two")
+    last = [logged(tmp_path / "stopped", "two-metrics", index)[-1] for index in (0, 1)]
     assert last[0] == last[1] and last[0][0] == stopped >= 10
 
     num_steps = stopped + 3
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    with run("continued", num_steps=num_steps) as members:
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    runs = run("two", num_steps), run("at once", num_steps)
+    with training(*runs, count=2, directory=tmp_path / "continued") as members:
         assert members.codes() == [0, 0], members.everything()
-        assert f"continuing at update {stopped}" in members.said(0) and not members.said(1)
-    shutil.move(tmp_path / "run", tmp_path / "two")
-    shutil.move(tmp_path / "copy", tmp_path / "run")
-    with run("by one", num_steps=num_steps, count=1) as members:
+        assert members.said(0).count(f"continuing at update {stopped}") == 1 and not members.said(1)
+    with training(run("one", num_steps), count=1, directory=tmp_path / "by one") as members:
         assert members.codes() == [0], members.everything()
-    shutil.move(tmp_path / "run", tmp_path / "one")
-    with run("at once", num_steps=num_steps) as members:
-        assert members.codes() == [0, 0], members.everything()
-    whole = params_of(tmp_path / "run")
+    whole = params_of(tmp_path / "at once")
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "two"), whole)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
@@ -184,9 +194,8 @@ def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
-    with training(
-        tiny_data, tmp_path / "run", count=2, directory=tmp_path / "logs", num_steps=10**6
-    ) as members:
+    run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
+    with training(run, count=2, directory=tmp_path / "logs") as members:
         members.wait_for(r"step 4/")
         members.processes[0].send_signal(signal.SIGINT)
         assert members.codes(timeout=60) == [130, 130], members.everything()
@@ -194,16 +203,17 @@ def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_a_failure_of_one_ends_all(tiny_data, tmp_path):
-    """Soon, and not when JAX's patience with a process that has left is at its end (five minutes)."""
+    """As soon as JAX misses its heartbeats (here 10 seconds), and not when it gives up waiting (five minutes)."""
     code = """
+import functools
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
 def fail(self, step, values):
     raise OSError("this host is broken")
 observer.SilentObserver.metrics = fail
 """
-    with training(
-        tiny_data, tmp_path / "run", count=2, directory=tmp_path / "logs", before=code, num_steps=10**6
-    ) as members:
-        assert all(members.codes(timeout=240)), members.everything()
+    run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
+    with training(run, count=2, directory=tmp_path / "logs", before=code) as members:
+        assert all(members.codes(timeout=120)), members.everything()
     assert "this host is broken" in members.said(1, "err")
 
 
