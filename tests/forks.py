@@ -1,8 +1,8 @@
 """Processes that start at once: forks of one that has imported the libraries.
 
-Importing JAX, Orbax and TensorFlow takes a fresh interpreter longer than most tests take. There are two parents,
-each with a hash seed of its own, so that processes of one program differ in the order of their sets as they would
-on two hosts.
+Importing JAX, Orbax and TensorFlow takes a fresh interpreter longer than most tests take. There are two
+parents, each with a hash seed of its own, so that processes of one program differ in the order of their sets
+as they would on two hosts.
 """
 
 import functools
@@ -11,19 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Imports, then forks a child for every request. A child leaves the loop, with the request's environment, working
-# directory and files, and runs the request's code as __main__; its exit is that of any interpreter.
+# Imports, then forks a child for every request. A child leaves the loop, with the request's environment,
+# working directory and files, and runs the request's code as __main__; it exits as any interpreter does.
 _PARENT = """
-import json, os, sys, traceback, warnings
+import json, os, sys, warnings
 import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy, tensorflow
 import mcm_jax.runs.trainer, mcm_jax.training.observer, mcm_jax.evaluation.evaluator, mcm_jax.data.preparation
 import tests.tiny
-children = {}
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -35,7 +35,8 @@ for line in sys.stdin:
         warnings.simplefilter("ignore")  # JAX warns of forks after its back end has started: it has not.
         pid = os.fork()
     if pid == 0:
-        for number, (name, mode) in enumerate([(os.devnull, "r"), (request["out"], "a"), (request["err"], "a")]):
+        files = (os.devnull, "r"), (request["out"], "a"), (request["err"], "a")
+        for number, (name, mode) in enumerate(files):
             with open(name, mode) as file:
                 os.dup2(file.fileno(), number)
         os.environ.clear()
@@ -46,7 +47,7 @@ for line in sys.stdin:
     print(pid, flush=True)
 else:
     os._exit(0)
-del json, os, traceback, warnings, children, line, pid, number, name, mode, file
+del json, os, warnings, line, pid, files, number, name, mode, file
 exec(compile(request.pop("code"), "<string>", "exec"))
 """
 
@@ -106,9 +107,15 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(code, *arguments, directory, **how) -> subprocess.CompletedProcess:
-    """The finished `python -c CODE ARGUMENTS`; directory: where its output is collected."""
-    out, err = (Path(directory) / f"{stream}-{time.monotonic_ns()}" for stream in ("out", "err"))
-    process = Process(code, *arguments, out=out, err=err, **how)
-    code = process.wait()
-    return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+def run(code, *arguments, **how) -> subprocess.CompletedProcess:
+    """The finished `python -c CODE ARGUMENTS`, with its output; how: arguments of Process."""
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = (Path(directory) / name for name in ("out", "err"))
+        returncode = Process(code, *arguments, out=out, err=err, **how).wait()
+        return subprocess.CompletedProcess(arguments, returncode, out.read_text(), err.read_text())
+
+
+def program(name, *arguments, **how) -> subprocess.CompletedProcess:
+    """The finished `python -m mcm_jax.NAME ARGUMENTS`."""
+    code = f"import runpy; runpy.run_module('mcm_jax.{name}', run_name='__main__', alter_sys=True)"
+    return run(code, *arguments, **how)

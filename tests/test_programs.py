@@ -1,28 +1,19 @@
 """The programs as a user calls them: exit codes, one line for a mistake, files written."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forks
+
 ROOT = Path(__file__).parents[1]
 
 
 def call(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"mcm_jax.{program}", *arguments],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return forks.program(program, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +56,9 @@ def test_bad_input_is_one_line_and_exit_code_2(program, arguments, message):
 
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "prepare", "report"])
 def test_help(program):
-    result = call(program, "--help")
+    """In an interpreter of its own, which imports what the program imports."""
+    command = [sys.executable, "-m", f"mcm_jax.{program}", "--help"]
+    result = subprocess.run(command, cwd=forks.ROOT, capture_output=True, text=True, timeout=300)
     assert "mcm_jax." in result.stdout
     assert "Traceback" not in result.stderr
 

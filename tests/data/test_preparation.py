@@ -2,8 +2,6 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 from mcm_jax.data import folder, layout, preparation
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.system.errors import InputError
+from tests import forks
 from tests.evaluation import test_inception_weights
 
 
@@ -179,8 +178,7 @@ def test_other_failures_are_not_blamed_on_the_user(images, tmp_path, monkeypatch
 
 
 def run(*arguments, cwd):
-    command = [sys.executable, "-m", "mcm_jax.prepare", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return forks.program("prepare", *arguments, cwd=cwd)
 
 
 def test_program_reports_and_names_the_next_command(images, tmp_path):

@@ -6,8 +6,6 @@ import errno
 import hashlib
 import importlib.metadata
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from mcm_jax import records
 from mcm_jax.config.settings import Config
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
 from mcm_jax.system.errors import InputError
+from tests import forks
 from tests.evaluation.pixels import PixelExtractor, network
 from tests.reporting import made_up
 
@@ -429,9 +428,7 @@ def test_without_a_test_split_its_numbers_are_left_out(options):
     [(["--workdir=x", "--num=1"], "num"), (["--workdir=x", "--sampler=euler"], "euler"), ([], "workdir")],
 )
 def test_the_program_exits_with_2_on_bad_flags(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "mcm_jax.evaluate", *arguments], capture_output=True, text=True, timeout=120
-    )
+    done = forks.program("evaluate", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
 
@@ -618,12 +615,7 @@ def test_a_metric_that_the_reference_cannot_give_is_told_before_sampling(incepti
 
 @pytest.mark.parametrize("flag", ["--steps=1,x", "--guidance=a", "--checkpoint_step=1.5"])
 def test_lists_of_numbers(flag):
-    done = subprocess.run(
-        [sys.executable, "-m", "mcm_jax.evaluate", "--workdir=x", flag],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forks.program("evaluate", "--workdir=x", flag)
     assert done.returncode == 2 and f"{flag}: it must be numbers separated by commas" in done.stderr
 
 
@@ -794,7 +786,5 @@ def test_bad_input_for_images(inception, tmp_path, change, said):
 
 @pytest.mark.parametrize("flags", [[], ["--workdir=x", "--images=y"]])
 def test_runs_or_images(flags):
-    done = subprocess.run(
-        [sys.executable, "-m", "mcm_jax.evaluate", *flags], capture_output=True, text=True, timeout=120
-    )
+    done = forks.program("evaluate", *flags)
     assert done.returncode == 2 and "give either --workdir=DIR of a run or --images=PATH" in done.stderr

@@ -9,10 +9,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,7 +26,7 @@ from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop, observer, step
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.loop import NonFiniteError
-from tests import tiny
+from tests import forks, tiny
 
 
 def params_of(workdir, parameters="raw"):
@@ -545,7 +542,7 @@ def test_a_batch_that_can_not_be_divided_is_told_first(handed, tiny_data, tmp_pa
 
 
 def start_training(tiny_data, workdir, num_steps):
-    """A teacher's training as a process of its own, on one device."""
+    """(a teacher's training as a process of its own, the file of its output)."""
     code = f"""
 import sys
 from pathlib import Path
@@ -555,35 +552,32 @@ config = tiny.config(Path({str(tiny_data)!r}))
 config.training.update(num_steps={num_steps}, checkpoint_every_steps=10)
 sys.exit(0 if trainer.train(config, Path({str(workdir)!r})) else 130)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.txt")
+    return forks.Process(code, out=output, err=output), output
+
+
+def wait_for(pattern, process, output):
+    """Until the process has written a line that starts so."""
+    while not (output.exists() and re.search(pattern, output.read_text(), re.MULTILINE)):
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
     num_steps = 120
-    whole = start_training(tiny_data, tmp_path / "whole", num_steps)
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    whole, output = start_training(tiny_data, tmp_path / "whole", num_steps)
+    assert whole.wait() == 0, output.read_text()
     rng = np.random.default_rng()
     print("seed of the moments:", rng.bit_generator.seed_seq.entropy)
     for _ in range(2):
-        process = start_training(tiny_data, tmp_path / "killed", num_steps)
-        for line in process.stdout:
-            if re.match(r"step \d+/", line):
-                break
+        process, output = start_training(tiny_data, tmp_path / "killed", num_steps)
+        wait_for(r"^step \d+/", process, output)
         time.sleep(rng.uniform(0.0, 1.0))
         process.kill()
         process.wait()
-    last = start_training(tiny_data, tmp_path / "killed", num_steps)
-    output = last.stdout.read()
-    assert last.wait(timeout=300) == 0, output
+    last, output = start_training(tiny_data, tmp_path / "killed", num_steps)
+    assert last.wait() == 0, output.read_text()
     for parameters in ("raw", "ema"):
         assert_equal_trees(*(params_of(tmp_path / name, parameters) for name in ("whole", "killed")))
 
@@ -591,13 +585,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_first(number, tiny_data, tmp_path):
-    process = start_training(tiny_data, tmp_path / "run", 100_000)
-    for line in process.stdout:
-        if re.match(r"step 2\d/", line):
-            break
+    process, output = start_training(tiny_data, tmp_path / "run", 100_000)
+    wait_for(r"^step 2\d/", process, output)
     process.send_signal(number)
-    assert process.wait(timeout=120) == 130, process.stdout.read()
-    process.stdout.read()
+    assert process.wait(timeout=120) == 130, output.read_text()
     assert checkpoint_steps(tmp_path / "run")[-1] >= 20
 
 

@@ -203,7 +203,7 @@ def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_a_failure_of_one_ends_all(tiny_data, tmp_path):
-    """As soon as JAX misses its heartbeats (here 10 seconds), and not when it gives up waiting (five minutes)."""
+    """As soon as JAX misses heartbeats for 10 seconds, and not when it gives up waiting (five minutes)."""
     code = """
 import functools
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
