@@ -97,5 +97,5 @@ class Network:
 
 @functools.lru_cache(maxsize=64)
 def _abstract(network: Network) -> tuple[Any, nnx.State]:
-    """The module's structure and its parameters' shapes: built once, since every trace of `apply` needs them."""
+    """The module's structure and its parameters' shapes, built once: every trace of `apply` needs them."""
     return nnx.split(nnx.eval_shape(lambda: network._build(nnx.Rngs(0))))
