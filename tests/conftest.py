@@ -54,8 +54,33 @@ def teacher(tiny_data, tmp_path_factory):
     return workdir
 
 
+# What trains, compiles a whole network, or starts programs; `launch/test.sh --fast` leaves it out, with the
+# tests that are marked slow one by one.
+SLOW = (
+    "bench",
+    "config/test_paper_rows.py",
+    "evaluation/test_inception.py",
+    "evaluation/test_several_processes.py",
+    "models/test_uvit.py",
+    "planning/test_planner.py",
+    "runs",
+    "system/test_distributed.py",
+    "test_clusters.py",
+    "test_commands.py",
+    "test_docs.py",
+    "test_mutants.py",
+    "test_programs.py",
+    "test_report.py",
+    "test_theorems.py",
+)
+
+
 def pytest_collection_modifyitems(items):
     """Tests of several devices need them, and the others are faster on one."""
+    tests = Path(__file__).parent
+    slow = [tests / name for name in SLOW]
     for item in items:
+        if any(item.path.is_relative_to(place) for place in slow):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("multi_device") and DEVICES != 8:
             item.add_marker(pytest.mark.skip(reason="needs MCM_TEST_DEVICES=8, see launch/test.sh"))

@@ -1,6 +1,8 @@
 """The programs as a user calls them: exit codes, one line for a mistake, files written."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
