@@ -70,7 +70,9 @@ def student(
       config: as of `student_config`.
       seed: of the samples' noise; equal seeds are equal noise, in `exact` too.
     """
-    student_steps = config.consistency.student_steps
+    student_steps = config.student_steps
+    if student_steps is None:
+        raise ValueError(f"{config.objective} is no student of a number of steps")
     run = vectors.train(config, MODEL, mixture)
     z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
     samples = vectors.sample(
@@ -84,10 +86,10 @@ def exact(mixture: Mixture, z_1: Float[np.ndarray, "N"], *, num_samples: int, se
     noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
 
     @jax.jit
-    def flow(z_1, t):
+    def flow(z_1: Float[Array, "N d"], t: Float[Array, " T"]) -> Float[Array, "T N d"]:
         logsnr = SCHEDULE(jnp.stack([jnp.ones_like(t), t]))
 
-        def to(logsnr_t, logsnr_s):
+        def to(logsnr_t: Float[Array, ""], logsnr_s: Float[Array, ""]) -> Float[Array, "N d"]:
             return mixtures.probability_flow(
                 mixture,
                 z_1,
@@ -114,14 +116,17 @@ def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: 
     cond = jnp.zeros(batch, jnp.int32)
 
     @jax.jit
-    def run(z_t):
+    def run(z_t: Float[Array, "N d"]) -> Float[Array, "P N d"]:
         logsnr, rows = SCHEDULE(jnp.asarray(_times(), jnp.float32)), [z_t[None]]
+        x_hat = z_t  # Until the network is called.
         for begin in range(0, INTERVALS, inside):
             logsnr_t = jnp.broadcast_to(logsnr[begin], batch)
             v_hat = model_fn(z_t, logsnr_t, cond, None)
             x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
 
-            def to(logsnr_s, z_t=z_t, x_hat=x_hat, logsnr_t=logsnr_t):
+            def to(
+                logsnr_s: Array, z_t: Array = z_t, x_hat: Array = x_hat, logsnr_t: Array = logsnr_t
+            ) -> Float[Array, "N d"]:
                 logsnr_s = jnp.broadcast_to(logsnr_s, batch)
                 return steps.ddim(x_hat, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
 
@@ -138,7 +143,7 @@ def marginals(
     """p(z_t) at every t and z."""
 
     @jax.jit
-    def at(t):
+    def at(t: Float[Array, ""]) -> Float[Array, " Z"]:
         logsnr_t = jnp.broadcast_to(SCHEDULE(t), z.shape)
         return jnp.exp(mixtures.log_density(mixture, jnp.asarray(z)[:, None], logsnr_t=logsnr_t))
 

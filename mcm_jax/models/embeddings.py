@@ -46,7 +46,7 @@ class Conditioning(nnx.Module):
     def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
         """num_classes is the number of classes in the data; one more row stands for 'any class'."""
         self.width = width
-        self.scale = scale
+        self.scale: NoiseScale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)
         self.dense_2 = nnx.Linear(width, width, rngs=rngs)
         self.classes = nnx.Embed(num_classes + 1, width, rngs=rngs)

@@ -1,15 +1,16 @@
 """A Flax NNX module as two pure functions of a plain dict of parameters."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from mcm_jax.models.placement import Placement
 
-Params = dict[str, Any]
+# By module and parameter, nested.
+Params = dict[str, PyTree]
 
 
 @runtime_checkable
@@ -20,6 +21,7 @@ class NetworkSettings(Protocol):
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> nnx.Module:
         """The module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,15 +93,18 @@ class Consistency:
 
     def _draw_times(self, key: jax.Array, batch_size: int, train_step: Int[Array, ""]) -> segments.Times:
         """Steps of a teacher of N_teacher(train_step) steps, inside the student's segments."""
+        student_steps = self.student_steps
+        if student_steps is None:
+            raise ValueError("student_steps is not set")
         teacher_steps = segments.annealed_teacher_steps(
             train_step,
             first=self.teacher_steps_first,
             last=self.teacher_steps_last,
             anneal_steps=self.anneal_steps,
         )
-        n_per = segments.steps_per_segment(teacher_steps, student_steps=self.student_steps)
+        n_per = segments.steps_per_segment(teacher_steps, student_steps=student_steps)
         return segments.draw_times(
-            key, batch_size=batch_size, student_steps=self.student_steps, steps_per_segment=n_per
+            key, batch_size=batch_size, student_steps=student_steps, steps_per_segment=n_per
         )
 
     def _teacher_x(

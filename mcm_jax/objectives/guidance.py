@@ -35,6 +35,8 @@ class Guidance:
         logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-        teacher = guided(networks.teacher, guidance=self.teacher_guidance, null_class=networks.null_class)
+        teacher = guided(
+            networks.require_teacher(), guidance=self.teacher_guidance, null_class=networks.null_class
+        )
         v_target = teacher(z_t, logsnr_t, cond, None)
         return process.mean_square(v_target - networks.student(z_t, logsnr_t, cond, key_dropout))

@@ -66,7 +66,8 @@ class Progressive:
         logsnr_s: Float[Array, "B"],
     ) -> Float[Array, "B ..."]:
         """The x that carries one of the teacher's two steps."""
-        x_teacher = process.x_from_v(networks.teacher(z, logsnr_t, cond, None), z, logsnr_t=logsnr_t)
+        v_teacher = networks.require_teacher()(z, logsnr_t, cond, None)
+        x_teacher = process.x_from_v(v_teacher, z, logsnr_t=logsnr_t)
         return teacher_x(
             x_teacher,
             z,

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,12 +12,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+if TYPE_CHECKING:  # Matplotlib 3.10 has no such type.
+    from matplotlib.typing import RcKeyType
+
 # Okabe and Ito's blue and vermilion, which the colour-blind can distinguish.
 _LEFT, _RIGHT = "#0072b2", "#d55e00"
 _INK, _GREY, _FILL = "#333333", "#8c8c8c", "#c4c4c4"
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#b4b4b4"])
 _BINS = 100
-_STYLE = {"text.parse_math": False, "font.size": 12}
+_STYLE: "dict[RcKeyType, object]" = {"text.parse_math": False, "font.size": 12}
 
 
 class Panel(NamedTuple):
