@@ -187,7 +187,7 @@ def mean_difference(
     model_fn: ModelFn,
     other_fn: ModelFn,
     x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     *,
     schedule: Schedule,
 ) -> float:

@@ -30,9 +30,9 @@ INTERVALS = 128
 class Trajectories(NamedTuple):
     """Paths from noise to data, and how samples that took such paths are distributed."""
 
-    t: Float[np.ndarray, "P"]  # falls from 1 to 0
+    t: Float[np.ndarray, " P"]  # falls from 1 to 0
     z: Float[np.ndarray, "P N"]  # z_t of every start; in the last row x
-    samples: Float[np.ndarray, "M"]  # x from random noise
+    samples: Float[np.ndarray, " M"]  # x from random noise
     distance: float  # squared 2-Wasserstein, of the samples to the data
 
 
@@ -56,13 +56,13 @@ def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Co
     )
 
 
-def starts(count: int) -> Float[np.ndarray, "count"]:
+def starts(count: int) -> Float[np.ndarray, " count"]:
     """Noise to draw paths from: quantiles of N(0, 1), at (i + 1/2) / count."""
     return ndtri((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
 def student(
-    mixture: Mixture, z_1: Float[np.ndarray, "N"], *, config: Config, num_samples: int, seed: int = 0
+    mixture: Mixture, z_1: Float[np.ndarray, " N"], *, config: Config, num_samples: int, seed: int = 0
 ) -> Trajectories:
     """Distils the exact denoiser, then samples: from z_1 with the paths, and num_samples times.
 
@@ -81,7 +81,7 @@ def student(
     return _trajectories(mixture, z, samples)
 
 
-def exact(mixture: Mixture, z_1: Float[np.ndarray, "N"], *, num_samples: int, seed: int = 0) -> Trajectories:
+def exact(mixture: Mixture, z_1: Float[np.ndarray, " N"], *, num_samples: int, seed: int = 0) -> Trajectories:
     """The probability flow's: what a perfect diffusion model has after ever more and smaller steps."""
     noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
 
@@ -138,7 +138,7 @@ def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: 
 
 
 def marginals(
-    mixture: Mixture, t: Float[np.ndarray, "P"], z: Float[np.ndarray, "Z"]
+    mixture: Mixture, t: Float[np.ndarray, " P"], z: Float[np.ndarray, " Z"]
 ) -> Float[np.ndarray, "P Z"]:
     """p(z_t) at every t and z."""
 
@@ -150,14 +150,14 @@ def marginals(
     return np.asarray(jax.lax.map(at, jnp.asarray(t, jnp.float32)))
 
 
-def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, "draws"]:
+def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, " draws"]:
     """The distances of as many exact samples, draw by draw: not 0 (see `mixtures.marginal_wasserstein`)."""
     draw = jax.jit(lambda key: mixtures.sample(mixture, key, num_samples))
     keys = jax.random.split(jax.random.key(0), draws)
     return np.array([mixtures.marginal_wasserstein(mixture, draw(key)) for key in keys])
 
 
-def _times() -> Float[np.ndarray, "P"]:
+def _times() -> Float[np.ndarray, " P"]:
     return np.arange(INTERVALS, -1, -1) / INTERVALS
 
 

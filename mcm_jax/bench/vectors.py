@@ -87,7 +87,7 @@ def train(
     data_key = jax.random.fold_in(jax.random.key(config.seed), _DATA)
 
     @jax.jit
-    def run(start: Params, teacher: Params | None) -> tuple[Params, Float[Array, "num_steps"]]:
+    def run(start: Params, teacher: Params | None) -> tuple[Params, Float[Array, " num_steps"]]:
         def one(state: TrainState, n: Array) -> tuple[TrainState, Float[Array, ""]]:
             x = mixtures.sample(mixture, jax.random.fold_in(data_key, n), batch_size)
             batch = {"image": x, "label": jnp.zeros(batch_size, jnp.int32)}

@@ -146,7 +146,7 @@ def _blaming_the_files(info: DatasetInfo) -> Generator[None, None, None]:
 
 def blocks(
     source: Source, *, size: int = BLOCK
-) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, "_"]]]:
+) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, " _"]]]:
     """All images and labels of a split in stored order, `size` at a time: it may be larger than memory."""
     for start in range(0, len(source), size):
         yield source.gather(np.arange(start, min(start + size, len(source))))

@@ -166,7 +166,9 @@ def model_fn(mixture: Mixture) -> ModelFn:
       (3, 1)
     """
 
-    def v_hat(z_t: Image, logsnr_t: PerExample, cond: Int[Array, "B"] | None, key: jax.Array | None) -> Image:
+    def v_hat(
+        z_t: Image, logsnr_t: PerExample, cond: Int[Array, " B"] | None, key: jax.Array | None
+    ) -> Image:
         del cond, key
         posterior = _posterior(mixture, z_t.reshape(len(z_t), -1), logsnr_t)
         return _points(mixture, posterior.mean(posterior.v)).reshape(z_t.shape)

@@ -27,7 +27,7 @@ MAX_KEPT_FEATURES = 50_000
 
 
 # Images and their labels, in blocks.
-Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, "_"]]]
+Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, " _"]]]
 
 
 @dataclasses.dataclass(frozen=True)

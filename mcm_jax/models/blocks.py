@@ -113,7 +113,7 @@ class ResNetBlock(nnx.Module):
 
 @jax.custom_vjp
 def layer_norm(
-    x: Float[Array, "*B C"], scale: Float[Array, "C"], bias: Float[Array, "C"]
+    x: Float[Array, "*B C"], scale: Float[Array, " C"], bias: Float[Array, " C"]
 ) -> Float[Array, "*B C"]:
     """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; returns x's dtype.
 

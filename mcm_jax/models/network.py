@@ -61,8 +61,8 @@ class Network:
         self,
         params: Params,
         z_t: Float[Array, "B ..."],
-        logsnr_t: Float[Array, "B"],
-        label: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
         """v_hat(z_t, lambda_t, label). `key` is the randomness of dropout; None disables it."""

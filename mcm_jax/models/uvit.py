@@ -251,8 +251,8 @@ class UViT(nnx.Module):
     def __call__(
         self,
         z_t: Float[Array, "B H W C"],
-        logsnr_t: Float[Array, "B"],
-        label: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
         """Args: label in [0, num_classes], where num_classes means 'any class'; key, None for no dropout."""

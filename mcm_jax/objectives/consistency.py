@@ -61,10 +61,10 @@ class Consistency:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
         times = self._draw_times(key_times, len(x), train_step)
@@ -112,10 +112,10 @@ class Consistency:
         networks: Networks,
         x: Float[Array, "B ..."],
         z_t: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         *,
-        logsnr_t: Float[Array, "B"],
-        logsnr_s: Float[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
         """`teacher_x` of the teacher's prediction (CD), or of the data (CT)."""
         x_teacher, x_cond = x, x
@@ -141,9 +141,9 @@ class Consistency:
 def teacher_prediction(
     teacher_fn: ModelFn,
     z_t: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     *,
-    logsnr_t: Float[Array, "B"],
+    logsnr_t: Float[Array, " B"],
     teacher_guidance: float,
     null_class: int,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
@@ -165,9 +165,9 @@ def teacher_x(
     x_teacher: Float[Array, "B ..."],
     z_t: Float[Array, "B ..."],
     *,
-    x_var: Float[Array, "B"],
-    logsnr_t: Float[Array, "B"],
-    logsnr_s: Float[Array, "B"],
+    x_var: Float[Array, " B"],
+    logsnr_t: Float[Array, " B"],
+    logsnr_s: Float[Array, " B"],
     teacher_step: TeacherStep,
 ) -> Float[Array, "B ..."]:
     """The x that carries the teacher's step from t to s.
@@ -185,10 +185,10 @@ def consistency_target(
     x_step: Float[Array, "B ..."],
     x_ref: Float[Array, "B ..."],
     *,
-    logsnr_t: Float[Array, "B"],
-    logsnr_s: Float[Array, "B"],
-    logsnr_step: Float[Array, "B"],
-    is_last: Bool[Array, "B"],
+    logsnr_t: Float[Array, " B"],
+    logsnr_s: Float[Array, " B"],
+    logsnr_step: Float[Array, " B"],
+    is_last: Bool[Array, " B"],
 ) -> Float[Array, "B ..."]:
     """x_target = (1 - w) x_step + w x_ref, w = (rho_u - rho_s) / (rho_u - rho_t), u = t_step.
 

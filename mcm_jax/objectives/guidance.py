@@ -25,10 +25,10 @@ class Guidance:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
         del train_step
         key_t, key_eps, key_dropout = jax.random.split(key, 3)

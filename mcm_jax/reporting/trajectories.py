@@ -28,17 +28,17 @@ class Panel(NamedTuple):
 
     title: str
     subtitle: str
-    t: Float[np.ndarray, "P"]
+    t: Float[np.ndarray, " P"]
     z: Float[np.ndarray, "P N"]  # each column is a path
-    boundaries: Float[np.ndarray, "C"]  # the values in t that are marked with dots
-    samples: Float[np.ndarray, "M"]  # x, for the histogram
+    boundaries: Float[np.ndarray, " C"]  # the values in t that are marked with dots
+    samples: Float[np.ndarray, " M"]  # x, for the histogram
 
 
 class Marginals(NamedTuple):
     """The exact densities of z_t."""
 
-    t: Float[np.ndarray, "T"]  # uniform, descending from 1 to 0
-    z: Float[np.ndarray, "Z"]  # uniform, ascending; the picture's width
+    t: Float[np.ndarray, " T"]  # uniform, descending from 1 to 0
+    z: Float[np.ndarray, " Z"]  # uniform, ascending; the picture's width
     density: Float[np.ndarray, "T Z"]
 
 

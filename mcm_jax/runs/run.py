@@ -208,7 +208,7 @@ class Run:
                 "the original images again, or name their directory with --data_dir"
             )
 
-    def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
+    def _labels(self, seed: int, indices: Int[np.ndarray, " N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
         # Nothing was learned about a class without a training image.
         uniform = self.label_rule == "uniform"
@@ -221,7 +221,7 @@ class Run:
             self._compiled[how] = samplers.make_sampler(self.config, self.network, how, mesh=self.mesh)
         return self._compiled[how]
 
-    def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
+    def x_var(self, how: Sampling) -> Float[Array, " N"] | None:
         """Variance per pixel of x given z_t at every point of the grid of `how`; None for the analytic one.
 
         A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over a random sample of training

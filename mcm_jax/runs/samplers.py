@@ -95,7 +95,7 @@ def _known(name: str, value: str, choices: Sequence[T]) -> T:
     raise InputError(f"{name}={value} is not one of {', '.join(map(str, choices))}")
 
 
-def grid(config: Config, how: Sampling) -> Float[Array, "N"]:
+def grid(config: Config, how: Sampling) -> Float[Array, " N"]:
     """log-SNRs at which the network is called."""
     if how.noise_grid == "karras":
         return schedules.karras_grid(how.steps)
