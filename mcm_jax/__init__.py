@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Literal
 
     from mcm_jax.runs.run import Run
+    from mcm_jax.training.checkpoints import Parameters
 
 # Written here and nowhere else: it is known even where the package's metadata are missing.
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 def load(
     workdir: "str | Path",
     *,
-    parameters: 'Literal["ema", "raw"]' = "ema",
+    parameters: "Parameters" = "ema",
     checkpoint_step: int | None = None,
     data_dir: "str | Path | None" = None,
 ) -> "Run":

@@ -38,8 +38,7 @@ SECTIONS = {
     "progressive": "progressive",
     "guidance": "guidance",
 }
-# The objectives that are trained in stages, and their settings.
-STAGED = ("tract", "progressive")
+# The objectives that are trained in stages.
 Staged = Tract | Progressive
 
 

@@ -20,7 +20,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -188,7 +188,7 @@ def _members(path: Path) -> list[_Member]:
         return _members_of(file, str(path))
 
 
-def _members_of(file: BinaryIO, name: str) -> list[_Member]:
+def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
     """Every file in a tar, which must be whole: tarfile itself accepts one that ends between two files."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

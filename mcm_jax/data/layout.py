@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -40,6 +40,8 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Example]: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -270,8 +270,7 @@ def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str
     """Images of each class, and the SHA-256 of all images and labels (little-endian int32) in order."""
     counts = [0] * num_classes
     digest = hashlib.sha256()
-    for index in range(len(records)):
-        example = records[index]
+    for example in records:
         counts[int(example["label"])] += 1
         digest.update(np.ascontiguousarray(example["image"]).tobytes())
         digest.update(np.array(example["label"], "<i4").tobytes())

@@ -45,7 +45,7 @@ class _Array:
 
 
 def _from_buffer(
-    data: bytes | str, dtype: object, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+    data: bytes | bytearray | str, dtype: object, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
 ) -> np.ndarray:
     """numpy._core.numeric._frombuffer, for numbers only."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biufSU":

@@ -214,7 +214,12 @@ class Tally:
 
 
 def evaluate_samples(
-    blocks: Blocks, extractor: Extractor, reference: Reference, *, num: int, metrics: Sequence[str]
+    blocks: Blocks,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    num: int,
+    metrics: Sequence[str] = ("frechet", "nearest"),
 ) -> Scores:
     """Scores a stream of uint8 images, holding one block at a time; see `Tally`."""
     tally = Tally(extractor, reference, num=num, metrics=metrics)
