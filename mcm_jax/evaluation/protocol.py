@@ -220,9 +220,10 @@ def evaluate_samples(
     *,
     num: int,
     metrics: Sequence[str] = ("frechet", "nearest"),
+    also_first: int = 0,
 ) -> Scores:
     """Scores a stream of uint8 images, holding one block at a time; see `Tally`."""
-    tally = Tally(extractor, reference, num=num, metrics=metrics)
+    tally = Tally(extractor, reference, num=num, metrics=metrics, also_first=also_first)
     for images, labels in blocks:
         tally.update(images, labels)
     return tally.scores()
