@@ -15,6 +15,9 @@ fi
 mcm_environment test
 mcm_run ruff check .
 mcm_run ruff format --check .
+# Without it, pyright asks PyPI for a newer version at every start.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+mcm_run pyright --pythonpath "$(command -v python)"
 mcm_run lint-imports --config setup.cfg
 # Two processes: one test compiles while another runs.
 mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -5,17 +5,26 @@ run = mcm_jax.load("runs/cd4")
 images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mcm_jax.runs.run import Run
+    from mcm_jax.training.checkpoints import Parameters
 
 # Written here and nowhere else: it is known even where the package's metadata are missing.
 __version__ = "0.1.0"
 
 
-def load(workdir: Any, **options: Any) -> "Run":
-    """The trained run in `workdir`, ready to sample from; `options` are those of `runs.run.load_run`."""
+def load(
+    workdir: "str | Path",
+    *,
+    parameters: "Parameters" = "ema",
+    checkpoint_step: int | None = None,
+    data_dir: "str | Path | None" = None,
+) -> "Run":
+    """The trained run in `workdir`, ready to sample from; see `runs.run.load_run`."""
     from mcm_jax.runs.run import load_run  # `import mcm_jax` stays light: programs' --help need no JAX.
 
-    return load_run(workdir, **options)
+    return load_run(workdir, parameters=parameters, checkpoint_step=checkpoint_step, data_dir=data_dir)

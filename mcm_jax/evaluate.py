@@ -16,7 +16,7 @@ with --results=FILE appends them to that file.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 from absl import flags
@@ -121,7 +121,10 @@ def define_flags() -> None:
 _READ_APART = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
 
 
-def _numbers(flag: str, given: list[str], kind: Callable[[str], Any]) -> tuple[Any, ...]:
+_Number = TypeVar("_Number", int, float)
+
+
+def _numbers(flag: str, given: list[str], kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
     try:
         return tuple(kind(text) for text in given)
     except ValueError as error:

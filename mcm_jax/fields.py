@@ -6,7 +6,7 @@ composes these. Standard library only, so that the mathematics can declare its s
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 
 class Affects(enum.Flag):
@@ -23,15 +23,27 @@ class Affects(enum.Flag):
     ALL = SAMPLES | TRAINING | NETWORK
 
 
+@runtime_checkable
+class Settings(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T")
+
+
 def setting(
-    default: Any,
+    default: T,
     doc: str,
     *,
     low: int | float | None = None,
     high: int | float | None = None,
     affects: Affects = Affects.TRAINING,
-) -> Any:
+) -> T:
     """A dataclass field with its meaning, its inclusive range, and what depends on it.
+
+    Typed as its default, as `dataclasses.field` is.
 
     Example:
       learning_rate: float = setting(1e-4, "peak learning rate of Adam", low=0)
@@ -40,12 +52,12 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def flat(settings: Any, affects: Affects | None = None) -> dict[str, Any]:
+def flat(settings: Settings, affects: Affects | None = None) -> dict[str, object]:
     """{"section.name": value} of all settings, or of those that affect any of `affects`."""
-    result = {}
+    result: dict[str, object] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             result |= {f"{field.name}.{name}": inner for name, inner in flat(value, affects).items()}
         elif affects is None or field.metadata["affects"] & affects:
             result[field.name] = value

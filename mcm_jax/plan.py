@@ -15,17 +15,17 @@ full size takes minutes to compile.
 import datetime
 import importlib.util
 import json
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
+from mcm_jax.records import JsonObject
 from mcm_jax.system import command_line, config_files, paths, versions
 from mcm_jax.system.files import write_asked_for
 
 
-def _made_of(holder: flags.FlagHolder | flags.Flag) -> dict[str, Any]:
+def _made_of(holder: flags.FlagHolder[ConfigDict] | flags.Flag[ConfigDict]) -> JsonObject:
     """What a record is of: the config, what was changed in it, the day and the versions."""
     overrides = config_flags.get_override_values(holder)
     return {

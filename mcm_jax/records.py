@@ -19,7 +19,10 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar
+
+# As read from a file or written to one; who reads it checks what it needs.
+JsonObject = dict[str, Any]
 
 # Files of a run's directory.
 RUN_FILE = "run.json"
@@ -58,6 +61,7 @@ def count_of(name: str) -> int | None:
 
 
 _Record = TypeVar("_Record", bound="Record")
+_Value = TypeVar("_Value")
 
 
 class RecordError(ValueError):
@@ -67,10 +71,13 @@ class RecordError(ValueError):
 class Record:
     """A frozen dataclass that is written as a JSON object and checked when it is read."""
 
-    def to_json(self) -> dict[str, Any]:
+    # Every subclass is a dataclass.
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def to_json(self) -> dict[str, object]:
         """The object for the file; the fields of a `flat` record stand among its own."""
-        content: dict[str, Any] = {}
-        for field in dataclasses.fields(_dataclass(self)):
+        content: dict[str, object] = {}
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("flat"):
                 content |= value.to_json()
@@ -90,10 +97,10 @@ class Record:
         """
         if not isinstance(content, dict):
             raise RecordError(f"{prefix.rstrip('.') or 'the line'} is no JSON object")
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(_dataclass(cls)):
+        values: dict[str, object] = {}
+        for field in dataclasses.fields(cls):
             kind = _types(cls)[field.name]
-            if field.metadata.get("flat"):
+            if field.metadata.get("flat") and _is_record(kind):
                 values[field.name] = kind.from_json(content, prefix=prefix)
             elif field.name in content:
                 values[field.name] = _checked(kind, content[field.name], prefix + field.name)
@@ -105,10 +112,21 @@ class Record:
             raise RecordError(f"{prefix}{error}") from error
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The settings of a `Sampling` that a user may choose; None, or none: the run's own."""
+
+    steps: int | None
+    sampler: str | None
+    noise_grid: str | None
+    x_var: str | None
+    guidance: int | float | None
+    rounding: str | None
+
+
 _FLAT = {"flat": True}
 
 
-def _usual(*values: str | None, otherwise: str) -> Any:
+def _usual(*values: _Value, otherwise: str) -> _Value:
     """A setting whose usual values go without saying; `otherwise` is the phrase for any other value."""
     return dataclasses.field(default=values[0], metadata={"usual": values, "otherwise": otherwise})
 
@@ -258,17 +276,16 @@ class ImagesResult(Outcome, ImagesMeasurement):
     """One line of `evaluate --images --results=FILE`."""
 
 
-def _dataclass(record: Any) -> Any:
-    """The record itself: every Record is a dataclass, which its base class can't declare."""
-    return record
-
-
 @functools.cache
-def _types(cls: type[Record]) -> dict[str, Any]:
+def _types(cls: type[Record]) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
-def _plain(value: Any) -> Any:
+def _is_record(kind: object) -> typing.TypeGuard[type[Record]]:
+    return isinstance(kind, type) and issubclass(kind, Record)
+
+
+def _plain(value: object) -> object:
     """A field's value as JSON has it; a nested record leaves out what it does not have."""
     if isinstance(value, Record):
         return {name: field for name, field in value.to_json().items() if field is not None}
@@ -278,10 +295,9 @@ def _plain(value: Any) -> Any:
 
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_CONTAINERS = {tuple: (list, "a list"), dict: (dict, "an object")}
 
 
-def _checked(kind: Any, value: Any, name: str) -> Any:
+def _checked(kind: object, value: object, name: str) -> object:
     """The value of a field of type `kind`, from JSON.
 
     Raises:
@@ -295,35 +311,39 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
         if value not in arguments:
             raise RecordError(f"{name} is {value!r}, not one of {', '.join(arguments)}")
         return value
-    if origin in _CONTAINERS or issubclass(kind, Record):
-        expected, words = _CONTAINERS.get(origin, (dict, "an object"))
-        if not isinstance(value, expected):
-            raise RecordError(f"{name} is {value!r}, not {words}")
-        if origin is tuple:
-            return tuple(_checked(arguments[0], one, name) for one in value)
-        if origin is dict:
-            return {key: _checked(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
-        return kind.from_json(value, prefix=f"{name}.")
-    return _date(value, name) if kind is datetime.datetime else _scalar(kind, value, name)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise RecordError(f"{name} is {value!r}, not a list")
+        return tuple(_checked(arguments[0], one, name) for one in value)
+    if origin is dict or _is_record(kind):
+        if not isinstance(value, dict):
+            raise RecordError(f"{name} is {value!r}, not an object")
+        if _is_record(kind):
+            return kind.from_json(value, prefix=f"{name}.")
+        return {key: _checked(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
+    if kind is datetime.datetime:
+        return _date(value, name)
+    assert isinstance(kind, type)
+    return _scalar(kind, value, name)
 
 
-def _scalar(kind: type, value: Any, name: str) -> Any:
+def _scalar(kind: type, value: object, name: str) -> object:
     if kind is float and type(value) is int:
         value = float(value)
     # Not isinstance: true is an int to Python.
     if type(value) is not kind:
         raise RecordError(f"{name} is {value!r}, not {_WORDS[kind]}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"{name} is not finite")
-    if kind is int and value < 0:
+    if isinstance(value, int) and value < 0:
         raise RecordError(f"{name} is {value}, below zero")
     return value
 
 
-def _date(value: Any, name: str) -> datetime.datetime:
+def _date(value: object, name: str) -> datetime.datetime:
     """A date without a zone is taken for UTC, which is what evaluation writes."""
     try:
-        date = datetime.datetime.fromisoformat(_scalar(str, value, name))
+        date = datetime.datetime.fromisoformat(str(_scalar(str, value, name)))
     except RecordError:
         raise
     except ValueError as error:

@@ -9,15 +9,19 @@ The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --imag
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from absl import flags
 
+from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_asked_for
 from mcm_jax.system.pictures import image_grid, save_png
+
+if TYPE_CHECKING:
+    from mcm_jax.runs.run import Run
 
 _WORKDIR = paths.define_path("workdir", None, "Directory of the run.", required=True)
 _OUT = paths.define_path(
@@ -95,10 +99,11 @@ def _sample_to(out: Path) -> None:
     """All processes sample together; the first one writes."""
     from mcm_jax.runs.run import load_run
     from mcm_jax.system import distributed
+    from mcm_jax.training.checkpoints import Parameters
 
     run = load_run(
         _WORKDIR.value,
-        parameters=_PARAMETERS.value,
+        parameters=cast(Parameters, _PARAMETERS.value),
         checkpoint_step=_CHECKPOINT_STEP.value,
         data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
     )
@@ -125,7 +130,7 @@ def _sample_to(out: Path) -> None:
     )
 
 
-def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:
+def _sample(run: "Run", labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -143,16 +148,15 @@ def _sample(run: Any, labels: np.ndarray | None, *, show: bool) -> tuple[np.ndar
         )
 
 
-def _sampling_options() -> dict[str, Any]:
-    flags_of = {
-        "steps": _STEPS,
-        "sampler": _SAMPLER,
-        "noise_grid": _NOISE_GRID,
-        "x_var": _X_VAR,
-        "guidance": _GUIDANCE,
-        "rounding": _ROUNDING,
+def _sampling_options() -> SamplingOptions:
+    return {
+        "steps": _STEPS.value,
+        "sampler": _SAMPLER.value,
+        "noise_grid": _NOISE_GRID.value,
+        "x_var": _X_VAR.value,
+        "guidance": _GUIDANCE.value,
+        "rounding": _ROUNDING.value,
     }
-    return {name: flag.value for name, flag in flags_of.items()}
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from absl import flags
 from mcm_jax.system import command_line, config_files, paths
 
 _CONFIG = config_files.define_flag("openmoji:cd,steps=4")
-_WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.", required=True)
 
 
 def main() -> None:

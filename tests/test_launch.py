@@ -49,7 +49,14 @@ def test_two_ways_to_request_a_dry_run():
 def test_test_runs_every_check():
     result = dry_run("test.sh")
     assert result.returncode == 0, result.stderr
-    for check in ("ruff check", "ruff format", "lint-imports", "python -m pytest", "-m multi_device"):
+    for check in (
+        "ruff check",
+        "ruff format",
+        "pyright",
+        "lint-imports",
+        "python -m pytest",
+        "-m multi_device",
+    ):
         assert check in result.stdout
 
 

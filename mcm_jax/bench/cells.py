@@ -10,11 +10,16 @@ from typing import Any
 
 import ml_collections
 
+from mcm_jax.diffusion.sampling import Sampler
+from mcm_jax.fields import Settings
+from mcm_jax.records import JsonObject
 from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 
 Values = dict[str, float]
+# Fields of the config, as ("consistency.xvar_frac", 0.0).
+Overrides = tuple[tuple[str, object], ...]
 
 RESULTS = "results.jsonl"
 # What the file calls a problem.
@@ -37,8 +42,8 @@ class Cell:
     system: str
     steps: int
     seed: int
-    overrides: tuple[tuple[str, Any], ...] = ()
-    sampler: str = "ddim"
+    overrides: Overrides = ()
+    sampler: Sampler = "ddim"
 
     @property
     def label(self) -> str:
@@ -48,7 +53,7 @@ class Cell:
         return " ".join([self.problem, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
 
     @property
-    def schedule(self) -> tuple[tuple[str, Any], ...]:
+    def schedule(self) -> Overrides:
         """The overrides of the noise schedule, which a student's teacher must share."""
         return tuple((name, value) for name, value in self.overrides if name.startswith("schedule."))
 
@@ -56,15 +61,15 @@ class Cell:
         """Sets the overridden fields in `config`."""
         for name, value in self.overrides:
             section, field = name.split(".")
-            config[section][field] = value
+            setattr(getattr(config, section), field, value)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The cell as a JSON object."""
         fields = dataclasses.asdict(self)
         return {_PROBLEM: fields.pop("problem"), **fields}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Cell":
+    def from_json(cls, content: JsonObject) -> "Cell":
         """The inverse of `to_json`; KeyError, TypeError or ValueError if `content` is no cell."""
         fields = dict(content)
         overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
@@ -74,7 +79,7 @@ class Cell:
 class Store:
     """A JSON-lines file of finished cells."""
 
-    def __init__(self, path: Path, problems: Mapping[str, Any]):
+    def __init__(self, path: Path, problems: Mapping[str, Settings]):
         """Reads the file if it exists.
 
         Args:
@@ -142,7 +147,7 @@ class Store:
         self._values[cell], self.seconds[cell] = values, seconds
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 

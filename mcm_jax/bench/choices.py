@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mcm_jax.bench.cells import Cell, Store
-from mcm_jax.bench.findings import Measured, Overrides, measure
+from mcm_jax.bench.cells import Cell, Overrides, Store
+from mcm_jax.bench.findings import Measured, measure
 
 # Each choice is measured on CD with few and with many steps.
 STUDENT_STEPS = (1, 4)

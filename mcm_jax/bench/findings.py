@@ -13,15 +13,15 @@ given side in 9% of all cases, and five seeds in 6%; a finding of many contrasts
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from mcm_jax.bench.cells import Cell, Store
+from mcm_jax.bench.cells import Cell, Overrides, Store
+from mcm_jax.diffusion.sampling import Sampler
 from mcm_jax.reporting import paper
 
 Verdict = Literal["holds", "does not hold", "undecided"]
-Overrides = tuple[tuple[str, Any], ...]
 
 DDIM_TEACHER: Overrides = (("consistency.teacher_step", "ddim"),)
 
@@ -42,7 +42,7 @@ class Term:
     system: str
     steps: int
     overrides: Overrides = ()
-    sampler: str = "ddim"
+    sampler: Sampler = "ddim"
     quantity: str = "distance"
 
     def cell(self, problem: str, seed: int) -> Cell:

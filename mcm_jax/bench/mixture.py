@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.bench import vectors
-from mcm_jax.bench.cells import Cell, Values
+from mcm_jax.bench.cells import Cell, Overrides, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.vectors import VectorRun
@@ -133,7 +133,7 @@ class Bench:
         )
         return mixtures.marginal_wasserstein(self.mixture, np.asarray(x))
 
-    def _train_diffusion(self, seed: int, overrides: tuple) -> VectorRun:
+    def _train_diffusion(self, seed: int, overrides: Overrides) -> VectorRun:
         config = self._config(Cell(self.problem.name, "diffusion", 1, seed, overrides))
         return vectors.train(config, self._model(config), self.mixture)
 
@@ -187,7 +187,7 @@ def mean_difference(
     model_fn: ModelFn,
     other_fn: ModelFn,
     x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     *,
     schedule: Schedule,
 ) -> float:

@@ -4,13 +4,19 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from mcm_jax.bench.cells import RESULTS
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
+
+if TYPE_CHECKING:  # Slow to import.
+    from collections.abc import Callable
+
+    from mcm_jax.bench import mixture, openmoji
+    from mcm_jax.bench.cells import Cell, Values
 
 PROBLEMS = ("mixture", "mixture2d", "openmoji")
 
@@ -72,7 +78,9 @@ def run(
     return markdown
 
 
-def _bench(name: str, out: Path, *, quick: bool) -> tuple[Any, Any]:
+def _bench(
+    name: str, out: Path, *, quick: bool
+) -> "tuple[mixture.Problem | openmoji.Problem, Callable[[], Callable[[Cell], Values]]]":
     """The problem and a function that makes its bench, which prepares data; a summary needs no bench."""
     from mcm_jax.bench import mixture, openmoji
 

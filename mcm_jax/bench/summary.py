@@ -20,9 +20,11 @@ class Problem(Protocol):
 
     def findings(self) -> Sequence[Finding]:
         """The findings that can be measured on it."""
+        ...
 
     def choices(self) -> Sequence[Choice]:
         """The open choices that can be compared on it."""
+        ...
 
 
 Problems = Mapping[str, Problem]
@@ -110,8 +112,9 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
     """Each alternative's difference from the default; positive means worse than the default."""
     rows = []
     for choice in choices:
-        values = [measured(choice, store, name, steps, seeds) for steps in STUDENT_STEPS]
-        if None in values:
+        found = [measured(choice, store, name, steps, seeds) for steps in STUDENT_STEPS]
+        values = [one for one in found if one is not None]
+        if len(values) < len(found):
             continue
         rows.append(_row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
     if not rows:
@@ -128,8 +131,9 @@ def _measure(store: Store, contrast: Contrast, problem: str, seeds: Sequence[int
 
 
 def _verdict(store: Store, finding: Finding, problem: str, seeds: Sequence[int]) -> str:
-    measured = [_measure(store, contrast, problem, seeds) for contrast in finding.contrasts]
-    if None in measured:
+    found = [_measure(store, contrast, problem, seeds) for contrast in finding.contrasts]
+    measured = [one for one in found if one is not None]
+    if len(measured) < len(found):
         return "not measured"
     held = sum(m.verdict == "holds" for m in measured)
     return f"{verdict([m.verdict for m in measured])} ({held} of {len(measured)})"

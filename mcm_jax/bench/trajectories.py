@@ -30,9 +30,9 @@ INTERVALS = 128
 class Trajectories(NamedTuple):
     """Paths from noise to data, and how samples that took such paths are distributed."""
 
-    t: Float[np.ndarray, "P"]  # falls from 1 to 0
+    t: Float[np.ndarray, " P"]  # falls from 1 to 0
     z: Float[np.ndarray, "P N"]  # z_t of every start; in the last row x
-    samples: Float[np.ndarray, "M"]  # x from random noise
+    samples: Float[np.ndarray, " M"]  # x from random noise
     distance: float  # squared 2-Wasserstein, of the samples to the data
 
 
@@ -56,13 +56,13 @@ def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Co
     )
 
 
-def starts(count: int) -> Float[np.ndarray, "count"]:
+def starts(count: int) -> Float[np.ndarray, " count"]:
     """Noise to draw paths from: quantiles of N(0, 1), at (i + 1/2) / count."""
     return ndtri((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
 def student(
-    mixture: Mixture, z_1: Float[np.ndarray, "N"], *, config: Config, num_samples: int, seed: int = 0
+    mixture: Mixture, z_1: Float[np.ndarray, " N"], *, config: Config, num_samples: int, seed: int = 0
 ) -> Trajectories:
     """Distils the exact denoiser, then samples: from z_1 with the paths, and num_samples times.
 
@@ -70,7 +70,9 @@ def student(
       config: as of `student_config`.
       seed: of the samples' noise; equal seeds are equal noise, in `exact` too.
     """
-    student_steps = config.consistency.student_steps
+    student_steps = config.student_steps
+    if student_steps is None:
+        raise ValueError(f"{config.objective} is no student of a number of steps")
     run = vectors.train(config, MODEL, mixture)
     z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
     samples = vectors.sample(
@@ -79,15 +81,15 @@ def student(
     return _trajectories(mixture, z, samples)
 
 
-def exact(mixture: Mixture, z_1: Float[np.ndarray, "N"], *, num_samples: int, seed: int = 0) -> Trajectories:
+def exact(mixture: Mixture, z_1: Float[np.ndarray, " N"], *, num_samples: int, seed: int = 0) -> Trajectories:
     """The probability flow's: what a perfect diffusion model has after ever more and smaller steps."""
     noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
 
     @jax.jit
-    def flow(z_1, t):
+    def flow(z_1: Float[Array, "N d"], t: Float[Array, " T"]) -> Float[Array, "T N d"]:
         logsnr = SCHEDULE(jnp.stack([jnp.ones_like(t), t]))
 
-        def to(logsnr_t, logsnr_s):
+        def to(logsnr_t: Float[Array, ""], logsnr_s: Float[Array, ""]) -> Float[Array, "N d"]:
             return mixtures.probability_flow(
                 mixture,
                 z_1,
@@ -114,14 +116,17 @@ def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: 
     cond = jnp.zeros(batch, jnp.int32)
 
     @jax.jit
-    def run(z_t):
+    def run(z_t: Float[Array, "N d"]) -> Float[Array, "P N d"]:
         logsnr, rows = SCHEDULE(jnp.asarray(_times(), jnp.float32)), [z_t[None]]
+        x_hat = z_t  # Until the network is called.
         for begin in range(0, INTERVALS, inside):
             logsnr_t = jnp.broadcast_to(logsnr[begin], batch)
             v_hat = model_fn(z_t, logsnr_t, cond, None)
             x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
 
-            def to(logsnr_s, z_t=z_t, x_hat=x_hat, logsnr_t=logsnr_t):
+            def to(
+                logsnr_s: Array, z_t: Array = z_t, x_hat: Array = x_hat, logsnr_t: Array = logsnr_t
+            ) -> Float[Array, "N d"]:
                 logsnr_s = jnp.broadcast_to(logsnr_s, batch)
                 return steps.ddim(x_hat, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
 
@@ -133,26 +138,26 @@ def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: 
 
 
 def marginals(
-    mixture: Mixture, t: Float[np.ndarray, "P"], z: Float[np.ndarray, "Z"]
+    mixture: Mixture, t: Float[np.ndarray, " P"], z: Float[np.ndarray, " Z"]
 ) -> Float[np.ndarray, "P Z"]:
     """p(z_t) at every t and z."""
 
     @jax.jit
-    def at(t):
+    def at(t: Float[Array, ""]) -> Float[Array, " Z"]:
         logsnr_t = jnp.broadcast_to(SCHEDULE(t), z.shape)
         return jnp.exp(mixtures.log_density(mixture, jnp.asarray(z)[:, None], logsnr_t=logsnr_t))
 
     return np.asarray(jax.lax.map(at, jnp.asarray(t, jnp.float32)))
 
 
-def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, "draws"]:
+def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, " draws"]:
     """The distances of as many exact samples, draw by draw: not 0 (see `mixtures.marginal_wasserstein`)."""
     draw = jax.jit(lambda key: mixtures.sample(mixture, key, num_samples))
     keys = jax.random.split(jax.random.key(0), draws)
     return np.array([mixtures.marginal_wasserstein(mixture, draw(key)) for key in keys])
 
 
-def _times() -> Float[np.ndarray, "P"]:
+def _times() -> Float[np.ndarray, " P"]:
     return np.arange(INTERVALS, -1, -1) / INTERVALS
 
 

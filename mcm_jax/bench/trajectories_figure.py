@@ -43,7 +43,9 @@ def trajectories_figure(
     exact = trajectories.exact_distances(mixture, num_samples=num_samples, draws=_SETS)
     floor = f"{np.mean(exact):.4f} ± {np.std(exact):.4f} over {_SETS} draws"
 
-    def panel(title, subtitle, found, boundaries):
+    def panel(
+        title: str, subtitle: str, found: trajectories.Trajectories, boundaries: np.ndarray
+    ) -> drawing.Panel:
         return drawing.Panel(title, subtitle, found.t, found.z, boundaries, found.samples)
 
     panels, measured = [], []

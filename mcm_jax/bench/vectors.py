@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from mcm_jax.models.network import Network, Params
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.runs import build
 from mcm_jax.training import optimizer, step
+from mcm_jax.training.state import TrainState
 
 # Apart from the keys of the updates, which are fold_in(key(seed), 0), 1, ...
 _DATA = 2**31 + 1
@@ -54,14 +54,22 @@ def train(
     network = Network(model, (mixture.means.shape[0],))
     exact = mixtures.model_fn(mixture)
 
-    def bind(params: Params | None) -> ModelFn | None:
-        return None if params is None else functools.partial(network.apply, params)
+    def bind(params: Params) -> ModelFn:
+        return functools.partial(network.apply, params)
 
-    def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+    def loss_fn(
+        params: Params,
+        teacher_params: Params | None,
+        target_params: Params | None,
+        batch: step.Batch,
+        key: Array,
+        train_step: Array,
+    ) -> Float[Array, " B"]:
+        teacher_fn = exact if teacher_params is None else bind(teacher_params)
         networks = Networks(
             student=bind(params),
-            teacher=(bind(teacher_params) or exact) if config.distils else None,
-            target=bind(target_params),
+            teacher=teacher_fn if config.distils else None,
+            target=None if target_params is None else bind(target_params),
             schedule=build.schedule(config),
             null_class=network.null_class,
         )
@@ -79,8 +87,8 @@ def train(
     data_key = jax.random.fold_in(jax.random.key(config.seed), _DATA)
 
     @jax.jit
-    def run(start: Params, teacher: Params | None) -> tuple[Params, Float[Array, "num_steps"]]:
-        def one(state, n):
+    def run(start: Params, teacher: Params | None) -> tuple[Params, Float[Array, " num_steps"]]:
+        def one(state: TrainState, n: Array) -> tuple[TrainState, Float[Array, ""]]:
             x = mixtures.sample(mixture, jax.random.fold_in(data_key, n), batch_size)
             batch = {"image": x, "label": jnp.zeros(batch_size, jnp.int32)}
             state, metrics = update(state, teacher, batch)
@@ -112,7 +120,7 @@ def sample(
     logsnr = schedules.uniform_grid(schedule or schedules.cosine(), num_steps)
 
     @jax.jit
-    def run() -> Any:
+    def run() -> Float[Array, "num dimension"]:
         keys = sampling.image_keys(jax.random.key(seed), jnp.arange(num))
         z_1 = sampling.initial_noise(keys, (dimension,))
         cond = jnp.zeros(num, jnp.int32)

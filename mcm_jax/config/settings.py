@@ -8,21 +8,21 @@ reads it (see `mcm_jax.fields`). One that the paper leaves open says so, with th
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ml_collections
 from ml_collections import config_dict
 
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import EndPoints, Grid
-from mcm_jax.fields import Affects, setting
+from mcm_jax.fields import Affects, Settings, setting
 from mcm_jax.models.uvit import UViTSettings
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.diffusion import Diffusion
 from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.objectives.tract import Tract
-from mcm_jax.records import DIFFUSION_MODELS, Objective
+from mcm_jax.records import Objective
 from mcm_jax.system.sharding import MeshSettings
 from mcm_jax.training.loop import TrainingSettings
 from mcm_jax.training.optimizer import OptimizerSettings
@@ -38,7 +38,8 @@ SECTIONS = {
     "progressive": "progressive",
     "guidance": "guidance",
 }
-STAGED = ("tract", "progressive")
+# The objectives that are trained in stages.
+Staged = Tract | Progressive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +162,10 @@ class Config:
     @property
     def target_decay(self) -> float | None:
         """Decay of the target network's average; None where x_ref is the student's own."""
-        averaged = isinstance(self.loss, Consistency) and self.loss.target_network == "ema"
-        return self.loss.target_decay if averaged or isinstance(self.loss, Tract) else None
+        loss = self.loss
+        if isinstance(loss, Tract) or (isinstance(loss, Consistency) and loss.target_network == "ema"):
+            return loss.target_decay
+        return None
 
     @property
     def supports_guidance(self) -> bool:
@@ -172,9 +175,10 @@ class Config:
     @property
     def student_steps(self) -> int | None:
         """The only step count that this run's model is trained for; None for a model of all of time."""
-        if self.objective in DIFFUSION_MODELS:
-            return None
-        return self.loss.stages[-1] if self.objective in STAGED else self.loss.student_steps
+        loss = self.loss
+        if isinstance(loss, Staged):
+            return loss.stages[-1]
+        return loss.student_steps if isinstance(loss, Consistency) else None
 
 
 def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:
@@ -184,9 +188,10 @@ def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:
     workdir/steps_N with the run before as its teacher, so that it resumes, is sampled and is evaluated like
     any other.
     """
-    if config.objective not in STAGED or len(config.loss.stages) == 2:
+    loss, teacher = config.loss, config.teacher_checkpoint
+    if not isinstance(loss, Staged) or len(loss.stages) == 2:
         return [(workdir, config)]
-    result, teacher, loss = [], config.teacher_checkpoint, config.loss
+    result = []
     for pair in zip(loss.stages, loss.stages[1:], strict=False):
         stage_workdir = workdir / f"steps_{pair[1]}"
         stage = {config.objective: dataclasses.replace(loss, stages=pair), "teacher_checkpoint": teacher}
@@ -202,12 +207,12 @@ def default_config() -> ml_collections.ConfigDict:
     return _to_config_dict(Config())
 
 
-def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
+def _to_config_dict(settings: Settings) -> ml_collections.ConfigDict:
     result = ml_collections.ConfigDict()
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = _to_config_dict(value)
         elif value is None:
             hint = without_none(hints[field.name])
@@ -216,6 +221,6 @@ def _to_config_dict(settings: Any) -> ml_collections.ConfigDict:
     return result.lock()
 
 
-def without_none(hint: Any) -> Any:
+def without_none(hint: object) -> type:
     """T of T | None."""
     return next(kind for kind in typing.get_args(hint) if kind is not type(None))

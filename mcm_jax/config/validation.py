@@ -4,14 +4,16 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ml_collections
 
 from mcm_jax import fields
-from mcm_jax.config.settings import SECTIONS, STAGED, Config, without_none
+from mcm_jax.config.settings import SECTIONS, Config, Staged, without_none
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import local_path
+
+_Settings = TypeVar("_Settings")
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -63,7 +65,7 @@ def _check_objective(config: Config) -> None:
             "config.consistency.student_steps is not set: name the student's number of steps, "
             "for example with 'cd,steps=4' behind the config file"
         )
-    if objective in STAGED:
+    if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:
         raise InputError(
@@ -161,7 +163,8 @@ def _check_model(config: Config) -> None:
         raise InputError("config.mesh.data=0: take a positive number, or -1 for all devices left")
 
 
-def _read(kind: type, raw: Mapping[str, Any], *, prefix: str) -> Any:
+def _read(kind: type[_Settings], raw: Mapping[str, Any], *, prefix: str) -> _Settings:
+    assert dataclasses.is_dataclass(kind)
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in raw:
@@ -176,7 +179,7 @@ def _read(kind: type, raw: Mapping[str, Any], *, prefix: str) -> Any:
     return kind(**values)
 
 
-def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> Any:
+def _checked(value: object, hint: Any, metadata: Mapping[str, Any], name: str) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # the second is what Literal[...] | None makes
         return None if value is None else _checked(value, without_none(hint), metadata, name)

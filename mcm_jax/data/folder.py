@@ -23,6 +23,9 @@ from mcm_jax.system.errors import InputError
 _TRAIN_NAMES = frozenset({"train", "training"})
 _TEST_NAMES = frozenset({"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"})
 
+# Examples by their keys.
+Examples = Iterator[tuple[bytes, layout.Example]]
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class FolderConfig(tfds.core.BuilderConfig):
@@ -193,12 +196,17 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     name = "folder"
     VERSION = tfds.core.Version(layout.VERSION)
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _given(self) -> tuple[FolderConfig, Listing]:
+        """The config and its listing; ValueError if it is incomplete."""
         config = self.builder_config
         if not isinstance(config, FolderConfig) or config.resolution < 1 or config.listing is None:
             raise ValueError(
                 "Folder needs a config: FolderConfig(name=..., resolution=..., listing=list_images(...))"
             )
+        return config, config.listing
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config, listing = self._given()
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"Images of a folder. {preprocessing(config.resolution)}.",
@@ -206,22 +214,22 @@ class Folder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": layout.image_feature(config.resolution),
-                    "label": tfds.features.ClassLabel(names=config.listing.class_names),
+                    "label": tfds.features.ClassLabel(names=listing.class_names),
                     "file": tfds.features.Text(),
                 }
             ),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        config = self.builder_config
-        root, files = config.listing.root, config.listing.files
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
+        config, listing = self._given()
+        root, files = listing.root, listing.files
         contents = {name: images.content_hash(root / name) for name in progress.bar(files, "comparing")}
         distinct = set(contents.values())
         if len(distinct) < 2:
             raise InputError(f"--manual_dir={root}: its {len(files)} images are copies of one; add others")
         if copies := len(files) - len(distinct):
             print(f"note: {copies} images are copies of others; copies share a split", file=sys.stderr)
-        classes = [set() for _ in config.listing.class_names]
+        classes = [set() for _ in listing.class_names]
         for name, content in contents.items():
             classes[files[name]].add(content)
         test = splits.test_keys(distinct, test_fraction=config.test_fraction, classes=classes)
@@ -230,9 +238,9 @@ class Folder(tfds.core.GeneratorBasedBuilder):
             parts["test" if content in test else "train"].append(name)
         return {split: self._generate_examples(names) for split, names in parts.items()}
 
-    def _generate_examples(self, files: list[str]) -> Iterator[tuple[bytes, dict]]:
-        config = self.builder_config
+    def _generate_examples(self, files: list[str]) -> Examples:
+        config, listing = self._given()
         for name in progress.bar(files, "reading"):
-            image = load_image(config.listing.root / name, resolution=config.resolution)
-            example = {"image": image, "label": config.listing.files[name], "file": _readable(name)}
+            image = load_image(listing.root / name, resolution=config.resolution)
+            example = {"image": image, "label": listing.files[name], "file": _readable(name)}
             yield os.fsencode(name), example

@@ -46,6 +46,12 @@ _BLOCK = 512  # bytes in a block of a tar
 # (arXiv:1707.08819).
 Preparation = Literal["area", "adm", "resized"]
 RESIZED_TO = (8, 16, 32, 64)
+# By the data set's name.
+PREPARATIONS: dict[str, Preparation] = {
+    "imagenet": "area",
+    "imagenet/adm": "adm",
+    "imagenet/resized": "resized",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +130,12 @@ class Tars(Source):
             raise InputError(f"{self._paths['train']}: {strangers[0]} is not the tar of an ILSVRC2012 class")
         self._labels = labels
         test_labels = _tfds_text("validation_labels.txt")
-        numbers = [_test_number(one.name) for one in self._images]
-        if None in numbers:
-            stranger = self._images[numbers.index(None)].name
-            raise InputError(f"{self._paths['test']}: {stranger} is not an ILSVRC2012 validation image")
-        self._test_labels = [labels[test_labels[number - 1]] for number in numbers]
+        self._test_labels = []
+        for one in self._images:
+            number = _test_number(one.name)
+            if number is None:
+                raise InputError(f"{self._paths['test']}: {one.name} is not an ILSVRC2012 validation image")
+            self._test_labels.append(labels[test_labels[number - 1]])
         listing = "".join(f"{one.name} {one.size}\n" for one in (*self._classes, *self._images))
         self.fingerprint = f"tars {hashlib.sha256(listing.encode()).hexdigest()}"
 
@@ -181,7 +188,7 @@ def _members(path: Path) -> list[_Member]:
         return _members_of(file, str(path))
 
 
-def _members_of(file: Any, name: str) -> list[_Member]:
+def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
     """Every file in a tar, which must be whole: tarfile itself accepts one that ends between two files."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -217,7 +224,7 @@ class Prepared(Source):
         if missing:
             raise InputError(f"--manual_dir={data_dir}: {name} there has no split {missing[0]}")
         # By name: imagenet_resized numbers the classes in another order.
-        names = self._builder.info.features["label"].names
+        names = layout.class_names_of(self._builder.info)
         if sorted(names) != list(class_names()):
             raise InputError(f"--manual_dir={data_dir}: {name} there has other classes")
         self._labels = [class_names().index(one) for one in names]
@@ -239,11 +246,11 @@ class Prepared(Source):
         raw = {"image": tfds.decode.SkipDecoding()}
         name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
         if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-            stored = self._builder.as_data_source(name, decoders=raw)
+            stored = layout.stored_records(self._builder, name, decoders=raw)
             examples = (stored[index] for index in range(first, last))
         else:
             stretch = tfds.core.ReadInstruction(name, from_=first, to=last, unit="abs")
-            examples = tfds.as_numpy(self._builder.as_dataset(split=stretch, decoders=raw))
+            examples = tfds.as_numpy(layout.stored_dataset(self._builder, stretch, decoders=raw))
         for index, example in enumerate(examples, first):
             file = example["file_name"].decode() if "file_name" in example else f"{name}_{index:07d}"
             yield Encoded(file, example["image"], self._labels[int(example["label"])])
@@ -351,7 +358,7 @@ def shards(source: Source, *, resolution: int, preparation: Preparation) -> list
 
 def _examples(
     source: Source, unit: Unit, resolution: int, preparation: Preparation
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[layout.Example]:
     for image in source.read(unit):
         pixels = load(image, resolution=resolution, preparation=preparation)
         yield {"image": pixels, "label": image.label, "file": image.name}

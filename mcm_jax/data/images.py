@@ -7,7 +7,7 @@ import hashlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -132,7 +132,7 @@ def shown(name: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path, *, remedy: str = "replace or remove the file") -> Iterator[None]:
+def naming(path: str | Path, *, remedy: str = "replace or remove the file") -> Generator[None, None, None]:
     """Turns whatever Pillow raises on a damaged file into one line that names the file.
 
     Its warnings, about odd metadata, name no file and are dropped.
@@ -152,7 +152,7 @@ def turn(image: Image.Image) -> Image.Transpose | None:
     """
     try:
         # The base class's method: PNG's own decodes all pixels to find a mark behind them.
-        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 0))
     except DAMAGE:
         return None
 

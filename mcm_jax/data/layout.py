@@ -11,9 +11,9 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,6 +26,22 @@ SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+# By feature: an image, a label, and what else a data set has.
+Example = dict[str, Any]
+
+
+@runtime_checkable
+class Records(Protocol):
+    """TFDS's random access to the examples of a split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Example]: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,23 @@ class DatasetInfo:
 def image_feature(resolution: int) -> tfds.features.Tensor:
     """A uint8 image [r, r, 3] stored as its raw bytes."""
     return tfds.features.Tensor(shape=(resolution, resolution, 3), dtype=np.uint8, encoding="bytes")
+
+
+def class_names_of(info: tfds.core.DatasetInfo) -> list[str]:
+    """The names of the classes that the features of a TFDS data set declare."""
+    return cast(Mapping[str, tfds.features.ClassLabel], info.features)["label"].names
+
+
+def stored_records(builder: tfds.core.DatasetBuilder, split: str, **options: Any) -> Records:
+    """`builder.as_data_source`, whose wrapper hides its parameters from type checkers."""
+    return cast(Any, builder).as_data_source(split, **options)
+
+
+def stored_dataset(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.ReadInstruction, **options: Any
+) -> Iterable[Example]:
+    """`builder.as_dataset`, for the same reason."""
+    return cast(Any, builder).as_dataset(split=split, **options)
 
 
 def config_name(dataset: str, resolution: int) -> str:

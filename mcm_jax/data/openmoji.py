@@ -31,6 +31,9 @@ CATEGORIES = (
     "Flags",
 )
 
+# Examples by their keys.
+Examples = Iterator[tuple[str, layout.Example]]
+
 # The font's design square in font units: 1,024 to the em, 1,320 wide, its top 1,061 above the baseline.
 _UNITS_PER_EM, _SQUARE_UNITS, _TOP_UNITS = 1024, 1320, 1061
 
@@ -144,10 +147,14 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
     name = "openmoji"
     VERSION = tfds.core.Version(layout.VERSION)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        if not isinstance(self.builder_config, OpenMojiConfig) or self.builder_config.resolution < 1:
+    def _resolution(self) -> int:
+        """The config's; ValueError if there is none."""
+        config = self.builder_config
+        if not isinstance(config, OpenMojiConfig) or config.resolution < 1:
             raise ValueError('OpenMoji needs a config: OpenMojiConfig(name="32", resolution=32)')
-        resolution = self.builder_config.resolution
+        return config.resolution
+
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
@@ -156,7 +163,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
             license="CC BY-SA 4.0",
             features=tfds.features.FeaturesDict(
                 {
-                    "image": layout.image_feature(resolution),
+                    "image": layout.image_feature(self._resolution()),
                     "label": tfds.features.ClassLabel(names=CATEGORIES),
                     "caption": tfds.features.Text(),
                     "codepoints": tfds.features.Text(),
@@ -164,7 +171,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         emojis = candidates()
         test = splits.test_keys({each.codepoints for each in emojis})
         return {
@@ -172,9 +179,9 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples([each for each in emojis if each.codepoints in test]),
         }
 
-    def _generate_examples(self, emojis: list[Emoji]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(self, emojis: list[Emoji]) -> Examples:
         for each in progress.bar(emojis, "drawing"):
-            pixels = render(each.text, resolution=self.builder_config.resolution)
+            pixels = render(each.text, resolution=self._resolution())
             if pixels is not None:
                 example = {"label": each.category, "caption": each.caption, "codepoints": each.codepoints}
                 yield each.codepoints, {"image": pixels, **example}

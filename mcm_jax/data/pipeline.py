@@ -4,9 +4,8 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -14,7 +13,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from mcm_jax.data import layout
-from mcm_jax.data.layout import DatasetInfo, describe
+from mcm_jax.data.layout import DatasetInfo, Example, Records, describe, stored_records
 from mcm_jax.data.pixels import to_float, to_uint8
 from mcm_jax.system.errors import InputError
 
@@ -51,7 +50,7 @@ class Source(abc.ABC):
     ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
         """The images and labels at `indices`, stacked into new arrays."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         images, labels = self.gather(np.array([range(len(self))[index]]))
         return {"image": images[0], "label": labels[0]}
 
@@ -66,7 +65,9 @@ class ArraySource(Source):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def gather(self, indices):
+    def gather(
+        self, indices: Int[np.ndarray, " N"]
+    ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
         return self.images[indices], self.labels[indices]
 
 
@@ -74,12 +75,14 @@ class ArraySource(Source):
 class RecordSource(Source):
     """A split read from its ArrayRecord files at every access, through TFDS and without TensorFlow."""
 
-    records: Sequence[dict[str, Any]]
+    records: Records
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def gather(self, indices):
+    def gather(
+        self, indices: Int[np.ndarray, " N"]
+    ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
         examples = self.records.__getitems__([int(index) for index in indices])
         images = np.stack([example["image"] for example in examples])
         return images, np.array([example["label"] for example in examples], np.int32)
@@ -113,13 +116,13 @@ def open_split(
         return ArraySource(*load_arrays(source))
 
 
-def _open_records(info: DatasetInfo, split: str) -> Sequence[dict[str, Any]]:
+def _open_records(info: DatasetInfo, split: str) -> Records:
     """TFDS's data source of a split, after reading the first record of every shard.
 
     TFDS opens files only at the first read, and trusts its own record of their lengths.
     """
     builder = tfds.builder_from_directory(info.path)
-    records = builder.as_data_source(split)
+    records = stored_records(builder, split)
     if len(records) != info.num_examples[split]:
         raise ValueError(f"{len(records)} records of {info.num_examples[split]}")
     lengths = builder.info.splits[split].shard_lengths
@@ -128,7 +131,7 @@ def _open_records(info: DatasetInfo, split: str) -> Sequence[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
+def _blaming_the_files(info: DatasetInfo) -> Generator[None, None, None]:
     """Reports a failure to open a complete data set as damage done to its files since."""
     try:
         yield
@@ -143,7 +146,7 @@ def _blaming_the_files(info: DatasetInfo) -> Iterator[None]:
 
 def blocks(
     source: Source, *, size: int = BLOCK
-) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, "_"]]]:
+) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, " _"]]]:
     """All images and labels of a split in stored order, `size` at a time: it may be larger than memory."""
     for start in range(0, len(source), size):
         yield source.gather(np.arange(start, min(start + size, len(source))))
@@ -241,7 +244,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
-) -> grain.DatasetIterator:
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches {'image': float32 [B, r, r, 3] in [-1, 1], 'label': int32 [B]} of one process.
 
     An epoch is a fresh permutation of all examples. A batch may span two epochs, so that no example is

@@ -4,13 +4,13 @@ Both take numpy and JAX arrays, traced ones too, and return the same kind.
 """
 
 import typing
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-Array = np.ndarray | jax.Array
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 # How samples become bytes: "nearest" as in EDM's scripts, "floor" as in ADM's.
 Rounding = Literal["nearest", "floor"]

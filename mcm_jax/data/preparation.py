@@ -9,15 +9,14 @@ import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from mcm_jax.data import folder, imagenet, layout, openmoji, shards
-from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
 
@@ -134,7 +133,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
 def _plan_imagenet(
     dataset: str, resolution: int, *, manual_dir: str | None, workers: int | None, host: tuple[int, int]
 ) -> Plan:
-    preparation = dataset.partition("/")[2] or "area"
+    preparation = imagenet.PREPARATIONS[dataset]
     if not manual_dir:
         files = f"{imagenet.TRAIN_TAR} and {imagenet.TEST_TAR} are, or TFDS's imagenet2012"
         if preparation == "resized":
@@ -249,8 +248,8 @@ def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
 def _describe(chosen: Plan, directory: Path) -> None:
     """Reads all records back, then writes a preview and, last, the summary."""
     builder = tfds.builder_from_directory(directory)
-    class_names = tuple(builder.info.features["label"].names)
-    splits = {split: builder.as_data_source(split) for split in layout.SPLITS}
+    class_names = tuple(layout.class_names_of(builder.info))
+    splits = {split: layout.stored_records(builder, split) for split in layout.SPLITS}
     surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
     _write_preview(splits["train"], directory / PREVIEW_FILE)
     info = DatasetInfo(
@@ -267,7 +266,7 @@ def _describe(chosen: Plan, directory: Path) -> None:
     layout.write_summary(info, directory)
 
 
-def _survey(records: Sequence[dict[str, Any]], *, num_classes: int) -> tuple[tuple[int, ...], str]:
+def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str]:
     """Images of each class, and the SHA-256 of all images and labels (little-endian int32) in order."""
     counts = [0] * num_classes
     digest = hashlib.sha256()
@@ -278,7 +277,7 @@ def _survey(records: Sequence[dict[str, Any]], *, num_classes: int) -> tuple[tup
     return tuple(counts), digest.hexdigest()
 
 
-def _write_preview(records: Sequence[dict[str, Any]], path: Path) -> None:
+def _write_preview(records: Records, path: Path) -> None:
     """The first 64 images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
     images = np.stack([records[index]["image"] for index in range(min(64, len(records)))])
     columns, scale = math.ceil(math.sqrt(len(images))), math.ceil(64 / images.shape[1])

@@ -18,8 +18,8 @@ def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3
 
 
 def _sums_over_cells(
-    values: Integer[np.ndarray, "size *rest"], count: int, dtype: type[np.signedinteger]
-) -> Integer[np.ndarray, "count *rest"]:
+    values: Integer[np.ndarray, " size *rest"], count: int, dtype: type[np.signedinteger]
+) -> Integer[np.ndarray, " count *rest"]:
     """`count` times the sums over `count` equal cells of the first axis: integers of `dtype`.
 
     A pixel counts by the part of it in the cell. Pillow's box filter is no substitute: it takes a pixel whole

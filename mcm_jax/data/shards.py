@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from mcm_jax.data.layout import Example
 from mcm_jax.system import progress
 from mcm_jax.system.files import write_whole
 from mcm_jax.system.host import keep_freed_pages
@@ -36,7 +36,7 @@ class Shard:
     split: str
     index: int
     count: int
-    examples: Callable[[], Iterator[dict[str, Any]]]  # picklable
+    examples: Callable[[], Iterator[Example]]  # picklable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def wait(shards: Sequence[Shard], place: Place, *, every_seconds: float = 10.0) 
         missing = [shard for shard in missing if not place.is_whole(shard)]
 
 
-def complete(shards: Sequence[Shard], place: Place, **info: Any) -> None:
+def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
     """Writes the metadata that TFDS needs besides the shards, all of which must be there.
 
     info: further fields of `tfds.core.DatasetInfo`, such as description.
@@ -113,7 +113,7 @@ def complete(shards: Sequence[Shard], place: Place, **info: Any) -> None:
             shard_lengths=[note["examples"] for note in found],
             num_bytes=sum(note["bytes"] for note in found),
             filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=place.directory,
+                data_dir=tfds.core.as_path(place.directory),
                 template=template,
                 dataset_name=place.name,
                 split=split,

@@ -31,8 +31,8 @@ def guided(model_fn: ModelFn, *, guidance: float, null_class: int) -> ModelFn:
 
     def guided_fn(
         z_t: Float[Array, "B ..."],
-        logsnr_t: Float[Array, "B"],
-        cond: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        cond: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
         v_cond = model_fn(z_t, logsnr_t, cond, key)

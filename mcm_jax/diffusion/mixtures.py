@@ -8,6 +8,7 @@ correlated and x has up to K^d modes. K = 1 gives any Gaussian.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -165,7 +166,9 @@ def model_fn(mixture: Mixture) -> ModelFn:
       (3, 1)
     """
 
-    def v_hat(z_t: Image, logsnr_t: PerExample, cond: Int[Array, "B"] | None, key: jax.Array | None) -> Image:
+    def v_hat(
+        z_t: Image, logsnr_t: PerExample, cond: Int[Array, " B"] | None, key: jax.Array | None
+    ) -> Image:
         del cond, key
         posterior = _posterior(mixture, z_t.reshape(len(z_t), -1), logsnr_t)
         return _points(mixture, posterior.mean(posterior.v)).reshape(z_t.shape)
@@ -196,13 +199,15 @@ def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, log
     def excess(u_s: Points) -> Points:
         return _log_odds(mixture.weights, (u_s[..., None] - means_s) / stds_s) - log_odds
 
-    def bisect(function, _):
-        def halve(_, bracket):
-            middle = sum(bracket) / 2
+    def bisect(function: Callable[[Points], Points], _: Points) -> Points:
+        def halve(_: Int[Array, ""], bracket: tuple[Points, Points]) -> tuple[Points, Points]:
+            below, above = bracket
+            middle = (below + above) / 2
             too_low = function(middle) < 0
-            return jnp.where(too_low, middle, bracket[0]), jnp.where(too_low, bracket[1], middle)
+            return jnp.where(too_low, middle, below), jnp.where(too_low, above, middle)
 
-        return sum(jax.lax.fori_loop(0, FLOW_HALVINGS, halve, (low, high))) / 2
+        below, above = jax.lax.fori_loop(0, FLOW_HALVINGS, halve, (low, high))
+        return (below + above) / 2
 
     # Bisection has no useful derivative; custom_root computes it by the implicit function theorem.
     u_s = jax.lax.custom_root(excess, low, bisect, lambda slope, y: y / slope(jnp.ones_like(y)))
@@ -239,7 +244,12 @@ def marginal_wasserstein(mixture: Mixture, samples: Float[Array | np.ndarray, "N
     return float(sum(_wasserstein(*row) for row in zip(coordinates.T, *parameters, strict=True)))
 
 
-def _wasserstein(ordered, weights, means, stds):
+def _wasserstein(
+    ordered: Float64[np.ndarray, " N"],
+    weights: Float64[np.ndarray, " K"],
+    means: Float64[np.ndarray, " K"],
+    stds: Float64[np.ndarray, " K"],
+) -> float:
     """sum_i int (x_i - Q(p))^2 dp over the cells (i - 1) / N < p < i / N; Q inverts F = sum_k w_k Phi(y_k).
 
     Expanding the square leaves E u^2 and G(p) = int_0^p Q = sum_k w_k (m_k Phi(y_k) - s_k phi(y_k)), where
@@ -289,7 +299,7 @@ def _posterior(mixture: Mixture, z_t: Points, logsnr_t: PerExample) -> _Posterio
     variances = jnp.square(mixture.stds)
     return _Posterior(
         probability=jax.nn.softmax(logits, axis=-1),
-        x=mixture.means + alpha * variances * y / stds_t,
+        x=jnp.asarray(mixture.means) + alpha * variances * y / stds_t,
         x_var=jnp.square(mixture.stds * sigma / stds_t),
         v=sigma * (alpha * (1 - variances) * y / stds_t - mixture.means),
     )

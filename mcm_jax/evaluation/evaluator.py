@@ -5,9 +5,9 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.fields import Affects
-from mcm_jax.records import RESULTS, ImagesResult, Measurement, Result, Sampling
+from mcm_jax.records import RESULTS, ImagesResult, JsonObject, Measurement, Result, Sampling, SamplingOptions
 from mcm_jax.runs import workdirs
 from mcm_jax.system import distributed, progress, versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 from mcm_jax.system.pictures import image_grid, save_png
+
+if TYPE_CHECKING:
+    from mcm_jax.runs.run import Run  # Slow to import.
 
 # Samples in memory at a time: bounds the memory for any number of samples.
 _BLOCK = 1024
@@ -39,7 +42,7 @@ class SampleRequest:
     num: int
     seed: int = 0
     untrained_num: int = 0  # how many to draw from the untrained network; 0: none
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
 
 class Evaluator:
@@ -72,7 +75,7 @@ class Evaluator:
         self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
         self._left_out: set[tuple[str, str]] = set()
-        self._references: dict[tuple[Any, ...], Reference] = {}
+        self._references: dict[tuple[str | int, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
@@ -80,10 +83,10 @@ class Evaluator:
             single_images = not set(protocol.OF_SINGLE_IMAGES).isdisjoint(self.metrics)
             self.given = published.read(reference, self.extractor, self.cache, single_images=single_images)
 
-    def stored(self, run: Any, measurement: Measurement) -> Result | None:
+    def stored(self, run: "Run", measurement: Measurement) -> Result | None:
         """The newest result of this measurement in the run's file."""
         try:
-            lines = (Path(run.workdir) / RESULTS).read_bytes().split(b"\n")
+            lines = (workdir_of(run) / RESULTS).read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
         for line in reversed(lines):
@@ -96,7 +99,7 @@ class Evaluator:
                 return result
         return None
 
-    def measurement(self, run: Any, parameters: str, request: SampleRequest) -> Measurement:
+    def measurement(self, run: "Run", parameters: str, request: SampleRequest) -> Measurement:
         """Everything that a result of these samples depends on.
 
         Raises:
@@ -106,7 +109,7 @@ class Evaluator:
         self.require(reference)
         return Measurement(
             version=VERSION,
-            workdir=Path(run.workdir).resolve().name,
+            workdir=workdir_of(run).resolve().name,
             objective=run.objective,
             dataset=run.dataset.dataset,
             resolution=run.dataset.resolution,
@@ -114,7 +117,7 @@ class Evaluator:
             training_seed=run.seed,
             student_steps=run.student_steps,
             checkpoint_step=run.checkpoint_step,
-            checkpoint=workdirs.checkpoint_identity(Path(run.workdir), run.checkpoint_step),
+            checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
             label_rule=run.label_rule,
             seed=request.seed,
@@ -124,7 +127,7 @@ class Evaluator:
             **self._comparison(reference),
         )
 
-    def _comparison(self, reference: Reference) -> dict[str, Any]:
+    def _comparison(self, reference: Reference) -> JsonObject:
         """What is compared with what, as every measurement says it."""
         return {
             "asked": tuple(self.metrics),
@@ -146,16 +149,16 @@ class Evaluator:
                 self._left_out.add((metric, reason))
 
     def score(
-        self, run: Any, measurement: Measurement, request: SampleRequest, *, again: bool = False
+        self, run: "Run", measurement: Measurement, request: SampleRequest, *, again: bool = False
     ) -> Result:
         """Samples a run and scores the samples; appends the result to the run's file and draws its grid.
 
         Continues an interrupted call of the same measurement where it stopped; with `again` it starts over.
         """
-        workdir, reference, test = Path(run.workdir), self._compared(run), None
+        workdir, reference, test = workdir_of(run), self._compared(run), None
         if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
             test = self._reference(run.dataset, "test", run.blocks)
-        also_first = 0 if test is None else test.count
+        also_first = 0 if test is None else test.count or 0
         tally = protocol.Tally(
             self.extractor, reference, num=request.num, metrics=self.metrics, also_first=also_first
         )
@@ -182,12 +185,12 @@ class Evaluator:
         unfinished.finish()
         return result
 
-    def _compared(self, run: Any) -> Reference:
+    def _compared(self, run: "Run") -> Reference:
         return self.given or self._reference(run.dataset, "train", run.blocks)
 
     def _bounds(
         self,
-        run: Any,
+        run: "Run",
         measurement: Measurement,
         request: SampleRequest,
         reference: Reference,
@@ -210,7 +213,9 @@ class Evaluator:
         )
 
     def score_images(self, images: image_files.ImageFiles) -> ImagesResult:
-        """Scores images that were made elsewhere."""
+        """Scores images that were made elsewhere, against a reference that was given."""
+        if self.given is None:
+            raise ValueError("there is no reference to compare images with")
         self.require(self.given, labelled=images.has_labels)
         scores = protocol.evaluate_samples(
             images.blocks(_BLOCK), self.extractor, self.given, num=images.num, metrics=self.metrics
@@ -251,7 +256,7 @@ class Evaluator:
 
         return self._reference(info, split, blocks)
 
-    def _reference(self, info: Any, split: str, blocks: Callable[[str], Blocks]) -> Reference:
+    def _reference(self, info: layout.DatasetInfo, split: str, blocks: Callable[[str], Blocks]) -> Reference:
         identity = {
             "fingerprint": info.fingerprints[split],
             "dataset": info.dataset,
@@ -275,7 +280,14 @@ class Evaluator:
         return self._references[key]
 
 
-def _outcome(scores: protocol.Scores, bounds: dict[str, float]) -> dict[str, Any]:
+def workdir_of(run: "Run") -> Path:
+    """The directory that holds the run's results; ValueError for a run in memory only."""
+    if run.workdir is None:
+        raise ValueError("a run without a directory has no place for results")
+    return Path(run.workdir)
+
+
+def _outcome(scores: protocol.Scores, bounds: dict[str, float]) -> JsonObject:
     """The fields of a `records.Outcome`."""
     return {
         "metrics": scores.metrics,
@@ -302,7 +314,7 @@ def grid_name(measurement: Measurement) -> str:
 
 
 def _sample_into(
-    tally: protocol.Tally, run: Any, request: SampleRequest, unfinished: Unfinished
+    tally: protocol.Tally, run: "Run", request: SampleRequest, unfinished: Unfinished
 ) -> tuple[float, np.ndarray]:
     """Adds the run's samples to the tally, after those of an interrupted evaluation; saves its progress.
 
@@ -312,7 +324,7 @@ def _sample_into(
 
     def check(arrays: Arrays) -> None:
         copy.copy(tally).go_on_from(arrays)
-        arrays["seconds"], arrays["first_images"]
+        _ = arrays["seconds"], arrays["first_images"]
 
     seconds, first_images = 0.0, np.zeros((0,), np.uint8)
     arrays = unfinished.read(check)
@@ -333,7 +345,7 @@ def _sample_into(
     return seconds, first_images
 
 
-def _untrained_identity(run: Any, seed: int, sampling: Sampling) -> dict[str, Any]:
+def _untrained_identity(run: "Run", seed: int, sampling: Sampling) -> JsonObject:
     """What samples of the untrained network depend on: a teacher and its students share theirs."""
     config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
     sampled = {"label_rule": run.label_rule, **sampling.to_json()}

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, PyTree, UInt8
 
+from mcm_jax.records import JsonObject
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 
@@ -30,18 +30,18 @@ class FeatureNetwork:
       description: what a result must state about its features.
     """
 
-    params: Any
-    apply: Callable[[Any, Array], dict[str, Array]]
+    params: PyTree
+    apply: Callable[[PyTree, Array], dict[str, Array]]
     dimensions: dict[str, int]
     distance: str
-    description: dict[str, Any]
+    description: JsonObject
 
 
-def program(network: FeatureNetwork, mesh: Mesh) -> Callable[[Any, Array], dict[str, Array]]:
+def program(network: FeatureNetwork, mesh: Mesh) -> jax.stages.Wrapped:
     """Jitted (params, images) -> features; each device computes its own part of the images."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-    def on_one_device(params: Any, images: Array) -> dict[str, Array]:
+    def on_one_device(params: PyTree, images: Array) -> dict[str, Array]:
         """On a CPU a loop over parts that fit its caches, elsewhere all images at once."""
         if not on_cpu or len(images) % _CPU_MICRO_BATCH:
             return network.apply(params, images)

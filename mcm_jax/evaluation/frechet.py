@@ -1,10 +1,12 @@
 """The Frechet distance of two Gaussians (Dowson & Landau 1982; Heusel et al., arXiv:1706.08500, eq. 6)."""
 
-from typing import Any
-
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float64
+
+# scipy makes these when it is built.
+_dpotrf = scipy.linalg.lapack.dpotrf  # pyright: ignore[reportAttributeAccessIssue]
+_dpstrf = scipy.linalg.lapack.dpstrf  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def frechet_distance(
@@ -40,7 +42,7 @@ def frechet_distance_of_rows(rows: Float64[np.ndarray, "N D"], others: Float64[n
 
 
 def checked_moments(
-    mean: Any, cov: Any, *, size: int
+    mean: object, cov: object, *, size: int
 ) -> tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]:
     """A mean and a covariance of `size` features that come from a file, in float64.
 
@@ -64,7 +66,7 @@ def checked_moments(
     if np.abs(cov - cov.T).max(initial=0.0) > 1e-6 * scale:
         raise ValueError("a covariance that is not symmetric")
     # Cholesky's factorisation exists if no eigenvalue is below -rounding * scale; much faster than those are.
-    _, failed = scipy.linalg.lapack.dpotrf(cov + rounding * scale * np.eye(size), lower=1)
+    _, failed = _dpotrf(cov + rounding * scale * np.eye(size), lower=1)
     if failed and scale:
         raise ValueError("a covariance with negative eigenvalues")
     return mean, cov
@@ -76,7 +78,7 @@ def _factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D R"]:
     It stops when the largest remaining pivot is rounding (D eps times the largest variance), which defines
     the rank. An eigendecomposition gives an equally good factor 3 to 10 times more slowly.
     """
-    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+    lower, pivots, rank, _ = _dpstrf(cov, lower=1)
     factor = np.empty((len(cov), rank))
     factor[pivots - 1] = np.tril(lower)[:, :rank]
     return factor

@@ -6,13 +6,13 @@ import io
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mcm_jax.data.images import FORMATS, find, naming, shown, turn, upright
 from mcm_jax.evaluation.references import Blocks
+from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
 
 
@@ -27,7 +27,7 @@ class ImageFiles:
 
     num: int
     has_labels: bool
-    description: dict[str, Any]
+    description: JsonObject
     blocks: Callable[[int], Blocks]
     note: str = ""
 
@@ -62,9 +62,9 @@ def open_images(path: Path) -> ImageFiles:
         for start in range(0, len(images), size):
             yield images[start : start + size], given[start : start + size]
 
-    digest = hashlib.sha256(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(given))
-    description = {"images": path.name, "sha256": digest.hexdigest()}
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(given).data)
+    description: JsonObject = {"images": path.name, "sha256": digest.hexdigest()}
     return ImageFiles(len(images), labels is not None, description, blocks)
 
 
@@ -74,15 +74,15 @@ def _folder(path: Path) -> ImageFiles:
     if not found.files:
         raise InputError(f"--images={path}: no images in that folder; {found.what_else()}")
     files = [path / name for name in found.files]
-    size, digest = None, hashlib.sha256()
+    sizes, digest = [], hashlib.sha256()
     for file in files:
         with naming(file):
             content = file.read_bytes()
-            here = _size(content)
+            sizes.append(_size(content))
         digest.update(content)
-        size = size or here
-        if here != size:
-            raise _of_several_sizes(path, (files[0], size), (file, here))
+        if sizes[-1] != sizes[0]:
+            raise _of_several_sizes(path, (files[0], sizes[0]), (file, sizes[-1]))
+    size = sizes[0]
 
     def read(file: Path) -> np.ndarray:
         with naming(file), Image.open(file, formats=FORMATS) as image:
@@ -98,7 +98,7 @@ def _folder(path: Path) -> ImageFiles:
             part = [read(file) for file in files[start : start + length]]
             yield np.stack(part), np.zeros(len(part), np.int32)
 
-    description = {"images": path.name, "sha256": digest.hexdigest()}
+    description: JsonObject = {"images": path.name, "sha256": digest.hexdigest()}
     return ImageFiles(len(files), False, description, blocks, note=found.note())
 
 

@@ -214,6 +214,7 @@ class Inception(nnx.Module):
                     x = jax.nn.relu(getattr(self, layer.name)(x))
                 else:
                     x = _pooled(x, "halving")
+            spatial = x  # Until the block that it is taken from.
             for name in _BLOCKS:
                 x = getattr(self, name)(x)
                 if name == "mixed_6d":  # Its first branch is mixed_6/conv.

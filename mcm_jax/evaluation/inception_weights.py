@@ -19,7 +19,6 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -105,7 +104,7 @@ def write(weights: Weights, path: Path) -> None:
     files.write_whole(path, safetensors.numpy.save(weights.params, metadata))
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[object, ...]) -> str:
     return ".".join(str(part) for part in path)
 
 
@@ -137,7 +136,7 @@ def _of_pth(tensors: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
     return layer
 
 
-def _of_pickle(tree: Any) -> Callable[[str], _Layer]:
+def _of_pickle(tree: pickles.Plain) -> Callable[[str], _Layer]:
     def layer(name: str) -> _Layer:
         part = tree
         for word in _capitalised(name).split("."):

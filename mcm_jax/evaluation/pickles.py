@@ -7,14 +7,17 @@ and to functions of this module.
 import io
 import math
 import pickle
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mcm_jax.system.errors import InputError
 
+# What a pickle may hold here: dictionaries, lists, numbers, text and arrays, nested.
+Plain = Any
 
-def read(content: bytes, *, name: str) -> Any:
+
+def read(content: bytes, *, name: str) -> Plain:
     """The content of the pickle.
 
     Args:
@@ -36,12 +39,14 @@ class _Array:
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[Plain, ...]) -> None:
         *_, shape, dtype, is_fortran, data = state
         self.value = _from_buffer(data, dtype, shape, "F" if is_fortran else "C")
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+def _from_buffer(
+    data: bytes | bytearray | str, dtype: object, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> np.ndarray:
     """numpy._core.numeric._frombuffer, for numbers only."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biufSU":
         raise pickle.UnpicklingError(f"an array of {dtype}")
@@ -51,12 +56,12 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndar
     return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-def _empty(*_: Any) -> _Array:
+def _empty(*_: object) -> _Array:
     """numpy._core.multiarray._reconstruct."""
     return _Array()
 
 
-def _scalar(dtype: Any, data: Any) -> Any:
+def _scalar(dtype: object, data: bytes | str) -> Plain:
     """numpy._core.multiarray.scalar."""
     return _from_buffer(data, dtype, ())[()]
 
@@ -90,13 +95,13 @@ _KNOWN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no array needs")
         return _KNOWN[module, name]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Plain:
     """`value` with each `_Array` replaced by its array."""
     if isinstance(value, _Array):
         if value.value is None:

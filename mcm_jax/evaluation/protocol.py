@@ -9,7 +9,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -88,10 +87,11 @@ def unavailable_reason(metric: str, reference: Reference, *, labelled: bool = Tr
     """Why a reference, or samples without labels, can't give a metric; None if they can."""
     if metric == "sfid" and "spatial" not in reference.moments:
         return "the reference has no moments of spatial features"
-    if metric in OF_SINGLE_IMAGES and reference.features is None:
-        return "the reference has no features of single images"
-    if metric == "precision_recall" and len(reference.features) <= NEIGHBOURS:
-        return f"the reference has no more than {NEIGHBOURS} images"
+    if metric in OF_SINGLE_IMAGES:
+        if reference.features is None:
+            return "the reference has no features of single images"
+        if metric == "precision_recall" and len(reference.features) <= NEIGHBOURS:
+            return f"the reference has no more than {NEIGHBOURS} images"
     if metric == "class_fid" and reference.labels is None:
         return "the reference's images have no labels"
     if metric == "class_fid" and not labelled:
@@ -154,7 +154,7 @@ class Tally:
             self._rows.append(pool)
             self._labels.append(labels)
         if "nearest" in self._metrics:
-            distances = nearest_neighbour_distances(pool, self._reference.features)
+            distances = nearest_neighbour_distances(pool, self._reference.require_features())
             self._nearest_sum += float(distances.sum())
 
     def arrays(self) -> Arrays:
@@ -204,7 +204,8 @@ class Tally:
             held = np.concatenate(self._rows), np.concatenate(self._labels)
             result |= _single_image_metrics(*held, self._reference, self._metrics)
             if "class_fid" in self._metrics:
-                for note in class_notes(*held, self._reference.features, self._reference.labels):
+                reference = self._reference
+                for note in class_notes(*held, reference.require_features(), reference.require_labels()):
                     distributed.say(f"note: {note}")
         if "nearest" in self._metrics:
             result[NEAREST] = self._nearest_sum / num
@@ -212,9 +213,17 @@ class Tally:
         return Scores(result, num, rank_deficient, self._seconds)
 
 
-def evaluate_samples(blocks: Blocks, extractor: Extractor, reference: Reference, **how: Any) -> Scores:
-    """Scores a stream of uint8 images, holding one block at a time. `how`: see `Tally`."""
-    tally = Tally(extractor, reference, **how)
+def evaluate_samples(
+    blocks: Blocks,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    num: int,
+    metrics: Sequence[str] = ("frechet", "nearest"),
+    also_first: int = 0,
+) -> Scores:
+    """Scores a stream of uint8 images, holding one block at a time; see `Tally`."""
+    tally = Tally(extractor, reference, num=num, metrics=metrics, also_first=also_first)
     for images, labels in blocks:
         tally.update(images, labels)
     return tally.scores()
@@ -225,12 +234,13 @@ def _single_image_metrics(
 ) -> dict[str, float]:
     result, num = {}, len(rows)
     if "kid" in metrics:
-        result[with_count("kid", num)] = kernel_distance(rows, reference.features)
+        result[with_count("kid", num)] = kernel_distance(rows, reference.require_features())
     if "precision_recall" in metrics:
-        precision, recall = precision_recall(rows, reference.features)
+        precision, recall = precision_recall(rows, reference.require_features())
         result |= {with_count("precision", num): precision, with_count("recall", num): recall}
     if "class_fid" in metrics:
-        distance = class_distance(rows, labels, reference.features, reference.labels)
+        others = reference.require_features(), reference.require_labels()
+        distance = class_distance(rows, labels, *others)
         if not math.isnan(distance):
             result[with_count("class_fid", num)] = distance
     return result
@@ -245,7 +255,7 @@ def floors_and_ceilings(
     test: Reference | None,
     untrained_images: Callable[[], Blocks] | None = None,
     untrained_num: int = 0,
-    untrained_identity: Mapping[str, Any] | None = None,
+    untrained_identity: Mapping[str, object] | None = None,
 ) -> dict[str, float]:
     """What other images score against the same reference; each number is cached.
 
@@ -265,9 +275,9 @@ def floors_and_ceilings(
             lambda: {f"{MEAN_IMAGE}_{name}": _mean_image_distance(extractor, reference, reference_images())},
         )
     )
-    if test is not None and test.count >= 2:
+    if test is not None and (count := test.count or 0) >= 2:
         identity = {"bound": "test images", "reference": reference.sha256, "test": test.sha256}
-        bounds |= cache.numbers(identity, lambda: _test_bounds(name, reference, test))
+        bounds |= cache.numbers(identity, lambda: _test_bounds(name, reference, test, count))
     if untrained_images is not None and untrained_num >= 2:
         identity = {"bound": "untrained network", "reference": reference.sha256, "num": untrained_num}
         bounds |= cache.numbers(
@@ -291,9 +301,9 @@ def _mean_image_distance(extractor: Extractor, reference: Reference, blocks: Blo
     return frechet_distance(features, np.zeros((len(features), len(features))), *reference.moments["pool"])
 
 
-def _test_bounds(name: str, reference: Reference, test: Reference) -> dict[str, float]:
+def _test_bounds(name: str, reference: Reference, test: Reference, count: int) -> dict[str, float]:
     distance = frechet_distance(*test.moments["pool"], *reference.moments["pool"])
-    bounds = {f"{TEST_IMAGES}_{with_count(name, test.count)}": distance}
+    bounds = {f"{TEST_IMAGES}_{with_count(name, count)}": distance}
     if test.features is not None and reference.features is not None:
         nearest = nearest_neighbour_distances(test.features, reference.features)
         bounds[f"{TEST_IMAGES}_{NEAREST}"] = float(nearest.mean())

@@ -12,6 +12,7 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ _STORAGES = {
 class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    count: int
+    length: int
 
 
 class _Tensor(NamedTuple):
@@ -88,13 +89,13 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     storages = {}
     for key in keys:
         count = int.from_bytes(file.read(8), "little", signed=True)
-        if count != wanted[key].count:
+        if count != wanted[key].length:
             raise ValueError("cut off")
         storages[key] = _numbers(file.read(count * wanted[key].dtype.itemsize), wanted[key])
     return _arrays(tensors, storages)
 
 
-def _tensors(state: Any) -> dict[str, _Tensor]:
+def _tensors(state: Mapping[str, object]) -> dict[str, _Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, _Tensor)}
 
 
@@ -103,7 +104,7 @@ def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
 
 
 def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
-    if len(data) != storage.count * storage.dtype.itemsize:
+    if len(data) != storage.length * storage.dtype.itemsize:
         raise ValueError("cut off")
     return np.frombuffer(data, storage.dtype)
 
@@ -115,7 +116,7 @@ def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dic
 class _Unpickler(pickle.Unpickler):
     """Knows OrderedDict, torch's tensor rebuilding and its storage classes; refuses every other name."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -124,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
             return np.dtype(_STORAGES[name])
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state dict needs")
 
-    def persistent_load(self, reference: Any) -> _Storage:
+    def persistent_load(self, reference: tuple[Any, ...]) -> _Storage:
         # A sixth part described a view; archives do not have it.
         kind, dtype, key, _, count, *view = reference
         if kind != "storage" or view not in ([], [None]):
@@ -132,7 +133,9 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype, count)
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
+def _rebuild_tensor(
+    storage: _Storage, offset: int, shape: Iterable[int], strides: Iterable[int], *_: object
+) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 

@@ -14,7 +14,6 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -61,8 +60,8 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
             f"--reference={path} can't be used with these features ({' '.join(str(error).split())}); name a "
             "file that was made with Inception"
         ) from error
-    if moments:
-        features = extractor(images)["pool"] if with_images else None
+    if moments or images is None:
+        features = None if images is None else extractor(images)["pool"]
         reference = Reference(sha256=sha256, description={}, count=None, moments=moments, features=features)
     else:
         reference = cache.reference(
@@ -76,7 +75,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
     return dataclasses.replace(reference, sha256=sha256, description=description, labels=labels)
 
 
-def load_arrays(path: Path) -> dict[str, Any]:
+def load_arrays(path: Path) -> dict[str, pickles.Plain]:
     """The arrays of a reference file by name.
 
     Raises:
@@ -85,7 +84,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     return _load(path)[1]
 
 
-def _load(path: Path) -> tuple[bytes, dict[str, Any]]:
+def _load(path: Path) -> tuple[bytes, dict[str, pickles.Plain]]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -106,7 +105,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _all_moments(
-    arrays: Mapping[str, Any], mean: str, cov: str, extractor: Extractor
+    arrays: Mapping[str, pickles.Plain], mean: str, cov: str, extractor: Extractor
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     sources = {"pool": (mean, cov)}
     if {"mu_s", "sigma_s"} <= set(arrays):
@@ -122,7 +121,7 @@ def _all_moments(
 
 
 def _labelled_images(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, pickles.Plain],
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, " N"] | None]:
     """arr_0, and arr_1 if it is there."""
     images, labels = np.asarray(arrays["arr_0"]), arrays.get("arr_1")

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
@@ -15,6 +14,7 @@ from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_kept
+from mcm_jax.records import JsonObject
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
@@ -27,7 +27,7 @@ MAX_KEPT_FEATURES = 50_000
 
 
 # Images and their labels, in blocks.
-Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, "_"]]]
+Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, " _"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Reference:
     """
 
     sha256: str
-    description: dict[str, Any]
+    description: JsonObject
     count: int | None
     moments: dict[str, tuple[Float64[np.ndarray, " D"], Float64[np.ndarray, "D D"]]]
     features: Float32[np.ndarray, "N D"] | None = None
@@ -55,6 +55,18 @@ class Reference:
         """Whether it is known that there are too few images for a covariance of full rank."""
         mean, _ = self.moments["pool"]
         return self.count is not None and self.count <= len(mean)
+
+    def require_features(self) -> Float32[np.ndarray, "N D"]:
+        """The features, for metrics that need them; ValueError where there are none."""
+        if self.features is None:
+            raise ValueError("the reference has no features of single images")
+        return self.features
+
+    def require_labels(self) -> Int[np.ndarray, " N"]:
+        """The labels, likewise."""
+        if self.labels is None:
+            raise ValueError("the reference's images have no labels")
+        return self.labels
 
 
 class Cache:
@@ -74,7 +86,7 @@ class Cache:
         extractor: Extractor,
         *,
         split: str,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         images: Callable[[], Blocks],
     ) -> Reference:
         """The statistics of `images()`, which is called only if they are not cached yet.
@@ -90,18 +102,18 @@ class Cache:
             return kept
         unfinished = Unfinished(self.directory / f"unfinished_{key}.npz")
         reference = _compute_reference(extractor, images(), unfinished, split=split, key=key)
-        arrays: dict[str, Any] = {"count": np.int64(reference.count)}
+        arrays = {"count": np.array(reference.count, np.int64)}
         for name, (mean, cov) in reference.moments.items():
             arrays |= {f"mean_{name}": mean, f"cov_{name}": cov}
         if reference.features is not None:
-            arrays |= {"features": reference.features, "labels": reference.labels}
+            arrays |= {"features": reference.features, "labels": reference.require_labels()}
         if distributed.is_first():
             write_whole(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         unfinished.finish()
         return reference
 
     def numbers(
-        self, identity: Mapping[str, Any], compute: Callable[[], dict[str, float]]
+        self, identity: Mapping[str, object], compute: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
         """`compute()`, or its cached result for the same identity."""
         path = self.directory / f"numbers_{content_hash({'version': VERSION, **identity})}.json"
@@ -115,7 +127,7 @@ class Cache:
         return numbers
 
 
-def content_hash(fields: Mapping[str, Any]) -> str:
+def content_hash(fields: Mapping[str, object]) -> str:
     """sha256 of the fields as canonical JSON."""
     text = json.dumps(dict(fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -149,7 +161,7 @@ def _moment_names(extractor: Extractor) -> list[str]:
     return [name for name in extractor.network.dimensions if name != "logits"]
 
 
-def _description(split: str, count: int, key: str) -> dict[str, Any]:
+def _description(split: str, count: int, key: str) -> JsonObject:
     return {"split": split, "count": count, "sha256": key}
 
 

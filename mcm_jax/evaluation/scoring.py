@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
 from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
-from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest
+from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest, workdir_of
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.records import (
     MEAN_IMAGE,
@@ -26,17 +25,22 @@ from mcm_jax.records import (
     UNTRAINED_NETWORK,
     ImagesResult,
     Result,
+    SamplingOptions,
     count_of,
 )
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_writable
+from mcm_jax.training.checkpoints import Parameters
+
+if TYPE_CHECKING:
+    from mcm_jax.runs.run import Run  # Slow to import.
 
 SAMPLERS, NOISE_GRIDS, X_VARS, ROUNDINGS = (
     typing.get_args(choices) for choices in (Sampler, Grid, XVar, Rounding)
 )
 
-PARAMETERS = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
+PARAMETERS: dict[str, tuple[Parameters, ...]] = {"ema": ("ema",), "raw": ("raw",), "both": ("ema", "raw")}
 
 DEFAULT_METRICS = {
     "efficientnet": ("frechet", "nearest"),
@@ -77,17 +81,23 @@ class Options:
     allow_singular: bool = False
 
     @property
-    def sampling_options(self) -> list[dict[str, Any]]:
+    def sampling_options(self) -> list[SamplingOptions]:
         """Every combination of the sampler's settings, as keywords of `runs.run.Run.sample`."""
-        fixed = {name: getattr(self, name) for name in ("sampler", "noise_grid", "x_var", "rounding")}
         return [
-            {"steps": steps, **fixed, "guidance": guidance}
+            {
+                "steps": steps,
+                "sampler": self.sampler,
+                "noise_grid": self.noise_grid,
+                "x_var": self.x_var,
+                "rounding": self.rounding,
+                "guidance": guidance,
+            }
             for steps in self.steps or (None,)
             for guidance in self.guidance or (None,)
         ]
 
 
-def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
+def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
     """Scores every combination that `options` stand for.
 
     Args:
@@ -124,8 +134,10 @@ def evaluate(options: Options, load_run: Callable[..., Any]) -> list[Result]:
                 result = evaluator.score(run, measurement, request, again=options.again)
             else:
                 distributed.say(f"{run.workdir}: measured before; add --again to measure it again")
+            if result is None:
+                continue  # The first process has one, which this one does not see yet.
             if distributed.is_first():
-                print(table(result, Path(run.workdir)), flush=True)
+                print(table(result, workdir_of(run)), flush=True)
             results.append(result)
     return results
 
@@ -136,6 +148,9 @@ def evaluate_images(options: Options) -> ImagesResult:
     Raises:
       InputError: anything that the user must correct, before anything is computed.
     """
+    path = options.images
+    if path is None:
+        raise ValueError("there are no images to evaluate")
     with distributed.fail_together():
         _check(options)
         if options.reference is None:
@@ -143,7 +158,7 @@ def evaluate_images(options: Options) -> ImagesResult:
                 f"--images={options.images} needs a reference: add --reference=FILE with statistics, or DIR "
                 "with a prepared data set"
             )
-        images = image_files.open_images(options.images)
+        images = image_files.open_images(path)
         if images.note:
             distributed.say(f"{options.images}: {images.note}")
         network = _network(options, num=images.num)
@@ -186,21 +201,21 @@ def _compatible(
 
 
 def _loaders(
-    options: Options, load_run: Callable[..., Any], reference: ReferenceImages
-) -> list[tuple[str, Callable[[], Any]]]:
+    options: Options, load_run: "Callable[..., Run]", reference: ReferenceImages
+) -> "Sequence[tuple[str, Callable[[], Run]]]":
     """(kind of parameters, function that loads the run with them) for each combination.
 
     Each is tried once beforehand, so that a bad one is found before the first is sampled. Only one run is
     held at a time, as a device may have no room for more.
     """
-    combinations = itertools.product(
-        options.workdirs, PARAMETERS[options.parameters], options.checkpoint_step or (None,)
-    )
     load = functools.partial(load_run, data_dir=options.data_dir)
     loaders = [
         (kind, functools.partial(load, workdir, parameters=kind, checkpoint_step=step))
-        for workdir, kind, step in combinations
+        for workdir in options.workdirs
+        for kind in PARAMETERS[options.parameters]
+        for step in options.checkpoint_step or (None,)
     ]
+    run = None
     for _, load in loaders:
         run = None  # Frees its memory before the next one is loaded.
         run = load()
@@ -213,7 +228,10 @@ def _loaders(
                 reference.require_class_names(run.dataset.class_names, what=what)
         for how in options.sampling_options:
             run.sampling(**how)
-    return [(loaders[0][0], lambda: run)] if len(loaders) == 1 else loaders
+    if run is not None and len(loaders) == 1:
+        loaded = run
+        return [(loaders[0][0], lambda: loaded)]
+    return loaders
 
 
 def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:

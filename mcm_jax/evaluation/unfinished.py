@@ -5,7 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mcm_jax.system.files import write_whole
 EVERY_SECONDS = 60.0
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 class Unfinished:
@@ -83,7 +84,7 @@ def _digest(arrays: Arrays) -> int:
     return digest
 
 
-def read_kept(path: Path, load: Callable[[], Any]) -> Any | None:
+def read_kept(path: Path, load: Callable[[], T]) -> T | None:
     """What `load` reads from `path`; None if there is no such file, or if it is damaged for any process.
 
     Raises:

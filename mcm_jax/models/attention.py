@@ -1,6 +1,7 @@
 """softmax(q k^T) v over all positions of feature maps: written out, or by a TPU's fused kernel."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -68,4 +69,5 @@ def fused(
         residual_checkpoint_name=NAME,
         interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v)
+    # Only with residuals it is a tuple.
+    return cast(Array, jax.vmap(kernel)(q, k, v))

@@ -113,7 +113,7 @@ class ResNetBlock(nnx.Module):
 
 @jax.custom_vjp
 def layer_norm(
-    x: Float[Array, "*B C"], scale: Float[Array, "C"], bias: Float[Array, "C"]
+    x: Float[Array, "*B C"], scale: Float[Array, " C"], bias: Float[Array, " C"]
 ) -> Float[Array, "*B C"]:
     """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; returns x's dtype.
 
@@ -178,6 +178,7 @@ class SelfAttention(nnx.Module):
             for part, norm in ((q, self.norm_q), (k, self.norm_k))
         )
         h = self.attend(q * self.head_width**-0.5, k, v)
+        assert self.out.bias is not None
         kernel = rearrange(self.out.kernel[...], "(h d) c -> h d c", d=self.head_width).astype(h.dtype)
         return jnp.einsum("bhld,hdc->blc", h, kernel) + self.out.bias[...].astype(h.dtype)
 

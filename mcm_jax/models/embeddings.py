@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 NoiseScale = Literal["arctan", "logsnr"]
 
 
-def sinusoidal(position: Float[Array, "B"], *, width: int) -> Float[Array, "B width"]:
+def sinusoidal(position: Float[Array, " B"], *, width: int) -> Float[Array, "B width"]:
     """sin and cos of position / 10000^(k / (width/2)): the embedding of Vaswani et al. 2017.
 
     Examples:
@@ -24,7 +24,7 @@ def sinusoidal(position: Float[Array, "B"], *, width: int) -> Float[Array, "B wi
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def noise_position(logsnr: Float[Array, "B"], *, scale: NoiseScale) -> Float[Array, "B"]:
+def noise_position(logsnr: Float[Array, " B"], *, scale: NoiseScale) -> Float[Array, " B"]:
     """The position in [0, 1000] at which `sinusoidal` embeds a log-SNR.
 
     Not in the paper. "arctan" (our default) is 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for
@@ -46,11 +46,11 @@ class Conditioning(nnx.Module):
     def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
         """num_classes is the number of classes in the data; one more row stands for 'any class'."""
         self.width = width
-        self.scale = scale
+        self.scale: NoiseScale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)
         self.dense_2 = nnx.Linear(width, width, rngs=rngs)
         self.classes = nnx.Embed(num_classes + 1, width, rngs=rngs)
 
-    def __call__(self, logsnr: Float[Array, "B"], label: Int[Array, "B"]) -> Float[Array, "B E"]:
+    def __call__(self, logsnr: Float[Array, " B"], label: Int[Array, " B"]) -> Float[Array, "B E"]:
         h = sinusoidal(noise_position(logsnr, scale=self.scale), width=self.width)
         return self.dense_2(jax.nn.swish(self.dense_1(h))) + self.classes(label)

@@ -65,8 +65,8 @@ class MLP(nnx.Module):
     def __call__(
         self,
         z_t: Float[Array, "B d"],
-        logsnr_t: Float[Array, "B"],
-        label: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B d"]:
         emb = jax.nn.swish(self.conditioning(logsnr_t, label))

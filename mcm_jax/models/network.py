@@ -6,11 +6,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from mcm_jax.models.placement import Placement
 
-Params = dict[str, Any]
+# By module and parameter, nested.
+Params = dict[str, PyTree]
 
 
 @runtime_checkable
@@ -21,6 +22,7 @@ class NetworkSettings(Protocol):
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> nnx.Module:
         """The module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Network:
         self,
         params: Params,
         z_t: Float[Array, "B ..."],
-        logsnr_t: Float[Array, "B"],
-        label: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
         """v_hat(z_t, lambda_t, label). `key` is the randomness of dropout; None disables it."""
@@ -86,16 +88,15 @@ class Network:
             self.shape, num_classes=self.num_classes, placement=self.placement, rngs=rngs
         )
 
+    @functools.cached_property
+    def _abstract(self) -> tuple[Any, Any]:
+        """The module's structure and its parameters' shapes: built once, needed by every trace of `apply`."""
+        return nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))
+
     def _module(self, params: Params) -> nnx.Module:
         """The module with these parameters, without an initialisation."""
-        graphdef, state = _abstract(self)
+        graphdef, state = self._abstract
         # A variable can only be set within the trace that made it, so each trace has its own.
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         nnx.update(model, params)
         return model
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract(network: Network) -> tuple[Any, nnx.State]:
-    """The module's structure and its parameters' shapes, built once: every trace of `apply` needs them."""
-    return nnx.split(nnx.eval_shape(lambda: network._build(nnx.Rngs(0))))

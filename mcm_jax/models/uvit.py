@@ -124,7 +124,8 @@ class ResNetStage(nnx.Module):
     """A sequence of ResNet blocks."""
 
     def __init__(self, stage: Stage, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs):
-        self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
+        self.remat: Remat = settings.remat
+        self.saved, self.constrain = settings.saved, placement.constrain
         self.modulations = Modulations(stage.blocks, stage.width, settings, placement=placement, rngs=rngs)
         self.blocks = nnx.List(
             ResNetBlock(
@@ -154,7 +155,8 @@ class TransformerStage(nnx.Module):
     ):
         """Args: side, the height and width of the feature map in pixels."""
         self.num_blocks, self.unroll = stage.blocks, settings.unroll
-        self.remat, self.saved, self.constrain = settings.remat, settings.saved, placement.constrain
+        self.remat: Remat = settings.remat
+        self.saved, self.constrain = settings.saved, placement.constrain
         hidden = settings.mlp_factor * stage.width
         self.modulations = Modulations(stage.blocks, hidden, settings, placement=placement, rngs=rngs)
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
@@ -249,8 +251,8 @@ class UViT(nnx.Module):
     def __call__(
         self,
         z_t: Float[Array, "B H W C"],
-        logsnr_t: Float[Array, "B"],
-        label: Int[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
         """Args: label in [0, num_classes], where num_classes means 'any class'; key, None for no dropout."""
@@ -279,6 +281,7 @@ def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, 
     kernel = projection.kernel[...].astype(x.dtype) / 4
     taps = jnp.broadcast_to(kernel, (2, 2, *kernel.shape))
     y = jax.lax.conv_general_dilated(x, taps, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert projection.bias is not None
     return y + projection.bias[...].astype(x.dtype)
 
 

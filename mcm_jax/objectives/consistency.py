@@ -61,10 +61,10 @@ class Consistency:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
         times = self._draw_times(key_times, len(x), train_step)
@@ -93,15 +93,18 @@ class Consistency:
 
     def _draw_times(self, key: jax.Array, batch_size: int, train_step: Int[Array, ""]) -> segments.Times:
         """Steps of a teacher of N_teacher(train_step) steps, inside the student's segments."""
+        student_steps = self.student_steps
+        if student_steps is None:
+            raise ValueError("student_steps is not set")
         teacher_steps = segments.annealed_teacher_steps(
             train_step,
             first=self.teacher_steps_first,
             last=self.teacher_steps_last,
             anneal_steps=self.anneal_steps,
         )
-        n_per = segments.steps_per_segment(teacher_steps, student_steps=self.student_steps)
+        n_per = segments.steps_per_segment(teacher_steps, student_steps=student_steps)
         return segments.draw_times(
-            key, batch_size=batch_size, student_steps=self.student_steps, steps_per_segment=n_per
+            key, batch_size=batch_size, student_steps=student_steps, steps_per_segment=n_per
         )
 
     def _teacher_x(
@@ -109,10 +112,10 @@ class Consistency:
         networks: Networks,
         x: Float[Array, "B ..."],
         z_t: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         *,
-        logsnr_t: Float[Array, "B"],
-        logsnr_s: Float[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
         """`teacher_x` of the teacher's prediction (CD), or of the data (CT)."""
         x_teacher, x_cond = x, x
@@ -138,9 +141,9 @@ class Consistency:
 def teacher_prediction(
     teacher_fn: ModelFn,
     z_t: Float[Array, "B ..."],
-    cond: Int[Array, "B"],
+    cond: Int[Array, " B"],
     *,
-    logsnr_t: Float[Array, "B"],
+    logsnr_t: Float[Array, " B"],
     teacher_guidance: float,
     null_class: int,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
@@ -162,9 +165,9 @@ def teacher_x(
     x_teacher: Float[Array, "B ..."],
     z_t: Float[Array, "B ..."],
     *,
-    x_var: Float[Array, "B"],
-    logsnr_t: Float[Array, "B"],
-    logsnr_s: Float[Array, "B"],
+    x_var: Float[Array, " B"],
+    logsnr_t: Float[Array, " B"],
+    logsnr_s: Float[Array, " B"],
     teacher_step: TeacherStep,
 ) -> Float[Array, "B ..."]:
     """The x that carries the teacher's step from t to s.
@@ -182,10 +185,10 @@ def consistency_target(
     x_step: Float[Array, "B ..."],
     x_ref: Float[Array, "B ..."],
     *,
-    logsnr_t: Float[Array, "B"],
-    logsnr_s: Float[Array, "B"],
-    logsnr_step: Float[Array, "B"],
-    is_last: Bool[Array, "B"],
+    logsnr_t: Float[Array, " B"],
+    logsnr_s: Float[Array, " B"],
+    logsnr_step: Float[Array, " B"],
+    is_last: Bool[Array, " B"],
 ) -> Float[Array, "B ..."]:
     """x_target = (1 - w) x_step + w x_ref, w = (rho_u - rho_s) / (rho_u - rho_t), u = t_step.
 

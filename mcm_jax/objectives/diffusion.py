@@ -34,10 +34,10 @@ class Diffusion:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
         del train_step
         key_t, key_eps, key_dropout, key_label = jax.random.split(key, 4)
@@ -55,7 +55,7 @@ class Diffusion:
 
 def multiscale_mean_square(
     error: Float[Array, "B H W C"], *, levels: Sequence[int], level_weights: LevelWeights = "reciprocal"
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """sum over r of w_r L_r, L_r = mean square of the error averaged over blocks down to side r, per example.
 
     The multiscale loss of simple diffusion (arXiv:2301.11093). Not in the paper: whether the weights 1/r sum

@@ -14,7 +14,7 @@ LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one"]
 
 def distance(
     x_diff: Float[Array, "B ..."], *, kind: Distance, huber_epsilon: float, reduction: Reduction = "mean"
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """`pseudo_huber` or ||x_diff||^2 / d ("squared"; not divided by d under "sum"), one value an example."""
     square = process.mean_square(x_diff)
     if reduction == "sum":
@@ -22,7 +22,7 @@ def distance(
     return square if kind == "squared" else pseudo_huber(square, epsilon=huber_epsilon)
 
 
-def pseudo_huber(square: Float[Array, "B"], *, epsilon: float) -> Float[Array, "B"]:
+def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, " B"]:
     """sqrt(m + epsilon^2) - epsilon of m = ||x_diff||^2 / d, per example.
 
     Small epsilon: the unsquared distance; large: the squared one, scaled. Not in the paper: sum or
@@ -32,7 +32,7 @@ def pseudo_huber(square: Float[Array, "B"], *, epsilon: float) -> Float[Array, "
     return square / (jnp.sqrt(square + epsilon**2) + epsilon)
 
 
-def weight(logsnr_t: Float[Array, "B"], *, kind: LossWeight) -> Float[Array, "B"]:
+def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
     """w_t = SNR(t) + 1 ("snr_plus_one", the paper's "for instance"), its square root, or max(SNR(t), 1).
 
     Times the squared distance in x, SNR + 1 is the squared distance in v; for the unsquared distance of

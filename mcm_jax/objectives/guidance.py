@@ -25,16 +25,18 @@ class Guidance:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
         del train_step
         key_t, key_eps, key_dropout = jax.random.split(key, 3)
         logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-        teacher = guided(networks.teacher, guidance=self.teacher_guidance, null_class=networks.null_class)
+        teacher = guided(
+            networks.require_teacher(), guidance=self.teacher_guidance, null_class=networks.null_class
+        )
         v_target = teacher(z_t, logsnr_t, cond, None)
         return process.mean_square(v_target - networks.student(z_t, logsnr_t, cond, key_dropout))

@@ -28,6 +28,12 @@ class Networks:
     schedule: Schedule
     null_class: int
 
+    def require_teacher(self) -> ModelFn:
+        """The teacher, for an objective that always distils; ValueError where there is none."""
+        if self.teacher is None:
+            raise ValueError("this objective distils a teacher, and there is none")
+        return self.teacher
+
 
 class Objective(Protocol):
     """A frozen dataclass whose fields are its settings and whose call is the loss."""
@@ -36,10 +42,10 @@ class Objective(Protocol):
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example.
 
         Args:
@@ -48,3 +54,4 @@ class Objective(Protocol):
           key: the randomness of times, noise and dropout.
           train_step: the number of updates done so far.
         """
+        ...

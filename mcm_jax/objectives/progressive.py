@@ -34,10 +34,10 @@ class Progressive:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`. It does not depend on train_step."""
         del train_step
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
@@ -60,13 +60,14 @@ class Progressive:
         networks: Networks,
         x: Float[Array, "B ..."],
         z: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         *,
-        logsnr_t: Float[Array, "B"],
-        logsnr_s: Float[Array, "B"],
+        logsnr_t: Float[Array, " B"],
+        logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
         """The x that carries one of the teacher's two steps."""
-        x_teacher = process.x_from_v(networks.teacher(z, logsnr_t, cond, None), z, logsnr_t=logsnr_t)
+        teacher_fn = networks.require_teacher()
+        x_teacher = process.x_from_v(teacher_fn(z, logsnr_t, cond, None), z, logsnr_t=logsnr_t)
         return teacher_x(
             x_teacher,
             z,

@@ -45,9 +45,9 @@ class Tract:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, "B"],
+        cond: Int[Array, " B"],
         key: jax.Array,
         train_step: Int[Array, ""],
-    ) -> Float[Array, "B"]:
+    ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         return self.as_consistency(networks, x, cond, key, train_step)

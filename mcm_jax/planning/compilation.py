@@ -7,11 +7,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from mcm_jax.planning import cost, hlo
 from mcm_jax.planning.chips import Chip
@@ -50,7 +50,10 @@ class Plan:
             if o.kind == "collective":
                 parts = (o.count, o.num_bytes, o.seconds, o.exposed_seconds)
                 totals[o.opcode] = [a + b for a, b in zip(totals[o.opcode], parts, strict=True)]
-        return {name: (int(count), *rest) for name, (count, *rest) in sorted(totals.items())}
+        return {
+            name: (int(count), num_bytes, seconds, exposed)
+            for name, (count, num_bytes, seconds, exposed) in sorted(totals.items())
+        }
 
     def costliest(self, number: int) -> Sequence[Operation]:
         """The operations that take most of the step."""
@@ -71,7 +74,12 @@ class TooLarge:
 
 
 def plan(
-    function: Any, arguments: Sequence[Any], topology: Topology, *, mesh: Mesh, package: Path
+    function: jax.stages.Wrapped,
+    arguments: Sequence[PyTree],
+    topology: Topology,
+    *,
+    mesh: Mesh,
+    package: Path,
 ) -> Plan | TooLarge:
     """Compiles a jitted function for arguments given by shape.
 
@@ -92,6 +100,8 @@ def plan(
         return refused
     memory = compiled.memory_analysis()
     text = compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError("the compiler does not say what the program needs")
     operations, doubts = cost.operations(
         hlo.parse(text),
         topology.chip,
@@ -123,12 +133,12 @@ def seconds_unfused(
     """
     mesh = Mesh(topology.devices[:1], "chip")
 
-    def alone(function: Any, sizes: tuple[int, ...], number: int) -> float:
+    def alone(function: Callable[..., PyTree], sizes: tuple[int, ...], number: int) -> float:
         array = jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
         found = plan(jax.jit(function), (array,) * number, topology, mesh=mesh, package=Path(__file__).parent)
         return math.nan if isinstance(found, TooLarge) else found.seconds()
 
-    def with_gradient(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> Any:
+    def with_gradient(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> PyTree:
         values, back = jax.vjp(attend, q, k, v)
         return values, back(gradient)
 

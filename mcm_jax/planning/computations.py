@@ -5,31 +5,32 @@ Each with its arguments by shape, so that it can be compiled for devices that ar
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mcm_jax.config.settings import Config
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
 from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding
+from mcm_jax.system.sharding import Device
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A jitted function and its arguments by shape."""
 
-    function: Any
-    arguments: tuple[Any, ...]
+    function: jax.stages.Wrapped
+    arguments: tuple[PyTree, ...]
     mesh: Mesh
     num_params: int
     images: int  # of one execution, over all devices
 
 
-def train(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
     """One update.
 
     Raises:
@@ -49,7 +50,7 @@ def train(config: Config, devices: Sequence[jax.Device], *, num_classes: int) ->
     return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 
 
-def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
     """A batch of samples on every device, which has all parameters, as `runs.run.Run.sample` draws it."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
@@ -66,7 +67,7 @@ def sample(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -
     return Program(function, arguments, mesh, _count(params), images)
 
 
-def features(config: Config, devices: Sequence[jax.Device], *, num_classes: int) -> Program:
+def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
     """What FID's network makes of images of the config's size, as `evaluate` has it."""
     del num_classes  # Of the images, which the network does not ask.
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
@@ -82,9 +83,9 @@ def features(config: Config, devices: Sequence[jax.Device], *, num_classes: int)
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample, "features": features}
 
 
-def _placed(tree: Any, over: jax.sharding.Sharding) -> Any:
+def _placed(tree: PyTree, over: jax.sharding.Sharding) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), tree)
 
 
-def _count(params: Any) -> int:
+def _count(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -271,7 +271,7 @@ def convolution_flops(one: Instruction, image: Sequence[int], kernel: Sequence[i
     A tap that falls into padding or between dilated values costs nothing: the compiler writes batched
     products, those of attention, as convolutions in which nearly all taps do.
     """
-    image_labels, kernel_labels, result_labels = re.split(r"_|->", one.attribute("dim_labels"))
+    image_labels, kernel_labels, result_labels = re.split(r"_|->", one.attribute("dim_labels") or "")
     (result,) = array_dims(one.shape)
     found = re.search(r"window=\{([^}]*)\}", one.attributes)
     window = dict(part.split("=") for part in found.group(1).split()) if found else {}
@@ -309,7 +309,7 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
     bound = next((value for value in bounds if value is not None), None)
     if bound is None or not counters:
         raise Unreadable(f"the loop {loop.name} has no constant bound")
-    index = int(counters[0].attribute("index"))
+    index = int(counters[0].attribute("index") or 0)
     initial = by_name.get(loop.operands[0])
     start = None
     if initial is not None and initial.opcode == "tuple":
@@ -442,9 +442,10 @@ def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[f
     """(FLOPs, bytes) that a custom kernel carries, or that we know of it; zero where neither."""
     estimate = one.config.get("custom_call_config", {}).get("cost_estimate", {})
     flops, sizes = float(estimate.get("flops", 0)), _attention_sizes(one, by_name)
-    if not flops and sizes:
+    kernel = attention_kernel(one.name)
+    if not flops and sizes and kernel is not None:
         query, key = sizes
-        flops = 2.0 * _ATTENTION_PRODUCTS[attention_kernel(one.name)] * math.prod(query) * key[2]
+        flops = 2.0 * _ATTENTION_PRODUCTS[kernel] * math.prod(query) * key[2]
     return flops, float(estimate.get("bytes_accessed", 0))
 
 

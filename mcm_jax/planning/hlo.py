@@ -9,7 +9,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+
+from mcm_jax.records import JsonObject
 
 _DTYPE_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
@@ -32,7 +33,7 @@ class Instruction:
     operands: tuple[str, ...]
     literal: str  # between the parentheses, for a constant its value
     attributes: str  # everything behind the operands, the backend's config left out
-    config: dict[str, Any]  # the backend's
+    config: JsonObject  # the backend's
     is_root: bool
 
     @property
@@ -69,7 +70,7 @@ class Module:
         """'file:line' of the innermost call below `package`, else of the innermost; '' if unknown."""
         file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
         frames = self.frames.get(int(instruction.attribute("stack_frame_id") or 0), ())
-        if file is not None:
+        if file is not None and line is not None:
             frames = ((file, int(line)),)
         inside = [frame for frame in frames if Path(frame[0]).is_relative_to(package)]
         if inside:
@@ -130,7 +131,7 @@ def _instruction(line: str, start: re.Match[str]) -> Instruction:
     opcode, _, rest = rest.partition("(")
     end = _closing(rest)
     operands, attributes = rest[:end], rest[end + 1 :]
-    config: dict[str, Any] = {}
+    config: JsonObject = {}
     before, found, after = attributes.partition("backend_config=")
     if found and after.startswith("{"):
         config, length = json.JSONDecoder().raw_decode(after)

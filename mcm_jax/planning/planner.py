@@ -5,11 +5,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ml_collections
 
+from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
+
+if TYPE_CHECKING:  # Slow to import.
+    from mcm_jax.config.settings import Config
+    from mcm_jax.planning.compilation import Plan, TooLarge
+    from mcm_jax.planning.computations import Program
+    from mcm_jax.planning.topologies import Topology
 
 # Classes of the data sets that a plan may be made for before they are prepared.
 NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
@@ -32,7 +39,7 @@ def plan(
     *,
     program: str = "train",
     num_classes: int | None = None,
-) -> tuple[dict[str, Any], str, str]:
+) -> tuple[JsonObject, str, str]:
     """Compiles a program of the config for a TPU slice; if it does not fit, also says what would.
 
     Args:
@@ -98,7 +105,9 @@ def plan(
     return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
 
 
-def _compile(program: str, config: Any, topology: Any, num_classes: int) -> tuple[Any, Any]:
+def _compile(
+    program: str, config: "Config", topology: "Topology", num_classes: int
+) -> "tuple[Program, Plan | TooLarge]":
     """(Program, Plan or TooLarge) of the very one that `train` or `evaluate` runs."""
     from mcm_jax.planning import compilation, computations
 
@@ -109,7 +118,7 @@ def _compile(program: str, config: Any, topology: Any, num_classes: int) -> tupl
     )
 
 
-def _smaller(program: str, config: Any, num_chips: int) -> Iterator[tuple[str, Any]]:
+def _smaller(program: str, config: "Config", num_chips: int) -> "Iterator[tuple[str, Config]]":
     """What to try when a program does not fit, in order of what it costs: each on top of the one before."""
     changes = []
     if program == "features":
@@ -134,9 +143,11 @@ def _smaller(program: str, config: Any, num_chips: int) -> Iterator[tuple[str, A
     yield from _changed(config, changes)
 
 
-def _changed(config: Any, changes: Sequence[tuple[str, str, Any]]) -> Iterator[tuple[str, Any]]:
+def _changed(
+    config: "Config", changes: Sequence[tuple[str, str, int | str]]
+) -> "Iterator[tuple[str, Config]]":
     """(flags, config) after each of the changes (section, field, value)."""
-    named: dict[str, Any] = {}
+    named = {}
     for section, field, value in changes:
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
@@ -165,7 +176,7 @@ def scaling(directory: Path) -> str:
     return tables.scaling(_records(directory, "--scaling", tables.scaling))
 
 
-def _records(directory: Path, flag: str, shown: Callable[[Sequence[dict[str, Any]]], str]) -> list[Any]:
+def _records(directory: Path, flag: str, shown: Callable[[Sequence[JsonObject]], str]) -> list[JsonObject]:
     """All records of a directory, each of which can be `shown`."""
     files = sorted(directory.glob("*.json"))
     if not files:

@@ -1,9 +1,8 @@
 """A plan as a record and as text for people; estimates, models and the paper's numbers told apart."""
 
-from typing import Any
-
 from mcm_jax.planning.compilation import Plan, TooLarge
 from mcm_jax.planning.topologies import Topology
+from mcm_jax.records import JsonObject
 
 _GIB = 2**30
 _A_STEP = {
@@ -26,7 +25,7 @@ def record(
     published: float | None = None,
     fitting: str | None = None,
     seconds_unfused: float | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """What --json writes. Of a program that does not fit only its memory is known.
 
     Of a program other than the train step "step" is one execution.
@@ -39,7 +38,7 @@ def record(
       seconds_unfused: of the step with attention written out, see `compilation.seconds_unfused`.
     """
     chip = topology.chip
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "program": program,
         "topology": topology.name,
         "chips": topology.num_chips,
@@ -80,7 +79,7 @@ def record(
     }
 
 
-def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, *, costliest: int) -> str:
+def told(compiled: Plan | TooLarge, record: JsonObject, topology: Topology, *, costliest: int) -> str:
     """The record for people, with the costliest operations."""
     chip = topology.chip
     lines = [
@@ -124,14 +123,14 @@ def told(compiled: Plan | TooLarge, record: dict[str, Any], topology: Topology, 
     return "\n".join(lines)
 
 
-def _images(record: dict[str, Any]) -> list[str]:
+def _images(record: JsonObject) -> list[str]:
     if record["program"] == "train":
         return []
     rate = record["estimated_images_per_second"]
     return [f"estimated images    {rate:.0f} a second, {FID_SAMPLES} in {FID_SAMPLES / rate:.1f} s"]
 
 
-def _remedy(record: dict[str, Any]) -> str:
+def _remedy(record: JsonObject) -> str:
     flags = record["would_fit_with"]
     return "; nothing tried would fit, take more chips" if flags is None else f"; it fits with {flags}"
 

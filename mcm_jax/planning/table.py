@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mcm_jax.planning.report import FID_SAMPLES
+from mcm_jax.records import JsonObject
 
 _GIB = 2**30
 _MARK = "[?]"
@@ -49,7 +49,7 @@ _SCALING_COLUMNS = (
 )
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[JsonObject]) -> str:
     """One section for every set of overrides, the configs as they are first; a row for every record.
 
     records: what `plan --json` writes. Train steps come first, sampling and features after them.
@@ -65,7 +65,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return _text(lines, ordered)
 
 
-def scaling(records: Sequence[dict[str, Any]]) -> str:
+def scaling(records: Sequence[JsonObject]) -> str:
     """Train steps of a config on several slices: with equal batches a chip, then with equal batches.
 
     Every row is compared with the smallest slice of its table.
@@ -76,7 +76,7 @@ def scaling(records: Sequence[dict[str, Any]]) -> str:
         ("images a chip", lambda one: one["images_per_step"] / one["chips"], _slower),
         ("images an update", lambda one: one["images_per_step"], _faster),
     ):
-        groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, str, float], list[JsonObject]] = {}
         for one in train:
             if one["fits"]:
                 groups.setdefault((_config(one), _others(one), size(one)), []).append(one)
@@ -95,7 +95,7 @@ def scaling(records: Sequence[dict[str, Any]]) -> str:
     return _text(lines, train)
 
 
-def _others(record: dict[str, Any]) -> str:
+def _others(record: JsonObject) -> str:
     """Overrides but for those that a row tells."""
     told = ("mesh.fsdp", "training.batch_size", "training.accumulation_steps")
     starts = tuple(f"--config.{name}=" for name in told)
@@ -103,23 +103,23 @@ def _others(record: dict[str, Any]) -> str:
     return f", with `{' '.join(overrides)}`" if overrides else ""
 
 
-def _order(record: dict[str, Any]) -> tuple[Any, ...]:
+def _order(record: JsonObject) -> tuple[bool, list[str], int, str, int]:
     programs = ("train", "sample", "features")
     rank = programs.index(record["program"])
     return rank > 0, record["overrides"], record["params"] if rank == 0 else 0, record["config"], rank
 
 
-def _slower(first: dict[str, Any], one: dict[str, Any]) -> tuple[str, str]:
+def _slower(first: JsonObject, one: JsonObject) -> tuple[str, str]:
     ratio = one["estimated_step_seconds"] / first["estimated_step_seconds"]
     return "step / smallest slice's", f"{ratio:.3f}"
 
 
-def _faster(first: dict[str, Any], one: dict[str, Any]) -> tuple[str, str]:
+def _faster(first: JsonObject, one: JsonObject) -> tuple[str, str]:
     speed = first["estimated_step_seconds"] / one["estimated_step_seconds"]
     return "times as fast on times the chips", f"{speed:.2f} on {one['chips'] / first['chips']:g}"
 
 
-def _scaling_cells(record: dict[str, Any]) -> list[str]:
+def _scaling_cells(record: JsonObject) -> list[str]:
     seconds, images = record["estimated_step_seconds"], record["images_per_step"]
     return [
         record["topology"],
@@ -133,7 +133,7 @@ def _scaling_cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sampling_cells(record: dict[str, Any]) -> list[str]:
+def _sampling_cells(record: JsonObject) -> list[str]:
     name = [_name(record), record["topology"], record["program"], f"{record['images_per_step']}"]
     if not record["fits"]:
         return [*name, _said(record), *[""] * (len(_SAMPLING_COLUMNS) - 6), _size(record)]
@@ -149,13 +149,13 @@ def _sampling_cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _text(lines: list[str], records: Sequence[dict[str, Any]]) -> str:
+def _text(lines: list[str], records: Sequence[JsonObject]) -> str:
     """The tables, then what is not known of their rows, then when and with what they were made."""
     doubts = [f"{_MARK} {_config(one)}: {doubt}." for one in records for doubt in one.get("doubts", ())]
     return "\n".join([*lines, *doubts, *_made(records)]) + "\n"
 
 
-def _cells(record: dict[str, Any]) -> list[str]:
+def _cells(record: JsonObject) -> list[str]:
     if not record["fits"]:
         return [_name(record), record["topology"], _said(record), *[""] * (len(_COLUMNS) - 4), _size(record)]
     seconds, published = record["estimated_step_seconds"], record["published_steps_per_second"]
@@ -177,21 +177,21 @@ def _cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _said(record: dict[str, Any]) -> str:
+def _said(record: JsonObject) -> str:
     remedy = record["would_fit_with"]
     return f"does not fit, would with {remedy}" if remedy else "does not fit, nor with what was tried"
 
 
-def _size(record: dict[str, Any]) -> str:
+def _size(record: JsonObject) -> str:
     needed = record["hbm_bytes_per_chip"]
     return "more than there are" if needed is None else f"{needed / _GIB:.1f}"
 
 
-def _name(record: dict[str, Any]) -> str:
+def _name(record: JsonObject) -> str:
     return f"{_config(record)} {_MARK}" if record.get("doubts") else _config(record)
 
 
-def _config(record: dict[str, Any]) -> str:
+def _config(record: JsonObject) -> str:
     file, _, row = record["config"].rpartition("/")[2].partition(":")
     return f"{file.removesuffix('.py')} {row}".strip()
 
@@ -200,7 +200,7 @@ def _ratio(seconds: float | None, published: float | None) -> str:
     return "" if seconds is None or published is None else f"{1 / seconds / published:.2f}"
 
 
-def _made(records: Sequence[dict[str, Any]]) -> list[str]:
+def _made(records: Sequence[JsonObject]) -> list[str]:
     """Days and versions, every combination once."""
     made = sorted({(one["date"], *sorted(one["versions"].items())) for one in records})
     return [
@@ -213,5 +213,5 @@ def _rows(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
     return [_line(columns), _line("---" for _ in columns), *(_line(one) for one in cells), ""]
 
 
-def _line(cells: Any) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -5,10 +5,10 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
 
 from mcm_jax.planning.chips import CHIPS, Chip, chip
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.sharding import Device
 
 # The slices that Google Cloud offers; libtpu knows more.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -34,7 +34,7 @@ class Topology:
     name: str
     chip: Chip
     bounds: tuple[int, ...]
-    devices: tuple[Any, ...]  # jax devices that compile and don't run
+    devices: tuple[Device, ...]  # jax devices that compile and don't run
 
     @property
     def num_chips(self) -> int:

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mcm_jax.records import OBJECTIVES, count_of, with_count
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
@@ -70,13 +69,13 @@ def group(collection: Collection) -> tuple[list[Group], list[str]]:
     Of two evaluations of the same thing the newest counts, and of a run's checkpoints the last.
     """
     results, notes = _newest(collection.results), []
-    last: dict[Any, int] = {}
+    last: dict[tuple[object, ...], int] = {}
     for result in results:
         last[_evaluated(result)] = max(last.get(_evaluated(result), 0), result.checkpoint_step)
     chosen = [result for result in results if result.checkpoint_step == last[_evaluated(result)]]
     for run in sorted({result.run for result in results if result not in chosen}):
         notes.append(f"{run} was evaluated at several checkpoints; only the last one is shown")
-    seeds: dict[Any, set[int]] = {}
+    seeds: dict[tuple[object, ...], set[int]] = {}
     for result in chosen:
         seeds.setdefault(_evaluated(result), set()).add(result.seed)
     members: dict[tuple[Conditions, tuple[int, ...]], list[RunResult]] = {}
@@ -89,7 +88,7 @@ def group(collection: Collection) -> tuple[list[Group], list[str]]:
     return sorted(groups, key=_order), notes
 
 
-def _order(group: Group) -> tuple[Any, ...]:
+def _order(group: Group) -> tuple[object, ...]:
     """Many results first; the rest makes the order independent of the files' order."""
     c = group.conditions
     return (-len(group.results), c.dataset, c.resolution, c.num_samples, repr(c), group.seeds)
@@ -104,7 +103,7 @@ def estimates(
     teacher, and the checkpoint's step must be equal. A run's value is its mean over the sampling seeds. Of
     two runs with equal seeds too, the newest counts, with a note.
     """
-    cells: dict[Any, dict[str, list[RunResult]]] = {}
+    cells: dict[tuple[object, ...], dict[str, list[RunResult]]] = {}
     for result in group.results:
         if metric in result.metrics:
             kind = (OBJECTIVES.index(result.objective), result.student_steps or 0)
@@ -174,7 +173,7 @@ def grids(group: Group) -> dict[int, list[RunResult]]:
     return dict(sorted(by_seed.items()))
 
 
-def _evaluated(result: RunResult) -> tuple[Any, ...]:
+def _evaluated(result: RunResult) -> tuple[object, ...]:
     """What was evaluated and how, without the checkpoint and the sampling seed."""
     return (result.run, result.conditions, result.sampling.steps, result.sampling.label)
 
@@ -184,7 +183,7 @@ def _newest(results: Iterable[RunResult]) -> list[RunResult]:
 
     The newest value of each number counts.
     """
-    same: dict[Any, list[RunResult]] = {}
+    same: dict[tuple[object, ...], list[RunResult]] = {}
     for result in results:
         same.setdefault((*_evaluated(result), result.checkpoint_step, result.seed), []).append(result)
     merged = []

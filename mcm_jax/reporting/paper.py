@@ -3,13 +3,14 @@
 import functools
 import importlib.resources
 import json
-from typing import Any
+
+from mcm_jax.records import JsonObject
 
 
 @functools.cache
-def tables() -> dict[str, Any]:
+def tables() -> JsonObject:
     """The content of paper.json: what each table shows, its columns, rows, and remarks on contradictions."""
-    return json.loads(importlib.resources.files(__package__).joinpath("paper.json").read_text())
+    return json.loads(importlib.resources.files("mcm_jax.reporting").joinpath("paper.json").read_text())
 
 
 def fid(table: str, column: str, steps: int) -> float:

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from mcm_jax.records import DISTANCES, INCEPTION, count_of, with_count
 from mcm_jax.reporting import paper
-from mcm_jax.reporting.results import Collection, RunDescription, RunResult
+from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
 # Resolution, widths and blocks of the paper's networks, as in configs/imagenet64.py and imagenet128.py.
 _NETWORKS = {
@@ -123,7 +122,7 @@ def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
     return Cell(size, c.resolution, system, steps, teacher_step, teacher_steps)
 
 
-def _whole(values: Any) -> tuple[int, ...]:
+def _whole(values: object) -> tuple[int, ...]:
     return tuple(values) if isinstance(values, list | tuple) else ()
 
 
@@ -166,9 +165,10 @@ def markdown(collection: Collection) -> str:
 def _cells(row: Row, ours: dict[Cell, RunResult]) -> list[str]:
     result = None if row.cell is None else ours.get(row.cell)
     cells = [row.label, f"{row.steps}", f"{row.fid:g}"]
-    if result is None:
+    value = None if result is None else _fid(result)
+    if result is None or value is None:
         return [*cells, "", "", "", ""]
-    value, reference = _fid(result), result.reference
+    reference = result.reference
     return [
         *cells,
         f"{value:.2f}",
@@ -193,7 +193,7 @@ class Samplers:
 
 def samplers(collection: Collection) -> Samplers | None:
     """The model with the most results under equal conditions; None if none was sampled in two ways."""
-    groups: dict[Any, dict[tuple[str, int], tuple[int, float]]] = {}
+    groups: dict[tuple[str, int, int, Conditions, str], dict[tuple[str, int], tuple[int, float]]] = {}
     for result in sorted(collection.results, key=lambda result: result.created):
         names = [name for name in result.metrics if count_of(name) == result.num_samples]
         if result.student_steps is None and names:

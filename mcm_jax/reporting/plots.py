@@ -3,17 +3,21 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
 from mcm_jax.reporting.averages import Estimate
 from mcm_jax.reporting.tables import Bound, plural
+
+if TYPE_CHECKING:  # Matplotlib 3.10 has no such type.
+    from matplotlib.typing import RcKeyType
 
 _STUDENTS = {
     "cd": ("CD", "#0072b2", "o"),
@@ -25,7 +29,11 @@ _TEACHER, _FLOOR, _CEILING = "#333333", "#009e73", "#999999"
 _DASHES = ("--", "-.", ":")
 # Names are not formulas. Text drawn as outlines looks the same on every machine, and the salt makes equal
 # figures equal files.
-_STYLE = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "mcm_jax"}
+_STYLE: "dict[RcKeyType, object]" = {
+    "text.parse_math": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "mcm_jax",
+}
 
 
 @matplotlib.rc_context(_STYLE)
@@ -103,13 +111,13 @@ def side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:
     return content.getvalue()
 
 
-def _draw_students(axes: Axes, students: list[Estimate]) -> list[Any]:
-    handles = []
+def _draw_students(axes: Axes, students: list[Estimate]) -> list[Artist | ErrorbarContainer]:
+    handles: list[Artist | ErrorbarContainer] = []
     for objective, (label, colour, marker) in _STUDENTS.items():
         points = sorted((e for e in students if e.objective == objective), key=lambda e: e.student_steps or 0)
         if not points:
             continue
-        x = [e.student_steps for e in points]
+        x = [e.steps for e in points]
         # Several recipes with equal steps are drawn as points: a line would join unrelated trainings.
         line = "-" if len(set(x)) == len(x) else "none"
         bars = axes.errorbar(

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from mcm_jax import records
-from mcm_jax.records import RESULTS, RUN_FILE, RecordError, Result
+from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
 from mcm_jax.system.errors import InputError
 
 # Sections of a config whose settings are read; the others are only compared.
@@ -61,8 +60,8 @@ class RunResult(Result):
 class RunDescription:
     """What a run's `run.json` says: the settings of its training, and its data set."""
 
-    config: dict[str, Any]
-    dataset: dict[str, Any]
+    config: JsonObject
+    dataset: JsonObject
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,16 @@ import dataclasses
 import html
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from mcm_jax.records import MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, Reference, count_of
+from mcm_jax.records import (
+    MEAN_IMAGE,
+    NEAREST,
+    TEST_IMAGES,
+    UNTRAINED_NETWORK,
+    JsonObject,
+    Reference,
+    count_of,
+)
 from mcm_jax.reporting.averages import Estimate, Group, bounds
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription
 
@@ -218,12 +225,12 @@ def _particulars(run: RunDescription) -> str:
     return "; ".join(parts) or "–"
 
 
-def _settings(run: RunDescription, section: str) -> dict[str, Any]:
+def _settings(run: RunDescription, section: str) -> JsonObject:
     content = run.config.get(section)
     return content if isinstance(content, dict) else {}
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """'64' for 64.0."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 

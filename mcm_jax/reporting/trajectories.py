@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,12 +12,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
+if TYPE_CHECKING:  # Matplotlib 3.10 has no such type.
+    from matplotlib.typing import RcKeyType
+
 # Okabe and Ito's blue and vermilion, which the colour-blind can distinguish.
 _LEFT, _RIGHT = "#0072b2", "#d55e00"
 _INK, _GREY, _FILL = "#333333", "#8c8c8c", "#c4c4c4"
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#b4b4b4"])
 _BINS = 100
-_STYLE = {"text.parse_math": False, "font.size": 12}
+_STYLE: "dict[RcKeyType, object]" = {"text.parse_math": False, "font.size": 12}
 
 
 class Panel(NamedTuple):
@@ -25,17 +28,17 @@ class Panel(NamedTuple):
 
     title: str
     subtitle: str
-    t: Float[np.ndarray, "P"]
+    t: Float[np.ndarray, " P"]
     z: Float[np.ndarray, "P N"]  # each column is a path
-    boundaries: Float[np.ndarray, "C"]  # the values in t that are marked with dots
-    samples: Float[np.ndarray, "M"]  # x, for the histogram
+    boundaries: Float[np.ndarray, " C"]  # the values in t that are marked with dots
+    samples: Float[np.ndarray, " M"]  # x, for the histogram
 
 
 class Marginals(NamedTuple):
     """The exact densities of z_t."""
 
-    t: Float[np.ndarray, "T"]  # uniform, descending from 1 to 0
-    z: Float[np.ndarray, "Z"]  # uniform, ascending; the picture's width
+    t: Float[np.ndarray, " T"]  # uniform, descending from 1 to 0
+    z: Float[np.ndarray, " Z"]  # uniform, ascending; the picture's width
     density: Float[np.ndarray, "T Z"]
 
 

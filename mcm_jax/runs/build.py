@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import schedules
@@ -19,7 +19,7 @@ from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.state import Params, TrainState
 
 CHANNELS = 3
 
@@ -50,20 +50,25 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
     network = placed(config, network, mesh=mesh)
     constrain = network.placement.constrain
 
-    def bind(params: Any) -> ModelFn | None:
-        if params is None:
-            return None
+    def bind(params: Params) -> ModelFn:
         # Once an update: otherwise the compiler gathers every layer twice, for the loss and for its gradient.
         params = sharding.gathered(mesh, network.rounded(params))
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)
         )
 
-    def loss_fn(params, teacher_params, target_params, batch, key, train_step):
+    def loss_fn(
+        params: Params,
+        teacher_params: Params,
+        target_params: Params,
+        batch: step.Batch,
+        key: Array,
+        train_step: Array,
+    ) -> Float[Array, " B"]:
         networks = Networks(
             student=bind(params),
-            teacher=bind(teacher_params),
-            target=bind(target_params),
+            teacher=None if teacher_params is None else bind(teacher_params),
+            target=None if target_params is None else bind(target_params),
             schedule=schedule(config),
             null_class=network.null_class,
         )
@@ -111,11 +116,11 @@ class Training:
         """A state with fresh parameters."""
         return self._jit(lambda key: self._state(self.network.init(key)))(key)
 
-    def init_from(self, params: Any) -> TrainState:
+    def init_from(self, params: Params) -> TrainState:
         """A state with these parameters, as before its first update."""
         return self._jit(self._state)(params)
 
-    def train_step(self) -> step.TrainStep:
+    def train_step(self) -> jax.stages.Wrapped:
         """One update; a teacher's parameters are laid out like the student's."""
         config = self.config
         return step.make_train_step(
@@ -130,7 +135,7 @@ class Training:
             seed=config.seed,
         )
 
-    def _state(self, params: Any) -> TrainState:
+    def _state(self, params: Params) -> TrainState:
         return step.init_state(params, self.optimizer, target_decay=self.config.target_decay)
 
     def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
+from mcm_jax.records import Objective, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
-from mcm_jax.runs.samplers import Sampling
 from mcm_jax.system import distributed, files, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import local_path
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
+from mcm_jax.training.state import Params
 
 Images = UInt8[np.ndarray, "N r r 3"]
 Labels = Int[np.ndarray, "N"]
@@ -40,7 +41,7 @@ class Run:
         dataset: DatasetInfo,
         *,
         mesh: Mesh,
-        params: Any,
+        params: Params,
         checkpoint_step: int,
         parameters: Parameters = "ema",
         workdir: Path | None = None,
@@ -60,8 +61,8 @@ class Run:
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
         self.workdir, self.checkpoint = workdir, checkpoint
         self.network = build.network(config, num_classes=dataset.num_classes)
-        self._compiled: dict[Sampling, Callable[..., Any]] = {}
-        self._x_var: dict[Sampling, Float[Array, N]] = {}
+        self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
+        self._x_var: dict[Sampling, Float[Array, " N"]] = {}
 
     def __repr__(self) -> str:
         steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
@@ -73,8 +74,8 @@ class Run:
         )
 
     @property
-    def objective(self) -> str:
-        """What the run minimised; see `config.settings.Objective`."""
+    def objective(self) -> Objective:
+        """What the run minimised; see `config.settings.Config`."""
         return self.config.objective
 
     @property
@@ -92,7 +93,7 @@ class Run:
         """How classes are drawn when none are given."""
         return self.config.sampling.label_rule
 
-    def sampling(self, **how: Any) -> Sampling:
+    def sampling(self, **how: Unpack[SamplingOptions]) -> Sampling:
         """The settings that `sample` uses for these arguments, defaults filled in; see `samplers.resolve`."""
         return samplers.resolve(self.config, **how)
 
@@ -105,7 +106,7 @@ class Run:
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
-        **how: Any,
+        **how: Unpack[SamplingOptions],
     ) -> tuple[Images, Labels]:
         """Samples images number first, ..., first + num - 1 of `seed`; returns them with their class labels.
 
@@ -121,16 +122,16 @@ class Run:
         Raises:
           InputError: labels of another number or out of range; settings that the run can't be sampled with.
         """
-        how = self.sampling(**how)
-        if self.student_steps not in (None, how.steps):
+        settings = self.sampling(**how)
+        if self.student_steps not in (None, settings.steps):
             warnings.warn(
-                f"this student was trained for {self.student_steps} steps and is sampled with {how.steps}; "
-                "expect worse images",
+                f"this student was trained for {self.student_steps} steps and is sampled with "
+                f"{settings.steps}; expect worse images",
                 stacklevel=2,
             )
-        if self.student_steps is not None and how.noise_grid != "schedule":
+        if self.student_steps is not None and settings.noise_grid != "schedule":
             warnings.warn(
-                f"this student was trained on its schedule's grid and is sampled on {how.noise_grid}; "
+                f"this student was trained on its schedule's grid and is sampled on {settings.noise_grid}; "
                 "expect worse images",
                 stacklevel=2,
             )
@@ -143,8 +144,8 @@ class Run:
         if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
             raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
         images = np.empty((num, *build.image_shape(self.config)), np.uint8)
-        run = self._compiled_sampler(how)
-        key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(how)))
+        run = self._compiled_sampler(settings)
+        key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             padded = (
@@ -157,7 +158,7 @@ class Run:
                 progress(part.stop - start)
         return images, labels
 
-    def with_params(self, params: Any) -> "Run":
+    def with_params(self, params: Params) -> "Run":
         """The same run with parameters of no known checkpoint; it shares the compiled samplers."""
         run = copy.copy(self)
         run.params, run.checkpoint, run._x_var = params, None, {}
@@ -180,11 +181,11 @@ class Run:
         """
         return pipeline.random_examples(self._open(split, in_memory_limit_bytes=0), num)
 
-    def blocks(self, split: str) -> Iterator[tuple[Any, Any]]:
+    def blocks(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All images and labels of a split in blocks; see `pipeline.blocks`."""
         return pipeline.blocks(self._open(split))
 
-    def _open(self, split: str, **options: Any) -> pipeline.Source:
+    def _open(self, split: str, **options: int) -> pipeline.Source:
         self.check_data()
         return pipeline.open_split(
             data_dir=self.config.data.data_dir,
@@ -207,7 +208,7 @@ class Run:
                 "the original images again, or name their directory with --data_dir"
             )
 
-    def _labels(self, seed: int, indices: Int[np.ndarray, "N"]) -> Labels:
+    def _labels(self, seed: int, indices: Int[np.ndarray, " N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
         # Nothing was learned about a class without a training image.
         uniform = self.label_rule == "uniform"
@@ -215,12 +216,12 @@ class Run:
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
-    def _compiled_sampler(self, how: Sampling) -> Callable[..., Array]:
+    def _compiled_sampler(self, how: Sampling) -> jax.stages.Wrapped:
         if how not in self._compiled:
             self._compiled[how] = samplers.make_sampler(self.config, self.network, how, mesh=self.mesh)
         return self._compiled[how]
 
-    def x_var(self, how: Sampling) -> Float[Array, "N"] | None:
+    def x_var(self, how: Sampling) -> Float[Array, " N"] | None:
         """Variance per pixel of x given z_t at every point of the grid of `how`; None for the analytic one.
 
         A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over a random sample of training
@@ -228,25 +229,28 @@ class Run:
         """
         if how.x_var != "measured":
             return None
+        eta = how.x_var_eta
+        if eta is None:
+            raise ValueError("a measured variance needs eta")
         if how not in self._x_var:
             mean = self._stored_mean_square_error(how)
-            if not distributed.all_true(mean is not None):
+            if not distributed.all_true(mean is not None) or mean is None:
                 mean = self._measure_mean_square_error(how)
                 if distributed.is_first():
                     self._store_mean_square_error(how, mean)
-            self._x_var[how] = how.x_var_eta * jnp.asarray(mean, jnp.float32)
+            self._x_var[how] = eta * jnp.asarray(mean, jnp.float32)
         return self._x_var[how]
 
-    def _x_var_path(self, how: Sampling) -> Path:
+    def _x_var_path(self, workdir: Path, how: Sampling) -> Path:
         what = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
-        return Path(self.workdir) / "x_var" / f"{what}_images{how.x_var_images}.json"
+        return Path(workdir) / "x_var" / f"{what}_images{how.x_var_images}.json"
 
     def _stored_mean_square_error(self, how: Sampling) -> list[float] | None:
         """The stored measurement; None if there is none of this very checkpoint."""
         if self.workdir is None or self.checkpoint is None:
             return None
         try:
-            record = json.loads(self._x_var_path(how).read_text())
+            record = json.loads(self._x_var_path(self.workdir, how).read_text())
             # An older version's file names no checkpoint, and its images were not a random sample.
             return record["mean_square_error"] if record["checkpoint"] == self.checkpoint else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -258,20 +262,22 @@ class Run:
             return
         record = {"checkpoint": self.checkpoint, "mean_square_error": mean}
         try:
-            files.write_whole(self._x_var_path(how), json.dumps(record) + "\n")
+            files.write_whole(self._x_var_path(self.workdir, how), json.dumps(record) + "\n")
         except OSError as error:
             warnings.warn(
                 f"the measured variance can't be stored and will be measured again: {error}", stacklevel=2
             )
 
     def _measure_mean_square_error(self, how: Sampling) -> list[float]:
+        if how.x_var_images is None:
+            raise ValueError("a measured variance needs a number of images")
         images, labels = self.random_images("train", how.x_var_images)
         num = len(images)
         batch = self.config.sampling.batch_per_device * self.mesh.size
         logsnr, key = samplers.grid(self.config, how), jax.random.key(0)
 
         @jax.jit
-        def errors(params: Any, indices: Array, images: Array, labels: Array) -> Array:
+        def errors(params: Params, indices: Array, images: Array, labels: Array) -> Array:
             keys = sampling.image_keys(key, indices)
             model_fn = functools.partial(self.network.apply, params)
             return sampling.measure_x_var(model_fn, to_float(images), labels, keys, logsnr=logsnr)
@@ -316,7 +322,7 @@ def load_run(
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     shardings = sharding.params_sharding(mesh, abstract)
     with Checkpoints(workdir) as saved:
-        step = saved.latest_step() if checkpoint_step is None else checkpoint_step
+        step = saved.require()[-1] if checkpoint_step is None else checkpoint_step
         params = saved.restore_params(abstract, shardings, parameters=parameters, step=step)
     return Run(
         config,

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -13,11 +14,22 @@ from mcm_jax.config.settings import Config
 from mcm_jax.data.pixels import Rounding, to_uint8
 from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.diffusion.guidance import guided
+from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
+from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.models.network import Network
 from mcm_jax.records import Sampling
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
+from mcm_jax.training.state import Params
+
+SAMPLERS: tuple[Sampler, ...] = typing.get_args(Sampler)
+NOISE_GRIDS: tuple[Grid, ...] = typing.get_args(Grid)
+X_VARS: tuple[XVar, ...] = typing.get_args(XVar)
+CLIPS: tuple[Clip, ...] = typing.get_args(Clip)
+ROUNDINGS: tuple[Rounding, ...] = typing.get_args(Rounding)
+
+T = TypeVar("T")
 
 
 def resolve(
@@ -27,8 +39,8 @@ def resolve(
     sampler: str | None = None,
     noise_grid: str | None = None,
     x_var: str | None = None,
-    guidance: float | None = None,
-    rounding: Rounding | None = None,
+    guidance: int | float | None = None,
+    rounding: str | None = None,
 ) -> Sampling:
     """How a run of `config` is sampled with these arguments; None stands for the run's default.
 
@@ -36,8 +48,8 @@ def resolve(
     are rounded to the nearest byte by default.
 
     Raises:
-      InputError: guidance for a network that was trained without label dropout, or x_var for a sampler that
-        takes none.
+      InputError: a name that is none of the choices, guidance for a network that was trained without label
+        dropout, or x_var for a sampler that takes none.
     """
     settings = config.sampling
     if config.student_steps is not None:
@@ -48,48 +60,60 @@ def resolve(
             noise_grid="schedule",
             guidance=0.0,
         )
-    sampler = sampler or settings.sampler
+    chosen = _known("sampler", sampler or settings.sampler, SAMPLERS)
     guidance = settings.guidance if guidance is None else guidance
     if guidance > 0 and not config.supports_guidance:
         raise InputError(
             f"guidance {guidance} needs a diffusion model trained with config.diffusion.label_dropout above "
             "0, which this model was not; sample it with guidance 0"
         )
-    takes_variance = sampler in ("addim", "noisy_ddim")
+    takes_variance = chosen in ("addim", "noisy_ddim")
     if x_var is not None and not takes_variance:
-        raise InputError(f"x_var={x_var} has no effect on {sampler}; it applies to addim and noisy_ddim")
-    x_var = (x_var or settings.x_var) if takes_variance else None
+        raise InputError(f"x_var={x_var} has no effect on {chosen}; it applies to addim and noisy_ddim")
+    x_var = _known("x_var", x_var or settings.x_var, X_VARS) if takes_variance else None
     measured = x_var == "measured"
     steps = steps or settings.teacher_steps
     return Sampling(
         steps=steps,
-        sampler=sampler,
-        noise_grid=noise_grid or settings.noise_grid,
+        sampler=chosen,
+        noise_grid=_known("noise_grid", noise_grid or settings.noise_grid, NOISE_GRIDS),
         x_var=x_var,
         x_var_eta=settings.x_var_eta if measured else None,
         x_var_images=settings.x_var_images if measured else None,
         guidance=guidance,
         clip=settings.clip,
-        network_calls=sampling.network_calls(sampler, steps) * (2 if guidance else 1),
-        rounding=rounding or "nearest",
+        network_calls=sampling.network_calls(chosen, steps) * (2 if guidance else 1),
+        rounding=_known("rounding", rounding or "nearest", ROUNDINGS),
     )
 
 
-def grid(config: Config, how: Sampling) -> Float[Array, "N"]:
+def _known(name: str, value: str, choices: Sequence[T]) -> T:
+    """The one of `choices` that `value` is; raises InputError if it is none."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise InputError(f"{name}={value} is not one of {', '.join(map(str, choices))}")
+
+
+def grid(config: Config, how: Sampling) -> Float[Array, " N"]:
     """log-SNRs at which the network is called."""
     if how.noise_grid == "karras":
         return schedules.karras_grid(how.steps)
     return schedules.uniform_grid(build.schedule(config), how.steps)
 
 
-def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> Callable[..., Array]:
+def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
     """Jitted (params, key, x_var, image indices, labels) -> uint8 images; batches lie over the whole mesh.
 
     Image n is a function of (key, n), its label and `how`. For x_var see `sampling.sample`.
     """
     network, logsnr = build.placed(config, network, mesh=mesh), grid(config, how)
+    sampler, clip = _known("sampler", how.sampler, SAMPLERS), _known("clip", how.clip, CLIPS)
+    rounding = _known("rounding", how.rounding, ROUNDINGS)
 
-    def sample(params: Any, key: Array, x_var: Any, indices: Array, labels: Array) -> Array:
+    def sample(
+        params: Params, key: Array, x_var: Float[Array, " N"] | None, indices: Array, labels: Array
+    ) -> Array:
         keys = sampling.image_keys(key, indices)
         # The parameters are rounded once for all steps.
         model_fn = functools.partial(network.apply, network.rounded(params))
@@ -101,10 +125,10 @@ def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh)
             labels,
             keys,
             logsnr=logsnr,
-            sampler=how.sampler,
+            sampler=sampler,
             x_var=x_var,
-            clip=how.clip,
+            clip=clip,
         )
-        return to_uint8(x, rounding=how.rounding)
+        return to_uint8(x, rounding=rounding)
 
     return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))

@@ -1,17 +1,17 @@
 """Trains the run that a config describes: checks everything first, then hands over to the loop."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import grain
 import jax
 import ml_collections
 import numpy as np
 
 from mcm_jax import fields
 from mcm_jax.config import validation
-from mcm_jax.config.settings import SECTIONS, STAGED, Config, stage_configs
+from mcm_jax.config.settings import SECTIONS, Config, Staged, stage_configs
 from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
@@ -22,8 +22,8 @@ from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop
-from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.checkpoints import Batches, Checkpoints
+from mcm_jax.training.state import Params, TrainState
 
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 
@@ -49,7 +49,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
             # All are checked before the first is trained.
             workdirs.existing_run(stage_workdir, config)
     for stage_workdir, config in stages:
-        if len(stages) > 1:
+        if len(stages) > 1 and isinstance(config.loss, Staged):
             before, after = config.loss.stages
             distributed.say(f"== stage {before} -> {after}: {stage_workdir}")
         if not _train_run(config, stage_workdir):
@@ -117,10 +117,10 @@ def _is_finished(config: Config, workdir: Path) -> bool:
 
 def check_teacher(config: Config, dataset: DatasetInfo) -> None:
     """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
-    path = config.teacher_checkpoint
+    path = _teacher_workdir(config)
     try:
-        teacher = workdirs.read(Path(path))
-        with Checkpoints(Path(path)) as checkpoints:
+        teacher = workdirs.read(path)
+        with Checkpoints(path) as checkpoints:
             done = checkpoints.require()[-1]
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
@@ -157,12 +157,12 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
     path, steps = config.teacher_checkpoint, teacher.student_steps
     if steps is None:
         return
-    if teacher.objective != config.objective or config.objective not in STAGED:
+    loss = config.loss
+    if teacher.objective != config.objective or not isinstance(loss, Staged):
         raise InputError(
             f"config.teacher_checkpoint={path} is a {teacher.objective} student; name the workdir "
             "of a diffusion teacher"
         )
-    loss = config.loss
     if steps != loss.stages[0]:
         raise InputError(
             f"config.teacher_checkpoint={path} is a student of {steps} steps and "
@@ -176,7 +176,7 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
         )
 
 
-def train_batches(config: Config) -> grain.DatasetIterator:
+def train_batches(config: Config) -> Batches:
     """This process's batches of the training images, from the first on."""
     data = config.data
     source = pipeline.open_split(
@@ -192,9 +192,7 @@ def train_batches(config: Config) -> grain.DatasetIterator:
     )
 
 
-def _start(
-    training: build.Training, checkpoints: Checkpoints, batches: grain.DatasetIterator
-) -> tuple[TrainState, Any]:
+def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches) -> tuple[TrainState, Params]:
     """(state, teacher's parameters where distillation needs them).
 
     The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
@@ -204,7 +202,7 @@ def _start(
     continuing = checkpoints.latest_step() is not None
     teacher_params = None
     if config.distils or (config.objective == "ct" and not continuing):
-        with Checkpoints(Path(config.teacher_checkpoint)) as teacher:
+        with Checkpoints(_teacher_workdir(config)) as teacher:
             teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
@@ -216,7 +214,16 @@ def _start(
     return state, teacher_params if config.distils else None
 
 
-def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> Any:
+def _teacher_workdir(config: Config) -> Path:
+    """The directory of the teacher, which every objective but diffusion has."""
+    if config.teacher_checkpoint is None:
+        raise ValueError(f"{config.objective} has no teacher_checkpoint")
+    return Path(config.teacher_checkpoint)
+
+
+def _observer(
+    config: Config, workdir: Path, *, first_step: int, draw: Callable[[Params], np.ndarray]
+) -> contextlib.AbstractContextManager[loop.Observer]:
     """One process tells how the run goes, for all."""
     from mcm_jax.training import observer  # Loads TensorFlow: not for a bad config's sake.
 
@@ -232,12 +239,12 @@ def _observer(config: Config, workdir: Path, *, first_step: int, draw: Any) -> A
     )
 
 
-def _draw_grid(preview: Run, params: Any) -> np.ndarray:
+def _draw_grid(preview: Run, params: Params) -> np.ndarray:
     """A grid of samples of `params`; `preview` keeps its compiled sampler from one grid to the next."""
     with jax.transfer_guard("allow"):
         images, _ = preview.with_params(params).sample(_GRID_IMAGES)
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
 
 
-def _num_bytes(abstract: Any) -> int:
+def _num_bytes(abstract: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))

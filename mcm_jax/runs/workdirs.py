@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mcm_jax import fields
 from mcm_jax.config import validation
@@ -197,7 +196,7 @@ def _resolved(path: str | None) -> Path | None:
     return None if path is None else Path(path).expanduser().resolve()
 
 
-def _other_setting(workdir: Path, name: str, before: Any, now: Any) -> InputError:
+def _other_setting(workdir: Path, name: str, before: object, now: object) -> InputError:
     return InputError(
         f"--workdir={workdir} holds a run with config.{name}={before!r}, now it is {now!r}; rerun with the "
         "same config to continue it, or choose another directory"

@@ -45,14 +45,19 @@ def run(main: Callable[[], None]) -> None:
         _exit_with(error)
 
 
-def loaded_config(holder: flags.FlagHolder | flags.Flag) -> ml_collections.ConfigDict:
+def loaded_config(
+    holder: flags.FlagHolder[ml_collections.ConfigDict] | flags.Flag[ml_collections.ConfigDict],
+) -> ml_collections.ConfigDict:
     """The config of a --config flag; raises InputError if its file cannot be loaded."""
     try:
+        config = holder.value
+        if config is None:
+            raise InputError("--config is not set; name a config and its row")
         # ml_collections reports a missing file only when the config is first read.
-        holder.value.keys()
+        config.keys()
     except OSError as error:
         raise InputError(f"bad --config: {_one_line(error)}") from error
-    return holder.value
+    return config
 
 
 def _print_any_text() -> None:

@@ -5,7 +5,6 @@ the path of any file.
 """
 
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -47,11 +46,12 @@ def locate(value: str) -> str:
 class _Parser(ConfigFileFlagParser):
     """ml_collections' parser, which knows paths only."""
 
-    def parse(self, path: str) -> ConfigDict:
+    def parse(self, path: str) -> object:
+        # The config, or what raises its file's error when it is first read.
         return super().parse(locate(path))
 
 
-def define_flag(example: str) -> Any:
+def define_flag(example: str) -> flags.FlagHolder[ConfigDict]:
     """Defines --config, whose value is the locked config; returns absl's holder of the flag."""
     holder = config_flags.DEFINE_config_file(
         "config", None, f"Config and row: NAME:ROW or PATH.py:ROW, e.g. {example}", lock_config=True

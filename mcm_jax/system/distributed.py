@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -33,7 +33,7 @@ _SHARED_SECONDS = 90.0
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined() -> Generator[None, None, None]:
     """Joins the processes that were started together; a single process stays on its own.
 
     Enter it before JAX first computes. MCM_COORDINATOR=HOST:PORT (of process 0), MCM_NUM_PROCESSES and
@@ -81,7 +81,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def fail_together() -> Iterator[None]:
+def fail_together() -> Generator[None, None, None]:
     """A block that all processes leave together: where one fails in it, all of them fail.
 
     Raises:
@@ -214,7 +214,7 @@ def _initialize() -> None:
 
 def _given() -> tuple[str | None, int, int] | None:
     """(address of process 0, number of processes, index of this one), if the variables are set."""
-    values = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    values = {name: os.environ.get(name, "") for name in (COORDINATOR, COUNT, INDEX)}
     if not any(values.values()):
         return None
     if values[COUNT] == "1":
@@ -235,7 +235,7 @@ def _given() -> tuple[str | None, int, int] | None:
 
 
 @contextlib.contextmanager
-def _waiting(whom: str) -> Iterator[None]:
+def _waiting(whom: str) -> Generator[None, None, None]:
     """Reports a long wait: JAX itself says nothing for five minutes, and then gives up."""
     timer = threading.Timer(
         _WAITING_SECONDS, lambda: print(f"waiting for other processes: {whom}", file=sys.stderr, flush=True)

@@ -5,9 +5,9 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from mcm_jax.system.errors import InputError
 
@@ -61,7 +61,7 @@ def write_asked_for(path: str | Path, content: Content) -> None:
         raise InputError(f"{path}: cannot write there ({_reason(error)}); choose another path") from error
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
+def append_line(path: Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line in a single write: lines of two processes never mix, and earlier lines survive.
 
     A last line that a crash cut off is left unchanged on a line of its own.
@@ -93,7 +93,7 @@ def require_writable(directory: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def writing_to(directory: Path, flag: str, *error_numbers: int) -> Iterator[None]:
+def writing_to(directory: Path, flag: str, *error_numbers: int) -> Generator[None, None, None]:
     """Turns OSErrors (all of them, or only those with these numbers) into an InputError that names `flag`."""
     try:
         yield

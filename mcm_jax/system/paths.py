@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 from absl import flags
 
@@ -32,7 +32,7 @@ def local_path(text: str | Path, name: str) -> Path:
         raise InputError(f"{name}={text}: there is no such user's home directory") from error
 
 
-class _PathParser(flags.ArgumentParser):
+class _PathParser(flags.ArgumentParser[Path]):
     """Turns a flag's text into a local path."""
 
     def __init__(self, name: str):
@@ -45,23 +45,44 @@ class _PathParser(flags.ArgumentParser):
         return "path"
 
 
-class _PathsParser(flags.ListParser):
+class _PathsParser(flags.ArgumentParser[list[Path]]):
     """Turns a flag's text into local paths; commas separate them."""
 
     def __init__(self, name: str):
-        super().__init__()
-        self._name = name
+        self._name, self._texts = name, flags.ListParser()
+        self.syntactic_help = self._texts.syntactic_help
 
-    def parse(self, argument: str | list[str] | None) -> list[Path]:
-        return [local_path(text, self._name) for text in super().parse(argument)]
+    def parse(self, argument: str | list[str]) -> list[Path]:
+        return [local_path(text, self._name) for text in self._texts.parse(argument)]
+
+    def flag_type(self) -> str:
+        return self._texts.flag_type()
 
 
-def define_path(name: str, default: str | Path | None, help: str, *, required: bool = False) -> Any:
+@overload
+def define_path(
+    name: str, default: str | Path | None, help: str, *, required: Literal[True]
+) -> flags.FlagHolder[Path]: ...
+
+
+@overload
+def define_path(name: str, default: str | Path, help: str) -> flags.FlagHolder[Path]: ...
+
+
+@overload
+def define_path(name: str, default: None, help: str) -> flags.FlagHolder[Path | None]: ...
+
+
+def define_path(
+    name: str, default: str | Path | None, help: str, *, required: bool = False
+) -> flags.FlagHolder[Path] | flags.FlagHolder[Path | None]:
     """Defines a flag whose value is a local `Path`; returns its holder, as absl's DEFINE_string does."""
     parser = _PathParser(f"--{name}")
     return flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer(), required=required)
 
 
-def define_paths(name: str, default: Sequence[str] | None, help: str) -> Any:
+def define_paths(
+    name: str, default: Sequence[str] | None, help: str
+) -> flags.FlagHolder[list[Path]] | flags.FlagHolder[list[Path] | None]:
     """Defines a flag whose value is a list of local paths, separated by commas."""
     return flags.DEFINE(_PathsParser(f"--{name}"), name, default, help, serializer=flags.ListSerializer(","))

@@ -2,19 +2,28 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from mcm_jax.fields import Affects, setting
 from mcm_jax.system.errors import InputError
 
 # Smaller arrays cost more to gather than to keep everywhere.
 _SMALLEST_SHARDED = 2**14
+
+
+@runtime_checkable
+class Device(Protocol):
+    """One of JAX's devices, whose own class type checkers do not see."""
+
+    id: int
+    platform: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +44,14 @@ class MeshSettings:
     )
 
 
-def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) -> Mesh:
     """A (data, fsdp) mesh over `devices`, by default all there are; data = -1 takes what fsdp leaves.
 
     Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: between slices the
     network is slow, and only gradients are summed over `data`.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
+    chosen = jax.devices() if devices is None else list(devices)
+    count = len(chosen)
     if data == -1:
         data = count // fsdp
     if data * fsdp != count:
@@ -52,18 +61,18 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[jax.Device] | None = No
         )
     # Auto: the compiler propagates shardings; Explicit axes would forbid constraints on activations.
     names, types = ("data", "fsdp"), (AxisType.Auto,) * 2
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in chosen})
     if slices == 1:
-        return jax.make_mesh((data, fsdp), names, axis_types=types, devices=devices)
+        return jax.make_mesh((data, fsdp), names, axis_types=types, devices=chosen)
     if data % slices:
         raise InputError(
             f"config.mesh.fsdp={fsdp} does not divide the {count // slices} devices of each of the {slices} "
             "slices; take an fsdp that does"
         )
-    devices = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), chosen, allow_split_physical_axes=True
     )
-    return Mesh(devices, names, axis_types=types)
+    return Mesh(arranged, names, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -76,14 +85,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def params_sharding(mesh: Mesh, abstract: Any) -> Any:
+def params_sharding(mesh: Mesh, abstract: PyTree) -> PyTree:
     """Shards the largest axis divisible by fsdp, the last one only as a fallback; replicates small arrays.
 
     The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Kernels of
     layers named `columns` are split along it where possible, since they are never joined.
     """
 
-    def rule(path: Any, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
+    def rule(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
         divisible = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
         if mesh.shape["fsdp"] == 1 or not divisible or np.prod(leaf.shape) < _SMALLEST_SHARDED:
             return replicated(mesh)
@@ -96,28 +105,28 @@ def params_sharding(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree.map_with_path(rule, abstract)
 
 
-def gathered(mesh: Mesh, params: Any) -> Any:
+def gathered(mesh: Mesh, params: PyTree) -> PyTree:
     """`params` on every device, except for those split by column; their gradient goes back to where they lie.
 
     It is summed on the way.
     """
 
     @jax.custom_vjp
-    def gather(params: Any) -> Any:
+    def gather(params: PyTree) -> PyTree:
         own = params_sharding(mesh, params)
         shardings = jax.tree.map_with_path(
             lambda path, sharding: sharding if _by_column(path) else replicated(mesh), own
         )
         return jax.lax.with_sharding_constraint(params, shardings)
 
-    def back(_: None, gradient: Any) -> tuple[Any]:
+    def back(_: None, gradient: PyTree) -> tuple[PyTree]:
         return (jax.lax.with_sharding_constraint(gradient, params_sharding(mesh, gradient)),)
 
     gather.defvjp(lambda params: (gather(params), None), back)
     return gather(params)
 
 
-def by_column(mesh: Mesh, layer: Callable[[Any], Any], x: jax.Array) -> jax.Array:
+def by_column(mesh: Mesh, layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """layer(x), split by row as x is, where the layer's weights lie split by column: rows go to the weights.
 
     All rows of x, and the gradient of them, are sent over fsdp in place of all weights: less where a layer of
@@ -128,7 +137,7 @@ def by_column(mesh: Mesh, layer: Callable[[Any], Any], x: jax.Array) -> jax.Arra
     return jax.lax.with_sharding_constraint(y, batch_sharding(mesh))
 
 
-def _by_column(path: Any) -> bool:
+def _by_column(path: tuple[object, ...]) -> bool:
     """Whether a parameter is the kernel of a layer that is computed by `by_column`, by its name."""
     return jax.tree_util.keystr(path[-2:], simple=True, separator="/") == "columns/kernel"
 
@@ -164,7 +173,7 @@ def split(mesh: Mesh, whole: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """`tree`, which is the same in every process, on every device."""
     if not mesh.is_multi_process:
         return jax.device_put(tree, replicated(mesh))

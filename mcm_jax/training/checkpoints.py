@@ -6,17 +6,20 @@ parameters.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from mcm_jax.system.errors import InputError
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.state import Params, TrainState
 
 CHECKPOINTS = "checkpoints"  # below a run's directory
+# This process's batches, by feature.
+Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
 _TREES = ("params", "ema_params", "target_params", "opt_state")
@@ -57,11 +60,13 @@ class Checkpoints:
             raise InputError(f"no checkpoint under {self.directory}; train there first")
         return self.all_steps()
 
-    def save(self, state: TrainState, data: grain.DatasetIterator, *, step: int) -> None:
+    def save(self, state: TrainState, data: Batches, *, step: int) -> None:
         """Starts saving in the background. A checkpoint is complete or absent, and saved once per step."""
         if step == self._manager.latest_step():
             return
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()}
+        items: dict[str, ocp.args.CheckpointArgs] = {
+            name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()
+        }
         items["step"] = ocp.args.JsonSave({"step": step})
         items["data"] = grain.checkpoint.CheckpointSave(data)
         # Orbax copies to the host with transfers that the loop's guard would reject.
@@ -72,20 +77,20 @@ class Checkpoints:
         """Blocks until the last save is on disk; raises its error if it failed."""
         self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState, shardings: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def restore(self, abstract: TrainState, shardings: TrainState, data: Batches) -> TrainState:
         """The newest state, laid out by `shardings`; also moves `data` to its position at that step.
 
         The number of processes may differ from that at the time of saving.
         """
         targets = _with_shardings(abstract, shardings)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
-        latest = self.latest_step()
+        latest = self.require()[-1]
         restored = self._manager.restore(latest, args=ocp.args.Composite(**items))
         self._restore_data(data, latest)
         trees = {name: restored[name] for name in _trees(targets)}
         return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
 
-    def _restore_data(self, data: grain.DatasetIterator, step: int) -> None:
+    def _restore_data(self, data: Batches, step: int) -> None:
         """Restores the iterator from any process's file: all of them were at the same batch.
 
         Grain's own handler requires this process's file and an unchanged number of processes.
@@ -95,8 +100,8 @@ class Checkpoints:
         data.start_prefetch()
 
     def restore_params(
-        self, abstract: Any, shardings: Any, *, parameters: Parameters, step: int | None = None
-    ) -> Any:
+        self, abstract: Params, shardings: Params, *, parameters: Parameters, step: int | None = None
+    ) -> Params:
         """Averaged ("ema") or last ("raw") parameters at the given step, by default the newest.
 
         Raises:
@@ -122,12 +127,12 @@ def newest_step(workdir: Path) -> int | None:
         return None
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def _trees(state: TrainState) -> dict[str, PyTree]:
     """The items that are saved as trees of arrays; the target network only if there is one."""
     return {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
 
 
-def _with_shardings(abstract: Any, shardings: Any) -> Any:
+def _with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

@@ -5,10 +5,9 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Generator
+from typing import Protocol, runtime_checkable
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +15,8 @@ from jax.sharding import Mesh
 
 from mcm_jax.fields import Affects, setting
 from mcm_jax.system import sharding
-from mcm_jax.training.checkpoints import Checkpoints
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.checkpoints import Batches, Checkpoints
+from mcm_jax.training.state import Params, TrainState
 
 
 class NonFiniteError(RuntimeError):
@@ -34,7 +33,7 @@ class Observer(Protocol):
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """What update number `step` reported; called for every update."""
 
-    def pictures(self, step: int, params: Any) -> None:
+    def pictures(self, step: int, params: Params) -> None:
         """Draws samples of the averaged parameters."""
 
 
@@ -63,9 +62,9 @@ class TrainingSettings:
 
 def train(
     state: TrainState,
-    teacher_params: Any,
+    teacher_params: Params,
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    data: grain.DatasetIterator,
+    data: Batches,
     *,
     mesh: Mesh,
     settings: TrainingSettings,
@@ -148,7 +147,7 @@ def _stop_condition(mesh: Mesh, signalled: threading.Event) -> Callable[[], bool
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _stop_signals() -> Generator[threading.Event, None, None]:
     """An event that SIGINT and SIGTERM set, instead of ending the process in the middle of an update."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from clu import metric_writers
@@ -14,8 +13,12 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from mcm_jax.system.pictures import save_png
+from mcm_jax.training.state import Params
 
-Draw = Callable[[Any], UInt8[np.ndarray, "height width 3"]]
+# protobuf makes these when it is imported.
+_Event, _SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"]]
 
 
 class RunObserver:
@@ -94,7 +97,7 @@ class RunObserver:
         else:
             self._bar.update(self._task, description=text)
 
-    def pictures(self, step: int, params: Any) -> None:
+    def pictures(self, step: int, params: Params) -> None:
         """Draws a grid of samples; the reported steps per second exclude the time that it takes."""
         start = time.monotonic()
         grid = self._draw(params)
@@ -129,7 +132,7 @@ class SilentObserver:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Does nothing."""
 
-    def pictures(self, step: int, params: Any) -> None:
+    def pictures(self, step: int, params: Params) -> None:
         """Computes this process's share of the samples that the first process draws."""
         self._draw(params)
 
@@ -140,9 +143,9 @@ class _EventFile:
     def __init__(self, workdir: Path, *, first_step: int):
         # Makes TensorBoard drop whatever an earlier start logged after first_step: this one logs it again. A
         # file of its own, as clu's writer has no such event; its name sorts before that of clu's file.
-        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        restart = _SessionLog(status=_SessionLog.START)
         marker = EventFileWriter(str(workdir))
-        marker.add_event(event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
+        marker.add_event(_Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
         marker.close()
         self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
 

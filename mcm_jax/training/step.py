@@ -3,26 +3,28 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.system import sharding
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.state import Params, TrainState
 
 # (params, teacher_params, target_params, batch, key, step) -> loss of every example
-LossFn = Callable[[Any, Any, Any, dict[str, Array], Array, Array], Float[Array, "B"]]
+Batch = dict[str, Array]
+LossFn = Callable[[Params, Params, Params, Batch, Array, Array], Float[Array, " B"]]
 Metrics = dict[str, Float[Array, ""]]
+T = TypeVar("T", bound=PyTree)
 # (state, teacher_params, batch) -> (state, metrics)
-TrainStep = Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, *, target_decay: float | None = None
+    params: Params, optimizer: optax.GradientTransformation, *, target_decay: float | None = None
 ) -> TrainState:
     """A state before the first update, averaging from `params` on; traceable.
 
@@ -44,12 +46,12 @@ def make_train_step(
     *,
     mesh: Mesh,
     state_sharding: TrainState,
-    teacher_sharding: Any,
+    teacher_sharding: PyTree,
     ema_decay: float,
     target_decay: float | None = None,
     accumulation_steps: int = 1,
     seed: int,
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """`make_update`, jitted on a mesh, with the state donated."""
     update = make_update(
         loss_fn,
@@ -87,10 +89,10 @@ def make_update(
       accumulation_steps: parts of the batch, one after the other, see `accumulated`.
     """
 
-    def update(state: TrainState, teacher_params: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def mean_loss(params: Any, batch: dict[str, Array], key: Array) -> Float[Array, ""]:
+        def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
             losses = loss_fn(params, teacher_params, state.target_params, batch, key, state.step)
             return jnp.mean(losses)
 
@@ -110,12 +112,12 @@ def make_update(
 
 
 def accumulated(
-    value_and_grad: Callable[[dict[str, Array], Array], Any],
-    batch: dict[str, Array],
+    value_and_grad: Callable[[Batch, Array], T],
+    batch: Batch,
     key: Array,
     *,
     parts: int,
-) -> Any:
+) -> T:
     """The mean of value_and_grad(part, key of the part) over equal parts of the batch: saves memory.
 
     Part i has the examples i, i + parts, ..., so that every device keeps its own, and the key
@@ -127,7 +129,7 @@ def accumulated(
         name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()
     }
 
-    def add(total: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+    def add(total: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, None]:
         examples, index = part
         new = value_and_grad(examples, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, new), None

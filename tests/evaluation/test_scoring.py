@@ -15,6 +15,7 @@ from PIL import Image
 
 from mcm_jax import records
 from mcm_jax.config.settings import Config
+from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
 from mcm_jax.system.errors import InputError
 from tests import forks
@@ -24,15 +25,17 @@ from tests.reporting import made_up
 SIDE = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeDataset:
-    dataset: str = "openmoji"
-    resolution: int = SIDE
-    class_names: tuple[str, ...] = ("even", "odd")
-    fingerprints: dict = dataclasses.field(default_factory=lambda: {"train": "abc", "test": "def"})
-    preprocessing: str = "none"
-    num_examples: dict = dataclasses.field(default_factory=lambda: {"train": 60, "test": 12})
-    path: str = "/data"
+DATASET = DatasetInfo(
+    dataset="openmoji",
+    resolution=SIDE,
+    class_names=("even", "odd"),
+    num_examples={"train": 60, "test": 12},
+    class_counts={"train": (30, 30), "test": (6, 6)},
+    fingerprints={"train": "abc", "test": "def"},
+    preprocessing="none",
+    source="nothing",
+    path=Path("/data"),
+)
 
 
 class FakeRun:
@@ -43,7 +46,7 @@ class FakeRun:
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
         self.config = Config(seed=17)
-        self.dataset = FakeDataset()
+        self.dataset = DATASET
         self.asked = [] if asked is None else asked
         self.low = 0 if parameters == "ema" else 100
 
@@ -416,7 +419,9 @@ def test_without_a_test_split_its_numbers_are_left_out(options):
     class NoTest(Loader):
         def __call__(self, *args, **kwargs):
             run = super().__call__(*args, **kwargs)
-            run.dataset = FakeDataset(fingerprints={"train": "abc"}, num_examples={"train": 60})
+            run.dataset = dataclasses.replace(
+                DATASET, fingerprints={"train": "abc"}, num_examples={"train": 60}
+            )
             return run
 
     (record,) = scoring.evaluate(options, NoTest())

@@ -264,6 +264,12 @@ def test_other_parameters_have_another_variance(run):
     assert other.params is raw and alone.params is run.params
 
 
+@pytest.mark.parametrize("name", ["sampler", "noise_grid", "x_var", "rounding"])
+def test_a_name_that_is_no_choice_is_refused(run, name):
+    with pytest.raises(InputError, match=f"{name}=nonsense is not one of "):
+        run.sampling(**{name: "nonsense"})
+
+
 def test_a_variance_for_a_sampler_that_takes_none(run):
     with pytest.raises(InputError, match="x_var=measured has no effect on ddim"):
         run.sampling(sampler="ddim", x_var="measured")
