@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from mcm_jax import fields
+from mcm_jax.config import settings
 from mcm_jax.reporting import averages, results
 from tests.reporting.made_up import TEACHER, config, record, write
 
@@ -172,3 +174,17 @@ def test_numbers_that_were_asked_for_apart_are_one_result(tmp_path):
     (result,) = found.results
     assert result.metrics == {"fd_effnet_lite0_1024": 6.0, "nearest_neighbour_distance": 7.0}
     assert result.bounds == {"a": 1.0}
+
+
+def test_what_is_not_learned_is_what_the_settings_say():
+    """The report, which does without JAX, has its own list: a new setting must enter it."""
+    everything = fields.flat(settings.Config())
+    learned = fields.flat(settings.Config(), fields.Affects.TRAINING | fields.Affects.NETWORK)
+    listed = {
+        name
+        for name in everything
+        for section, names in averages._NOT_LEARNED.items()
+        if any(f"{name}.".startswith(f"{section}.{left_out}.".lstrip(".")) for left_out in names)
+    }
+    # They change what a run ends with: the runs of a group differ in both.
+    assert listed == (everything.keys() - learned.keys()) | {"seed", "teacher_checkpoint"}
