@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Measures which of the paper's findings hold on two small problems: a closed-form mixture (exact teacher, exact
 # distance) and 16x16 OpenMoji (trained teacher, proxy distance). On one core, the mixture took half an hour and each
-# seed of OpenMoji 40 minutes. Two cores need about two thirds of that time: an estimated 80 minutes for OpenMoji's
-# three seeds. Each seed of --choices took another half an hour of one core.
+# seed of OpenMoji 40 minutes; on two cores, expect 80 minutes for OpenMoji's three seeds (an estimate). Each seed of
+# --choices took another half an hour on one core.
 #
 #   bash launch/findings.sh                           writes to runs/findings, 3 seeds
-#   bash launch/findings.sh --quick                   short trainings, to see that everything runs
+#   bash launch/findings.sh --quick                   trains briefly, to check that everything runs
 #   bash launch/findings.sh --choices                 also measures choices that the paper leaves open
 #   bash launch/findings.sh --problems=mixture --out=DIR --seeds=5
 #

@@ -12,7 +12,7 @@
 #   --version=VERSION         runtime version; default: the one for the type
 #   --project=PROJECT         default: gcloud's
 #   --spot                    cheaper, but may be preempted at any time
-#   --setup=COMMAND           runs on every host before each attempt; a new slice has nothing mounted
+#   --setup=COMMAND           runs on every host before each attempt; a new slice mounts nothing
 #   --attempts=N              gives up after N failures in a row, not counting preemptions; default 3
 #   --delete                  deletes the slice when the run is finished
 #   --dry-run                 only prints the commands

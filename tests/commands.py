@@ -3,9 +3,11 @@
 Programs run inside the tests' process, where compiled code and imported libraries are shared: starting Python
 anew would take longer than most of what is run.
 
-    for command in commands.in_text(Path("docs/start.md").read_text(), "docs/start.md"):
-        commands.check(command)               # flags, config and validation; a launcher's dry run
-    commands.run(command, "--num=4")          # to its end, in the current directory
+    script = commands.script_of("docs/start.md")    # the blocks of a page, as a reader would paste them
+    for command in commands.in_text(text, "docs/start.md"):
+        commands.check(command)                     # flags, config and validation; a launcher's dry run
+    commands.run(command, "--num=4")                # to its end, in the current directory
+    Shell(directory, serve).run(script)             # Bash, whose commands `serve` answers
 """
 
 import ast
@@ -16,9 +18,10 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -32,8 +35,15 @@ ROOT = Path(__file__).parents[1]
 _PROGRAM = r"(?:\w+=\S+ )*python -m mcm_jax\.\w+"
 _LAUNCHER = r"(?:\w+=\S+ )*(?:bash|sbatch) launch/[\w/]+\.(?:sh|sbatch)"
 _START = rf"(?P<command>(?:{_PROGRAM}|{_LAUNCHER})\b"
-_LINE = re.compile(rf"^(?:[$+#>] *|.*: )?(?:srun (?:--\S+ )*)?{_START}.*)$")
+_LINE = re.compile(rf"^(?:[$+#>] *|.*: |.*   )?(?:srun (?:--\S+ )*)?{_START}.*)$")
 _INLINE = re.compile(rf"`{_START}[^`]*)`")
+_BLOCK = re.compile(r"^```(bash|console|python|sh|shell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_OTHER_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+# Other tools in running text, as in `mkdocs serve`; python -m takes in modules beside those of mcm_jax.
+_TOOL = re.compile(
+    r"`((?:docker|gcloud|git|kubectl|lint-imports|mkdocs|pip|pytest|ruff|sbatch|scancel|srun|tensorboard|tfds"
+    r"|python -m (?!mcm_jax))[ .][^`]*)`"
+)
 _TRAIN = ("python", "-m", "mcm_jax.train")
 _ELISIONS = ("..", "ARGUMENT")
 
@@ -45,13 +55,20 @@ class Command:
     Attributes:
       where: a file's name.
       words: the words as the shell passes them on, without settings of the environment.
+      settings: the settings of the environment before them, such as "MCM_ACCELERATOR=gpu".
     """
 
     where: str
     words: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.where}: {shlex.join(self.words)}"
+
+    @property
+    def line(self) -> str:
+        """The command as a line of a script."""
+        return " ".join([*self.settings, shlex.join(self.words)])
 
     @property
     def program(self) -> str | None:
@@ -73,17 +90,16 @@ def in_text(text: str, where: str) -> list[Command]:
     text = re.sub(r"\\\n(?:#| )*", " ", text)
     lines = [found["command"] for line in text.splitlines() if (found := _LINE.match(line.strip()))]
     inline = [found["command"] for found in _INLINE.finditer(" ".join(text.split()))]
-    commands = [Command(where, _words(line)) for line in lines]
-    commands += [each for each in (Command(where, _words(text)) for text in inline) if not _is_name(each)]
+    commands = [_command(where, line) for line in lines]
+    commands += [each for each in (_command(where, text) for text in inline) if not _is_name(each)]
     return [each for each in dict.fromkeys(commands) if not any(part in str(each) for part in _ELISIONS)]
 
 
-def _words(line: str) -> tuple[str, ...]:
-    """The command's words; three spaces separate it from an explanation."""
+def _command(where: str, line: str) -> Command:
+    """The command of a line; three spaces separate it from an explanation."""
     words = shlex.split(re.split(r"   +| &&", line)[0], comments=True)
-    while "=" in words[0]:
-        words.pop(0)
-    return tuple(words)
+    start = next(n for n, word in enumerate(words) if "=" not in word)
+    return Command(where, tuple(words[start:]), tuple(words[:start]))
 
 
 def _is_name(command: Command) -> bool:
@@ -99,6 +115,29 @@ def in_head(script: str) -> list[Command]:
     """The commands in the comments of a launcher."""
     lines = (ROOT / script).read_text().splitlines()
     return in_text("\n".join(line for line in lines if line.startswith("#")), script)
+
+
+def script_of(source: str) -> str:
+    """All commands of a file as one script: the blocks of a page, a launcher's head, a docstring.
+
+    A block of Python becomes `python -c`. Commands in running text come last.
+    """
+    path = ROOT / source
+    if path.suffix == ".py":
+        found = in_docstring(path)
+    elif path.suffix != ".md":
+        found = in_head(source)
+    else:
+        text = path.read_text()
+        blocks = [
+            f"python -c {shlex.quote(block)}" if language == "python" else block.replace("\n$ ", "\n")
+            for language, block in _BLOCK.findall(text)
+        ]
+        prose = _OTHER_BLOCK.sub("", text)
+        tools = [" ".join(each.split()) for each in _TOOL.findall(prose)]
+        inline = [each.line for each in in_text(prose, source)]
+        return "\n".join([*blocks, *inline, *tools])
+    return "\n".join(each.line for each in found)
 
 
 def in_dry_run(script: str, *arguments: str) -> list[Command]:
@@ -185,3 +224,103 @@ def _process(command: Command, small: tuple[str, ...]) -> Iterator[object]:
                     delattr(flags.FLAGS, name)
             if not parsed:
                 flags.FLAGS.unparse_flags()
+
+
+# What launchers call and a test need not imitate.
+_TOOLS = (
+    "cat chmod cksum cp dirname env grep id mkdir mktemp paste rm sed seq sleep sort tail tar touch".split()
+)
+# Commands that are passed on. Anything else that a page calls ends it: "command not found".
+_PASSED_ON = (
+    *("bash", "docker", "gcloud", "git", "kubectl", "lint-imports", "mkdocs", "pip", "pytest", "python"),
+    *("ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds"),
+)
+_PASS_ON = """#!{bash}
+words=("MCM_ACCELERATOR=${{MCM_ACCELERATOR:-}}" "${{0##*/}}" "$@")
+printf '%s\\0' "${{#words[@]}}" "${{words[@]}}" >&"$MCM_TEST_REQUEST"
+read -r answer <&"$MCM_TEST_ANSWER" || exit 1
+case "$answer" in
+  run) exec {bash} "$@" ;;
+  dry) MCM_DRY_RUN=1 exec {bash} "$@" ;;
+esac
+exit "$answer"
+"""
+_LAUNCHERS_NEED = ("launch", "configs", "setup.cfg", "setup.py", "pyproject.toml")
+
+
+class Shell:
+    """Bash in a directory that looks like a checkout; the test's process answers each command it calls.
+
+    So scripts and launchers run to their own ends, and programs run where compiled code is shared.
+    """
+
+    def __init__(self, directory: Path, serve: Callable[[Sequence[str], str], int | str]):
+        """serve: (words, accelerator) -> exit code, or "run" or "dry" for Bash to go on with a launcher."""
+        self.directory, self._serve = directory, serve
+        bash = shutil.which("bash")
+        for name in _LAUNCHERS_NEED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, directory / name)
+        bin_ = directory / ".venv" / "bin"
+        bin_.mkdir(parents=True)
+        (directory / ".venv-parity").symlink_to(".venv")
+        (bin_ / "activate").write_text(f"PATH={shlex.quote(str(bin_))}:$PATH\n")
+        for name in _PASSED_ON:
+            (bin_ / name).write_text(_PASS_ON.format(bash=bash))
+            (bin_ / name).chmod(0o755)
+        for name in _TOOLS:
+            (bin_ / name).symlink_to(shutil.which(name))
+        self._bash, self._bin = bash, bin_
+
+    def run(self, script: str) -> str:
+        """Runs a script, which must succeed, and returns what it and its launchers print.
+
+        Raises:
+          AssertionError: a command failed, or `serve` raised it.
+        """
+        request, request_end = os.pipe()
+        answer_end, answer = os.pipe()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MCM_")} | {
+            "PATH": str(self._bin),
+            "MCM_TEST_REQUEST": str(request_end),
+            "MCM_TEST_ANSWER": str(answer_end),
+        }
+        environment.pop("PYTHON", None)
+        (self.directory / "page.sh").write_text(script + "\n")
+        with open(self.directory / "page.log", "w+b") as log:
+            process = subprocess.Popen(
+                [self._bash, "-euo", "pipefail", "page.sh"],
+                cwd=self.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(request_end, answer_end),
+            )
+            os.close(request_end)
+            os.close(answer_end)
+            # Closing the answers ends a command that waits for one, and so the script.
+            try:
+                with open(request, "rb") as requests, open(answer, "wb", buffering=0) as answers:
+                    while words := _request(requests):
+                        accelerator = words[0].partition("=")[2]
+                        answers.write(f"{self._serve(words[1:], accelerator)}\n".encode())
+            finally:
+                code = process.wait()
+            log.seek(0)
+            printed = log.read().decode()
+        assert code == 0, f"exit code {code} of:\n{script}\n{printed}"
+        return printed
+
+
+def _request(stream: io.BufferedReader) -> list[str]:
+    """The next command's words; [] at the end of the stream."""
+
+    def word() -> str:
+        letters = bytearray()
+        while (letter := stream.read(1)) not in (b"", b"\0"):
+            letters += letter
+        return letters.decode()
+
+    count = word()
+    return [word() for _ in range(int(count or 0))]
