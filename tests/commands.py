@@ -41,7 +41,7 @@ _BLOCK = re.compile(r"^```(bash|console|python|sh|shell)\n(.*?)^```$", re.MULTIL
 _OTHER_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # Other tools in running text, as in `mkdocs serve`; python -m takes in modules beside those of mcm_jax.
 _TOOL = re.compile(
-    r"`((?:docker|gcloud|git|kubectl|lint-imports|mkdocs|pip|pytest|ruff|sbatch|scancel|srun|tensorboard|tfds"
+    r"`((?:docker|gcloud|git|kubectl|lint-imports|mkdocs|pip|pyright|pytest|ruff|sbatch|scancel|srun|tensorboard|tfds"
     r"|python -m (?!mcm_jax))[ .][^`]*)`"
 )
 _TRAIN = ("python", "-m", "mcm_jax.train")
@@ -232,8 +232,8 @@ _TOOLS = (
 )
 # Commands that are passed on. Anything else that a page calls ends it: "command not found".
 _PASSED_ON = (
-    *("bash", "docker", "gcloud", "git", "kubectl", "lint-imports", "mkdocs", "pip", "pytest", "python"),
-    *("ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds"),
+    *("bash", "docker", "gcloud", "git", "kubectl", "lint-imports", "mkdocs", "pip", "pyright", "pytest"),
+    *("python", "ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds"),
 )
 _PASS_ON = """#!{bash}
 words=("MCM_ACCELERATOR=${{MCM_ACCELERATOR:-}}" "${{0##*/}}" "$@")

@@ -60,6 +60,7 @@ NOT_RUN = {
     "python -m pytest": "runs these tests",
     "ruff check": "launch/test.sh runs it before these tests",
     "ruff format": "launch/test.sh runs it before these tests",
+    "pyright": "launch/test.sh runs it before these tests",
     "lint-imports": "launch/test.sh runs it before these tests",
     "mkdocs build": "tests/test_docs.py builds the site",
     "mkdocs serve": "serves until it is interrupted; tests/test_docs.py builds the site",
