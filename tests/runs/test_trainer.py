@@ -424,7 +424,7 @@ class Handed(dict):
 
     def make_train_step(self, loss_fn, optimizer, **settings):
         self.update(settings)
-        return lambda *_: None
+        return jax.jit(lambda *_: None)
 
     def claim(self, *arguments, needed_bytes, **others):
         self.update(needed_bytes=needed_bytes)
