@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every test in .venv, which it creates if missing. Arguments go to pytest: bash launch/test.sh -k steps
-# Compiled programs are kept in .cache/xla for the next run.
+# Compiled programs are kept in .xla_cache for the next run.
 #
 #   bash launch/test.sh --fast      leaves out the tests marked slow, and those on eight devices
 #
@@ -15,11 +15,11 @@ if [ "${1:-}" = --parity ]; then
   mcm_run python -m pytest tests/parity "$@"
   exit
 fi
-devices=8
+fast=
 if [ "${1:-}" = --fast ]; then
   shift
   set -- -m "not slow" "$@"
-  devices=
+  fast=1
 fi
 mcm_environment test
 mcm_run ruff check .
@@ -30,6 +30,6 @@ mcm_run pyright --pythonpath "$(command -v python)"
 mcm_run lint-imports --config setup.cfg
 # Two processes: one test compiles while another runs.
 mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile "$@"
-[ -n "$devices" ] || exit 0
+[ -z "$fast" ] || exit 0
 # Exit code 5: none of the tests chosen by the arguments needs eight devices.
-MCM_TEST_DEVICES=$devices mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]
+MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]

@@ -113,8 +113,8 @@ request_slice() {
 
 install_checkout() {
   local archive="$temporary/mcm_jax.tar.gz"
-  mcm_run tar --anchored --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./data \
-    -czf "$archive" . || return 1
+  mcm_run tar --anchored --exclude=./.git --exclude='./.venv*' --exclude='./.*_cache' --exclude=./.hypothesis \
+    --exclude=./runs --exclude=./data -czf "$archive" . || return 1
   tpus tpu-vm scp "$archive" "$name:mcm_jax.tar.gz" --worker=all || return 1
   on_hosts all "${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax && bash mcm_jax/launch/tpu_host.sh install"
 }

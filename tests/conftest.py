@@ -18,7 +18,7 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-CACHE = str(Path(__file__).parents[1] / ".cache" / "xla")
+CACHE = str(Path(__file__).parents[1] / ".xla_cache")
 os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -66,7 +66,6 @@ SLOW = (
     "runs",
     "system/test_distributed.py",
     "test_clusters.py",
-    "test_commands.py",
     "test_docs.py",
     "test_mutants.py",
     "test_programs.py",

@@ -172,6 +172,25 @@ def test_the_commands_of_a_pod():
         assert command.endswith("--zone=us-west4-a --project=p --quiet")
 
 
+def test_a_pod_gets_neither_caches_nor_data(tmp_path):
+    """A cache that is being written makes tar fail, too."""
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    hidden = [name.removesuffix("*") for name in ignored if name.startswith(".")]
+    left_out = [*hidden, "data", "runs"]
+    assert ".xla_cache" in left_out and ".hypothesis" in left_out
+    for name in [*left_out, "mcm_jax"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (pack,) = (
+        one for one in commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN)) if one[:3] == "tar"
+    )
+    words = ["-cf" if word == "-czf" else word for word in shlex.split(pack)]
+    words[words.index("-cf") + 1] = str(tmp_path.with_suffix(".tar"))
+    subprocess.run(words, cwd=tmp_path, check=True)
+    listed = subprocess.run(["tar", "-tf", tmp_path.with_suffix(".tar")], capture_output=True, text=True)
+    assert sorted(listed.stdout.split()) == ["./", "./mcm_jax/", "./mcm_jax/file"]
+
+
 def test_a_pod_is_deleted_only_on_request():
     create, *_, last = commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN))
     assert "--spot" not in create and " train " in last
