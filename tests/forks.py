@@ -17,24 +17,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Imports, then forks a child for every request. A child leaves the loop, with the request's environment,
-# working directory and files, and runs the request's code as __main__; it exits as any interpreter does.
+# Imports, then forks a child for every request, with the request's environment, working directory and files.
+# The child runs the request's code and exits as any interpreter does.
 _PARENT = """
 import json, os, sys, warnings
 import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy, tensorflow
 import mcm_jax.runs.trainer, mcm_jax.training.observer, mcm_jax.evaluation.evaluator, mcm_jax.data.preparation
 import tests.tiny
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if "wait" in request:
-        pid, status = os.waitpid(request["wait"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-        continue
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # JAX warns of forks after its back end has started: it has not.
-        pid = os.fork()
-    if pid == 0:
+
+def serve():
+    # Returns in the children only, with the code that each is to run.
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JAX warns of forks after its back end has started: it has not.
+            pid = os.fork()
+        if pid > 0:
+            print(pid, flush=True)
+            continue
         files = (os.devnull, "r"), (request["out"], "a"), (request["err"], "a")
         for number, (name, mode) in enumerate(files):
             with open(name, mode) as file:
@@ -43,12 +47,11 @@ for line in sys.stdin:
         os.environ.update(request["environment"])
         os.chdir(request["cwd"])
         sys.argv = ["-c", *request["arguments"]]
-        break
-    print(pid, flush=True)
-else:
+        return request["code"]
     os._exit(0)
-del json, os, warnings, line, pid, files, number, name, mode, file
-exec(compile(request.pop("code"), "<string>", "exec"))
+
+print("ready", flush=True)
+exec(compile(serve(), "<string>", "exec"), {"__name__": "__main__"})
 """
 
 

@@ -1,6 +1,7 @@
 """Programs of several processes on this machine, as the hosts of a cluster run them, on CPU over loopback."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -54,8 +55,8 @@ class Members:
         self.directory, self.processes = directory, []
         for index in range(count):
             variables = {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-                "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+                # After the tests' own flags: the last count holds.
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             }
             if count > 1:
                 variables |= {

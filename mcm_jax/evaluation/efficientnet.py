@@ -17,15 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, PyTree, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from mcm_jax import records
 from mcm_jax.evaluation import pth
 from mcm_jax.evaluation.features import FeatureNetwork
+from mcm_jax.models.network import Params
 from mcm_jax.system.errors import InputError
-
-# By layer, nested.
-Params = dict[str, PyTree]
 
 NETWORK = records.EFFICIENTNET
 FEATURES = 1280

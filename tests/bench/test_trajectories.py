@@ -90,7 +90,6 @@ def test_a_student_is_trained_sampled_and_measured():
     assert found.distance == mixtures.marginal_wasserstein(MIXTURE, found.samples[:, None])
 
 
-@pytest.mark.slow
 def test_training_brings_a_student_near_the_data():
     before, after = (
         trajectories.student(

@@ -116,11 +116,11 @@ def test_the_convolution_before_the_average_is_the_one_behind_it():
 
 
 def test_examples_do_not_meet(abstract):
-    """The second row does not depend on the image beside it: the same program, so to the last bit."""
+    """Row i is that of image i alone, whatever stands beside it; float32 sums in another order elsewhere."""
     model = inception.Inception(rngs=nnx.Rngs(0))
-    first, other, second = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     run = nnx.jit(lambda m, x: m(x))
-    outputs = [run(model, np.stack([beside, second])) for beside in (first, other)]
-    for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
-        assert np.any(np.asarray(b[1])) and not np.array_equal(a[0], b[0])
-        np.testing.assert_array_equal(a[1], b[1])
+    both, alone = run(model, images), run(model, images[1:])
+    for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
+        assert np.any(np.asarray(b))
+        np.testing.assert_allclose(a[1:], b, rtol=1e-4, atol=1e-6)

@@ -4,13 +4,11 @@ import json
 import shutil
 
 import numpy as np
-import pytest
 
 from mcm_jax.runs.run import load_run
 from tests.members import Members, logged, program
 
 
-@pytest.mark.slow
 def test_several_sample_what_one_does(teacher, tmp_path):
     arguments = (f"--workdir={teacher}", "--num=5", f"--out={tmp_path / 'x.npz'}")
     codes, members = program("sample", *arguments, directory=tmp_path / "logs")
@@ -22,7 +20,6 @@ def test_several_sample_what_one_does(teacher, tmp_path):
         assert np.abs(found["arr_0"].astype(int) - images).max() <= 1
 
 
-@pytest.mark.slow
 def test_several_evaluate_what_one_does(teacher, tmp_path):
     """One result, one voice, from the same features; the second time nothing is measured."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--num=6", "--untrained_num=4", "--input_resolution=32"]
@@ -78,7 +75,6 @@ with distributed.joined():
 """
 
 
-@pytest.mark.slow
 def test_moments_do_not_depend_on_processes_devices_or_batches(tmp_path):
     """Against float64 of all features at once, in every process; 101 images fill no batch and no block."""
     images = np.random.default_rng(0).integers(0, 256, (101, 4, 4, 3), np.uint8)

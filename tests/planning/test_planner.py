@@ -31,7 +31,6 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_a_tiny_network_on_four_chips(tmp_path):
     """The whole way: the numbers that can be known otherwise are right, the others are there."""
@@ -69,7 +68,6 @@ def test_a_tiny_network_on_four_chips(tmp_path):
     assert f"libtpu {importlib.metadata.version('libtpu')}" in table.stdout
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_sampling_on_four_chips():
     """The network of the same size, all of it on every chip, called once for every one of three steps.
@@ -91,7 +89,6 @@ def test_sampling_on_four_chips():
     assert f"{rate:.0f} a second, 50000 in {50_000 / rate:.1f} s" in text
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_features_on_four_chips(monkeypatch):
     """Of five of its eleven blocks, and rounded products: all of it, exact, compiles for minutes."""
@@ -113,7 +110,6 @@ def test_features_on_four_chips(monkeypatch):
     assert 0.9 * before_compilation < record["flops_per_step"] < 1.2 * before_compilation
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_the_fused_attention_is_a_kernel_on_a_tpu():
     """It compiles, with its gradient, and its FLOPs are those of seven products of L x D and D x L."""

@@ -563,7 +563,6 @@ def wait_for(pattern, process, output):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
     num_steps = 120
     whole, output = start_training(tiny_data, tmp_path / "whole", num_steps)
@@ -582,7 +581,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny_data, tmp_path):
         assert_equal_trees(*(params_of(tmp_path / name, parameters) for name in ("whole", "killed")))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_first(number, tiny_data, tmp_path):
     process, output = start_training(tiny_data, tmp_path / "run", 100_000)

@@ -121,7 +121,6 @@ CASES = [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2
 ALONE_CASES = [("diffusion", 1), ("cd", 1)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "count", "fsdp"), CASES)
 def test_several_processes_are_one(objective, count, fsdp, trained):
     """Losses, parameters, pictures and examples, with whole and with split parameters.
@@ -160,7 +159,6 @@ def test_several_processes_are_one(objective, count, fsdp, trained):
     assert workdirs.read(directory / of_several).config.mesh.fsdp == fsdp
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
     """After the same update; two processes go on, bit for bit, and so does one but for the last bits."""
 
@@ -192,7 +190,6 @@ def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
     run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
     with training(run, count=2, directory=tmp_path / "logs") as members:
@@ -201,7 +198,6 @@ def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
         assert members.codes(timeout=60) == [130, 130], members.everything()
 
 
-@pytest.mark.slow
 def test_a_failure_of_one_ends_all(tiny_data, tmp_path):
     """As soon as JAX misses heartbeats for 10 seconds, and not when it gives up waiting (five minutes)."""
     code = """
