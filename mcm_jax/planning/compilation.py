@@ -1,15 +1,17 @@
 """Compiles a function for a topology and reads off what it needs; out of memory is an answer too."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -92,7 +94,8 @@ def plan(
     """
     lowered = function.lower(*arguments)
     try:
-        compiled = lowered.compile()
+        with _no_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         refused = too_large(str(error), available=topology.chip.hbm_bytes)
         if refused is None:
@@ -121,6 +124,19 @@ def plan(
         text=text,
         doubts=tuple(doubts),
     )
+
+
+@contextlib.contextmanager
+def _no_cache() -> Generator[None, None, None]:
+    """Without JAX's persistent cache: it stores executables for absent devices, but cannot load them."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # It remembers whether it is enabled.
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def seconds_unfused(

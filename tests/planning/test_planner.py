@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mcm_jax.config import rows
 from mcm_jax.evaluation import inception, inception_weights
@@ -108,6 +109,26 @@ def test_features_on_four_chips(monkeypatch):
     assert record["doubts"] == [] and record["collective_bytes"] == {}
     # Some products are padded, the pools' operations are not counted.
     assert 0.9 * before_compilation < record["flops_per_step"] < 1.2 * before_compilation
+
+
+@needs_libtpu
+def test_a_plan_leaves_the_compilation_cache_alone(tmp_path):
+    """Executables for absent devices can't be loaded from it: the second plan would warn of that."""
+    topology = topologies.describe("v5e:2x2")
+    mesh = jax.sharding.Mesh(topology.devices[:1], "chip")
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    try:
+        compilation.plan(jax.jit(jnp.sin), (array,), topology, mesh=mesh, package=tmp_path)
+        assert not list(tmp_path.iterdir())
+        jax.jit(jnp.sin)(jnp.ones((8, 128))).block_until_ready()
+        assert list(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @needs_libtpu
