@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mcm_jax.data import folder, imagenet, layout, openmoji, shards
+from mcm_jax.data import folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
@@ -278,8 +278,8 @@ def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str
 
 
 def _write_preview(records: Records, path: Path) -> None:
-    """The first 64 images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
-    images = np.stack([records[index]["image"] for index in range(min(64, len(records)))])
+    """64 random images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
+    images, _ = pipeline.random_examples(pipeline.RecordSource(records), 64)
     columns, scale = math.ceil(math.sqrt(len(images))), math.ceil(64 / images.shape[1])
     pictures.save_png(pictures.image_grid(images, columns, scale=scale), path)
 
