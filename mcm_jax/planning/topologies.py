@@ -16,7 +16,7 @@ _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8",
 SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}
 
 # Otherwise libtpu becomes JAX's default backend, queries a metadata server that only TPU machines have, lets
-# only one process at a time load it, and warns on stderr about an unknown machine. Any machine's name will do.
+# only one process at a time load it, and warns on stderr about an unknown machine. Any machine name works.
 _WITHOUT_TPU = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",

@@ -363,7 +363,7 @@ def test_an_earlier_checkpoint(teacher):
     assert (early.checkpoint_step, late.checkpoint_step) == (2, 4)
     assert early.workdir == late.workdir == teacher
     assert not np.array_equal(early.params["conv_in"]["kernel"], late.params["conv_in"]["kernel"])
-    with pytest.raises(InputError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 3 .*available steps: \[2, 4\]"):
         load_run(teacher, checkpoint_step=3)
 
 
