@@ -54,16 +54,16 @@ def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pr
     """Sampling one batch per device with replicated parameters, as in `runs.run.Run.sample`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
-    network, how = build.network(config, num_classes=num_classes), samplers.resolve(config)
+    network, settings = build.network(config, num_classes=num_classes), samplers.resolve(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    x_var = jax.ShapeDtypeStruct((how.steps,), jnp.float32) if how.x_var == "measured" else None
+    x_var = jax.ShapeDtypeStruct((settings.steps,), jnp.float32) if settings.x_var == "measured" else None
     everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
     indices = jax.ShapeDtypeStruct((images,), jnp.int32)
     arguments = (
         *_placed(everywhere, sharding.replicated(mesh)),
         *_placed((indices, indices), sharding.batch_sharding(mesh)),
     )
-    function = samplers.make_sampler(config, network, how, mesh=mesh)
+    function = samplers.make_sampler(config, network, settings, mesh=mesh)
     return Program(function, arguments, mesh, _count(params), images)
 
 

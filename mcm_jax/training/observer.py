@@ -141,8 +141,8 @@ class _EventFile:
     """TensorBoard event files of one start of a run."""
 
     def __init__(self, workdir: Path, *, first_step: int):
-        # Makes TensorBoard drop what an earlier start logged after first_step, since this start logs it again.
-        # The event needs its own file, because clu's writer does not support it; it sorts before clu's file.
+        # Makes TensorBoard drop what an earlier start logged after first_step, as this start logs it again.
+        # The event needs its own file, since clu's writer lacks it; its name sorts before clu's file.
         restart = _SessionLog(status=_SessionLog.START)
         marker = EventFileWriter(str(workdir))
         marker.add_event(_Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
