@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
 from mcm_jax.records import JsonObject
 from mcm_jax.system import command_line, config_files, paths, versions
-from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.files import write_output
 
 
 def _made_of(holder: flags.FlagHolder[ConfigDict] | flags.Flag[ConfigDict]) -> JsonObject:
@@ -83,9 +83,9 @@ def main() -> None:
     )
     print(report)
     if values.json is not None:
-        write_asked_for(values.json, json.dumps(made | record, indent=2) + "\n")
+        write_output(values.json, json.dumps(made | record, indent=2) + "\n")
     if values.hlo is not None:
-        write_asked_for(values.hlo, text)
+        write_output(values.hlo, text)
 
 
 if __name__ == "__main__":

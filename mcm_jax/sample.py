@@ -17,7 +17,7 @@ from absl import flags
 from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.files import write_output
 from mcm_jax.system.pictures import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _sample_to(out: Path) -> None:
     if not distributed.is_first():
         return
     if out.suffix == ".npz":
-        write_asked_for(out, lambda file: np.savez(file, images, labels))
+        write_output(out, lambda file: np.savez(file, images, labels))
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)

@@ -210,7 +210,7 @@ def test_out_is_where_a_program_with_both_writes(arguments, place):
         *arguments,
         before="flags.DEFINE_list('workdir', None, ''); flags.DEFINE_string('out', None, '')",
     )
-    assert f": below {place}; free some space" in error_of(done, 1)
+    assert f": under {place}; free some space" in error_of(done, 1)
 
 
 def test_a_disk_that_was_full_from_the_start_is_the_users_to_change():
