@@ -203,8 +203,8 @@ UNSTAGED = {"progressive__stages": ()}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"progressive__stages": (4, 3)}, "progressive halves, 4 -> 2"),
-        ({"progressive__stages": (4,)}, "needs the teacher's steps and those of one student"),
+        ({"progressive__stages": (4, 3)}, "each stage must halve the steps, 4 -> 2"),
+        ({"progressive__stages": (4,)}, "needs the steps of the teacher and of one or more"),
         ({"objective": "tract", "tract__stages": (4, 3)} | UNSTAGED, "4 steps can't be grouped into 3"),
         ({"objective": "tract", "tract__stages": (2, 4)} | UNSTAGED, "2 steps can't be grouped into 4"),
         ({"consistency__teacher_guidance": 1.0}, "teacher_guidance=1.0 has no effect on progressive"),
@@ -626,7 +626,7 @@ def changed(config, **fields):
         ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
         ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
         ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
-        ({"teacher_checkpoint": "x"}, "has no meaning for a diffusion teacher"),
+        ({"teacher_checkpoint": "x"}, "has no effect on a diffusion model"),
         ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
         (
             {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": 2},

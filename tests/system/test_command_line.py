@@ -155,11 +155,11 @@ def test_a_good_config(tmp_path):
 FULL = {
     "named": (f"raise OSError({errno.ENOSPC}, 'No space left on device', '/runs/x')", "/runs/x"),
     "quota": (f"raise OSError({errno.EDQUOT}, 'Disk quota exceeded', '/runs/x')", "/runs/x"),
-    "nameless": (f"raise OSError({errno.ENOSPC}, 'No space left on device')", "below --workdir=runs/cd4"),
+    "nameless": (f"raise OSError({errno.ENOSPC}, 'No space left on device')", "under --workdir=runs/cd4"),
     # As Orbax tells of it, in a thread of its own.
     "library": (
         "raise ValueError('RESOURCE_EXHAUSTED: Failed writing: \"/runs/x\": No space left on device')",
-        "below --workdir=runs/cd4",
+        "under --workdir=runs/cd4",
     ),
     "on the way out": (
         f"""
