@@ -30,13 +30,13 @@ _OUT = paths.define_path(
     "FILE.png writes a grid; FILE.npz writes arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
     required=True,
 )
-# The suffix that --out must have.
+# The suffix of --out that each format requires.
 _FORMATS = {"grid": ".png", "adm": ".npz"}
 _FORMAT = flags.DEFINE_enum(
     "format",
     None,
     list(_FORMATS),
-    "grid, or adm for the .npz that ADM's evaluator reads. Default: by the suffix of --out.",
+    "grid, or adm for the .npz that ADM's evaluator reads. Default: from the suffix of --out.",
 )
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps. Default: the run's own.", lower_bound=1)
@@ -59,7 +59,7 @@ _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Guidance weight g; 0 means none. Default: the run's own.", lower_bound=0
 )
 _ROUNDING = flags.DEFINE_enum(
-    "rounding", "nearest", ["nearest", "floor"], "How samples become bytes; ADM's scripts take the floor."
+    "rounding", "nearest", ["nearest", "floor"], "How pixels are rounded to bytes; ADM's scripts use floor."
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
@@ -79,14 +79,14 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in each row of the grid.",
 
 
 def main() -> None:
-    """Samples what the flags say and writes one file."""
+    """Draws the samples that the flags specify and writes one file."""
     out = _OUT.value
     if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
         raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
+        raise InputError(f"--out={out}: there is no directory {out.parent}; create it first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"--out={out}: {out.parent} is not writable; choose another directory")
     from mcm_jax.system import distributed  # Slow to import; --help and bad flags should not wait for it.
