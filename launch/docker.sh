@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds an image from the Dockerfile, and pushes or runs it.
+# Builds an image from the Dockerfile; optionally pushes or runs it.
 #
 #   bash launch/docker.sh                                                   builds mcm_jax:cpu
 #   MCM_ACCELERATOR=tpu bash launch/docker.sh --image=REGISTRY/mcm_jax:tpu --push       for launch/gke/train.sh

@@ -10,7 +10,7 @@
 #   bash launch/plan_table.sh --dry-run           only prints the commands, as MCM_DRY_RUN=1 does
 #
 # DIR is relative to the checkout. Each plan is saved there when it is done, the same command continues an interrupted
-# one, and the table contains all plans in DIR. After a change of the code or of a library, use another directory.
+# one, and the table contains all plans in DIR. After changing the code or a library, use another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

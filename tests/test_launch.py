@@ -136,8 +136,8 @@ def test_an_environment_of_another_interpreter_is_refused(change, code, tmp_path
     assert result.returncode == code
     if code != 0:
         assert result.stderr == (
-            f"error: {tmp_path} was not made by PYTHON={sys.executable}; remove it, or choose another place "
-            "with MCM_VENV=DIR\n"
+            f"error: {tmp_path} was not created with PYTHON={sys.executable}; remove it, or choose another "
+            "directory with MCM_VENV=DIR\n"
         )
     assert dry_run("smoke.sh", PYTHON="", MCM_VENV=str(tmp_path)).returncode == 0
 
