@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     --push) push=yes ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
     --) shift && break ;;
-    *) mcm_refuse "$1 is not an option; there are --image=NAME, --push, --dry-run and -- COMMAND" ;;
+    *) mcm_refuse "$1 is not an option; available: --image=NAME, --push, --dry-run and -- COMMAND" ;;
   esac
   shift
 done

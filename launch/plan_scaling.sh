@@ -20,7 +20,7 @@ for argument in "$@"; do
   case "$argument" in
     --out=?*) out="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
-    *) mcm_refuse "$argument is not an option; there are --out=DIR and --dry-run" ;;
+    *) mcm_refuse "$argument is not an option; available: --out=DIR and --dry-run" ;;
   esac
 done
 mcm_environment plan

@@ -22,7 +22,7 @@ for argument in "$@"; do
     --out=?*) out="${argument#*=}" ;;
     --plain=yes | --plain=no) plain="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
-    *) mcm_refuse "$argument is not an option; there are --out=DIR, --plain=yes|no and --dry-run" ;;
+    *) mcm_refuse "$argument is not an option; available: --out=DIR, --plain=yes|no and --dry-run" ;;
   esac
 done
 mcm_environment plan

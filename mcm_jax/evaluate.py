@@ -56,8 +56,7 @@ def define_flags() -> None:
         "x_var",
         None,
         X_VARS,
-        "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's "
-        "own.",
+        "Variance for addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
     )
     flags.DEFINE_list(
         "guidance", [], "Guidance weights, separated by commas; 0 means none. Default: the run's own."

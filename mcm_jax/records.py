@@ -127,7 +127,7 @@ _FLAT = {"flat": True}
 
 
 def _usual(*values: _Value, otherwise: str) -> _Value:
-    """A setting whose usual values labels omit; `otherwise` is the phrase for any other value."""
+    """A setting whose usual values are omitted from labels; `otherwise` describes any other value."""
     return dataclasses.field(default=values[0], metadata={"usual": values, "otherwise": otherwise})
 
 

@@ -53,7 +53,7 @@ _X_VAR = flags.DEFINE_enum(
     "x_var",
     None,
     ["analytic", "measured"],
-    "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's own.",
+    "Variance for addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
 )
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Guidance weight g; 0 means none. Default: the run's own.", lower_bound=0

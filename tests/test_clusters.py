@@ -448,7 +448,7 @@ def test_a_slurm_job_from_elsewhere(tmp_path):
     assert result.returncode == 2
     assert (
         result.stderr
-        == f"error: {tmp_path} is not the checkout; submit from the checkout: sbatch launch/slurm.sbatch ...\n"
+        == f"error: {tmp_path} is not the checkout; submit from there: sbatch launch/slurm.sbatch ...\n"
     )
 
 

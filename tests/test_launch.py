@@ -183,4 +183,4 @@ def test_the_scaling_is_planned_at_32_images_a_chip_and_at_2048_in_all(tmp_path)
 def test_bad_input_of_the_tables_of_plans(script, argument):
     result = dry_run(script, argument)
     assert result.returncode == 2
-    assert f"{argument} is not an option; there are --out=DIR" in result.stderr
+    assert f"{argument} is not an option; available: --out=DIR" in result.stderr

@@ -45,7 +45,7 @@ def get_chip(name: str) -> Chip:
     for one in CHIPS:
         if one.name == name:
             return one
-    raise InputError(f"there is no TPU {name!r}; take one of {', '.join(c.name for c in CHIPS)}")
+    raise InputError(f"there is no TPU {name!r}; choose one of {', '.join(c.name for c in CHIPS)}")
 
 
 def incoming_bytes_per_second(

@@ -54,7 +54,7 @@ def describe(name: str) -> Topology:
       InputError: there is no such slice, or libtpu is not installed.
     """
     if name not in names():
-        raise InputError(f"--topology={name} does not exist; there are {', '.join(names())}")
+        raise InputError(f"--topology={name} does not exist; available: {', '.join(names())}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "planning for a TPU needs its compiler, libtpu: pip install -e '.[plan]' (on Linux, x86-64)"

@@ -203,7 +203,7 @@ def _initialize() -> None:
         # A single task may use several GPUs, but jax.distributed would use only the first.
         return
     try:
-        with _waiting("the others of this cluster"), warnings.catch_warnings():
+        with _waiting("all others of this cluster"), warnings.catch_warnings():
             # In a Kubernetes pod, JAX recommends a package that a single process does not need.
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
             jax.distributed.initialize()

@@ -188,7 +188,7 @@ def test_attention_written_out_counts_as_often_as_its_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--topology=v5e:3x3",), "--topology=v5e:3x3 does not exist; there are v4:2x2x1, "),
+        (("--topology=v5e:3x3",), "--topology=v5e:3x3 does not exist; available: v4:2x2x1, "),
         (
             ("--config=configs/folder.py:teacher",),
             "config.data.dataset=.*: unknown classes; set --num_class",
