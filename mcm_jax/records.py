@@ -222,7 +222,7 @@ class Measurement(Record):
     sampling: Sampling = dataclasses.field(metadata=_FLAT)
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
-    asked: tuple[str, ...] = ()  # the metrics' names in --metrics
+    asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics
     features: Features
     reference: Reference
 

@@ -11,8 +11,8 @@ from mcm_jax.config import rows
 from mcm_jax.config.settings import default_config
 from mcm_jax.system.errors import InputError
 
-# Numbers of TPU v5e chips of the published speeds. The paper leaves the sharding of parameters open; here all
-# chips share them.
+# Numbers of TPU v5e chips of the published speeds. The paper leaves the sharding of parameters open; here it
+# is over all chips.
 _CHIPS = {"small": 64, "large": 256}
 
 # For each system: the words it allows, the numbers it requires, and the numbers it allows.

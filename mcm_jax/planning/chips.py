@@ -53,7 +53,7 @@ def incoming_bytes_per_second(
 ) -> float:
     """Bytes per second that the worst-placed chip of a group can receive from the other chips.
 
-    Only links along the axes on which the group extends count. Along a ring, every chip receives from two
+    Counts only links along the axes on which the group extends. Along a ring, each chip receives from two
     sides; along a line, the chips at its ends receive from one.
 
     Args:

@@ -74,7 +74,7 @@ class _Transfer:
 def operations(
     module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: Path
 ) -> tuple[list[Operation], list[str]]:
-    """Returns all operations of one step in order of first execution, and messages about what is unreadable.
+    """Returns all operations of one step in order of first execution, and messages about unreadable parts.
 
     Args:
       coordinates: coordinates in the slice of the chip of each of the module's partitions.

@@ -229,7 +229,7 @@ def _observer(
     config: Config, workdir: Path, *, first_step: int, draw: Callable[[Params], np.ndarray]
 ) -> contextlib.AbstractContextManager[loop.Observer]:
     """The observer of this process; only the first process reports progress."""
-    from mcm_jax.training import observer  # Imports TensorFlow: slow for a bad config.
+    from mcm_jax.training import observer  # Slow: imports TensorFlow.
 
     if not distributed.is_first():
         return observer.SilentObserver(draw=draw)

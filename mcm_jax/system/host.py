@@ -44,7 +44,7 @@ def tune() -> None:
 def keep_freed_pages() -> None:
     """Makes malloc keep freed pages instead of returning them to the operating system.
 
-    XLA allocates its temporaries again in each step, and page faults took a third of the time. Processes that
+    XLA allocates its temporaries again in each step, and page faults took a third of the step. Processes that
     do not call `tune`, such as those that only read and resize images, gain as much and call this directly.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
