@@ -1,8 +1,9 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans 2024) in JAX and Flax NNX.
 
-import mcm_jax
-run = mcm_jax.load("runs/cd4")
-images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
+Examples:
+  >>> import mcm_jax
+  >>> run = mcm_jax.load("runs/cd4")
+  >>> images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
 """
 
 from typing import TYPE_CHECKING
