@@ -1,1 +1,1 @@
-"""Config files, one for each data set; --config=NAME:ROW chooses one, from any directory."""
+"""Config files, one per data set; --config=NAME:ROW selects one from any directory."""

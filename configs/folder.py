@@ -1,4 +1,4 @@
-"""Any folder of images, prepared by `mcm_jax.prepare --dataset=folder`; tiny networks for a laptop's CPU.
+"""Any folder of images, prepared with `mcm_jax.prepare --dataset=folder`; tiny networks for a laptop's CPU.
 
 The rows are those of configs/openmoji.py. The resolution must be a multiple of 4 for the default network.
 
@@ -13,5 +13,5 @@ from mcm_jax.config import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
-    """The config of a row, e.g. "teacher" or "cd,steps=4"; set data.dataset and data.resolution yourself."""
+    """Returns the config of a row, e.g. "teacher" or "cd,steps=4"; set data.dataset and data.resolution."""
     return rows.tiny(row, dataset="folder/NAME", resolution=32)

@@ -23,21 +23,21 @@ SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measur
     4                            5.0                          3.5                           2.6
     8                            4.9                          3.2                           2.2
 
-The teachers with 512 steps of aDDIM: small 2.2, large 2.2. Table 5 reports pd as 8.0, 3.8 and 2.5 with 2, 4
-and 8 steps, but not the size of its network.
+The teachers' FIDs with 512 steps of aDDIM: small 2.2, large 2.2. Table 5 reports pd as 8.0, 3.8 and 2.5 with
+2, 4 and 8 steps, but not the size of its network.
 
 Chips and hours, derived from the paper's updates per second (not measured with this code):
 
                               small, 64 TPU v5e   large, 256 TPU v5e
-    teacher  1,000,000 updates     126 h              126 h       at CT's speed; it needs one call fewer
+    teacher  1,000,000 updates     126 h              126 h       at CT's speed, but with one call fewer
     ct         200,000 updates      25 h               25 h
     cd         200,000 updates      33 h               31 h
     pd          20,000 a stage     3.3 h              3.1 h       a stage, at CD's speed; ten stages to 1 step
     tract      100,000 a stage      16 h               15 h       a stage, at CD's speed; two stages
 
-The small network is guided, as in the paper: its teacher is also trained without labels and is sampled with
+The small network uses guidance, as in the paper: its teacher is also trained without labels and sampled with
 guidance, and cd distils the guided prediction. This costs cd another network call, which the published speed
-may not include. ct, pd and tract are not guided; --config.consistency.teacher_guidance=0 turns it off for cd.
+may not include. ct, pd and tract use no guidance; --config.consistency.teacher_guidance=0 disables it for cd.
 
 On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 
@@ -54,12 +54,12 @@ from mcm_jax.config import paper_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """The config of a row, e.g. "small,teacher" or "large,cd,steps=8"."""
+    """Returns the config of a row, such as "small,teacher" or "large,cd,steps=8"."""
     return paper_rows.imagenet(
         row,
         resolution=128,
         widths=(128, 256, 512, 1024),
-        # The paper guides the small network, but leaves open by which weight and where (SPEC 3).
+        # The paper uses guidance for the small network, but leaves open the weight and where (SPEC 3).
         small=paper_rows.Size(dropouts=(0.0, 0.0, 0.0, 0.1), guidance=0.3),
         large=paper_rows.Size(dropouts=(0.0, 0.1, 0.1, 0.1)),
         levels=(128, 64),

@@ -17,13 +17,13 @@ SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measur
     8          1.5        1.6            1.70        1.8        1.5        1.4
     16         1.5        1.5            1.72          -        1.6        1.4
 
-The teachers with 512 steps of aDDIM: small 1.5, large 1.4. Table 4 reports small,cd as 4.35, 2.02, 1.68, 1.58
-and 1.54, and table 5 reports small,pd with 8 steps as 1.7.
+The teachers' FIDs with 512 steps of aDDIM: small 1.5, large 1.4. Table 4 reports small,cd as 4.35, 2.02,
+1.68, 1.58 and 1.54, and table 5 reports small,pd with 8 steps as 1.7.
 
 Chips and hours, derived from the paper's updates per second (not measured with this code):
 
                               small, 64 TPU v5e   large, 256 TPU v5e
-    teacher  1,000,000 updates     103 h               96 h       at CT's speed; it needs one call fewer
+    teacher  1,000,000 updates     103 h               96 h       at CT's speed, but with one call fewer
     ct         200,000 updates      21 h               19 h
     cd         200,000 updates      22 h               22 h
     pd          20,000 a stage     2.2 h              2.2 h       a stage, at CD's speed; ten stages to 1 step
@@ -44,7 +44,7 @@ from mcm_jax.config import paper_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """The config of a row, e.g. "small,teacher" or "large,cd,steps=8"."""
+    """Returns the config of a row, such as "small,teacher" or "large,cd,steps=8"."""
     return paper_rows.imagenet(
         row,
         resolution=64,

@@ -23,8 +23,8 @@ from mcm_jax.config import rows
 
 
 def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
-    """The config of a row, e.g. "teacher" or "cd,steps=4"."""
+    """Returns the config of a row, such as "teacher" or "cd,steps=4"."""
     config = rows.tiny(row, dataset="openmoji", resolution=16)
-    # Only seven of the 1,392 emoji are flags; with uniform labels, every ninth sample would be a flag.
+    # Only seven of the 1,392 emoji are flags; with uniform labels, one sample in nine would be a flag.
     config.sampling.label_rule = "train_frequency"
     return config

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds an image from the Dockerfile, and pushes or runs it.
+# Builds an image from the Dockerfile; optionally pushes or runs it.
 #
 #   bash launch/docker.sh                                                   builds mcm_jax:cpu
 #   MCM_ACCELERATOR=tpu bash launch/docker.sh --image=REGISTRY/mcm_jax:tpu --push       for launch/gke/train.sh
@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     --push) push=yes ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
     --) shift && break ;;
-    *) mcm_refuse "$1 is not an option; there are --image=NAME, --push, --dry-run and -- COMMAND" ;;
+    *) mcm_refuse "$1 is not an option; available: --image=NAME, --push, --dry-run and -- COMMAND" ;;
   esac
   shift
 done

@@ -6,8 +6,8 @@
 #   mcm_refuse MESSAGE          reports bad input and ends the launcher with exit code 2
 #   mcm_require_run ARGUMENT... checks that the arguments of `python -m mcm_jax.train` name a config and a workdir
 #
-# PYTHON=python3.12 chooses the interpreter (3.11, 3.12 or 3.13), MCM_VENV=DIR another place for the environment,
-# MCM_ACCELERATOR=gpu or tpu the variant of JAX; MCM_DRY_RUN=1 prints the commands instead of running them.
+# PYTHON=python3.12 sets the interpreter (3.11, 3.12 or 3.13), MCM_VENV=DIR another directory for the environment, and
+# MCM_ACCELERATOR=gpu or tpu the variant of JAX. MCM_DRY_RUN=1 prints the commands instead of running them.
 
 mcm_run() {
   if [ -n "${MCM_DRY_RUN:-}" ]; then
@@ -32,12 +32,13 @@ mcm_require_run() {
   done
 }
 
-# mcm_supports PYTHON: TensorFlow, which reads and writes data sets, has no builds for other versions.
+# mcm_supports PYTHON: whether the version is supported. TensorFlow, which reads and writes data sets, has no builds
+# for others.
 mcm_supports() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }
 
-# mcm_same PYTHON PYTHON: whether both are the same interpreter, or environments made by it.
+# mcm_same PYTHON PYTHON: whether both are the same interpreter, or environments created with it.
 mcm_same() {
   local identity='import sys; print(sys.version_info[:2], sys.base_prefix)'
   [ "$("$1" -c "$identity" 2>/dev/null)" = "$("$2" -c "$identity" 2>/dev/null)" ]
@@ -56,7 +57,7 @@ mcm_environment() {
   esac
   if [ -x "$venv/bin/pip" ]; then
     if [ -n "${PYTHON:-}" ] && ! mcm_same "$PYTHON" "$venv/bin/python"; then
-      echo "error: $venv was not made by PYTHON=$PYTHON; remove it, or choose another place with MCM_VENV=DIR" >&2
+      echo "error: $venv was not created with PYTHON=$PYTHON; remove it, or choose another directory with MCM_VENV=DIR" >&2
       return 2
     fi
     python="$venv/bin/python"
@@ -65,7 +66,7 @@ mcm_environment() {
     echo "error: $python is not Python 3.11, 3.12 or 3.13; choose one with PYTHON=/path/to/python3.12" >&2
     return 2
   fi
-  # shellcheck disable=SC2086 # Splits the extras into words, one a line.
+  # shellcheck disable=SC2086 # Splits the extras into words, one per line.
   extras=$(printf '%s\n' $extras | sort -u | paste -sd, -)
   stamp="$venv/installed-${extras:-base}"
   wanted=$(cat setup.cfg setup.py pyproject.toml launch/constraints.txt | cksum)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Plans one train step (CT of the small ImageNet64 network) for slices of 8 to 256 TPU v5e chips, without a TPU, and
-# prints how the estimates change with the number of chips: once with 32 images a chip, and once with 2048 images in
-# total (accumulated in parts of at most 32 images a chip). To compile faster, blocks run in a loop and are recomputed
+# prints how the estimates change with the number of chips: once with 32 images per chip, and once with 2048 images in
+# total (accumulated in parts of at most 32 images per chip). To compile faster, blocks run in a loop and are recomputed
 # for the gradient; this step is slower than that of plan_table.sh.
 # Makes eleven plans, one after another; each takes some minutes on 2 cores.
 #
@@ -10,7 +10,7 @@
 #   bash launch/plan_scaling.sh --dry-run         only prints the commands, as MCM_DRY_RUN=1 does
 #
 # DIR is relative to the checkout. Each plan is saved there when it is done, and the same command continues an
-# interrupted one. After a change of the code or of a library, use another directory.
+# interrupted one. After changing the code or a library, use another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -20,7 +20,7 @@ for argument in "$@"; do
   case "$argument" in
     --out=?*) out="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
-    *) mcm_refuse "$argument is not an option; there are --out=DIR and --dry-run" ;;
+    *) mcm_refuse "$argument is not an option; available: --out=DIR and --dry-run" ;;
   esac
 done
 mcm_environment plan

@@ -10,7 +10,7 @@
 #   bash launch/plan_table.sh --dry-run           only prints the commands, as MCM_DRY_RUN=1 does
 #
 # DIR is relative to the checkout. Each plan is saved there when it is done, the same command continues an interrupted
-# one, and the table contains all plans in DIR. After a change of the code or of a library, use another directory.
+# one, and the table contains all plans in DIR. After changing the code or a library, use another directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -22,7 +22,7 @@ for argument in "$@"; do
     --out=?*) out="${argument#*=}" ;;
     --plain=yes | --plain=no) plain="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
-    *) mcm_refuse "$argument is not an option; there are --out=DIR, --plain=yes|no and --dry-run" ;;
+    *) mcm_refuse "$argument is not an option; available: --out=DIR, --plain=yes|no and --dry-run" ;;
   esac
 done
 mcm_environment plan

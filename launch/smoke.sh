@@ -20,7 +20,7 @@ for argument in "$@"; do
     --runs=*) runs="${argument#*=}" ;;
     --seed=*) seed="${argument#*=}" ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
-    *) mcm_refuse "$argument is not an option; there are --runs=DIR, --seed=N and --dry-run" ;;
+    *) mcm_refuse "$argument is not an option; available: --runs=DIR, --seed=N and --dry-run" ;;
   esac
 done
 started=$SECONDS

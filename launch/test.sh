@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test in .venv, which it creates if missing. Arguments go to pytest: bash launch/test.sh -k steps
-# Compiled programs are kept in .xla_cache for the next run.
+# Compiled programs are cached in .xla_cache for the next run.
 #
-#   bash launch/test.sh --fast      leaves out the tests marked slow, and those on eight devices
+#   bash launch/test.sh --fast      skips the tests marked slow, and those on eight devices
 #
 #   bash launch/test.sh --parity    instead compares features and metrics with torch-fidelity and pytorch-fid, which it
 #                                   installs with PyTorch into a separate environment, .venv-parity
@@ -24,7 +24,7 @@ fi
 mcm_environment test
 mcm_run ruff check .
 mcm_run ruff format --check .
-# Without it, pyright asks PyPI for a newer version at every start.
+# Otherwise pyright queries PyPI for a newer version at every start.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 mcm_run pyright --pythonpath "$(command -v python)"
 mcm_run lint-imports --config setup.cfg

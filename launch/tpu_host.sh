@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs on every host of a slice, called by tpu_pod.sh. Training goes on if the connection is lost: its output goes to
+# Runs on every host of a slice, called by tpu_pod.sh. Training continues if the connection is lost: its output goes to
 # ~/mcm_train.log and its exit code to ~/.mcm_train.code.
 #
 #   bash launch/tpu_host.sh install             installs this checkout at pinned versions
-#   bash launch/tpu_host.sh train ARGUMENT...   starts training, unless it is running already, and follows it to its end
-#   bash launch/tpu_host.sh stop                lets it save a checkpoint and end
+#   bash launch/tpu_host.sh train ARGUMENT...   starts training unless it is already running, and follows it to its end
+#   bash launch/tpu_host.sh stop                makes it save a checkpoint and exit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 export MCM_ACCELERATOR=tpu MCM_VENV="${MCM_VENV:-$HOME/mcm_venv}"
 state="$HOME/.mcm_train" log="$HOME/mcm_train.log"
 
-# The images of TPU VMs come with an older Python; an environment that exists needs none.
+# The images of TPU VMs contain an older Python. An existing environment needs no other.
 require_python() {
   if [ -x "$MCM_VENV/bin/pip" ] || mcm_supports python3; then return; fi
   local uv="$HOME/.local/bin/uv"
@@ -35,7 +35,7 @@ stop() {
   kill -KILL "$(cat "$state.pid")"
 }
 
-# Runs in a session of its own, which outlives the connection.
+# Runs in its own session, which outlives the connection.
 run() {
   local code=0
   python -m mcm_jax.train "$@" &

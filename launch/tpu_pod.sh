@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice of any number of hosts: requests the slice (or uses an existing one of that name),
-# installs this checkout on every host and trains. After a preemption it starts over, until the run is finished.
+# Trains on a Cloud TPU slice with any number of hosts: requests the slice (or uses an existing one with that name),
+# installs this checkout on all hosts and trains. After a preemption it repeats this, until the run is finished.
 #
 #   bash launch/tpu_pod.sh --name=mcm --zone=us-west4-a --type=v5litepod-16 --spot \
 #       --setup='mountpoint -q /mnt/mcm || sudo mount --mkdir 10.0.0.2:/mcm /mnt/mcm' \
 #       -- --config=openmoji:teacher --config.data.data_dir=/mnt/mcm/data \
 #       --workdir=/mnt/mcm/runs/teacher
 #
-#   --name=NAME --zone=ZONE   of the slice and of its queued resource
+#   --name=NAME --zone=ZONE   name and zone of the slice and of its queued resource
 #   --type=TYPE               accelerator type, e.g. v5litepod-16, v5p-32, v6e-64
-#   --version=VERSION         runtime version; default: the one for the type
-#   --project=PROJECT         default: gcloud's
-#   --spot                    cheaper, but may be preempted at any time
-#   --setup=COMMAND           runs on every host before each attempt; a new slice mounts nothing
+#   --version=VERSION         runtime version; default: depends on the type
+#   --project=PROJECT         project; default: gcloud's
+#   --spot                    requests spot capacity: cheaper, but may be preempted at any time
+#   --setup=COMMAND           runs on all hosts before each attempt; mount storage here, since a new slice has none
 #   --attempts=N              gives up after N failures in a row, not counting preemptions; default 3
 #   --delete                  deletes the slice when the run is finished
 #   --dry-run                 only prints the commands
 #
 # Arguments after -- go to `python -m mcm_jax.train`. --workdir must be a directory that all hosts share. Ctrl-C
 # saves a checkpoint and leaves the slice running; the same command continues. If only the connection to the hosts is
-# lost, training goes on there, and the same command reconnects to it.
+# lost, training continues there, and the same command reconnects to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -45,7 +45,7 @@ done
 [ -n "$name" ] || mcm_refuse "--name=NAME is missing: the name of the slice"
 [ -n "$zone" ] || mcm_refuse "--zone=ZONE is missing, e.g. --zone=us-west4-a"
 [ -n "$type" ] || mcm_refuse "--type=TYPE is missing, e.g. --type=v5litepod-16"
-case "$attempts" in '' | *[!0-9]* | 0) mcm_refuse "--attempts=$attempts must be a number from 1 on" ;; esac
+case "$attempts" in '' | *[!0-9]* | 0) mcm_refuse "--attempts=$attempts must be a number of at least 1" ;; esac
 mcm_require_run "$@"
 if [ -z "$version" ]; then
   case "$type" in
@@ -53,7 +53,7 @@ if [ -z "$version" ]; then
     v5p-*) version=v2-alpha-tpuv5 ;;
     v6e-*) version=v2-alpha-tpuv6e ;;
     v[234]-*) version=tpu-ubuntu2204-base ;;
-    *) mcm_refuse "--type=$type is not known here; name its runtime with --version=VERSION" ;;
+    *) mcm_refuse "--type=$type is unknown; set its runtime version with --version=VERSION" ;;
   esac
 fi
 if [ -z "${MCM_DRY_RUN:-}" ] && ! command -v gcloud >/dev/null; then
@@ -68,12 +68,12 @@ tpus() {
   mcm_run gcloud compute tpus "$@" "${place[@]}"
 }
 
-# on_hosts 0|all COMMAND: runs it on the first host, or on all
+# on_hosts 0|all COMMAND: runs the command on the first host, or on all hosts
 on_hosts() {
   tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
 }
 
-# state_of tpu-vm|queued-resources: its state; empty if it does not exist
+# state_of tpu-vm|queued-resources: prints the state of the slice or its request; empty if it does not exist
 state_of() {
   local field=state
   [ "$1" = tpu-vm ] || field=state.state
@@ -83,7 +83,7 @@ state_of() {
   grep -q NOT_FOUND "$temporary/error" || { cat "$temporary/error" >&2 && return 1; }
 }
 
-# Returns when the slice is ready, however long that takes.
+# Waits until the slice is ready, however long that takes.
 require_slice() {
   local node queued said=''
   while :; do
@@ -97,7 +97,7 @@ require_slice() {
     case "$queued/$node" in
       /) request_slice ;;
       /PREEMPTED | /TERMINATED) tpus tpu-vm delete "$name" ;;
-      # A preempted slice keeps its name and its request, which is never granted again.
+      # A preempted slice keeps its name and its request, but the request is not granted again.
       SUSPENDED/* | FAILED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
         tpus queued-resources delete "$name" --force
         ;;
@@ -119,7 +119,7 @@ install_checkout() {
   on_hosts all "${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax && bash mcm_jax/launch/tpu_host.sh install"
 }
 
-# In the background, so that Ctrl-C stops the training on the hosts, not the connection to them.
+# Runs in the background, so that Ctrl-C stops the training on the hosts, not the connection to them.
 train() {
   local code=0
   on_hosts all "bash mcm_jax/launch/tpu_host.sh train $arguments" &
@@ -149,7 +149,7 @@ while :; do
     if train; then break; fi
     trap - INT TERM
   fi
-  # The host's own exit code: gcloud's says only that a command failed somewhere.
+  # Reads the exit code from the first host, because gcloud only reports that a command failed somewhere.
   code=$(on_hosts 0 "cat .mcm_train.code" 2>/dev/null) || code=unknown
   if [ "$(state_of tpu-vm)" != READY ]; then
     echo "slice $name was preempted; the run continues on another"

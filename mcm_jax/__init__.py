@@ -1,8 +1,9 @@
 """Multistep Consistency Models (Heek, Hoogeboom, Salimans 2024) in JAX and Flax NNX.
 
-import mcm_jax
-run = mcm_jax.load("runs/cd4")
-images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
+Examples:
+  >>> import mcm_jax
+  >>> run = mcm_jax.load("runs/cd4")
+  >>> images, labels = run.sample(64)  # uint8 [64, r, r, 3], int32 [64]
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mcm_jax.runs.run import Run
     from mcm_jax.training.checkpoints import Parameters
 
-# Written here and nowhere else: it is known even where the package's metadata are missing.
+# The only place that defines the version, so that it is known even without the package's metadata.
 __version__ = "0.1.0"
 
 
@@ -24,7 +25,7 @@ def load(
     checkpoint_step: int | None = None,
     data_dir: "str | Path | None" = None,
 ) -> "Run":
-    """The trained run in `workdir`, ready to sample from; see `runs.run.load_run`."""
-    from mcm_jax.runs.run import load_run  # `import mcm_jax` stays light: programs' --help need no JAX.
+    """Loads the trained run in `workdir` to sample from; see `runs.run.load_run`."""
+    from mcm_jax.runs.run import load_run  # Keeps `import mcm_jax` and --help fast.
 
     return load_run(workdir, parameters=parameters, checkpoint_step=checkpoint_step, data_dir=data_dir)

@@ -1,17 +1,17 @@
-"""Samples trained runs and scores the samples; one JSON line for each result.
+"""Samples from trained runs and scores the samples; writes one JSON line per result.
 
     python -m mcm_jax.evaluate --workdir=runs/teacher,runs/cd4 --num=2048
     python -m mcm_jax.evaluate --workdir=runs/cd8 --num=50000 --features=inception
 
-appends to `WORKDIR/evaluation/results.jsonl`, draws the first 64 samples next to it, and prints what the
-numbers mean. Several workdirs, checkpoints, step counts and guidance weights in one command are combined with
-each other, and share the compiled feature network and the reference statistics. Results that the file has
-already are not measured again, so the same command continues one that was interrupted.
+These append to `WORKDIR/evaluation/results.jsonl`, save a grid of the first 64 samples next to it, and print
+an explanation of the numbers. Several workdirs, checkpoints, numbers of steps and guidance weights are
+evaluated in all combinations, with the same compiled feature network and reference statistics. Results that
+are already in the file are not measured again, so the same command continues an interrupted evaluation.
 
     python -m mcm_jax.evaluate --images=samples.npz --features=inception --reference=imagenet64.npz
 
-scores images that any program made, uint8 images under arr_0 or a folder of PNGs, prints the numbers, and
-with --results=FILE appends them to that file.
+This scores images from any program (uint8 images in the array arr_0, or a folder of PNGs), prints the
+numbers, and with --results=FILE appends them to that file.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Defines the flags: not on import, as other programs have flags of the same names."""
+    """Defines the flags; not done on import, because other programs define flags with the same names."""
     paths.define_paths("workdir", None, "Directories of the runs to evaluate, separated by commas.")
     paths.define_path("images", None, "Images to evaluate instead of runs: an .npz (arr_0) or a folder.")
     paths.define_path("results", None, "With --images: append the result to this file.")
@@ -56,14 +56,13 @@ def define_flags() -> None:
         "x_var",
         None,
         X_VARS,
-        "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's "
-        "own.",
+        "Variance for addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
     )
     flags.DEFINE_list(
         "guidance", [], "Guidance weights, separated by commas; 0 means none. Default: the run's own."
     )
     flags.DEFINE_enum(
-        "rounding", Options.rounding, ROUNDINGS, "How samples become bytes; ADM's scripts take the floor."
+        "rounding", Options.rounding, ROUNDINGS, "How pixels are rounded to bytes; ADM's scripts use floor."
     )
     flags.DEFINE_integer(
         "seed", Options.seed, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
@@ -80,7 +79,7 @@ def define_flags() -> None:
         "features",
         Options.features,
         tuple(DEFAULT_METRICS),
-        "inception: the features of FID, whose weights you provide; efficientnet: an installed proxy.",
+        "inception: the features of FID; you provide the weights. efficientnet: an installed proxy.",
     )
     paths.define_path(
         "inception",
@@ -95,30 +94,30 @@ def define_flags() -> None:
         "Default: the run's training images.",
     )
     flags.DEFINE_enum(
-        "reference_split", "train", ["train", "test"], "Split of the data set that --reference names."
+        "reference_split", "train", ["train", "test"], "Split of the data set given by --reference."
     )
     flags.DEFINE_integer(
         "input_resolution",
         Options.input_resolution,
-        "Side that images are resized to for efficientnet; distances are comparable only if it is equal.",
+        "Height and width of images for efficientnet; distances are comparable only at equal resolutions.",
         lower_bound=efficientnet.MIN_INPUT_RESOLUTION,
     )
     flags.DEFINE_bool(
         "allow_singular",
         False,
-        "Accept no more samples than features (2,048) for FID. Such a number says little.",
+        "Compute FID even if there are no more samples than features (2,048). Such a number means little.",
     )
     paths.define_path("cache_dir", Options.cache_dir, "Cache of reference statistics.")
     flags.DEFINE_integer(
         "untrained_num",
         Options.untrained_num,
-        "Samples of the untrained network to compare with; 0 for none. Not used with --reference.",
+        "Number of samples of the untrained network to compare with; 0 for none. Not used with --reference.",
         lower_bound=0,
     )
 
 
-# Flags that must be converted for Options.
-_READ_APART = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
+# Flags that are converted before they are passed to Options.
+_CONVERTED = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
 
 
 _Number = TypeVar("_Number", int, float)
@@ -128,11 +127,11 @@ def _numbers(flag: str, given: list[str], kind: Callable[[str], _Number]) -> tup
     try:
         return tuple(kind(text) for text in given)
     except ValueError as error:
-        raise InputError(f"--{flag}={','.join(given)}: it must be numbers separated by commas") from error
+        raise InputError(f"--{flag}={','.join(given)}: must be numbers separated by commas") from error
 
 
 def main() -> None:
-    """Evaluates the runs or the images that the flags name."""
+    """Evaluates the runs or images that the flags specify."""
     from mcm_jax.runs.run import load_run  # Slow to import; --help and bad flags should not wait for it.
 
     values = flags.FLAGS
@@ -146,7 +145,7 @@ def main() -> None:
         **{
             field.name: getattr(values, field.name)
             for field in dataclasses.fields(Options)
-            if field.name not in _READ_APART
+            if field.name not in _CONVERTED
         },
     )
     if options.workdirs:

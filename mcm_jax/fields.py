@@ -1,7 +1,7 @@
-"""Declares a setting: its default, meaning and range, and what depends on it.
+"""Declares settings with a default, a description, a range, and what they affect.
 
-Settings are fields of frozen dataclasses that stand beside the code that reads them; `config.settings`
-composes these. Standard library only, so that the mathematics can declare its settings too.
+Settings are fields of frozen dataclasses next to the code that uses them; `config.settings` combines these.
+This module imports only the standard library, so that the mathematical modules can declare settings too.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 
 class Affects(enum.Flag):
-    """What depends on a setting."""
+    """What a setting affects."""
 
-    # Speed, memory, and where things are stored: any value gives the same results up to rounding.
+    # Only speed, memory or storage locations: all values give the same results up to rounding.
     NOTHING = 0
     # The images drawn from given parameters.
     SAMPLES = enum.auto()
-    # The parameters that a run ends with: fixed once the run has started.
+    # The trained parameters: fixed once the run has started.
     TRAINING = enum.auto()
-    # The function that given parameters stand for: a student shares it with its teacher.
+    # The function computed by given parameters: must be the same for a student and its teacher.
     NETWORK = enum.auto()
     ALL = SAMPLES | TRAINING | NETWORK
 
@@ -41,19 +41,23 @@ def setting(
     high: int | float | None = None,
     affects: Affects = Affects.TRAINING,
 ) -> T:
-    """A dataclass field with its meaning, its inclusive range, and what depends on it.
+    """Declares a dataclass field with a description, an inclusive range, and what it affects.
 
-    Typed as its default, as `dataclasses.field` is.
+    Has the type of its default, like `dataclasses.field`.
 
-    Example:
-      learning_rate: float = setting(1e-4, "peak learning rate of Adam", low=0)
+    Examples:
+      >>> @dataclasses.dataclass
+      ... class Optimizer:
+      ...     learning_rate: float = setting(1e-4, "peak learning rate of Adam", low=0)
+      >>> flat(Optimizer())
+      {'learning_rate': 0.0001}
     """
     metadata = {"doc": doc, "low": low, "high": high, "affects": affects}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flat(settings: Settings, affects: Affects | None = None) -> dict[str, object]:
-    """{"section.name": value} of all settings, or of those that affect any of `affects`."""
+    """Returns {"section.name": value} of all settings, or of those that affect any of `affects`."""
     result: dict[str, object] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -1,10 +1,10 @@
-"""Measures the paper's findings at a scale for two cores, and says which of them hold there.
+"""Measures the paper's findings on a scale suited to two CPU cores, and reports which of them hold there.
 
     python -m mcm_jax.findings
     python -m mcm_jax.findings --quick
 
-Every finding is a set of differences whose sign the paper predicts; mcm_jax/bench/findings.py states the rule
-that decides. Each result is stored in OUT/results.jsonl as soon as it is measured, so that the same command
+Each finding is a set of differences whose sign the paper predicts; mcm_jax/bench/findings.py defines the
+decision rule. Each result is stored in OUT/results.jsonl as soon as it is measured, so that the same command
 continues after an interruption. OUT/findings.md and OUT/findings.png are written at the end; --report_only
 writes them from the results so far.
 """
@@ -18,23 +18,23 @@ from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
-    """Called by the program, not on import, because other programs have flags of the same names."""
+    """Defines the flags; not done on import, because other programs define flags with the same names."""
     paths.define_path(
         "out",
         None,
         "Directory of the results; reuse it to continue. Default: runs/findings or runs/findings_quick.",
     )
-    flags.DEFINE_list("problems", list(PROBLEMS), "Problems to measure the findings on.")
+    flags.DEFINE_list("problems", list(PROBLEMS), "Problems on which to measure the findings.")
     flags.DEFINE_integer(
         "seeds", None, "Number of training seeds. Default: 3; with --quick 2.", lower_bound=2
     )
-    flags.DEFINE_bool("quick", False, "Train for seconds only, to show that everything runs, not what holds.")
+    flags.DEFINE_bool("quick", False, "Train only for seconds, to check that everything runs.")
     flags.DEFINE_bool("choices", False, "Also measure the choices that the paper leaves open.")
     flags.DEFINE_bool("report_only", False, "Measure nothing; write the report from the stored results.")
 
 
 def main() -> None:
-    """Measures what the flags say."""
+    """Measures the findings that the flags specify."""
     values = flags.FLAGS
     out = values.out or Path("runs/findings_quick" if values.quick else "runs/findings")
     markdown = run(

@@ -1,12 +1,12 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
 ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds ILSVRC2012_img_train.tar and
-ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes as ADM did for its references, and
+ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
 
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
 
-Weights of FID's feature network, needed once: --inception=FILE.
+Weights of FID's feature network, converted once: --inception=FILE.
 """
 
 import re
@@ -22,14 +22,14 @@ from mcm_jax.system.errors import InputError
 
 
 def define_flags() -> None:
-    """Only the program calls this, on start: other programs define flags of the same names."""
+    """Defines the flags; not done on import, because other programs define flags with the same names."""
     flags.DEFINE_string(
         "dataset", None, f"openmoji; {', '.join(layout.IMAGENETS)}; or folder for a folder of images."
     )
     paths.define_path(
         "inception",
         None,
-        "Convert Inception's weights, in any published format, to the file that evaluate reads.",
+        "Convert Inception's weights from any published format to the file that evaluate reads.",
     )
     flags.register_multi_flags_validator(
         ["dataset", "inception"],
@@ -37,7 +37,7 @@ def define_flags() -> None:
         message="give --dataset=NAME for a data set or --inception=FILE for the weights of FID's network, "
         "not both",
     )
-    flags.DEFINE_integer("resolution", 32, f"Side of the images in pixels, 1 to {MAX_RESOLUTION}.")
+    flags.DEFINE_integer("resolution", 32, f"Image height and width in pixels, 1 to {MAX_RESOLUTION}.")
     paths.define_path("data_dir", layout.DEFAULT_DATA_DIR, "Directory of prepared data sets.")
     flags.DEFINE_string(
         "manual_dir",
@@ -58,18 +58,18 @@ def define_flags() -> None:
 
 
 def _host(given: str) -> tuple[int, int]:
-    """(index from 0, count) of "K/N"."""
+    """Parses "K/N" into (index from 0, count)."""
     found = re.fullmatch(r"([0-9]+)/([0-9]+)", given)
     number, count = (int(part) for part in found.groups()) if found else (0, 0)
     if not 1 <= number <= count:
-        raise InputError(f"--host={given}: it must be K/N with K from 1 to N, such as 1/4")
+        raise InputError(f"--host={given}: must be K/N with K from 1 to N, such as 1/4")
     return number - 1, count
 
 
 def main() -> None:
-    """Flags in, one call out."""
+    """Prepares the data set, or converts the weights, that the flags specify."""
     logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()  # It knows no totals; the builders show their own.
+    tfds.disable_progress_bar()  # It shows no totals; the builders have their own progress bars.
     values = flags.FLAGS
     if values.inception is not None:
         from mcm_jax.evaluation import inception_weights  # Slow to import.

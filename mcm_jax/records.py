@@ -1,14 +1,14 @@
-"""The record of a result: its fields, their names in the file, and the names of files, distances and bounds.
+"""Defines the records of results, and the names of files, distances and bounds.
 
-`evaluation` writes records, `reporting` reads them. A field is declared once, here; its name in the file, how
-it is checked when read, and whether it identifies a measurement follow from where it stands:
+`evaluation` writes records, `reporting` reads them. Each field is declared once, here. Its class determines
+its name in the file, its check when read, and whether it identifies a measurement:
 
-- in `Sampling`, `Features`, `Reference` or `Measurement`: part of what was measured, so that results that
-  differ in it are different results;
-- in `Outcome` or `Result`: what came out.
+- fields of `Sampling`, `Features`, `Reference` and `Measurement` describe what was measured; records that
+  differ in one of them are different measurements;
+- fields of `Outcome` and `Result` contain the results.
 
-A field with a default may be missing in files of older versions. Nothing here needs more than the standard
-library, so that a report starts without JAX and TensorFlow.
+Fields with a default may be missing in files of older versions. This module imports only the standard
+library, so that reports start without JAX and TensorFlow.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ import typing
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
-# As read from a file or written to one; who reads it checks what it needs.
+# A JSON object as read from or written to a file; readers check the fields that they need.
 JsonObject = dict[str, Any]
 
-# Files of a run's directory.
+# Files in a run's directory.
 RUN_FILE = "run.json"
 RESULTS = Path("evaluation") / "results.jsonl"
 
 Objective = Literal["diffusion", "guidance", "cd", "ct", "progressive", "tract"]
-# In the order of tables.
+# In the order in which tables list them.
 OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
-# Models of all of time, sampled with any number of steps; the others are students of a fixed number.
+# Models that support any number of steps; the others are students with a fixed number.
 DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
 
 EFFICIENTNET: Literal["efficientnet-lite0"] = "efficientnet-lite0"
 INCEPTION: Literal["inception-2015-12-05"] = "inception-2015-12-05"
-# What the Frechet distance on each network's features is called; on Inception's it is FID.
+# Names of the Frechet distance on each network's features; with Inception it is FID.
 DISTANCES = {EFFICIENTNET: "fd_effnet_lite0", INCEPTION: "fid"}
 NEAREST = "nearest_neighbour_distance"
-# The bounds' names begin with these.
+# Prefixes of the names of bounds.
 TEST_IMAGES, MEAN_IMAGE, UNTRAINED_NETWORK = "test_images", "mean_image", "untrained_network"
 
 _DISTANCE_WITH_COUNT = re.compile(
@@ -48,12 +48,12 @@ _DISTANCE_WITH_COUNT = re.compile(
 
 
 def with_count(name: str, count: int) -> str:
-    """The name of a metric computed from `count` images: 'fid_2048', 'fid_50k'."""
+    """Appends the number of images to a metric's name: 'fid_2048', 'fid_50k'."""
     return f"{name}_50k" if count == 50_000 else f"{name}_{count}"
 
 
 def count_of(name: str) -> int | None:
-    """The number of images in the name of a Frechet distance, metric or bound; None for any other name."""
+    """Number of images in the name of a Frechet distance (metric or bound); None for other names."""
     found = _DISTANCE_WITH_COUNT.fullmatch(name)
     if found is None:
         return None
@@ -65,7 +65,7 @@ _Value = TypeVar("_Value")
 
 
 class RecordError(ValueError):
-    """A record that can't be one; the message begins with the field's name."""
+    """An invalid record; the message begins with the field's name."""
 
 
 class Record:
@@ -75,7 +75,7 @@ class Record:
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def to_json(self) -> dict[str, object]:
-        """The object for the file; the fields of a `flat` record stand among its own."""
+        """Returns the object for the file; the fields of a `flat` nested record are merged into it."""
         content: dict[str, object] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -90,13 +90,13 @@ class Record:
         """The inverse of `to_json`; ignores unknown fields.
 
         Args:
-          prefix: what the names of fields begin with in messages, 'features.' for example.
+          prefix: prefix of field names in messages, for example 'features.'.
 
         Raises:
           RecordError: a field is missing, has the wrong type, or holds a number that is not finite.
         """
         if not isinstance(content, dict):
-            raise RecordError(f"{prefix.rstrip('.') or 'the line'} is no JSON object")
+            raise RecordError(f"{prefix.rstrip('.') or 'the line'} is not a JSON object")
         values: dict[str, object] = {}
         for field in dataclasses.fields(cls):
             kind = _types(cls)[field.name]
@@ -113,7 +113,7 @@ class Record:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The settings of a `Sampling` that a user may choose; None, or none: the run's own."""
+    """The settings of a `Sampling` that a user may choose; if None or missing, the run's own is used."""
 
     steps: int | None
     sampler: str | None
@@ -127,22 +127,22 @@ _FLAT = {"flat": True}
 
 
 def _usual(*values: _Value, otherwise: str) -> _Value:
-    """A setting whose usual values go without saying; `otherwise` is the phrase for any other value."""
+    """A setting whose usual values are omitted from labels; `otherwise` describes any other value."""
     return dataclasses.field(default=values[0], metadata={"usual": values, "otherwise": otherwise})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Record):
-    """How images are made: the settings of SamplingSettings, resolved for one run."""
+    """How images are sampled: SamplingSettings, resolved for one run."""
 
     steps: int
     sampler: str
     noise_grid: str = _usual("schedule", otherwise="{noise_grid} grid")
-    # None where the sampler takes no variance.
+    # None if the sampler uses no variance.
     x_var: str | None = _usual(
         *(None, "analytic"), otherwise="{x_var} variance with eta {x_var_eta:g} over {x_var_images} images"
     )
-    # These two only where the variance is measured.
+    # These two only if the variance is measured.
     x_var_eta: float | None = None
     x_var_images: int | None = None
     guidance: float
@@ -152,7 +152,7 @@ class Sampling(Record):
 
     @property
     def unusual(self) -> dict[str, str]:
-        """Each setting that is not the usual one, with a phrase that says so."""
+        """Phrases that describe the settings with unusual values, by setting."""
         return {
             field.name: field.metadata["otherwise"].format(**vars(self))
             for field in dataclasses.fields(self)
@@ -161,17 +161,17 @@ class Sampling(Record):
 
     @property
     def label(self) -> str:
-        """The sampler and what is unusual about it: 'ddim', 'heun (karras grid)'."""
+        """The sampler and its unusual settings: 'ddim', 'heun (karras grid)'."""
         return f"{self.sampler} ({', '.join(self.unusual.values())})" if self.unusual else self.sampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features(Record):
-    """The network whose features are compared."""
+    """The network that computes the features to compare."""
 
     network: Literal["efficientnet-lite0", "inception-2015-12-05"]
     sha256: str  # of the weights
-    input_resolution: int | None = None  # None: the network has only one
+    input_resolution: int | None = None  # None: the network supports only one
 
     def __post_init__(self) -> None:
         if self.network == EFFICIENTNET and self.input_resolution is None:
@@ -180,14 +180,14 @@ class Features(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference(Record):
-    """What samples are compared with: a split of a prepared data set, or a published file."""
+    """The images that samples are compared with: a split of a prepared data set, or a published file."""
 
-    # Not compared: sha256 covers them, and files of older versions lack them.
+    # Not compared, because sha256 covers them and files of older versions do not contain them.
     dataset: str | None = dataclasses.field(default=None, compare=False)
     resolution: int | None = dataclasses.field(default=None, compare=False)
     split: str | None = None
     file: str | None = None
-    count: int | None = None  # of images; None: unknown, for a file
+    count: int | None = None  # number of images; None: unknown, for a file
     sha256: str
 
     def __post_init__(self) -> None:
@@ -198,13 +198,13 @@ class Reference(Record):
 
     @property
     def name(self) -> str:
-        """The file, or the split."""
+        """The name of the file or the split."""
         return self.file or self.split or ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement(Record):
-    """Everything that the numbers of an evaluated run depend on."""
+    """Everything that the results of an evaluated run depend on."""
 
     version: int = 0  # of the code that computes features and statistics
     workdir: str = ""
@@ -213,16 +213,16 @@ class Measurement(Record):
     resolution: int
     data_preprocessing: str
     training_seed: int
-    student_steps: int | None = None  # None: a model of all of time
+    student_steps: int | None = None  # None: supports any number
     checkpoint_step: int
-    checkpoint: str | None = None  # identity, as a hash; None: unknown
+    checkpoint: str | None = None  # its identity (a hash); None: unknown
     parameters: str
     label_rule: str
     seed: int
     sampling: Sampling = dataclasses.field(metadata=_FLAT)
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
-    asked: tuple[str, ...] = ()  # the metrics' names in --metrics
+    asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics
     features: Features
     reference: Reference
 
@@ -231,14 +231,14 @@ class Measurement(Record):
             raise RecordError("student_steps is None, not a whole number")
 
     def same_measurement(self, other: "Measurement") -> bool:
-        """Whether both are of the same inputs, whatever came out."""
+        """Whether both have the same inputs, regardless of their outcomes."""
         names = [field.name for field in dataclasses.fields(Measurement)]
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImagesMeasurement(Record):
-    """Everything that the numbers of images made elsewhere depend on."""
+    """Everything that the results of images from elsewhere depend on."""
 
     images: str  # name of the file or folder
     sha256: str  # of the images
@@ -252,7 +252,7 @@ class ImagesMeasurement(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome(Record):
-    """What was measured, when, and with what."""
+    """The measured values, with date and software versions."""
 
     metrics: dict[str, float]
     bounds: dict[str, float]
@@ -262,12 +262,12 @@ class Outcome(Record):
     versions: dict[str, str]
 
 
-# The fields of the last base come first.
+# The fields of the last base class come first.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result(Outcome, Measurement):
     """One line of a run's RESULTS."""
 
-    grid: str  # picture of the first samples, relative to the run's directory
+    grid: str  # image of the first samples; path relative to the run's directory
     sampling_seconds: float = 0.0
 
 
@@ -286,7 +286,7 @@ def _is_record(kind: object) -> typing.TypeGuard[type[Record]]:
 
 
 def _plain(value: object) -> object:
-    """A field's value as JSON has it; a nested record leaves out what it does not have."""
+    """Converts a field's value for JSON; a nested record omits fields that are None."""
     if isinstance(value, Record):
         return {name: field for name, field in value.to_json().items() if field is not None}
     if isinstance(value, datetime.datetime):
@@ -298,10 +298,10 @@ _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 
 
 def _checked(kind: object, value: object, name: str) -> object:
-    """The value of a field of type `kind`, from JSON.
+    """Converts a JSON value to the type `kind` of the field `name`.
 
     Raises:
-      RecordError: the value is of another type; `name` is the field's.
+      RecordError: the value has another type.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -330,7 +330,7 @@ def _checked(kind: object, value: object, name: str) -> object:
 def _scalar(kind: type, value: object, name: str) -> object:
     if kind is float and type(value) is int:
         value = float(value)
-    # Not isinstance: true is an int to Python.
+    # isinstance would accept True as an int.
     if type(value) is not kind:
         raise RecordError(f"{name} is {value!r}, not {_WORDS[kind]}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -341,7 +341,7 @@ def _scalar(kind: type, value: object, name: str) -> object:
 
 
 def _date(value: object, name: str) -> datetime.datetime:
-    """A date without a zone is taken for UTC, which is what evaluation writes."""
+    """Parses a date; without a time zone it is UTC, as written by evaluation."""
     try:
         date = datetime.datetime.fromisoformat(str(_scalar(str, value, name)))
     except RecordError:

@@ -2,19 +2,20 @@
 
     python -m mcm_jax.report --runs=runs
 
-reads every `evaluation/results.jsonl` below runs/, writes `runs/report.html` (self-contained: pictures
-inside), `runs/report.md` and `runs/report.png` (samples side by side), and prints the tables.
+This reads each `evaluation/results.jsonl` under runs/, writes `runs/report.html` (self-contained, including
+images), `runs/report.md` and `runs/report.png` (samples side by side), and prints the tables.
 
     python -m mcm_jax.report --runs=runs --tables
 
-writes the paper's tables 1 to 5 with the FIDs measured in those runs to `runs/tables.md`, prints them, and
-plots the samplers of a diffusion model against network calls in `runs/samplers.png`.
+This writes the paper's tables 1 to 5 with the FIDs measured in those runs to `runs/tables.md`, prints them,
+and plots the distances of a diffusion model's samplers against network calls in `runs/samplers.png`.
 
     python -m mcm_jax.report --figure=trajectories
 
-needs no runs. In about a minute it trains students of 1, 2 and 4 steps on two Gaussians on a line, draws
-their paths from noise to data beside the exact ones in `trajectories.png`, and prints the distance of their
-samples from the data; with --seeds=4 also the mean over four training seeds.
+This needs no runs. In about a minute it trains students of 1, 2 and 4 steps on a mixture of two Gaussians in
+one dimension, plots their paths from noise to data next to the exact ones in `trajectories.png`, and prints
+the distance between their samples and the data. With --seeds=4 it also prints the mean over four training
+seeds.
 """
 
 import time
@@ -28,11 +29,11 @@ from mcm_jax.system import command_line, paths
 
 
 def define_flags() -> None:
-    """Called by the program, not on import, because other programs have flags of the same names."""
-    paths.define_path("runs", None, "Directory that holds the evaluated runs, at any depth.")
+    """Defines the flags; not done on import, because other programs define flags with the same names."""
+    paths.define_path("runs", None, "Directory that contains the evaluated runs, at any depth.")
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure instead of writing a page.")
-    flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables beside our FIDs, no page.")
-    flags.DEFINE_integer("seeds", 1, "Number of training seeds for each student of --figure.", lower_bound=1)
+    flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables with our FIDs, not a page.")
+    flags.DEFINE_integer("seeds", 1, "With --figure: number of training seeds per student.", lower_bound=1)
     paths.define_path("out", None, "File to write. Default: report.html in --runs, or FIGURE.png.")
     flags.register_multi_flags_validator(
         ["runs", "figure"],
@@ -42,7 +43,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Writes what the flags ask for."""
+    """Writes the page, tables or figure that the flags specify."""
     if flags.FLAGS.figure:
         began = time.monotonic()
         out = flags.FLAGS.out or Path(f"{flags.FLAGS.figure}.png")

@@ -17,7 +17,7 @@ from absl import flags
 from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.files import write_output
 from mcm_jax.system.pictures import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ _OUT = paths.define_path(
     "FILE.png writes a grid; FILE.npz writes arr_0 (uint8 images [N, r, r, 3]) and arr_1 (int32 labels).",
     required=True,
 )
-# The suffix that --out must have.
+# The suffix of --out that each format requires.
 _FORMATS = {"grid": ".png", "adm": ".npz"}
 _FORMAT = flags.DEFINE_enum(
     "format",
     None,
     list(_FORMATS),
-    "grid, or adm for the .npz that ADM's evaluator reads. Default: by the suffix of --out.",
+    "grid, or adm for the .npz that ADM's evaluator reads. Default: from the suffix of --out.",
 )
 _NUM = flags.DEFINE_integer("num", 64, "Number of images.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps. Default: the run's own.", lower_bound=1)
@@ -53,13 +53,13 @@ _X_VAR = flags.DEFINE_enum(
     "x_var",
     None,
     ["analytic", "measured"],
-    "Variance of addim and noisy_ddim; measured takes it from training images, once. Default: the run's own.",
+    "Variance for addim and noisy_ddim; measured: on training images, once. Default: the run's own.",
 )
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Guidance weight g; 0 means none. Default: the run's own.", lower_bound=0
 )
 _ROUNDING = flags.DEFINE_enum(
-    "rounding", "nearest", ["nearest", "floor"], "How samples become bytes; ADM's scripts take the floor."
+    "rounding", "nearest", ["nearest", "floor"], "How pixels are rounded to bytes; ADM's scripts use floor."
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
@@ -79,14 +79,14 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in each row of the grid.",
 
 
 def main() -> None:
-    """Samples what the flags say and writes one file."""
+    """Draws the samples that the flags specify and writes one file."""
     out = _OUT.value
     if out.suffix not in _FORMATS.values():
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
         raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out={out}: there is no directory {out.parent}; make it first")
+        raise InputError(f"--out={out}: there is no directory {out.parent}; create it first")
     if not os.access(out.absolute().parent, os.W_OK):
         raise InputError(f"--out={out}: {out.parent} is not writable; choose another directory")
     from mcm_jax.system import distributed  # Slow to import; --help and bad flags should not wait for it.
@@ -119,7 +119,7 @@ def _sample_to(out: Path) -> None:
     if not distributed.is_first():
         return
     if out.suffix == ".npz":
-        write_asked_for(out, lambda file: np.savez(file, images, labels))
+        write_output(out, lambda file: np.savez(file, images, labels))
     else:
         scale = max(1, 64 // images.shape[1])
         save_png(image_grid(images, _COLUMNS.value, scale=scale), out)

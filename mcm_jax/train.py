@@ -4,8 +4,8 @@
     python -m mcm_jax.train --config=openmoji:cd,steps=4 --workdir=runs/cd4 \\
         --config.teacher_checkpoint=runs/teacher
 
-The same command continues a run that was interrupted. Ctrl-C saves a checkpoint first. For several hosts,
-where it is started on each, see mcm_jax/system/distributed.py and launch/.
+The same command continues an interrupted run. Ctrl-C saves a checkpoint before it stops. To train on several
+hosts, start the command on each; see mcm_jax/system/distributed.py and launch/.
 """
 
 import sys
@@ -16,13 +16,13 @@ from mcm_jax.system import command_line, config_files, paths
 
 _CONFIG = config_files.define_flag("openmoji:cd,steps=4")
 flags.mark_flag_as_required("config")
-_WORKDIR = paths.define_path("workdir", None, "Directory of the run, created if missing.", required=True)
+_WORKDIR = paths.define_path("workdir", None, "Directory of the run; created if missing.", required=True)
 
 
 def main() -> None:
-    """Flags in, one run out."""
+    """Trains the run that the flags specify."""
     config = command_line.loaded_config(_CONFIG)
-    # Slow to import: --help and a misspelt flag need not wait for it.
+    # Slow to import; --help and misspelt flags should not wait for it.
     from mcm_jax.runs import trainer
     from mcm_jax.system import distributed
 

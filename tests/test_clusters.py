@@ -103,7 +103,7 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
         ("tpu_pod.sh", [*POD], "--config=... is missing among the arguments of mcm_jax.train"),
         ("tpu_pod.sh", [*POD, "--", RUN[0]], "--workdir=... is missing"),
         ("tpu_pod.sh", [*POD, "--", RUN[0], "--workdir="], "--workdir=... is missing"),
-        ("tpu_pod.sh", [*POD, "--type=v9-8", "--", *RUN], "--type=v9-8 is not known here; name its runtime"),
+        ("tpu_pod.sh", [*POD, "--type=v9-8", "--", *RUN], "--type=v9-8 is unknown; set its runtime"),
         ("tpu_pod.sh", [*POD, "--attempts=0", "--", *RUN], "--attempts=0 must be a number"),
         ("tpu_pod.sh", [*POD, "--", *RUN], "gcloud is not installed"),
         ("tpu_host.sh", [], "install, train ARGUMENT... or stop"),
@@ -111,8 +111,8 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
         ("slurm.sbatch", [*RUN], "this is not a SLURM job; submit it"),
         ("docker.sh", ["--imagine=x"], "--imagine=x is not an option"),
         ("docker.sh", [], "docker is not installed"),
-        ("gke/train.sh", [], "name tpu or gpu first"),
-        ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "name tpu or gpu first"),
+        ("gke/train.sh", [], "specify tpu or gpu first"),
+        ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "specify tpu or gpu first"),
         *[
             ("gke/train.sh", [*(a for a in TPU if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
             for name in ("name", "image", "claim", "accelerator", "topology", "hosts", "chips")
@@ -448,7 +448,7 @@ def test_a_slurm_job_from_elsewhere(tmp_path):
     assert result.returncode == 2
     assert (
         result.stderr
-        == f"error: {tmp_path} is not the checkout; submit there: sbatch launch/slurm.sbatch ...\n"
+        == f"error: {tmp_path} is not the checkout; submit from there: sbatch launch/slurm.sbatch ...\n"
     )
 
 

@@ -136,8 +136,8 @@ def test_an_environment_of_another_interpreter_is_refused(change, code, tmp_path
     assert result.returncode == code
     if code != 0:
         assert result.stderr == (
-            f"error: {tmp_path} was not made by PYTHON={sys.executable}; remove it, or choose another place "
-            "with MCM_VENV=DIR\n"
+            f"error: {tmp_path} was not created with PYTHON={sys.executable}; remove it, or choose another "
+            "directory with MCM_VENV=DIR\n"
         )
     assert dry_run("smoke.sh", PYTHON="", MCM_VENV=str(tmp_path)).returncode == 0
 
@@ -183,4 +183,4 @@ def test_the_scaling_is_planned_at_32_images_a_chip_and_at_2048_in_all(tmp_path)
 def test_bad_input_of_the_tables_of_plans(script, argument):
     result = dry_run(script, argument)
     assert result.returncode == 2
-    assert f"{argument} is not an option; there are --out=DIR" in result.stderr
+    assert f"{argument} is not an option; available: --out=DIR" in result.stderr

@@ -100,7 +100,7 @@ def test_what_is_wrong_is_named(changes, message):
 
 
 def test_a_record_that_is_no_object():
-    with pytest.raises(RecordError, match=r"^the line is no JSON object"):
+    with pytest.raises(RecordError, match=r"^the line is not a JSON object"):
         Result.from_json([])
 
 

@@ -11,7 +11,7 @@
 #
 #   --name=NAME             name of the JobSet: lower case letters, digits and dashes
 #   --image=IMAGE           image that launch/docker.sh --push has pushed
-#   --claim=CLAIM           a PersistentVolumeClaim that many nodes can write (Filestore), mounted at /mnt/mcm
+#   --claim=CLAIM           a PersistentVolumeClaim that many nodes can write to (Filestore), mounted at /mnt/mcm
 #   --accelerator=NAME      the nodes' label cloud.google.com/gke-tpu-accelerator, or gke-accelerator
 #   --topology=TOPOLOGY     tpu: topology of a slice
 #   --slices=N              tpu: number of slices; default 1
@@ -28,7 +28,7 @@ cd "$(dirname "$0")/../.."
 kind="${1:-}"
 case "$kind" in
   tpu | gpu) shift ;;
-  *) mcm_refuse "name tpu or gpu first: bash launch/gke/train.sh tpu --name=..." ;;
+  *) mcm_refuse "specify tpu or gpu first: bash launch/gke/train.sh tpu --name=..." ;;
 esac
 name='' image='' claim='' accelerator='' topology='' slices=1 hosts='' chips='' spot=''
 while [ $# -gt 0 ]; do
@@ -54,11 +54,11 @@ for option in "${needed[@]}"; do
   [ -n "${!option}" ] || mcm_refuse "--$option=... is missing; see the head of launch/gke/train.sh"
   case "${!option}" in *[!A-Za-z0-9._:/@-]*) mcm_refuse "--$option=${!option} contains characters that are not allowed" ;; esac
 done
-# Kubernetes appends up to 22 characters for a pod's name, which may have at most 63.
+# Kubernetes appends up to 22 characters to make a pod's name, which may have at most 63.
 [[ "$name" =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-  mcm_refuse "--name=$name must be lower case letters, digits and dashes, begin with a letter and have at most 40"
+  mcm_refuse "--name=$name must be lower case letters, digits and dashes, begin with a letter and have at most 40 characters"
 for option in slices hosts chips; do
-  case "${!option}" in '' | *[!0-9]* | 0*) mcm_refuse "--$option=${!option} must be a number from 1 on" ;; esac
+  case "${!option}" in '' | *[!0-9]* | 0*) mcm_refuse "--$option=${!option} must be a number of at least 1" ;; esac
 done
 if [ "$kind" = gpu ] && { [ -n "$topology" ] || [ "$slices" != 1 ]; }; then
   mcm_refuse "--topology and --slices are for tpu; for gpu, --hosts is the number of nodes"

@@ -9,7 +9,7 @@ import numpy as np
 from mcm_jax.reporting import averages
 from mcm_jax.reporting.tables import plural
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import require_writable, write_asked_for
+from mcm_jax.system.files import require_writable, write_output
 
 FIGURE_STEPS = (1, 2, 4)
 # Sets of exact samples, whose distance varies with how many samples fall to either side.
@@ -80,7 +80,7 @@ def trajectories_figure(
             f"{num_samples:,} exact samples from other noise have {floor} (mean ± standard deviation)."
         ),
     )
-    write_asked_for(out, drawing.png(figure))
+    write_output(out, drawing.png(figure))
     return (
         f"Squared Wasserstein distance of {num_samples:,} samples to the data: {', '.join(measured)}, "
         f"diffusion model {flow.distance:.4f}; exact samples {floor}"

@@ -1,4 +1,4 @@
-"""Rows of the paper's tables on ImageNet, at full size (SPEC 4 to 6).
+"""Config rows for the paper's ImageNet tables, at full size (SPEC 4 to 6).
 
 Settings that do not appear here keep their defaults in `config.settings`, which are the paper's values.
 """
@@ -11,7 +11,8 @@ from mcm_jax.config import rows
 from mcm_jax.config.settings import default_config
 from mcm_jax.system.errors import InputError
 
-# TPU v5e chips of the published speeds. The paper leaves the sharding of parameters open: here over all.
+# Numbers of TPU v5e chips of the published speeds. The paper leaves the sharding of parameters open; here it
+# is over all chips.
 _CHIPS = {"small": 64, "large": 256}
 
 # For each system: the words it allows, the numbers it requires, and the numbers it allows.
@@ -30,11 +31,11 @@ _ALLOWED = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Settings in which the two sizes of a network differ, besides their widths.
+    """Settings that differ between the two sizes of a network, besides the widths.
 
     Attributes:
       dropouts: the dropout rate of each stage.
-      guidance: the weight g with which the diffusion model is sampled, and distilled by CD; 0: no guidance.
+      guidance: guidance weight g for sampling the diffusion model and for its distillation by CD; 0: none.
     """
 
     dropouts: tuple[float, ...]
@@ -50,16 +51,16 @@ def imagenet(
     large: Size,
     levels: tuple[int, ...] = (),
 ) -> ml_collections.ConfigDict:
-    """The config of a row: a size, a system and the numbers that the system requires, in any order.
+    """Returns the config of a row: a size, a system and the numbers required by the system, in any order.
 
-    Sizes: "small", "large". Systems: "teacher" (the diffusion model); "ct,steps=S"; "cd,steps=S"; both also
-    with "teacher_steps=N" for a constant N_teacher, and cd with "ddim" for DDIM as the teacher's step;
-    "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S); "tract,steps=S" (1024 -> 32 -> S).
+    Sizes: "small", "large". Systems: "teacher" (the diffusion model); "ct,steps=S"; "cd,steps=S";
+    "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S); "tract,steps=S" (1024 -> 32 -> S). With ct
+    and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's step.
 
     Args:
-      resolution: side of the images, in pixels.
-      widths: channels of the small network's stages, highest resolution first; the last two are transformers,
-        the others ResNets.
+      resolution: height and width of the images in pixels.
+      widths: channels of the small network's stages, highest resolution first; the last two stages are
+        transformers, the others ResNets.
       levels: resolutions of the teacher's multiscale loss, in pixels; (): the loss at full resolution only.
 
     Raises:
@@ -77,9 +78,9 @@ def imagenet(
         blocks=(3,) * (len(widths) - 1) + (16,),
         dropouts=settings.dropouts,
         embedding_width=1024,
-        # The paper leaves open whether 64 or 128; 128 is the width of a TPU's matrix unit.
+        # The paper leaves open 64 or 128; 128 is the width of a TPU's matrix unit.
         head_width=128,
-        # The paper leaves open whether layer or group; by the compiler's estimate, group is faster on a TPU.
+        # The paper leaves open layer or group norm; by the compiler's estimate, group is faster on a TPU.
         resnet_norm="group",
         dtype="bfloat16",
     )
@@ -90,7 +91,8 @@ def imagenet(
             config.diffusion.label_dropout = 0.1
             config.sampling.guidance = settings.guidance
         config.optimizer.warmup_steps = 10_000
-        # The paper leaves open how long. Samples take 512 steps, so they are drawn less often than students'.
+        # The paper leaves the number of updates open. Samples take 512 steps, so draw them less often than
+        # for students.
         config.training.update(num_steps=1_000_000, sample_every_steps=50_000)
         return config
     config.objective = "progressive" if system == "pd" else system
@@ -110,7 +112,7 @@ def imagenet(
 
 
 def _parse(row: str) -> tuple[str, str, set[str], dict[str, int]]:
-    """(size, system, other words, numbers) of a row."""
+    """Parses a row into (size, system, other words, numbers)."""
     words, numbers = rows.parse_row(row)
     sizes, systems = words & set(_CHIPS), words & set(_SYSTEMS)
     if len(sizes) == len(systems) == 1:
@@ -123,10 +125,10 @@ def _parse(row: str) -> tuple[str, str, set[str], dict[str, int]]:
 
 
 def _stages(row: str, system: str, last: int) -> tuple[tuple[int, ...], int]:
-    """The numbers of steps (the teacher's, then each stage's student's) and the number of updates in a stage.
+    """Returns the numbers of steps (of the teacher, then of each stage's student) and of updates per stage.
 
-    The paper does not give the updates. Here all stages together (ten of progressive distillation down to one
-    step, or two of TRACT) have the 200,000 updates of the consistency models that they are compared with.
+    The paper does not specify the updates. Here all stages together (ten of progressive distillation down to
+    one step, or two of TRACT) have 200,000 updates, like the consistency models they are compared with.
     """
     if system == "pd":
         return rows.halvings(row, first=1024, last=last), 20_000

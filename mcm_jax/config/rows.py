@@ -1,4 +1,4 @@
-"""Rows of a config file, the part of --config=FILE:ROW after the colon, and the tiny configs of some."""
+"""Parses the row in --config=FILE:ROW, and defines the rows of the tiny configs."""
 
 import ml_collections
 
@@ -7,7 +7,7 @@ from mcm_jax.system.errors import InputError
 
 
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
-    """A network and its training, small enough for two CPU cores.
+    """Returns the config of a row with a network and training small enough for two CPU cores.
 
     Rows: "teacher", "cd,steps=S", "ct,steps=S", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or
     to "steps=S"), and "guidance".
@@ -19,7 +19,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
       InputError: there is no such row.
     """
     words, numbers = parse_row(row)
-    # For each system, the numbers that it requires and those that it allows.
+    # For each system, the numbers that it requires and the numbers that it allows.
     systems = {
         "teacher": ((), ()),
         "cd": (("steps",), ()),
@@ -59,7 +59,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
 
 
 def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
-    """'cd,steps=4' -> ({'cd'}, {'steps': 4}): a row's words and numbers.
+    """Parses 'cd,steps=4' into words and numbers: ({'cd'}, {'steps': 4}).
 
     Raises:
       InputError: a value is not a whole number, or a name occurs twice.
@@ -72,14 +72,17 @@ def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
         elif not number.isdecimal():
             raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
         elif name in numbers:
-            raise InputError(f"config row {row!r}: it names {name} twice; remove one")
+            raise InputError(f"config row {row!r}: {name} appears twice; remove one")
         else:
             numbers[name] = int(number)
     return words, numbers
 
 
 def halvings(row: str, *, first: int, last: int) -> tuple[int, ...]:
-    """(first, first / 2, ..., last): the stages of progressive distillation; `first` is a power of two.
+    """Returns the stages of progressive distillation, (first, first / 2, ..., last).
+
+    Args:
+      first: a power of two.
 
     Raises:
       InputError: `last`, the number of steps in `row`, is not one of first / 2, ..., 2, 1.

@@ -1,8 +1,9 @@
-"""Every setting of a run, composed: `Config` and the settings that no other module owns.
+"""All settings of a run: `Config`, and the settings that belong to no other module.
 
 A config file builds a locked `ConfigDict` from `default_config`; `validation.validate` turns it into the
-frozen, typed `Config` that the rest of the program reads. A setting is declared once, beside the code that
-reads it (see `mcm_jax.fields`). One that the paper leaves open says so, with the reason for its default.
+frozen, typed `Config` that the rest of the program reads. Each setting is declared once, next to the code
+that uses it (see `mcm_jax.fields`). Settings that the paper leaves open are marked, with the reason for the
+default.
 """
 
 import dataclasses
@@ -44,10 +45,10 @@ Staged = Tract | Progressive
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which images, and how they are read."""
+    """The data set and how images are read."""
 
     dataset: str = setting(
-        "openmoji", "openmoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME, by mcm_jax.prepare"
+        "openmoji", "openmoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see mcm_jax.prepare"
     )
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
     resolution: int = setting(32, "height and width of the images in pixels", low=1, affects=Affects.ALL)
@@ -71,20 +72,20 @@ class ScheduleSettings:
     )
     end_points: EndPoints = setting(
         "moved",
-        "whether a shift moves the log-SNR's ends (open; moved is the formula as it stands)",
+        "whether a shift moves the ends of the log-SNR (open; moved follows the formula literally)",
         affects=Affects.ALL,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """How a run is sampled by default."""
+    """Default settings for sampling from a run."""
 
     sampler: Sampler = setting("addim", "a teacher's sampler; students use ddim", affects=Affects.SAMPLES)
     teacher_steps: int = setting(512, "steps of the teacher's sampler", low=1, affects=Affects.SAMPLES)
     noise_grid: Grid = setting(
         "schedule",
-        "a teacher's noise levels: uniform in t, or karras; students: schedule",
+        "a teacher's noise levels: schedule (uniform in t) or karras; students use schedule",
         affects=Affects.SAMPLES,
     )
     x_var: XVar = setting(
@@ -96,40 +97,40 @@ class SamplingSettings:
         0.75, "eta: measured x_var = eta ||x - x_hat||^2 / d", low=0, affects=Affects.SAMPLES
     )
     x_var_images: int = setting(
-        1024, "training images that x_var is measured on, at most", low=1, affects=Affects.SAMPLES
+        1024, "maximum number of training images to measure x_var on", low=1, affects=Affects.SAMPLES
     )
     guidance: float = setting(
         0.0,
-        "g of a teacher's samples; x_hat + g (x_hat - x_hat of any class)",
+        "guidance weight g of a teacher: x_hat + g (x_hat - x_hat of any class)",
         low=0,
         affects=Affects.SAMPLES,
     )
     clip: Clip = setting(
         "last",
-        "clip x_hat to [-1, 1] in the last step, in every one, or never (open)",
+        "clip x_hat to [-1, 1] in the last step, in every step, or never (open)",
         affects=Affects.SAMPLES,
     )
     label_rule: LabelRule = setting(
         "uniform",
-        "how classes are drawn (open; uniform is SPEC 7's, train_frequency the data's)",
+        "how classes are drawn (open): uniform as in SPEC 7, or train_frequency as in the data",
         affects=Affects.SAMPLES,
     )
     batch_per_device: int = setting(
-        64, "images a device samples at once, padded", low=1, affects=Affects.NOTHING
+        64, "images that a device samples at once; the last batch is padded", low=1, affects=Affects.NOTHING
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `objective` selects what is minimised, and the section that holds its settings."""
+    """The config of one run. `objective` selects the loss and the section that contains its settings."""
 
     objective: Objective = setting(
         "diffusion",
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), tract, progressive, guidance",
     )
-    seed: int = setting(0, "base of all randomness in training", low=0, high=2**32 - 1)
+    seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
-        None, "workdir of the diffusion model that all other objectives start from and all but ct distil"
+        None, "workdir of the teacher: all objectives except diffusion start from it, all but ct distil it"
     )
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     model: UViTSettings = dataclasses.field(default_factory=UViTSettings)
@@ -146,7 +147,7 @@ class Config:
 
     @property
     def loss(self) -> Diffusion | Consistency | Tract | Progressive | Guidance:
-        """The selected objective with its settings; calling it gives the loss."""
+        """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
     @property
@@ -156,12 +157,12 @@ class Config:
 
     @property
     def teacher_guidance(self) -> float:
-        """g of the teacher's prediction; 0 where the objective does not distil a guided teacher."""
+        """Guidance weight g of the teacher; 0 if the objective does not distil a guided teacher."""
         return self.loss.teacher_guidance if isinstance(self.loss, Consistency | Guidance) else 0.0
 
     @property
     def target_decay(self) -> float | None:
-        """Decay of the target network's average; None where x_ref is the student's own."""
+        """Decay of the target network's average; None if the student itself provides x_ref."""
         loss = self.loss
         if isinstance(loss, Tract) or (isinstance(loss, Consistency) and loss.target_network == "ema"):
             return loss.target_decay
@@ -169,12 +170,12 @@ class Config:
 
     @property
     def supports_guidance(self) -> bool:
-        """Whether the model was also trained for the label 'any class', which guidance needs."""
+        """Whether the model is also trained for the label 'any class', as guidance requires."""
         return self.objective == "diffusion" and self.diffusion.label_dropout > 0
 
     @property
     def student_steps(self) -> int | None:
-        """The only step count that this run's model is trained for; None for a model of all of time."""
+        """The only number of steps that the model is trained for; None if it supports any number."""
         loss = self.loss
         if isinstance(loss, Staged):
             return loss.stages[-1]
@@ -182,11 +183,10 @@ class Config:
 
 
 def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:
-    """The runs, one after the other, that `config` in `workdir` stands for.
+    """Returns the workdir and config of each run that `config` describes, in order.
 
-    This is one run, `config` itself, unless it has several stages: then each is a run of its own in
-    workdir/steps_N with the run before as its teacher, so that it resumes, is sampled and is evaluated like
-    any other.
+    Without multiple stages this is `config` itself. Otherwise each stage is a separate run in workdir/steps_N
+    whose teacher is the run before, so that it is resumed, sampled and evaluated like any other run.
     """
     loss, teacher = config.loss, config.teacher_checkpoint
     if not isinstance(loss, Staged) or len(loss.stages) == 2:
@@ -203,7 +203,7 @@ def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings with their defaults, as a locked ConfigDict for a config file to fill in."""
+    """Returns all settings with their defaults, as a locked ConfigDict for a config file to modify."""
     return _to_config_dict(Config())
 
 
@@ -222,5 +222,5 @@ def _to_config_dict(settings: Settings) -> ml_collections.ConfigDict:
 
 
 def without_none(hint: object) -> type:
-    """T of T | None."""
+    """Returns T for the type hint T | None."""
     return next(kind for kind in typing.get_args(hint) if kind is not type(None))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Where version 0.1 had one section `consistency` for four objectives.
+# Settings that version 0.1 had in its section `consistency`, which four objectives shared.
 _MOVED = {
     "tract": ("stages", "loss_weight", "target_decay"),
     "progressive": ("stages", "teacher_step", "xvar_frac", "later_xvar_frac", "loss_weight"),
@@ -11,10 +11,10 @@ _MOVED = {
 
 
 def upgraded(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's settings that mean the same as `raw`, which is returned as it is if it is of today.
+    """Converts settings of version 0.1 to equivalent current ones; returns current ones unchanged.
 
-    Version 0.1 had `teacher_guidance` beside the sections, and None in a few settings for the objective's own
-    default. Settings that had no effect on the selected objective are left out.
+    Version 0.1 had `teacher_guidance` outside the sections, and in some settings None for the objective's own
+    default. Settings that had no effect on the selected objective are dropped.
     """
     result = dict(raw)
     if "teacher_guidance" not in result:

@@ -1,4 +1,4 @@
-"""Checks a config before any long work: every field, then what fields say together."""
+"""Checks a config before any long work: every field, then combinations of fields."""
 
 import dataclasses
 import types
@@ -17,10 +17,10 @@ _Settings = TypeVar("_Settings")
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """Checks every field and their combinations; touches no device and no file.
+    """Checks all fields and their combinations; uses no device and no file.
 
     Raises:
-      InputError: naming the field, its value and what is allowed.
+      InputError: names the field, its value and the allowed values.
     """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     result = _with_local_paths(_read(Config, raw, prefix=""))
@@ -32,15 +32,15 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def read_saved(raw: Mapping[str, Any]) -> Config:
-    """The config of a run that has started: only its fields are checked.
+    """Reads the config of a run that has started; checks only its fields, not their combinations.
 
-    It passed `validate` then, perhaps an older and more lenient one, and must stay readable.
+    It passed `validate` at the start, perhaps in an older and more lenient version, and must remain readable.
     """
     return _read(Config, raw, prefix="")
 
 
 def _with_local_paths(config: Config) -> Config:
-    """The config with `~` expanded in its paths; raises InputError for one that is not local."""
+    """Expands `~` in the config's paths; raises InputError for paths that are not local."""
     teacher, data_dir = config.teacher_checkpoint, config.data.data_dir
     if teacher is not None:
         teacher = str(local_path(teacher, "config.teacher_checkpoint"))
@@ -53,17 +53,17 @@ def _check_objective(config: Config) -> None:
     if objective != "diffusion" and config.teacher_checkpoint is None:
         raise InputError(
             f"config.teacher_checkpoint is not set: {objective} starts from a trained "
-            "teacher; name the teacher's workdir with --config.teacher_checkpoint=DIR"
+            "teacher; set --config.teacher_checkpoint=DIR to the teacher's workdir"
         )
     if objective == "diffusion" and config.teacher_checkpoint is not None:
         raise InputError(
-            f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no meaning for a diffusion "
-            "teacher, which starts from nothing; leave it out"
+            f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no effect on a diffusion "
+            "model, which is trained from scratch; leave it out"
         )
     if objective in ("cd", "ct") and config.consistency.student_steps is None:
         raise InputError(
-            "config.consistency.student_steps is not set: name the student's number of steps, "
-            "for example with 'cd,steps=4' behind the config file"
+            "config.consistency.student_steps is not set: specify the student's number of steps, "
+            "for example with the config row 'cd,steps=4'"
         )
     if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
@@ -74,13 +74,12 @@ def _check_objective(config: Config) -> None:
     if objective == "ct" and config.teacher_guidance > 0:
         raise InputError(
             f"config.consistency.teacher_guidance={config.teacher_guidance} has no effect on ct, which "
-            "calls no teacher; leave it at 0"
+            "does not distil a teacher; leave it at 0"
         )
     if config.sampling.guidance > 0 and not config.supports_guidance:
         raise InputError(
             f"config.sampling.guidance={config.sampling.guidance} needs a diffusion model that was also "
-            "trained for 'any class'; train it with config.diffusion.label_dropout=0.1, or sample it with "
-            "guidance 0"
+            "trained for 'any class'; train it with config.diffusion.label_dropout=0.1, or use guidance 0"
         )
     for side in config.diffusion.levels:
         if config.data.resolution % side:
@@ -91,7 +90,7 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_unused(config: Config) -> None:
-    """Refuses settings of objectives other than the selected one: they would have no effect."""
+    """Rejects changed settings of objectives that are not selected, since they would have no effect."""
     used = SECTIONS[config.objective]
     for section in sorted(set(SECTIONS.values()) - {used}):
         changed = getattr(config, section)
@@ -117,15 +116,15 @@ def _check_stages(objective: str, stages: tuple[int, ...]) -> None:
     name = f"config.{objective}.stages={stages!r}"
     if len(stages) < 2:
         raise InputError(
-            f"{name}: {objective} needs the teacher's steps and those of one student or more, for example "
+            f"{name}: {objective} needs the steps of the teacher and of one or more students, for example "
             "(1024, 32, 1)"
         )
     for before, after in zip(stages, stages[1:], strict=False):
         if objective == "progressive" and before != 2 * after:
-            raise InputError(f"{name}: progressive halves, {before} -> {before // 2}")
+            raise InputError(f"{name}: each stage must halve the steps, {before} -> {before // 2}")
         if before <= after or before % after:
             raise InputError(
-                f"{name}: {before} steps can't be grouped into {after} equal segments; take a smaller divisor"
+                f"{name}: {before} steps can't be grouped into {after} equal segments; use a smaller divisor"
             )
 
 
@@ -141,7 +140,7 @@ def _check_model(config: Config) -> None:
     if stages == 0 or config.data.resolution % multiple:
         raise InputError(
             f"config.data.resolution={config.data.resolution} can't be halved {stages - 1} times for "
-            f"the {stages} stages of config.model.kinds; take a multiple of {multiple}, or fewer stages"
+            f"the {stages} stages of config.model.kinds; use a multiple of {multiple}, or fewer stages"
         )
     for kind, width in zip(model.kinds, model.widths, strict=True):
         if kind == "transformer" and width % model.head_width:
@@ -150,17 +149,17 @@ def _check_model(config: Config) -> None:
                 f"{width} in config.model.widths={model.widths!r}"
             )
     if model.resnet_norm == "group":
-        # The output's norm has the first stage's width, whatever its kind.
+        # The output's norm has the first stage's width, regardless of that stage's kind.
         for kind, width in zip(("resnet", *model.kinds[1:]), model.widths, strict=True):
             if kind == "resnet" and (width < 4 or width % min(32, width // 4)):
                 raise InputError(
                     f"config.model.resnet_norm='group' can't divide {width} in config.model.widths into "
-                    f"{max(1, min(32, width // 4))} groups; take a multiple of 128, or 4, 8, 16, ..."
+                    f"{max(1, min(32, width // 4))} groups; use a multiple of 128, or 4, 8, 16, ..."
                 )
     if model.embedding_width % 2:
         raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")
     if config.mesh.data == 0:
-        raise InputError("config.mesh.data=0: take a positive number, or -1 for all devices left")
+        raise InputError("config.mesh.data=0: use a positive number, or -1 for all remaining devices")
 
 
 def _read(kind: type[_Settings], raw: Mapping[str, Any], *, prefix: str) -> _Settings:
@@ -169,7 +168,7 @@ def _read(kind: type[_Settings], raw: Mapping[str, Any], *, prefix: str) -> _Set
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in raw:
         if name not in known:
-            raise InputError(f"config.{prefix}{name} is not a setting; there are {sorted(known)}")
+            raise InputError(f"config.{prefix}{name} is not a setting; available: {sorted(known)}")
     values = {}
     for name, value in raw.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -181,7 +180,7 @@ def _read(kind: type[_Settings], raw: Mapping[str, Any], *, prefix: str) -> _Set
 
 def _checked(value: object, hint: Any, metadata: Mapping[str, Any], name: str) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # the second is what Literal[...] | None makes
+    if origin in (types.UnionType, typing.Union):  # Literal[...] | None is a Union
         return None if value is None else _checked(value, without_none(hint), metadata, name)
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""What a program would need and take on a TPU topology, from its compilation alone."""
+"""Estimates a program's memory and time on a TPU topology by compiling it, without running it."""

@@ -1,4 +1,4 @@
-"""Compiles a function for a topology and reads off what it needs; out of memory is an answer too."""
+"""Compiles a function for a topology and reports its memory and time, or by how much it does not fit."""
 
 import collections
 import contextlib
@@ -23,30 +23,30 @@ from mcm_jax.planning.topologies import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one execution of a compiled program needs on each chip, by the compiler's estimate."""
+    """Memory and time that one execution of a compiled program needs on each chip, by estimate."""
 
     argument_bytes: int
     temporary_bytes: int
-    total_bytes: int  # arguments, results that don't reuse them, temporaries, and the program itself
+    total_bytes: int  # arguments, results that don't reuse their buffers, temporaries, and the program
     operations: tuple[Operation, ...]
     text: str  # the compiled module
-    doubts: tuple[str, ...] = ()  # what could not be read from it
+    doubts: tuple[str, ...] = ()  # messages about what could not be read from the module
 
     def fits(self, chip: Chip) -> bool:
-        """Whether a chip has the memory; a program may compile all the same."""
+        """Whether the program fits in a chip's memory; it may compile even if it does not."""
         return self.total_bytes <= chip.hbm_bytes
 
     def seconds(self, *kinds: str) -> float:
-        """Of the step: of the operations of these kinds, all if none are named, that nothing hides."""
+        """Non-overlapped time of the operations of these kinds, or of all kinds if none is given."""
         return math.fsum(o.exposed_seconds for o in self.operations if not kinds or o.kind in kinds)
 
     @property
     def flops(self) -> float:
-        """Of all matrix products and convolutions on one chip, those done again for the gradient included."""
+        """FLOPs of all matrix products and convolutions on one chip, recomputation included."""
         return math.fsum(o.flops for o in self.operations)
 
     def collectives(self) -> dict[str, tuple[int, float, float, float]]:
-        """By operation: (executions, bytes every chip receives, seconds, seconds that nothing hides)."""
+        """By opcode: (executions, bytes that each chip receives, seconds, non-overlapped seconds)."""
         totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
         for o in self.operations:
             if o.kind == "collective":
@@ -58,19 +58,19 @@ class Plan:
         }
 
     def costliest(self, number: int) -> Sequence[Operation]:
-        """The operations that take most of the step."""
+        """The `number` operations with the most non-overlapped time, in descending order."""
         return sorted(self.operations, key=lambda o: -o.exposed_seconds)[:number]
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """The compiler's refusal: what the program would need on each chip."""
+    """A program that the compiler rejected because it does not fit in a chip's memory."""
 
-    needed_bytes: float | None  # None: the compiler did not say
+    needed_bytes: float | None  # None: not reported
     available_bytes: float
 
     def fits(self, chip: Chip) -> bool:
-        """It does not."""
+        """Always False."""
         del chip
         return False
 
@@ -83,14 +83,14 @@ def plan(
     mesh: Mesh,
     package: Path,
 ) -> Plan | TooLarge:
-    """Compiles a jitted function for arguments given by shape.
+    """Compiles a jitted function for abstract arguments (shapes and dtypes).
 
     Args:
-      mesh: of the topology's devices, over which the function is split.
-      package: where this program's files lie, which the operations' source lines name first.
+      mesh: mesh of the topology's devices, over which the function is sharded.
+      package: directory of this package's files, preferred in the operations' source lines.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses for another reason than memory.
+      jax.errors.JaxRuntimeError: compilation fails for a reason other than memory.
     """
     lowered = function.lower(*arguments)
     try:
@@ -104,7 +104,7 @@ def plan(
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     if memory is None or text is None:
-        raise ValueError("the compiler does not say what the program needs")
+        raise ValueError("the compiler does not report the program's memory or text")
     operations, doubts = cost.operations(
         hlo.parse(text),
         topology.chip,
@@ -128,11 +128,11 @@ def plan(
 
 @contextlib.contextmanager
 def _no_cache() -> Generator[None, None, None]:
-    """Without JAX's persistent cache: it stores executables for absent devices, but cannot load them."""
+    """Disables JAX's persistent cache: it stores executables for absent devices, but cannot load them."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # It remembers whether it is enabled.
+        compilation_cache.reset_cache()  # It caches whether it is enabled.
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
@@ -142,10 +142,14 @@ def _no_cache() -> Generator[None, None, None]:
 def seconds_unfused(
     compiled: Plan, attend: Callable[..., jax.Array], topology: Topology, *, dtype: jnp.dtype
 ) -> float | None:
-    """Of the step with every kernel of attention at what `attend`, (q, k, v) -> values, compiles to alone.
+    """Estimated time of the step if `attend` replaced the attention kernels.
 
-    Of time alone: whether the whole step would fit so is not asked, and what overlaps what stays as it is
-    with the kernels. dtype: of the queries. None where one layer alone doesn't fit.
+    Each kernel's time is replaced by that of `attend`, (q, k, v) -> values, compiled alone. Overlap
+    remains as in the step with kernels, and whether such a step fits in memory is not checked. None if a
+    single layer does not fit.
+
+    Args:
+      dtype: dtype of the queries.
     """
     mesh = Mesh(topology.devices[:1], "chip")
 
@@ -172,7 +176,7 @@ def seconds_unfused(
 
 
 def too_large(message: str, *, available: float) -> TooLarge | None:
-    """What an error of the compiler says of memory; None where it speaks of something else."""
+    """Parses a compiler error; None unless it reports that the program needs too much memory."""
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         return None
     found = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)

@@ -1,6 +1,6 @@
-"""What a run executes on its devices: the train step, the sampler and the features of evaluation.
+"""The programs that a run executes on its devices: train step, sampler, and feature network for evaluation.
 
-Each with its arguments by shape, so that it can be compiled for devices that aren't there.
+Each comes with abstract arguments, so that it can be compiled for devices that are not present.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from mcm_jax.system.sharding import Device
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and its arguments by shape."""
+    """A jitted function and its abstract arguments."""
 
     function: jax.stages.Wrapped
     arguments: tuple[PyTree, ...]
     mesh: Mesh
     num_params: int
-    images: int  # of one execution, over all devices
+    images: int  # number of images in one execution, over all devices
 
 
 def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
-    """One update.
+    """The train step (one update).
 
     Raises:
-      InputError: the mesh or the batch of `config` does not suit the number of devices.
+      InputError: the mesh or the batch size of `config` does not match the number of devices.
     """
     settings = config.training
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
@@ -51,25 +51,25 @@ def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pro
 
 
 def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
-    """A batch of samples on every device, which has all parameters, as `runs.run.Run.sample` draws it."""
+    """Sampling one batch per device with replicated parameters, as in `runs.run.Run.sample`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
-    network, how = build.network(config, num_classes=num_classes), samplers.resolve(config)
+    network, settings = build.network(config, num_classes=num_classes), samplers.resolve(config)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    x_var = jax.ShapeDtypeStruct((how.steps,), jnp.float32) if how.x_var == "measured" else None
+    x_var = jax.ShapeDtypeStruct((settings.steps,), jnp.float32) if settings.x_var == "measured" else None
     everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
     indices = jax.ShapeDtypeStruct((images,), jnp.int32)
     arguments = (
         *_placed(everywhere, sharding.replicated(mesh)),
         *_placed((indices, indices), sharding.batch_sharding(mesh)),
     )
-    function = samplers.make_sampler(config, network, how, mesh=mesh)
+    function = samplers.make_sampler(config, network, settings, mesh=mesh)
     return Program(function, arguments, mesh, _count(params), images)
 
 
 def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
-    """What FID's network makes of images of the config's size, as `evaluate` has it."""
-    del num_classes  # Of the images, which the network does not ask.
+    """FID's feature network on images of the config's resolution, as in `evaluate`."""
+    del num_classes  # The feature network takes no labels.
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     network, images = inception_weights.abstract_network(), BATCH_PER_DEVICE * mesh.size
     batch = jax.ShapeDtypeStruct((images, *build.image_shape(config)), jnp.uint8)

@@ -1,9 +1,9 @@
-"""How long a scheduled module would run on a chip: the compiler's estimates, summed, and what they lack.
+"""Estimates how long a scheduled module runs on a chip: the sum of the compiler's estimates and of models.
 
-The time of an operation is its `estimated_cycles` times how often it runs. The compiler estimates neither
-collectives nor custom kernels nor copies between memories, nor a few others; these are modelled here and told
-apart. A collective or copy that is started and waited for later overlaps the operations scheduled in between:
-only what is left of it at the wait adds to the step.
+The time of an operation is its `estimated_cycles` times the number of times it runs. The compiler does not
+estimate collectives, custom kernels, copies between memories, and a few other operations; these are modelled
+here and reported separately. An asynchronous collective or copy overlaps the operations scheduled between its
+start and its wait: only its remaining time at the wait adds to the step.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import numpy as np
 from mcm_jax.planning.chips import Chip, exchange_bytes_per_second, incoming_bytes_per_second
 from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, tuple_parts
 
-# "unestimated": others beside which the compiler writes no estimate, modelled by bytes and FLOPs at peak.
+# "unestimated": operations that the compiler does not estimate, modelled by their bytes and FLOPs at peak.
 Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
-# Share of peak that a custom kernel is taken to reach.
+# Assumed share of peak FLOPs that a custom kernel reaches.
 KERNEL_SHARE = 0.4
-# FLOPs of attention's kernels, which carry no counts, in products of an L x D with a D x L' matrix.
+# Attention kernels do not report FLOPs. These are their numbers of products of an L x D with a D x L' matrix.
 FORWARD, BACKWARD = "splash_mha_fwd", "splash_mha_dkv"
 _ATTENTION_PRODUCTS = {FORWARD: 2, BACKWARD: 5}
 _COLLECTIVES = (
@@ -34,52 +34,52 @@ _COLLECTIVES = (
     "ragged-all-to-all",
 )
 _COMPUTES = ("fusion", "convolution", "custom-call", "scatter", "gather", "sort")
-# Custom calls that name memory and move nothing.
+# Custom calls that only allocate or relabel memory and move no data.
 _FREE = ("AllocateBuffer", "ConcatBitcast")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 
 
-class Unreadable(Exception):
-    """What a loop's condition or body does not say."""
+class LoopError(Exception):
+    """A loop whose number of iterations cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction of the schedule, over a whole step."""
+    """One instruction of the schedule, summed over all its executions in a step."""
 
     name: str
     opcode: str
     kind: Kind
     count: int
-    seconds: float  # of all its executions, overlapped or not
+    seconds: float  # total, overlapped or not
     exposed_seconds: float  # the part that adds to the step
-    num_bytes: float  # of all its executions: of a collective what every chip receives
+    num_bytes: float  # total; for a collective, the bytes that each chip receives
     flops: float
     source: str
-    attention: tuple[int, ...] = ()  # of a kernel of attention: the sizes B, H, L, D of its queries
+    attention: tuple[int, ...] = ()  # for an attention kernel: the shape (B, H, L, D) of its queries
 
 
 @dataclasses.dataclass
 class _Transfer:
-    """Under way: what is left of it."""
+    """A collective or copy in flight."""
 
     instruction: Instruction
     opcode: str
     kind: Kind
     num_bytes: float
     seconds: float
-    left: float
+    remaining_seconds: float
 
 
 def operations(
     module: Module, chip: Chip, *, coordinates: Sequence[Sequence[int]], bounds: Sequence[int], package: Path
 ) -> tuple[list[Operation], list[str]]:
-    """Every operation of one step, in order of first execution; and what could not be read, for people.
+    """Returns all operations of one step in order of first execution, and messages about unreadable parts.
 
     Args:
-      coordinates: where the chip of each of the module's partitions is in the slice.
+      coordinates: coordinates in the slice of the chip of each of the module's partitions.
       bounds: the slice's size along each axis.
-      package: where this program's files lie, which source lines name first.
+      package: directory of this package's files, preferred in source lines.
     """
     walk = _Walk(module, chip, coordinates, bounds, package)
     walk.computation(module.entry, 1)
@@ -101,48 +101,48 @@ class _Walk:
         self.doubts: list[str] = []
 
     def computation(self, name: str, times: int) -> None:
-        """All instructions of a computation that runs `times` times a step."""
+        """Records all instructions of a computation that runs `times` times per step."""
         body = self.module.computations[name]
         by_name = {one.name: one for one in body}
-        under_way: dict[str, _Transfer] = {}
+        in_flight: dict[str, _Transfer] = {}
         for one in body:
             if one.opcode == "while":
                 (inner,) = one.called("body")
-                self.computation(inner, times * self._rounds(one, by_name))
+                self.computation(inner, times * self._trip_count(one, by_name))
             elif one.opcode in ("call", "conditional"):
                 for kind in ("to_apply", "branch_computations", "called_computations"):
                     for inner in one.called(kind):
                         self.computation(inner, times)
             elif (transfer := self._started(one)) is not None:
-                under_way[one.name] = transfer
-            elif (start := _waited_for(one, by_name, under_way, self._holds)) is not None:
-                transfer = under_way.pop(start)
-                _advance(under_way, transfer.left, busy=transfer.kind)
+                in_flight[one.name] = transfer
+            elif (start := _awaited_start(one, by_name, in_flight, self._contains_call)) is not None:
+                transfer = in_flight.pop(start)
+                _advance(in_flight, transfer.remaining_seconds, busy=transfer.kind)
                 self._end(transfer, times)
             else:
                 ran = self._run(one, times, by_name)
                 if ran is not None:
-                    _advance(under_way, ran.seconds / times, busy=ran.kind)
-        for transfer in under_way.values():
+                    _advance(in_flight, ran.seconds / times, busy=ran.kind)
+        for transfer in in_flight.values():
             self._end(transfer, times)
 
-    def _rounds(self, loop: Instruction, by_name: dict[str, Instruction]) -> int:
-        """Of a loop; where they can't be read one, and a doubt."""
+    def _trip_count(self, loop: Instruction, by_name: dict[str, Instruction]) -> int:
+        """Number of a loop's iterations; if it cannot be read, returns 1 and records a message."""
         try:
             return trip_count(self.module, loop, by_name)
-        except Unreadable as error:
-            self.doubts.append(f"{error}; it is counted once, so that the step takes longer than estimated")
+        except LoopError as error:
+            self.doubts.append(f"{error}; it is counted once, so the step takes longer than estimated")
             return 1
 
     def _run(self, one: Instruction, times: int, by_name: dict[str, Instruction]) -> Operation | None:
-        """Notes an instruction that runs by itself; None where there is nothing to run."""
+        """Records a synchronous instruction; returns None if there is nothing to run."""
         opcode, num_bytes, attention = one.opcode, 0.0, ()
         flops = instruction_flops(self.module, one, by_name)
         if one.estimated_cycles is not None:
             seconds, kind = one.estimated_cycles / self.chip.clock_hertz, "estimated"
-        elif _is_done(one, self._holds):
+        elif _is_done(one, self._contains_call):
             return None
-        elif (transfer := self._over_links(one)) is not None:
+        elif (transfer := self._collective_transfer(one)) is not None:
             opcode, num_bytes, seconds = transfer.opcode, transfer.num_bytes, transfer.seconds
             kind = "collective"
         elif one.opcode in _COMPUTES and one.attribute("custom_call_target") not in _FREE:
@@ -154,18 +154,18 @@ class _Walk:
                 num_bytes = counted or num_bytes
                 attention, _ = _attention_sizes(one, by_name) or ((), ())
                 if not flops:
-                    self.doubts.append(f"the kernel {one.name} has no FLOPs, its time is that of its bytes")
+                    self.doubts.append(f"the kernel {one.name} reports no FLOPs; only its bytes are modelled")
             seconds = max(flops / (share * self.chip.peak_flops), num_bytes / self.chip.hbm_bytes_per_second)
         else:
             return None
-        self._note(one, opcode, kind, times, seconds, seconds, num_bytes, flops, attention)
+        self._record(one, opcode, kind, times, seconds, seconds, num_bytes, flops, attention)
         return self.found[-1]
 
     def _started(self, one: Instruction) -> _Transfer | None:
-        """The transfer that `one` starts, if it starts one."""
-        if not one.opcode.endswith("-start") and not self._holds(one, "AsyncCollectiveStart"):
+        """The collective or copy that `one` starts; None if it starts none."""
+        if not one.opcode.endswith("-start") and not self._contains_call(one, "AsyncCollectiveStart"):
             return None
-        if (transfer := self._over_links(one)) is not None:
+        if (transfer := self._collective_transfer(one)) is not None:
             return transfer
         if one.opcode.removesuffix("-start") in _COPIES:
             moved = float(_moved_bytes(one))
@@ -173,32 +173,32 @@ class _Walk:
             return _Transfer(one, one.opcode.removesuffix("-start"), "copy", moved, seconds, seconds)
         return None
 
-    def _over_links(self, one: Instruction) -> _Transfer | None:
-        """The collective that `one` is or contains."""
+    def _collective_transfer(self, one: Instruction) -> _Transfer | None:
+        """The transfer of the collective that `one` is or contains; None if there is none."""
         inner = self._collective(one)
         if inner is None:
             return None
         num_bytes = _received_bytes(inner, len(self._group(inner)))
         opcode = inner.opcode.removesuffix("-start")
         if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
-            # Written as an all-reduce of which a slice is kept.
+            # The compiler writes it as an all-reduce followed by a slice.
             num_bytes, opcode = num_bytes / 2, "reduce-scatter"
         seconds = self._link_seconds(inner, num_bytes)
         return _Transfer(one, opcode, "collective", num_bytes, seconds, seconds)
 
     def _end(self, transfer: _Transfer, times: int) -> None:
-        self._note(
+        self._record(
             transfer.instruction,
             transfer.opcode,
             transfer.kind,
             times,
             transfer.seconds,
-            transfer.left,
+            transfer.remaining_seconds,
             transfer.num_bytes,
             0.0,
         )
 
-    def _note(
+    def _record(
         self,
         one: Instruction,
         opcode: str,
@@ -225,8 +225,8 @@ class _Walk:
             )
         )
 
-    def _holds(self, one: Instruction, target: str) -> bool:
-        """Whether a fusion ends in the custom call of this target."""
+    def _contains_call(self, one: Instruction, target: str) -> bool:
+        """Whether `one` is a fusion that contains a custom call with this target."""
         return any(
             inner.attribute("custom_call_target") == target
             for name in one.called("calls")
@@ -234,7 +234,7 @@ class _Walk:
         )
 
     def _collective(self, one: Instruction) -> Instruction | None:
-        """The collective that `one` is or contains."""
+        """The collective that `one` is or contains; None if there is none."""
         if one.opcode.removesuffix("-start") in _COLLECTIVES:
             return one
         for name in (*one.called("calls"), *one.called("called_computations")):
@@ -244,7 +244,7 @@ class _Walk:
         return None
 
     def _group(self, one: Instruction) -> list[Sequence[int]]:
-        """Coordinates of the chips of a collective's first group."""
+        """Coordinates of the chips in a collective's first replica group."""
         return [self.coordinates[i] for i in first_group(one.attributes, len(self.coordinates))]
 
     def _link_seconds(self, one: Instruction, num_bytes: float) -> float:
@@ -255,7 +255,7 @@ class _Walk:
 
 
 def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instruction]) -> float:
-    """Of the convolutions in one instruction; in a TPU's modules matrix products are convolutions too."""
+    """FLOPs of the convolutions in an instruction; on TPUs, matrix products are convolutions too."""
     if one.opcode == "convolution":
         return convolution_flops(one, *(array_dims(by_name[name].shape)[0] for name in one.operands[:2]))
     total = 0.0
@@ -266,10 +266,10 @@ def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instr
 
 
 def convolution_flops(one: Instruction, image: Sequence[int], kernel: Sequence[int]) -> float:
-    """2 per multiplication of two values that are there.
+    """Two FLOPs per multiplication, without those whose tap falls into padding or between dilated values.
 
-    A tap that falls into padding or between dilated values costs nothing: the compiler writes batched
-    products, those of attention, as convolutions in which nearly all taps do.
+    The compiler writes batched matrix products, such as those of attention, as convolutions in which nearly
+    all taps do so.
     """
     image_labels, kernel_labels, result_labels = re.split(r"_|->", one.attribute("dim_labels") or "")
     (result,) = array_dims(one.shape)
@@ -294,21 +294,22 @@ def convolution_flops(one: Instruction, image: Sequence[int], kernel: Sequence[i
 
 
 def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction]) -> int:
-    """How often a while loop with a counter runs: from its start, the bound in its condition, and its stride.
+    """Number of iterations of a while loop, from its counter's start and stride and its condition's bound.
 
     Raises:
-      Unreadable: the condition compares no counter with a constant, or its start or stride is none.
+      LoopError: the condition does not compare a counter with a constant, or the counter's start or
+        stride is not constant.
     """
     (condition,), (body,) = loop.called("condition"), loop.called("body")
     inside = {one.name: one for one in module.computations[condition]}
     (root,) = [one for one in inside.values() if one.is_root]
     if root.opcode != "compare" or root.attribute("direction") not in ("LT", "GT", "NE"):
-        raise Unreadable(f"the loop {loop.name} has no counter: its condition is {root.opcode}")
+        raise LoopError(f"the loop {loop.name} has no counter: its condition is {root.opcode}")
     bounds = [_constant(inside.get(name)) for name in root.operands]
     counters = [inside[name] for name in root.operands if inside[name].opcode == "get-tuple-element"]
     bound = next((value for value in bounds if value is not None), None)
     if bound is None or not counters:
-        raise Unreadable(f"the loop {loop.name} has no constant bound")
+        raise LoopError(f"the loop {loop.name} has no constant bound")
     index = int(counters[0].attribute("index") or 0)
     initial = by_name.get(loop.operands[0])
     start = None
@@ -316,12 +317,12 @@ def trip_count(module: Module, loop: Instruction, by_name: dict[str, Instruction
         start = _constant(_through_copies(by_name, initial.operands[index]))
     stride = _stride(module.computations[body], index)
     if start is None or not stride:
-        raise Unreadable(f"the loop {loop.name} has no constant {'start' if start is None else 'stride'}")
+        raise LoopError(f"the loop {loop.name} has no constant {'start' if start is None else 'stride'}")
     return max(0, math.ceil((bound - start) / stride))
 
 
 def _stride(body: Sequence[Instruction], index: int) -> int | None:
-    """What a loop's body adds to the counter at `index` of its tuple; None where that can't be seen."""
+    """The constant that a loop's body adds to entry `index` of its tuple; None if it cannot be read."""
     by_name = {one.name: one for one in body}
     (root,) = [one for one in body if one.is_root]
     update = _through_copies(by_name, root.operands[index]) if root.opcode == "tuple" else None
@@ -341,46 +342,46 @@ def _through_copies(by_name: dict[str, Instruction], name: str) -> Instruction |
 
 
 def _constant(one: Instruction | None) -> int | None:
-    """The value of a scalar constant of whole numbers."""
+    """The value of a scalar integer constant; None for anything else."""
     if one is None or one.opcode != "constant":
         return None
     found = re.match(r"-?\d+$", one.literal)
     return int(found.group()) if found else None
 
 
-def _advance(under_way: dict[str, _Transfer], seconds: float, *, busy: Kind) -> None:
-    """Lets transfers go on for `seconds`, the oldest of a kind first; those of the kind that is busy wait.
+def _advance(in_flight: dict[str, _Transfer], seconds: float, *, busy: Kind) -> None:
+    """Advances transfers by `seconds`, the oldest of each kind first, except those of the kind `busy`.
 
     Links and memory work at the same time.
     """
     for kind in ("collective", "copy"):
         budget = 0.0 if kind == busy else seconds
-        for transfer in under_way.values():
+        for transfer in in_flight.values():
             if transfer.kind == kind:
-                used = min(transfer.left, budget)
-                transfer.left -= used
+                used = min(transfer.remaining_seconds, budget)
+                transfer.remaining_seconds -= used
                 budget -= used
 
 
-def _is_done(one: Instruction, holds: Callable[..., bool]) -> bool:
-    """Whether it waits for something that was started."""
-    return one.opcode.endswith("-done") or holds(one, "AsyncCollectiveDone")
+def _is_done(one: Instruction, contains_call: Callable[..., bool]) -> bool:
+    """Whether an instruction waits for an asynchronous one."""
+    return one.opcode.endswith("-done") or contains_call(one, "AsyncCollectiveDone")
 
 
-def _waited_for(
+def _awaited_start(
     one: Instruction,
     by_name: dict[str, Instruction],
-    under_way: dict[str, _Transfer],
-    holds: Callable[..., bool],
+    in_flight: dict[str, _Transfer],
+    contains_call: Callable[..., bool],
 ) -> str | None:
-    """The name of the start that `one` waits for."""
-    if not _is_done(one, holds):
+    """The name of the start that `one` waits for; None if it waits for none."""
+    if not _is_done(one, contains_call):
         return None
-    # A fused transfer goes through the fusions that carry it.
+    # The operands of a fused wait may lead to its start through other fusions.
     seen, names = set(), list(one.operands)
     while names:
         name = names.pop()
-        if name in under_way:
+        if name in in_flight:
             return name
         if name in by_name and name not in seen:
             seen.add(name)
@@ -389,7 +390,7 @@ def _waited_for(
 
 
 def first_group(attributes: str, count: int) -> list[int]:
-    """Indices of the partitions in the first replica group, in any of HLO's three ways to write groups."""
+    """Indices of the partitions in the first replica group, in any of HLO's notations for groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(n) for n in found.group(1).split(",")]
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
@@ -413,9 +414,9 @@ def _first_of_mesh(sizes: dict[str, int], over: Sequence[str]) -> list[int]:
 
 
 def _received_bytes(one: Instruction, group: int) -> float:
-    """What every chip of the group must receive; a ring moves no more.
+    """Bytes that each of the group's n chips must receive; a ring algorithm moves no more.
 
-    all-gather: the others' parts of the result. reduce-scatter: (n - 1) times its part of the result.
+    all-gather: the other chips' parts of the result. reduce-scatter: n - 1 times its own part of the result.
     all-reduce: both, one after the other.
     """
     opcode = one.opcode.removesuffix("-start")
@@ -433,13 +434,16 @@ def _received_bytes(one: Instruction, group: int) -> float:
 
 
 def _moved_bytes(one: Instruction) -> int:
-    """Of an asynchronous copy, (destination, source, context), or slice, ((source), destination, context)."""
+    """Bytes moved by an asynchronous copy or slice.
+
+    Its shape is (destination, source, context) for a copy, and ((source), destination, context) for a slice.
+    """
     first, second, *_ = tuple_parts(one.shape)
     return shape_bytes(first if one.opcode == "copy-start" else second)
 
 
 def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[float, float]:
-    """(FLOPs, bytes) that a custom kernel carries, or that we know of it; zero where neither."""
+    """(FLOPs, bytes) of a custom kernel: its own cost estimate, else our count for attention, else 0."""
     estimate = one.config.get("custom_call_config", {}).get("cost_estimate", {})
     flops, sizes = float(estimate.get("flops", 0)), _attention_sizes(one, by_name)
     kernel = attention_kernel(one.name)
@@ -450,17 +454,17 @@ def _kernel_counts(one: Instruction, by_name: dict[str, Instruction]) -> tuple[f
 
 
 def attention_kernel(name: str) -> str | None:
-    """Which of attention's kernels the instruction of that name is; None where it is none of them."""
+    """The attention kernel that an instruction's name starts with; None if there is none."""
     return next((kernel for kernel in _ATTENTION_PRODUCTS if name.startswith(kernel)), None)
 
 
 def _attention_sizes(
     one: Instruction, by_name: dict[str, Instruction]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(B, H, L, D) of the queries and of the keys of a kernel of attention."""
+    """Shapes (B, H, L, D) of the queries and the keys of an attention kernel; None for other instructions."""
     if attention_kernel(one.name) is None:
         return None
-    # Small arrays on the mask come first.
+    # Small arrays that describe the mask come first.
     operands = (dims for o in one.operands for dims in array_dims(by_name[o].shape))
     arrays = [dims for dims in operands if len(dims) == 4]
     return (arrays[0], arrays[1]) if len(arrays) >= 2 else None

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled, scheduled HLO module as XLA's TPU compiler writes it.
+"""Parses the text of a compiled, scheduled HLO module as written by XLA's TPU compiler.
 
-Only what a cost needs: computations in schedule order, each instruction's operation, result, operands, called
-computations, estimated cycles and source line.
+Only what a cost model needs: the computations in schedule order, and each instruction's opcode, result,
+operands, called computations, estimated cycles and source line.
 """
 
 import dataclasses
@@ -31,43 +31,43 @@ class Instruction:
     opcode: str
     shape: str
     operands: tuple[str, ...]
-    literal: str  # between the parentheses, for a constant its value
-    attributes: str  # everything behind the operands, the backend's config left out
-    config: JsonObject  # the backend's
+    literal: str  # the text between the parentheses; a constant's value
+    attributes: str  # everything after the operands, except the backend config
+    config: JsonObject  # the backend config
     is_root: bool
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's estimate; None where it makes none."""
+        """The compiler's estimate; None if it gives none."""
         cycles = self.config.get("window_config", {}).get("estimated_cycles")
         return None if cycles is None else int(cycles)
 
     @property
     def num_bytes(self) -> int:
-        """Of the result; of all of its parts where it is a tuple."""
+        """Bytes of the result; for a tuple, of all its elements."""
         return shape_bytes(self.shape)
 
     def attribute(self, name: str) -> str | None:
-        """The value of name=value, without quotes; None where there is none."""
+        """The value of an attribute name=value, without quotes; None if absent."""
         found = re.search(rf"\b{name}=(?:\"([^\"]*)\"|([^\s,}}{{]+))", self.attributes)
         return None if found is None else next(group for group in found.groups() if group is not None)
 
     def called(self, kind: str) -> tuple[str, ...]:
-        """Names of the computations it calls as `kind`: calls, body, condition, to_apply, ..."""
+        """Names of the computations called via the attribute `kind`: calls, body, condition, to_apply, ..."""
         names = [value for key, value in _CALLED.findall(self.attributes) if key == kind]
         return tuple(name for value in names for name in _NAME.findall(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, in schedule order within each."""
+    """Computations by name, each with its instructions in schedule order."""
 
     entry: str
     computations: dict[str, tuple[Instruction, ...]]
-    frames: dict[int, tuple[tuple[str, int], ...]]  # by id: (file, line) from the innermost call outwards
+    frames: dict[int, tuple[tuple[str, int], ...]]  # by id: (file, line), innermost call first
 
     def source(self, instruction: Instruction, *, package: Path) -> str:
-        """'file:line' of the innermost call below `package`, else of the innermost; '' if unknown."""
+        """'file:line' of the innermost call in `package`, else of the innermost call; '' if unknown."""
         file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
         frames = self.frames.get(int(instruction.attribute("stack_frame_id") or 0), ())
         if file is not None and line is not None:
@@ -80,7 +80,7 @@ class Module:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an HLO shape such as f32[8,256]{1,0:T(8,128)}, or of all parts of a tuple."""
+    """Bytes of an HLO shape such as f32[8,256]{1,0:T(8,128)}, or of all elements of a tuple."""
     return sum(
         math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
         for dtype, dims in _ARRAY.findall(_COMMENT.sub("", shape))
@@ -88,7 +88,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def tuple_parts(shape: str) -> list[str]:
-    """The shapes in a tuple's."""
+    """Shapes of the elements of a tuple shape."""
     parts, depth = [""], 0
     for character in _COMMENT.sub("", shape).strip()[1:-1]:
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
@@ -100,16 +100,16 @@ def tuple_parts(shape: str) -> list[str]:
 
 
 def array_dims(shape: str) -> list[tuple[int, ...]]:
-    """The sizes of every array in an HLO shape."""
+    """Dimensions of each array in an HLO shape."""
     arrays = _ARRAY.findall(_COMMENT.sub("", shape))
     return [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
 
 
 def parse(text: str) -> Module:
-    """Reads the text of `compiled.as_text()`.
+    """Parses the output of `compiled.as_text()`.
 
     Raises:
-      ValueError: text that is no scheduled module.
+      ValueError: the text is not that of a scheduled module.
     """
     if not text.startswith("HloModule") or "is_scheduled=true" not in text.partition("\n")[0]:
         raise ValueError("this is not the text of a scheduled HLO module")
@@ -149,7 +149,7 @@ def _instruction(line: str, start: re.Match[str]) -> Instruction:
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """('f32[2]{0}', 'add(...)'); a tuple's shape is in parentheses."""
+    """Splits 'f32[2]{0} add(...)' into ('f32[2]{0}', 'add(...)'); a tuple shape is in parentheses."""
     if text.startswith("("):
         end = _closing(text[1:]) + 2
         return text[:end], text[end:].lstrip()
@@ -158,7 +158,7 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that was opened just before `text` closes."""
+    """Index of the parenthesis that closes one opened just before `text`."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -175,7 +175,7 @@ def _bits(dtype: str) -> int:
 
 
 def _frames(text: str) -> dict[int, tuple[tuple[str, int], ...]]:
-    """The tables in front of the computations; a frame's parent is told as its id plus one."""
+    """Stack frames from the tables before the computations, which store a parent frame as its id plus one."""
     files = {int(n): name for n, name in re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.M)}
     locations = {
         int(n): (files.get(int(file), "?"), int(line))

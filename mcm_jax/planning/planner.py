@@ -1,4 +1,4 @@
-"""Compiles a computation of a config for a TPU slice, and shows plans; see the program `plan`."""
+"""Compiles a config's program for a TPU slice and formats plans; used by the command `plan`."""
 
 import dataclasses
 import json
@@ -18,15 +18,15 @@ if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.planning.computations import Program
     from mcm_jax.planning.topologies import Topology
 
-# Classes of the data sets that a plan may be made for before they are prepared.
+# Numbers of classes of the data sets that can be planned for before they are prepared.
 NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
 
 
-# Names of `computations.PROGRAMS`.
+# The keys of `computations.PROGRAMS`.
 PROGRAMS = ("train", "sample", "features")
 
 
-# The paper's batch, at which its speeds are published.
+# The batch size of the paper's published speeds.
 _PUBLISHED_BATCH = 2048
 
 
@@ -40,20 +40,20 @@ def plan(
     program: str = "train",
     num_classes: int | None = None,
 ) -> tuple[JsonObject, str, str]:
-    """Compiles a program of the config for a TPU slice; if it does not fit, also says what would.
+    """Compiles a program of the config for a TPU slice; if it does not fit, searches for settings that do.
 
     Args:
-      topology: such as "v5e:8x8".
+      topology: name of the slice, such as "v5e:8x8".
       program: one of PROGRAMS.
-      num_classes: of the data set; None: of one of NUM_CLASSES.
+      num_classes: number of classes of the data set; None looks it up in NUM_CLASSES.
 
     Returns:
-      (record, report, text): what --json, the terminal and --hlo show.
+      (record, report, text): the outputs for --json, the terminal and --hlo.
 
     Raises:
-      InputError: the config, the topology, or libtpu is not installed.
+      InputError: the config or the topology is invalid, or libtpu is not installed.
     """
-    # Slow to import: --help and a misspelt flag need not wait for it.
+    # Slow to import; --help and misspelt flags should not wait for it.
     import jax.numpy as jnp
 
     from mcm_jax.config import validation
@@ -64,11 +64,11 @@ def plan(
     described = topologies.describe(topology)
     if raw_config.objective != "diffusion" and raw_config.teacher_checkpoint is None:
         raw_config = raw_config.copy_and_resolve_references()
-        raw_config.teacher_checkpoint = "any"  # Its shapes are the student's.
+        raw_config.teacher_checkpoint = "any"  # Never read: only shapes matter, and they equal the student's.
     config = validation.validate(raw_config)
     num_classes = num_classes or NUM_CLASSES.get(config.data.dataset.partition("/")[0])
     if num_classes is None:
-        raise InputError(f"config.data.dataset={config.data.dataset} is not known here; give --num_classes")
+        raise InputError(f"config.data.dataset={config.data.dataset}: unknown classes; set --num_classes")
     size, compiled = _compile(program, config, described, num_classes)
     fitting = None
     if not compiled.fits(described.chip):
@@ -102,13 +102,13 @@ def plan(
         seconds_unfused=unfused,
     )
     text = "" if isinstance(compiled, compilation.TooLarge) else compiled.text
-    return record, report.told(compiled, record, described, costliest=_COSTLIEST), text
+    return record, report.as_text(compiled, record, described, costliest=_COSTLIEST), text
 
 
 def _compile(
     program: str, config: "Config", topology: "Topology", num_classes: int
 ) -> "tuple[Program, Plan | TooLarge]":
-    """(Program, Plan or TooLarge) of the very one that `train` or `evaluate` runs."""
+    """Builds and compiles the same program that `train` or `evaluate` runs."""
     from mcm_jax.planning import compilation, computations
 
     built = computations.PROGRAMS[program](config, topology.devices, num_classes=num_classes)
@@ -119,10 +119,10 @@ def _compile(
 
 
 def _smaller(program: str, config: "Config", num_chips: int) -> "Iterator[tuple[str, Config]]":
-    """What to try when a program does not fit, in order of what it costs: each on top of the one before."""
+    """Yields cumulative changes to try when a program does not fit, the cheapest first."""
     changes = []
     if program == "features":
-        return  # Its batch is no setting.
+        return  # Its batch size is not configurable.
     if program == "sample":
         images = config.sampling.batch_per_device // 2
         while images:
@@ -146,7 +146,7 @@ def _smaller(program: str, config: "Config", num_chips: int) -> "Iterator[tuple[
 def _changed(
     config: "Config", changes: Sequence[tuple[str, str, int | str]]
 ) -> "Iterator[tuple[str, Config]]":
-    """(flags, config) after each of the changes (section, field, value)."""
+    """Yields (flags, config) after each of the changes (section, field, value)."""
     named = {}
     for section, field, value in changes:
         config = dataclasses.replace(
@@ -154,15 +154,15 @@ def _changed(
         )
         named[f"--config.{section}.{field}"] = value
         if field == "data":
-            continue  # Means something with the next change only.
+            continue  # Only meaningful together with the next change.
         yield " ".join(f"{name}={given}" for name, given in named.items()), config
 
 
 def table(directory: Path) -> str:
-    """The records that --json wrote into a directory as a table in Markdown.
+    """Formats the records that --json wrote into a directory as a Markdown table.
 
     Raises:
-      InputError: there is none, or a file is none.
+      InputError: the directory contains no records, or a file that is not a record.
     """
     from mcm_jax.planning import table as tables
 
@@ -170,26 +170,26 @@ def table(directory: Path) -> str:
 
 
 def scaling(directory: Path) -> str:
-    """The same records as tables of how the train step scales with the chips; raises as `table`."""
+    """Formats the same records as tables of scaling with the number of chips; raises as `table`."""
     from mcm_jax.planning import table as tables
 
     return tables.scaling(_records(directory, "--scaling", tables.scaling))
 
 
-def _records(directory: Path, flag: str, shown: Callable[[Sequence[JsonObject]], str]) -> list[JsonObject]:
-    """All records of a directory, each of which can be `shown`."""
+def _records(directory: Path, flag: str, show: Callable[[Sequence[JsonObject]], str]) -> list[JsonObject]:
+    """Reads all records in a directory and checks that `show` can format each."""
     files = sorted(directory.glob("*.json"))
     if not files:
         raise InputError(
-            f"{flag}={directory} holds no plan (*.json); --json={directory}/NAME.json writes one"
+            f"{flag}={directory} contains no plans (*.json); write one with --json={directory}/NAME.json"
         )
     records = []
     for file in files:
         try:
             records.append(json.loads(file.read_text()))
-            shown(records[-1:])
+            show(records[-1:])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file} is no record of a plan ({error!r}); remove it or make it again"
+                f"{file} is not the record of a plan ({error!r}); remove it or write it again"
             ) from error
     return records

@@ -1,16 +1,16 @@
-"""A plan as a record and as text for people; estimates, models and the paper's numbers told apart."""
+"""Formats a plan as a record and as text, with separate estimates, models and published numbers."""
 
 from mcm_jax.planning.compilation import Plan, TooLarge
 from mcm_jax.planning.topologies import Topology
 from mcm_jax.records import JsonObject
 
 _GIB = 2**30
-_A_STEP = {
-    "train": "one update, with a batch",
-    "sample": "one batch of samples, from noise to pixels,",
-    "features": "one batch through FID's network,",
+_STEP = {
+    "train": "one update on a batch of {} images",
+    "sample": "sampling a batch of {} images, from noise to pixels",
+    "features": "computing FID's features of a batch of {} images",
 }
-# How many samples a FID takes (SPEC 7).
+# Number of samples for FID (SPEC 7).
 FID_SAMPLES = 50_000
 
 
@@ -26,16 +26,16 @@ def record(
     fitting: str | None = None,
     seconds_unfused: float | None = None,
 ) -> JsonObject:
-    """What --json writes. Of a program that does not fit only its memory is known.
+    """The record that --json writes; for a program that does not fit, it contains the memory but no times.
 
-    Of a program other than the train step "step" is one execution.
+    For programs other than the train step, a "step" is one execution.
 
     Args:
-      images: of one execution, over all chips.
-      accumulation_steps: parts of them that are computed one after the other.
-      published: steps a second that the paper's authors measured.
-      fitting: flags with which a program that does not fit would.
-      seconds_unfused: of the step with attention written out, see `compilation.seconds_unfused`.
+      images: number of images in one execution, over all chips.
+      accumulation_steps: number of parts of the batch that are computed one after the other.
+      published: steps per second measured by the paper's authors.
+      fitting: flags that make a program fit that otherwise does not.
+      seconds_unfused: time of the step without attention kernels, see `compilation.seconds_unfused`.
     """
     chip = topology.chip
     result: JsonObject = {
@@ -79,47 +79,47 @@ def record(
     }
 
 
-def told(compiled: Plan | TooLarge, record: JsonObject, topology: Topology, *, costliest: int) -> str:
-    """The record for people, with the costliest operations."""
+def as_text(compiled: Plan | TooLarge, record: JsonObject, topology: Topology, *, costliest: int) -> str:
+    """Formats the record for the terminal, with the costliest operations."""
     chip = topology.chip
     lines = [
-        f"{topology.name}: {topology.num_chips} chips. The compiler's estimates and models of ours, "
+        f"{topology.name}: {topology.num_chips} chips. The compiler's estimates and our models, "
         "no measurements.",
-        f"a step              {_A_STEP[record['program']]} of {record['images_per_step']} images",
+        f"step                {_STEP[record['program']].format(record['images_per_step'])}",
         f"parameters          {record['params'] / 1e6:.1f} M",
     ]
     if isinstance(compiled, TooLarge):
-        available = f"{compiled.available_bytes / _GIB:.2f} GiB a chip"
+        available = f"{compiled.available_bytes / _GIB:.2f} GiB per chip"
         needs = f"needs more than {available}"
         if compiled.needed_bytes is not None:
-            needs = f"needs {compiled.needed_bytes / _GIB:.2f} GiB of {available}"
+            needs = f"needs {compiled.needed_bytes / _GIB:.2f} GiB, more than the {available}"
         return "\n".join([*lines, f"does not fit: {needs}{_remedy(record)}"])
     lines += [
-        f"memory a chip       {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
-        f"temporaries, {_gib(compiled.total_bytes)} in all of {_gib(chip.hbm_bytes)}: "
+        f"memory per chip     {_gib(compiled.argument_bytes)} arguments + {_gib(compiled.temporary_bytes)} "
+        f"temporaries, {_gib(compiled.total_bytes)} in total, {_gib(chip.hbm_bytes)} available: "
         + ("fits" if record["fits"] else f"does not fit{_remedy(record)}"),
-        f"work                {record['flops_per_step']:.4g} FLOPs a step (recomputation included)",
+        f"work                {record['flops_per_step']:.4g} FLOPs per step (including recomputation)",
         f"estimated step      {record['estimated_step_seconds']:.4f} s, "
-        f"{record['estimated_steps_per_second']:.2f} steps a second, "
+        f"{record['estimated_steps_per_second']:.2f} steps per second, "
         f"{100 * record['estimated_mfu']:.0f}% of peak",
         *_images(record),
-        f"  of it             {compiled.seconds('estimated'):.4f} s the compiler's estimate",
+        f"  of which          {compiled.seconds('estimated'):.4f} s estimated by the compiler",
         *_modelled(compiled),
-        f"  modelled in all   {100 * record['modelled_share']:.0f}% of the step",
+        f"  modelled share    {100 * record['modelled_share']:.0f}% of the step",
     ]
     unfused = record["estimated_step_seconds_attention_unfused"]
     if unfused is not None:
         lines.append(
-            f"without kernels     {unfused:.4f} s, {1 / unfused:.2f} steps a second, attention written out "
-            "as it compiles alone; of time only, whether such a step fits is not asked"
+            f"without kernels     {unfused:.4f} s, {1 / unfused:.2f} steps per second, attention as matrix "
+            "products, compiled alone; whether such a step fits is not checked"
         )
     if record["published_steps_per_second"] is not None:
         lines.append(
-            f"the paper's         {record['published_steps_per_second']} steps a second, measured by its "
+            f"paper               {record['published_steps_per_second']} steps per second, measured by its "
             "authors (appendix A.2)"
         )
-    lines += [f"not known           {doubt}" for doubt in compiled.doubts]
-    lines += ["", f"the {costliest} costliest operations, ms a step", *_operations(compiled, costliest)]
+    lines += [f"unknown             {doubt}" for doubt in compiled.doubts]
+    lines += ["", f"the {costliest} costliest operations, ms per step", *_operations(compiled, costliest)]
     return "\n".join(lines)
 
 
@@ -127,27 +127,27 @@ def _images(record: JsonObject) -> list[str]:
     if record["program"] == "train":
         return []
     rate = record["estimated_images_per_second"]
-    return [f"estimated images    {rate:.0f} a second, {FID_SAMPLES} in {FID_SAMPLES / rate:.1f} s"]
+    return [f"estimated images    {rate:.0f} per second, {FID_SAMPLES} in {FID_SAMPLES / rate:.1f} s"]
 
 
 def _remedy(record: JsonObject) -> str:
     flags = record["would_fit_with"]
-    return "; nothing tried would fit, take more chips" if flags is None else f"; it fits with {flags}"
+    return "; nothing tried makes it fit; use more chips" if flags is None else f"; it fits with {flags}"
 
 
 def _modelled(compiled: Plan) -> list[str]:
     lines = [
-        f"  of it             {compiled.seconds('unestimated'):.4f} s others without an estimate, modelled",
-        f"  of it             {compiled.seconds('kernel'):.4f} s custom kernels, modelled",
-        f"  of it             {compiled.seconds('copy'):.4f} s copies between memories, not overlapped, "
+        f"  of which          {compiled.seconds('unestimated'):.4f} s without an estimate, modelled",
+        f"  of which          {compiled.seconds('kernel'):.4f} s custom kernels, modelled",
+        f"  of which          {compiled.seconds('copy'):.4f} s copies between memories, not overlapped, "
         "modelled",
-        f"  of it             {compiled.seconds('collective'):.4f} s collectives not overlapped, modelled",
+        f"  of which          {compiled.seconds('collective'):.4f} s collectives, not overlapped, modelled",
     ]
     for name, (count, num_bytes, seconds, exposed) in compiled.collectives().items():
         overlapped = 1 - exposed / seconds if seconds else 1.0
         lines.append(
-            f"    {name:<18}{count} a step, {num_bytes / 1e6:.0f} MB to every chip, "
-            f"{seconds:.4f} s modelled, {100 * overlapped:.0f}% of it overlapped"
+            f"    {name:<18}{count} per step, {num_bytes / 1e6:.0f} MB to each chip, "
+            f"{seconds:.4f} s modelled, {100 * overlapped:.0f}% overlapped"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Many plans as one table in Markdown; estimates, models and the paper's numbers told apart."""
+"""Formats plans as Markdown tables, with separate estimates, models and published numbers."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -12,16 +12,16 @@ _COLUMNS = (
     "plan",
     "slice",
     "estimated step, s",
-    "of it kernels, modelled",
-    "collectives not overlapped, modelled",
-    "modelled in all",
-    "estimated steps a second",
-    "the paper's, measured",
-    "estimate / paper's",
-    "attention without kernels: estimated steps a second",
-    "estimate / paper's",
-    "share of peak, recomputation included",
-    "GiB a chip",
+    "kernels (modelled), s",
+    "collectives not overlapped (modelled), s",
+    "modelled share",
+    "estimated steps per second",
+    "paper's steps per second (measured)",
+    "estimate / paper",
+    "without attention kernels: estimated steps per second",
+    "estimate / paper",
+    "share of peak (including recomputation)",
+    "GiB per chip",
 )
 
 
@@ -29,35 +29,38 @@ _SAMPLING_COLUMNS = (
     "plan",
     "slice",
     "program",
-    "images at once",
+    "images per batch",
     "estimated, s",
-    "of it modelled",
-    "estimated images a second",
+    "modelled share",
+    "estimated images per second",
     f"{FID_SAMPLES:,} images, s",
     "share of peak",
-    "GiB a chip",
+    "GiB per chip",
 )
 _SCALING_COLUMNS = (
     "slice",
     "chips",
-    "images an update",
-    "a chip",
-    "in parts",
+    "images per update",
+    "images per chip",
+    "parts",
     "estimated step, s",
-    "of it modelled",
-    "estimated images a second",
+    "modelled share",
+    "estimated images per second",
 )
 
 
 def table(records: Sequence[JsonObject]) -> str:
-    """One section for every set of overrides, the configs as they are first; a row for every record.
+    """One section per set of overrides, starting with no overrides; one row per record.
 
-    records: what `plan --json` writes. Train steps come first, sampling and features after them.
+    Train steps come first, then sampling and features.
+
+    Args:
+      records: records written by `plan --json`.
     """
     ordered = sorted(records, key=_order)
     lines = []
     for (others, overrides), group in itertools.groupby(ordered, key=lambda one: _order(one)[:2]):
-        title = f"With `{' '.join(overrides)}`" if overrides else "The configs as they are"
+        title = f"With `{' '.join(overrides)}`" if overrides else "Configs without overrides"
         columns, cells = _COLUMNS, _cells
         if others:
             title, columns, cells = f"Evaluation. {title}", _SAMPLING_COLUMNS, _sampling_cells
@@ -66,21 +69,21 @@ def table(records: Sequence[JsonObject]) -> str:
 
 
 def scaling(records: Sequence[JsonObject]) -> str:
-    """Train steps of a config on several slices: with equal batches a chip, then with equal batches.
+    """Train steps of a config on several slices: with equal images per chip, then per update.
 
-    Every row is compared with the smallest slice of its table.
+    Each row is compared with the smallest slice of its table.
     """
     train = sorted((one for one in records if one["program"] == "train"), key=lambda one: one["chips"])
     lines = []
     for title, size, compared in (
-        ("images a chip", lambda one: one["images_per_step"] / one["chips"], _slower),
-        ("images an update", lambda one: one["images_per_step"], _faster),
+        ("images per chip", lambda one: one["images_per_step"] / one["chips"], _slower),
+        ("images per update", lambda one: one["images_per_step"], _faster),
     ):
         groups: dict[tuple[str, str, float], list[JsonObject]] = {}
         for one in train:
             if one["fits"]:
-                groups.setdefault((_config(one), _others(one), size(one)), []).append(one)
-                _scaling_cells(one)  # Fails where it is no record.
+                groups.setdefault((_config(one), _other_overrides(one), size(one)), []).append(one)
+                _scaling_cells(one)  # Raises an error if it is not a record.
         for (config, others, value), ones in sorted(groups.items()):
             if len(ones) > 1:
                 columns = (*_SCALING_COLUMNS, compared(ones[0], ones[0])[0])
@@ -89,16 +92,16 @@ def scaling(records: Sequence[JsonObject]) -> str:
     for one in train:
         if not one["fits"]:
             lines += [
-                f"{_config(one)}, {one['images_per_step']} images on {one['topology']}: {_said(one)}.",
+                f"{_config(one)}, {one['images_per_step']} images on {one['topology']}: {_unfit(one)}.",
                 "",
             ]
     return _text(lines, train)
 
 
-def _others(record: JsonObject) -> str:
-    """Overrides but for those that a row tells."""
-    told = ("mesh.fsdp", "training.batch_size", "training.accumulation_steps")
-    starts = tuple(f"--config.{name}=" for name in told)
+def _other_overrides(record: JsonObject) -> str:
+    """The overrides except those that a row shows."""
+    shown = ("mesh.fsdp", "training.batch_size", "training.accumulation_steps")
+    starts = tuple(f"--config.{name}=" for name in shown)
     overrides = [flag for flag in record["overrides"] if not flag.startswith(starts)]
     return f", with `{' '.join(overrides)}`" if overrides else ""
 
@@ -111,12 +114,12 @@ def _order(record: JsonObject) -> tuple[bool, list[str], int, str, int]:
 
 def _slower(first: JsonObject, one: JsonObject) -> tuple[str, str]:
     ratio = one["estimated_step_seconds"] / first["estimated_step_seconds"]
-    return "step / smallest slice's", f"{ratio:.3f}"
+    return "step relative to smallest slice", f"{ratio:.3f}"
 
 
 def _faster(first: JsonObject, one: JsonObject) -> tuple[str, str]:
     speed = first["estimated_step_seconds"] / one["estimated_step_seconds"]
-    return "times as fast on times the chips", f"{speed:.2f} on {one['chips'] / first['chips']:g}"
+    return "speedup on N times the chips", f"{speed:.2f} on {one['chips'] / first['chips']:g}"
 
 
 def _scaling_cells(record: JsonObject) -> list[str]:
@@ -136,7 +139,7 @@ def _scaling_cells(record: JsonObject) -> list[str]:
 def _sampling_cells(record: JsonObject) -> list[str]:
     name = [_name(record), record["topology"], record["program"], f"{record['images_per_step']}"]
     if not record["fits"]:
-        return [*name, _said(record), *[""] * (len(_SAMPLING_COLUMNS) - 6), _size(record)]
+        return [*name, _unfit(record), *[""] * (len(_SAMPLING_COLUMNS) - 6), _size(record)]
     rate = record["estimated_images_per_second"]
     return [
         *name,
@@ -150,14 +153,14 @@ def _sampling_cells(record: JsonObject) -> list[str]:
 
 
 def _text(lines: list[str], records: Sequence[JsonObject]) -> str:
-    """The tables, then what is not known of their rows, then when and with what they were made."""
+    """The tables, then what is unknown about their rows, then the dates and versions of the plans."""
     doubts = [f"{_MARK} {_config(one)}: {doubt}." for one in records for doubt in one.get("doubts", ())]
-    return "\n".join([*lines, *doubts, *_made(records)]) + "\n"
+    return "\n".join([*lines, *doubts, *_provenance(records)]) + "\n"
 
 
 def _cells(record: JsonObject) -> list[str]:
     if not record["fits"]:
-        return [_name(record), record["topology"], _said(record), *[""] * (len(_COLUMNS) - 4), _size(record)]
+        return [_name(record), record["topology"], _unfit(record), *[""] * (len(_COLUMNS) - 4), _size(record)]
     seconds, published = record["estimated_step_seconds"], record["published_steps_per_second"]
     unfused = record["estimated_step_seconds_attention_unfused"]
     return [
@@ -177,14 +180,14 @@ def _cells(record: JsonObject) -> list[str]:
     ]
 
 
-def _said(record: JsonObject) -> str:
+def _unfit(record: JsonObject) -> str:
     remedy = record["would_fit_with"]
-    return f"does not fit, would with {remedy}" if remedy else "does not fit, nor with what was tried"
+    return f"does not fit; fits with {remedy}" if remedy else "does not fit with any change tried"
 
 
 def _size(record: JsonObject) -> str:
     needed = record["hbm_bytes_per_chip"]
-    return "more than there are" if needed is None else f"{needed / _GIB:.1f}"
+    return "more than available" if needed is None else f"{needed / _GIB:.1f}"
 
 
 def _name(record: JsonObject) -> str:
@@ -200,8 +203,8 @@ def _ratio(seconds: float | None, published: float | None) -> str:
     return "" if seconds is None or published is None else f"{1 / seconds / published:.2f}"
 
 
-def _made(records: Sequence[JsonObject]) -> list[str]:
-    """Days and versions, every combination once."""
+def _provenance(records: Sequence[JsonObject]) -> list[str]:
+    """Dates and versions, each combination once."""
     made = sorted({(one["date"], *sorted(one["versions"].items())) for one in records})
     return [
         "Compiled on " + date + " with " + ", ".join(f"{name} {version}" for name, version in versions) + "."

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mcm_jax.reporting import results
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.files import write_output
 
 
 def write_page(runs: Path, out: Path | None = None) -> str:
@@ -25,11 +25,11 @@ def write_page(runs: Path, out: Path | None = None) -> str:
 
     content = page.prepare(collection)
     markdown = page.markdown(content)
-    write_asked_for(out.with_suffix(".md"), markdown)
-    write_asked_for(out, page.page(content))
+    write_output(out.with_suffix(".md"), markdown)
+    write_output(out, page.page(content))
     picture = page.picture(content)
     if picture is not None:
-        write_asked_for(out.with_suffix(".png"), picture)
+        write_output(out.with_suffix(".png"), picture)
     for note in content.notes:
         print(f"note: {note}", file=sys.stderr)
     return markdown
@@ -45,7 +45,7 @@ def write_paper_tables(runs: Path) -> str:
 
     collection = results.collect(runs)
     markdown = paper_tables.markdown(collection)
-    write_asked_for(runs / "tables.md", markdown)
+    write_output(runs / "tables.md", markdown)
     compared = paper_tables.samplers(collection)
     if compared is not None:
         from mcm_jax.reporting import plots  # Imports matplotlib.
@@ -53,7 +53,7 @@ def write_paper_tables(runs: Path) -> str:
 
         title = f"Samplers of {compared.run}"
         figure = plots.samplers_plot(compared.lines, title=title, distance=compared.distance)
-        write_asked_for(runs / "samplers.png", png(figure))
+        write_output(runs / "samplers.png", png(figure))
     for note in collection.notes:
         print(f"note: {note}", file=sys.stderr)
     return markdown

@@ -1,1 +1,1 @@
-"""One run: built from its config, trained, sampled, kept in a directory."""
+"""A run: builds it from a config, trains it, samples from it, and manages its directory."""

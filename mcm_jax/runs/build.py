@@ -1,4 +1,4 @@
-"""Builds what a config describes: network, schedule, loss, optimizer, and the train step on a mesh."""
+"""Builds the network, schedule, loss, optimizer and train step that a config describes."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def network(config: Config, *, num_classes: int) -> Network:
-    """The UViT of config.model for the images of config.data."""
+    """The UViT described by config.model, for images of config.data."""
     return Network(config.model, image_shape(config), num_classes)
 
 
 def schedule(config: Config) -> Schedule:
-    """The interpolated schedule; the plain or shifted cosine where both its ends are equal."""
+    """The interpolated schedule; a plain or shifted cosine if both noise resolutions are equal."""
     resolution = config.data.resolution
     return schedules.interpolated(
         noise_resolution_low=config.schedule.noise_resolution_low or resolution,
@@ -46,12 +46,12 @@ def schedule(config: Config) -> Schedule:
 
 
 def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
-    """(params, teacher_params, target_params, batch, key, train_step) -> loss of every example."""
+    """Returns (params, teacher_params, target_params, batch, key, train_step) -> loss of each example."""
     network = placed(config, network, mesh=mesh)
     constrain = network.placement.constrain
 
     def bind(params: Params) -> ModelFn:
-        # Once an update: otherwise the compiler gathers every layer twice, for the loss and for its gradient.
+        # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
         params = sharding.gathered(mesh, network.rounded(params))
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)
@@ -78,9 +78,9 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
 
 
 def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
-    """The same network on a mesh: its feature maps split by example, with the attention its devices support.
+    """The same network placed on a mesh: feature maps are sharded by example, attention suits the devices.
 
-    Without that the compiler replicates feature maps where parameters are split.
+    Without these constraints the compiler replicates feature maps where parameters are sharded.
     """
     over_batch = sharding.batch_sharding(mesh)
     attend = attention.einsum
@@ -97,31 +97,31 @@ def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
 
 
 def init_key(seed: int) -> jax.Array:
-    """The key of the fresh parameters, apart from the updates' fold_in(key(seed), 0), 1, ..."""
+    """The key for initial parameters, distinct from the updates' keys fold_in(key(seed), 0), 1, ..."""
     return jax.random.fold_in(jax.random.key(seed), 2**31)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a config's updates are made of, on a mesh. Nothing is computed yet."""
+    """The parts of a config's training on a mesh. Nothing is computed yet."""
 
     config: Config
     mesh: Mesh
     network: Network
     optimizer: optax.GradientTransformation
     abstract: TrainState  # shapes and dtypes of a state
-    shardings: TrainState  # where its arrays lie
+    shardings: TrainState  # shardings of its arrays
 
     def init(self, key: jax.Array) -> TrainState:
-        """A state with fresh parameters."""
+        """Returns a state with newly initialized parameters."""
         return self._jit(lambda key: self._state(self.network.init(key)))(key)
 
     def init_from(self, params: Params) -> TrainState:
-        """A state with these parameters, as before its first update."""
+        """Returns the state before the first update, with these parameters."""
         return self._jit(self._state)(params)
 
     def train_step(self) -> jax.stages.Wrapped:
-        """One update; a teacher's parameters are laid out like the student's."""
+        """Returns the jitted update; the teacher's parameters are sharded like the student's."""
         config = self.config
         return step.make_train_step(
             loss_fn(config, self.network, mesh=self.mesh),

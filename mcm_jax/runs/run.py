@@ -1,4 +1,4 @@
-"""A trained run, ready to sample from: the result of `mcm_jax.load`."""
+"""A trained run to sample from, as returned by `mcm_jax.load`."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ Labels = Int[np.ndarray, "N"]
 
 
 class Run:
-    """A network with parameters, the data set it was trained on, and how to sample from it."""
+    """A trained network with its parameters and data set; draws samples."""
 
     def __init__(
         self,
@@ -47,15 +47,15 @@ class Run:
         workdir: Path | None = None,
         checkpoint: str | None = None,
     ):
-        """Most callers want `load_run`.
+        """Most callers should use `load_run` instead.
 
         Args:
-          params: the network's parameters, anywhere on the mesh.
-          checkpoint_step: number of updates behind them.
-          parameters: which of a checkpoint's parameters they are.
-          workdir: the run's directory, None for a run that lives in memory only.
-          checkpoint: identity of the checkpoint that holds them (see `workdirs.checkpoint_identity`), None if
-            none is known to. Only with both may a measured variance be stored and read again.
+          params: the network's parameters, with any sharding on the mesh.
+          checkpoint_step: number of updates that produced them.
+          parameters: whether they are a checkpoint's averaged ("ema") or raw parameters.
+          workdir: the run's directory; None for a run that exists only in memory.
+          checkpoint: identity of the checkpoint that contains them (see `workdirs.checkpoint_identity`); None
+            if unknown. Measured variances are stored and reused only if workdir and checkpoint are given.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
@@ -75,27 +75,27 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """What the run minimised; see `config.settings.Config`."""
+        """The objective that the run minimised; see `config.settings.Config`."""
         return self.config.objective
 
     @property
     def student_steps(self) -> int | None:
-        """The number of steps that a student was trained for; None for a model that takes any number."""
+        """Number of steps that a student was trained for; None for a model that supports any number."""
         return self.config.student_steps
 
     @property
     def seed(self) -> int:
-        """The seed of the training."""
+        """The training seed."""
         return self.config.seed
 
     @property
     def label_rule(self) -> str:
-        """How classes are drawn when none are given."""
+        """How `sample` draws classes if no labels are given."""
         return self.config.sampling.label_rule
 
-    def sampling(self, **how: Unpack[SamplingOptions]) -> Sampling:
-        """The settings that `sample` uses for these arguments, defaults filled in; see `samplers.resolve`."""
-        return samplers.resolve(self.config, **how)
+    def sampling(self, **options: Unpack[SamplingOptions]) -> Sampling:
+        """The settings that `sample` uses for these options, including defaults; see `samplers.resolve`."""
+        return samplers.resolve(self.config, **options)
 
     def sample(
         self,
@@ -106,32 +106,33 @@ class Run:
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
-        **how: Unpack[SamplingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> tuple[Images, Labels]:
-        """Samples images number first, ..., first + num - 1 of `seed`; returns them with their class labels.
+        """Draws the images with indices first, ..., first + num - 1; returns images and class labels.
 
-        Image n depends only on (seed, n), its label and the settings in `how`. Every device processes batches
-        of one fixed size, the last one padded. Another batch_per_device changes the last bits of XLA's
-        results, which moves at most one pixel in a thousand by one grey level.
+        Image n depends only on (seed, n), its label and `options`. Each device processes batches of one fixed
+        size; the last one is padded. Changing batch_per_device changes the last bits of XLA's results, which
+        changes at most one pixel in a thousand, by one grey level.
 
         Args:
-          labels: the class of each image; None draws them by config.sampling.label_rule.
-          progress: called after each batch with the number of its images.
-          how: steps, sampler, noise_grid, x_var, guidance; see `sampling` for the defaults.
+          labels: the class of each image; None draws classes by config.sampling.label_rule.
+          first: index of the first image.
+          progress: called after each batch with its number of images.
+          options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults.
 
         Raises:
-          InputError: labels of another number or out of range; settings that the run can't be sampled with.
+          InputError: wrong number of labels, labels out of range, or options that the run does not support.
         """
-        settings = self.sampling(**how)
+        settings = self.sampling(**options)
         if self.student_steps not in (None, settings.steps):
             warnings.warn(
-                f"this student was trained for {self.student_steps} steps and is sampled with "
+                f"this student was trained for {self.student_steps} steps but is sampled with "
                 f"{settings.steps}; expect worse images",
                 stacklevel=2,
             )
         if self.student_steps is not None and settings.noise_grid != "schedule":
             warnings.warn(
-                f"this student was trained on its schedule's grid and is sampled on {settings.noise_grid}; "
+                f"this student was trained on its schedule's grid but is sampled on {settings.noise_grid}; "
                 "expect worse images",
                 stacklevel=2,
             )
@@ -159,30 +160,30 @@ class Run:
         return images, labels
 
     def with_params(self, params: Params) -> "Run":
-        """The same run with parameters of no known checkpoint; it shares the compiled samplers."""
+        """The same run with other parameters (of no known checkpoint); shares the compiled samplers."""
         run = copy.copy(self)
         run.params, run.checkpoint, run._x_var = params, None, {}
         return run
 
     def untrained(self) -> "Run":
-        """The same run before its first update, with freshly initialised parameters."""
+        """The same run with newly initialized parameters, as before its first update."""
         init = jax.jit(self.network.init, out_shardings=sharding.replicated(self.mesh))
         params = init(build.init_key(self.config.seed))
         return Run(self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0)
 
     def images(self, split: str) -> tuple[Images, Labels]:
-        """All images and labels of a split of the run's data set; see `check_data`."""
+        """Loads all images and labels of a split of the run's data set; see `check_data`."""
         return pipeline.load_arrays(self._open(split))
 
     def random_images(self, split: str, num: int) -> tuple[Images, Labels]:
-        """A random sample of `num` images of a split with their labels, the same at every call.
+        """Loads a fixed random sample of `num` images of a split, with their labels.
 
-        Only these images are read. A split of no more than `num` images is returned whole.
+        Only these images are read. If the split has at most `num` images, all are returned.
         """
         return pipeline.random_examples(self._open(split, in_memory_limit_bytes=0), num)
 
     def blocks(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All images and labels of a split in blocks; see `pipeline.blocks`."""
+        """Iterates over all images and labels of a split in blocks; see `pipeline.blocks`."""
         return pipeline.blocks(self._open(split))
 
     def _open(self, split: str, **options: int) -> pipeline.Source:
@@ -196,7 +197,7 @@ class Run:
         )
 
     def check_data(self) -> None:
-        """Raises InputError unless the data set is present and holds the images that the run trained on."""
+        """Raises InputError unless the data set exists and contains the images that the run trained on."""
         now = pipeline.describe(
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
@@ -204,77 +205,79 @@ class Run:
         )
         if now.fingerprints != self.dataset.fingerprints:
             raise InputError(
-                f"{now.path} holds other images than the run was trained on (their hashes differ); prepare "
-                "the original images again, or name their directory with --data_dir"
+                f"{now.path} contains other images than the run was trained on (their hashes differ); "
+                "prepare the original images again, or set --data_dir to their directory"
             )
 
     def _labels(self, seed: int, indices: Int[np.ndarray, " N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
-        # Nothing was learned about a class without a training image.
+        # Classes without training images are never drawn: the network has not learned them.
         uniform = self.label_rule == "uniform"
         probabilities = (counts > 0).astype(np.float32) if uniform else counts
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
-    def _compiled_sampler(self, how: Sampling) -> jax.stages.Wrapped:
-        if how not in self._compiled:
-            self._compiled[how] = samplers.make_sampler(self.config, self.network, how, mesh=self.mesh)
-        return self._compiled[how]
+    def _compiled_sampler(self, settings: Sampling) -> jax.stages.Wrapped:
+        if settings not in self._compiled:
+            self._compiled[settings] = samplers.make_sampler(
+                self.config, self.network, settings, mesh=self.mesh
+            )
+        return self._compiled[settings]
 
-    def x_var(self, how: Sampling) -> Float[Array, " N"] | None:
-        """Variance per pixel of x given z_t at every point of the grid of `how`; None for the analytic one.
+    def x_var(self, settings: Sampling) -> Float[Array, " N"] | None:
+        """Measured variance per pixel of x given z_t at each point of the grid; None if it is analytic.
 
-        A measured one is eta times the mean of ||x - x_hat(z_t)||^2 / d over a random sample of training
-        images (SPEC 3b). It is measured at the first call and stored in the workdir.
+        This is eta times the mean of ||x - x_hat(z_t)||^2 / d over a random sample of training images
+        (SPEC 3b). It is measured at the first call and stored in the workdir.
         """
-        if how.x_var != "measured":
+        if settings.x_var != "measured":
             return None
-        eta = how.x_var_eta
+        eta = settings.x_var_eta
         if eta is None:
-            raise ValueError("a measured variance needs eta")
-        if how not in self._x_var:
-            mean = self._stored_mean_square_error(how)
+            raise ValueError("a measured variance requires eta")
+        if settings not in self._x_var:
+            mean = self._stored_mean_square_error(settings)
             if not distributed.all_true(mean is not None) or mean is None:
-                mean = self._measure_mean_square_error(how)
+                mean = self._measure_mean_square_error(settings)
                 if distributed.is_first():
-                    self._store_mean_square_error(how, mean)
-            self._x_var[how] = eta * jnp.asarray(mean, jnp.float32)
-        return self._x_var[how]
+                    self._store_mean_square_error(settings, mean)
+            self._x_var[settings] = eta * jnp.asarray(mean, jnp.float32)
+        return self._x_var[settings]
 
-    def _x_var_path(self, workdir: Path, how: Sampling) -> Path:
-        what = f"step{self.checkpoint_step}_{self.parameters}_{how.noise_grid}{how.steps}"
-        return Path(workdir) / "x_var" / f"{what}_images{how.x_var_images}.json"
+    def _x_var_path(self, workdir: Path, settings: Sampling) -> Path:
+        what = f"step{self.checkpoint_step}_{self.parameters}_{settings.noise_grid}{settings.steps}"
+        return Path(workdir) / "x_var" / f"{what}_images{settings.x_var_images}.json"
 
-    def _stored_mean_square_error(self, how: Sampling) -> list[float] | None:
-        """The stored measurement; None if there is none of this very checkpoint."""
+    def _stored_mean_square_error(self, settings: Sampling) -> list[float] | None:
+        """The stored measurement for this checkpoint; None if there is none."""
         if self.workdir is None or self.checkpoint is None:
             return None
         try:
-            record = json.loads(self._x_var_path(self.workdir, how).read_text())
-            # An older version's file names no checkpoint, and its images were not a random sample.
+            record = json.loads(self._x_var_path(self.workdir, settings).read_text())
+            # Files of an older version have no checkpoint, and their images were not a random sample.
             return record["mean_square_error"] if record["checkpoint"] == self.checkpoint else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _store_mean_square_error(self, how: Sampling, mean: list[float]) -> None:
-        """Only warns where it can't be written: someone else's run can be sampled all the same."""
+    def _store_mean_square_error(self, settings: Sampling, mean: list[float]) -> None:
+        """Stores the measurement; only warns on failure, so that read-only runs can be sampled too."""
         if self.workdir is None or self.checkpoint is None:
             return
         record = {"checkpoint": self.checkpoint, "mean_square_error": mean}
         try:
-            files.write_whole(self._x_var_path(self.workdir, how), json.dumps(record) + "\n")
+            files.write_whole(self._x_var_path(self.workdir, settings), json.dumps(record) + "\n")
         except OSError as error:
             warnings.warn(
                 f"the measured variance can't be stored and will be measured again: {error}", stacklevel=2
             )
 
-    def _measure_mean_square_error(self, how: Sampling) -> list[float]:
-        if how.x_var_images is None:
-            raise ValueError("a measured variance needs a number of images")
-        images, labels = self.random_images("train", how.x_var_images)
+    def _measure_mean_square_error(self, settings: Sampling) -> list[float]:
+        if settings.x_var_images is None:
+            raise ValueError("a measured variance requires a number of images")
+        images, labels = self.random_images("train", settings.x_var_images)
         num = len(images)
         batch = self.config.sampling.batch_per_device * self.mesh.size
-        logsnr, key = samplers.grid(self.config, how), jax.random.key(0)
+        logsnr, key = samplers.grid(self.config, settings), jax.random.key(0)
 
         @jax.jit
         def errors(params: Params, indices: Array, images: Array, labels: Array) -> Array:
@@ -282,7 +285,7 @@ class Run:
             model_fn = functools.partial(self.network.apply, params)
             return sampling.measure_x_var(model_fn, to_float(images), labels, keys, logsnr=logsnr)
 
-        total = np.zeros(how.steps)
+        total = np.zeros(settings.steps)
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             padded = [_padded(array[part], batch) for array in (np.arange(num), images, labels)]
@@ -299,11 +302,11 @@ def load_run(
     checkpoint_step: int | None = None,
     data_dir: str | Path | None = None,
 ) -> Run:
-    """Loads the run in `workdir` from its newest checkpoint, or from that of `checkpoint_step`.
+    """Loads the run in `workdir` from its newest checkpoint, or from the one at `checkpoint_step`.
 
     Args:
-      parameters: "ema" for the averaged parameters, "raw" for those of the last update.
-      data_dir: the directory of prepared data; None for the one that training used.
+      parameters: "ema" for the averaged parameters, "raw" for those after the last update.
+      data_dir: the directory of prepared data; None for the one used in training.
 
     Raises:
       InputError: there is no run or no such checkpoint.
@@ -337,5 +340,5 @@ def load_run(
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
-    """`array` with its last entry repeated up to `size`."""
+    """Pads `array` to `size` entries by repeating the last one."""
     return np.pad(array, [(0, size - len(array)), *[(0, 0)] * (array.ndim - 1)], mode="edge")

@@ -1,4 +1,4 @@
-"""How a run's images are made: the settings of SamplingSettings resolved, and the program that samples."""
+"""Resolves a run's sampling settings and builds the jitted sampler."""
 
 import dataclasses
 import functools
@@ -42,14 +42,14 @@ def resolve(
     guidance: int | float | None = None,
     rounding: str | None = None,
 ) -> Sampling:
-    """How a run of `config` is sampled with these arguments; None stands for the run's default.
+    """Returns the settings for sampling a run of `config` with these arguments; None means the run's default.
 
-    A student's defaults are its own step count, DDIM, the schedule's grid and no guidance. Samples
-    are rounded to the nearest byte by default.
+    A student's defaults are its own number of steps, DDIM, the schedule's grid and no guidance. By default,
+    samples are rounded to the nearest byte.
 
     Raises:
-      InputError: a name that is none of the choices, guidance for a network that was trained without label
-        dropout, or x_var for a sampler that takes none.
+      InputError: a name is not one of the choices, guidance is used with a network that was trained without
+        label dropout, or x_var with a sampler that uses no variance.
     """
     settings = config.sampling
     if config.student_steps is not None:
@@ -65,7 +65,7 @@ def resolve(
     if guidance > 0 and not config.supports_guidance:
         raise InputError(
             f"guidance {guidance} needs a diffusion model trained with config.diffusion.label_dropout above "
-            "0, which this model was not; sample it with guidance 0"
+            "0, which this model was not; use guidance 0"
         )
     takes_variance = chosen in ("addim", "noisy_ddim")
     if x_var is not None and not takes_variance:
@@ -88,28 +88,29 @@ def resolve(
 
 
 def _known(name: str, value: str, choices: Sequence[T]) -> T:
-    """The one of `choices` that `value` is; raises InputError if it is none."""
+    """Returns `value` as one of `choices`; raises InputError if it is not among them."""
     for choice in choices:
         if choice == value:
             return choice
     raise InputError(f"{name}={value} is not one of {', '.join(map(str, choices))}")
 
 
-def grid(config: Config, how: Sampling) -> Float[Array, " N"]:
-    """log-SNRs at which the network is called."""
-    if how.noise_grid == "karras":
-        return schedules.karras_grid(how.steps)
-    return schedules.uniform_grid(build.schedule(config), how.steps)
+def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
+    """The log-SNRs at which the network is called."""
+    if settings.noise_grid == "karras":
+        return schedules.karras_grid(settings.steps)
+    return schedules.uniform_grid(build.schedule(config), settings.steps)
 
 
-def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Jitted (params, key, x_var, image indices, labels) -> uint8 images; batches lie over the whole mesh.
+def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
+    """Returns jitted (params, key, x_var, image indices, labels) -> uint8 images, sharded over the mesh.
 
-    Image n is a function of (key, n), its label and `how`. For x_var see `sampling.sample`.
+    Image n depends only on (key, n), its label, the parameters and `settings`. For x_var, see
+    `sampling.sample`.
     """
-    network, logsnr = build.placed(config, network, mesh=mesh), grid(config, how)
-    sampler, clip = _known("sampler", how.sampler, SAMPLERS), _known("clip", how.clip, CLIPS)
-    rounding = _known("rounding", how.rounding, ROUNDINGS)
+    network, logsnr = build.placed(config, network, mesh=mesh), grid(config, settings)
+    sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)
+    rounding = _known("rounding", settings.rounding, ROUNDINGS)
 
     def sample(
         params: Params, key: Array, x_var: Float[Array, " N"] | None, indices: Array, labels: Array
@@ -117,8 +118,8 @@ def make_sampler(config: Config, network: Network, how: Sampling, *, mesh: Mesh)
         keys = sampling.image_keys(key, indices)
         # The parameters are rounded once for all steps.
         model_fn = functools.partial(network.apply, network.rounded(params))
-        if how.guidance > 0:
-            model_fn = guided(model_fn, guidance=how.guidance, null_class=network.null_class)
+        if settings.guidance > 0:
+            model_fn = guided(model_fn, guidance=settings.guidance, null_class=network.null_class)
         x = sampling.sample(
             model_fn,
             sampling.initial_noise(keys, network.shape),

@@ -1,4 +1,4 @@
-"""Trains the run that a config describes: checks everything first, then hands over to the loop."""
+"""Trains the run that a config describes: validates all inputs first, then starts the training loop."""
 
 import contextlib
 import functools
@@ -29,24 +29,24 @@ _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 
 
 def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
-    """Trains in `workdir`, from its newest checkpoint if there is one; several stages one after the other.
+    """Trains in `workdir`, from its newest checkpoint if there is one; trains multiple stages in sequence.
 
-    Several processes (see `distributed.joined`) call it together and share `workdir`.
+    With several processes (see `distributed.joined`), all call this together and share `workdir`.
 
     Returns:
-      Whether the run is finished; False: it was interrupted, after saving.
+      Whether the run is finished; False if it was interrupted, after saving a checkpoint.
 
     Raises:
-      InputError: the config, the data, the teacher or the workdir is at fault; before any compilation,
-        and with everything saved left as it is.
+      InputError: the config, the data, the teacher or the workdir is invalid. Raised before any compilation,
+        without changing saved files.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     with distributed.fail_together():
         stages = stage_configs(validation.validate(raw_config), workdir)
         if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
-            raise InputError(f"--workdir={workdir} holds a run, not stages of one; choose another directory")
+            raise InputError(f"--workdir={workdir} contains a run, not its stages; choose another directory")
         for stage_workdir, config in stages:
-            # All are checked before the first is trained.
+            # Checks all stages before training the first.
             workdirs.existing_run(stage_workdir, config)
     for stage_workdir, config in stages:
         if len(stages) > 1 and isinstance(config.loss, Staged):
@@ -58,13 +58,13 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
 
 
 def _train_run(config: Config, workdir: Path) -> bool:
-    """One stage, or all there is; returns and raises as `train`."""
+    """Trains one stage, or a run without stages; returns and raises as `train`."""
     with distributed.fail_together():
         existing = workdirs.existing_run(workdir, config)
     distributed.require_same((config, existing), "the configs and workdirs")
-    # Checked first, so that neither data nor teacher nor room is needed where nothing is left to do.
+    # Checked first, because a finished run needs no data, teacher or disk space.
     if existing is not None and _is_finished(config, workdir):
-        distributed.say(f"{workdir} is finished: all its {config.training.num_steps} updates are done")
+        distributed.say(f"{workdir} is finished: all {config.training.num_steps} updates are done")
         return True
     with distributed.fail_together():
         dataset = pipeline.describe(
@@ -110,13 +110,13 @@ def _train_run(config: Config, workdir: Path) -> bool:
 
 
 def _is_finished(config: Config, workdir: Path) -> bool:
-    """Whether the run that was started in `workdir` has nothing left to do."""
+    """Whether all updates of the run in `workdir` are done."""
     with Checkpoints(workdir) as checkpoints:
         return (checkpoints.latest_step() or 0) >= config.training.num_steps
 
 
 def check_teacher(config: Config, dataset: DatasetInfo) -> None:
-    """Raises InputError unless config.teacher_checkpoint is a finished run that this one can start from."""
+    """Raises InputError unless config.teacher_checkpoint is a finished and compatible run."""
     path = _teacher_workdir(config)
     try:
         teacher = workdirs.read(path)
@@ -134,50 +134,54 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
         )
     if done < teacher_config.training.num_steps:
         raise InputError(
-            f"config.teacher_checkpoint={path} has {done} of its {teacher_config.training.num_steps} "
-            "updates; finish the teacher first: its student must find the same one at every start"
+            f"config.teacher_checkpoint={path} has done {done} of its {teacher_config.training.num_steps} "
+            "updates; finish the teacher first, since every start of the student must use the same one"
         )
     if teacher_data.class_names != dataset.class_names:
         raise InputError(
-            f"config.teacher_checkpoint={path} knows the {teacher_data.num_classes} classes of "
-            f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; take the "
+            f"config.teacher_checkpoint={path} was trained on the {teacher_data.num_classes} classes of "
+            f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; use the "
             "teacher's data set"
         )
     its = fields.flat(teacher_config, Affects.NETWORK)
     for name, ours in fields.flat(config, Affects.NETWORK).items():
         if its[name] != ours:
             raise InputError(
-                f"config.teacher_checkpoint={path} does not fit: its {name} is {its[name]}, this run's "
-                f"{ours}; make them equal or name another teacher"
+                f"config.teacher_checkpoint={path} does not match: its {name} is {its[name]}, this run's is "
+                f"{ours}; make them equal or choose another teacher"
             )
 
 
 def _check_teacher_steps(config: Config, teacher: Config) -> None:
-    """A diffusion model can teach any student, a student of N steps only the next stage of its own method."""
+    """Checks that the teacher is a diffusion model, or the preceding stage of the same method.
+
+    Raises:
+      InputError: it is neither.
+    """
     path, steps = config.teacher_checkpoint, teacher.student_steps
     if steps is None:
         return
     loss = config.loss
     if teacher.objective != config.objective or not isinstance(loss, Staged):
         raise InputError(
-            f"config.teacher_checkpoint={path} is a {teacher.objective} student; name the workdir "
-            "of a diffusion teacher"
+            f"config.teacher_checkpoint={path} is a {teacher.objective} student; use the workdir "
+            "of a diffusion model"
         )
     if steps != loss.stages[0]:
         raise InputError(
-            f"config.teacher_checkpoint={path} is a student of {steps} steps and "
+            f"config.teacher_checkpoint={path} is a student of {steps} steps, but "
             f"config.{config.objective}.stages={loss.stages!r} needs a teacher of {loss.stages[0]}; "
             f"start the stages at {steps}"
         )
     if isinstance(loss, Progressive) and loss.xvar_frac != loss.later_xvar_frac:
         raise InputError(
             f"config.progressive.xvar_frac={loss.xvar_frac}: config.teacher_checkpoint={path} is a student, "
-            f"which carries aDDIM's adjustment; set it to later_xvar_frac={loss.later_xvar_frac}"
+            f"which already includes aDDIM's adjustment; set it to later_xvar_frac={loss.later_xvar_frac}"
         )
 
 
 def train_batches(config: Config) -> Batches:
-    """This process's batches of the training images, from the first on."""
+    """Returns an iterator over this process's batches of training images, from the first batch on."""
     data = config.data
     source = pipeline.open_split(
         data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
@@ -193,10 +197,10 @@ def train_batches(config: Config) -> Batches:
 
 
 def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches) -> tuple[TrainState, Params]:
-    """(state, teacher's parameters where distillation needs them).
+    """Returns (state, teacher's parameters); the latter are None unless the objective distils.
 
-    The state is the newest checkpoint's if there is one, else fresh; a student's fresh parameters are
-    the teacher's averaged ones.
+    The state is restored from the newest checkpoint if there is one. Otherwise it is new, and a student
+    starts with the teacher's averaged parameters.
     """
     config, abstract, shardings = training.config, training.abstract, training.shardings
     continuing = checkpoints.latest_step() is not None
@@ -215,7 +219,7 @@ def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches)
 
 
 def _teacher_workdir(config: Config) -> Path:
-    """The directory of the teacher, which every objective but diffusion has."""
+    """The teacher's directory; all objectives except diffusion have one."""
     if config.teacher_checkpoint is None:
         raise ValueError(f"{config.objective} has no teacher_checkpoint")
     return Path(config.teacher_checkpoint)
@@ -224,8 +228,8 @@ def _teacher_workdir(config: Config) -> Path:
 def _observer(
     config: Config, workdir: Path, *, first_step: int, draw: Callable[[Params], np.ndarray]
 ) -> contextlib.AbstractContextManager[loop.Observer]:
-    """One process tells how the run goes, for all."""
-    from mcm_jax.training import observer  # Loads TensorFlow: not for a bad config's sake.
+    """The observer of this process; only the first process reports progress."""
+    from mcm_jax.training import observer  # Slow: imports TensorFlow.
 
     if not distributed.is_first():
         return observer.SilentObserver(draw=draw)
@@ -240,7 +244,7 @@ def _observer(
 
 
 def _draw_grid(preview: Run, params: Params) -> np.ndarray:
-    """A grid of samples of `params`; `preview` keeps its compiled sampler from one grid to the next."""
+    """Draws a grid of samples from `params`, reusing the compiled sampler of `preview`."""
     with jax.transfer_guard("allow"):
         images, _ = preview.with_params(params).sample(_GRID_IMAGES)
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))

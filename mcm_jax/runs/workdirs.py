@@ -1,11 +1,11 @@
-"""The directory of a run: whose it is, and whether another run may use it.
+"""The directory of a run: identifies the run in it and checks whether another run may use it.
 
 run.json      config, data set and the teacher's identity, written when the run starts or continues
 checkpoints/  see training.checkpoints
 samples/      grids of samples drawn during training
 x_var/        measured variances for sampling
 evaluation/   results and their grids
-xla_cache/    compiled programs, so that a second start is fast
+xla_cache/    compiled programs, for a fast restart
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import local_path
 from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
-_NOTE = "_CHECKPOINT_METADATA"
+_METADATA = "_CHECKPOINT_METADATA"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What run.json says about a run.
+    """The content of run.json.
 
     Attributes:
-      teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None where it has
-        no teacher or an older version of the program wrote the file.
+      teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None if there is
+        no teacher or the file was written by an older version.
     """
 
     config: Config
@@ -45,13 +45,13 @@ class RunRecord:
 
 
 def checkpoint_identity(workdir: Path, step: int) -> str | None:
-    """A hash that distinguishes a checkpoint from any other, of the same step too.
+    """Returns a hash that identifies a checkpoint, even among checkpoints of the same step.
 
-    It hashes the metadata that Orbax writes, which contain the time to the nanosecond, so that it survives
-    copying and moving the directory. None where there are no such metadata.
+    Hashes the metadata written by Orbax, which contain the time to the nanosecond, so that copying or moving
+    the directory does not change the identity. None if there are no metadata.
     """
     try:
-        return hashlib.sha256((workdir / CHECKPOINTS / str(step) / _NOTE).read_bytes()).hexdigest()
+        return hashlib.sha256((workdir / CHECKPOINTS / str(step) / _METADATA).read_bytes()).hexdigest()
     except OSError:
         return None
 
@@ -66,10 +66,10 @@ def teacher_identity(config: Config) -> str | None:
 
 
 def existing_run(workdir: Path, config: Config) -> RunRecord | None:
-    """The run that was started in `workdir` with this config and teacher; None if none was.
+    """The run that was started in `workdir` with this config and teacher; None if there is no run.
 
     Raises:
-      InputError: the run there has another config or another teacher, or its file is damaged.
+      InputError: the run there has another config or teacher, or its file is damaged.
     """
     if not (workdir / RUN_FILE).exists():
         return None
@@ -82,16 +82,16 @@ def existing_run(workdir: Path, config: Config) -> RunRecord | None:
 def claim(workdir: Path, run: RunRecord, *, existing: RunRecord | None, needed_bytes: int) -> None:
     """Makes `workdir` the directory of `run`, or checks that the run there continues on the same images.
 
-    Settings that may change (where the data lies, how to sample) are recorded as they are now. All processes
-    call it together, and the first one writes.
+    Settings that may change (location of the data, sampling) are recorded with their current values. All
+    processes call this together; the first one writes.
 
     Args:
       existing: the result of `existing_run`.
       needed_bytes: upper bound on the size of the checkpoints.
 
     Raises:
-      InputError: the directory is not writable, has too little space, belongs to a run on other images, or is
-        not the same one for all processes.
+      InputError: the directory is not writable, has too little space, contains a run on other images, or is
+        not shared by all processes.
     """
     with distributed.fail_together():
         _check_place(workdir, run.dataset, existing=existing, needed_bytes=needed_bytes)
@@ -109,8 +109,8 @@ def _check_place(
     free = shutil.disk_usage(workdir).free
     if free < needed_bytes:
         raise InputError(
-            f"--workdir={workdir} has {free / 1e9:.3f} GB free and its checkpoints need "
-            f"{needed_bytes / 1e9:.3f} GB; make room or choose another directory"
+            f"--workdir={workdir} has {free / 1e9:.3f} GB free, but its checkpoints need "
+            f"{needed_bytes / 1e9:.3f} GB; free some space or choose another directory"
         )
     if existing is None and (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
@@ -122,7 +122,7 @@ def _check_place(
 
 
 def read(workdir: Path) -> RunRecord:
-    """The record of the run in `workdir`.
+    """Reads the record of the run in `workdir`.
 
     Raises:
       InputError: there is no run, or its file is damaged.
@@ -138,7 +138,7 @@ def read(workdir: Path) -> RunRecord:
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
         if stages:
-            raise InputError(f"{workdir} holds the stages {stages} of a run; name one of these") from None
+            raise InputError(f"{workdir} contains the stages {stages} of a run; choose one of them") from None
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
@@ -149,7 +149,7 @@ def read(workdir: Path) -> RunRecord:
 
 
 def compilation_cache(workdir: Path) -> Path:
-    """The directory of compiled programs; MCM_COMPILATION_CACHE names one that several runs share."""
+    """The directory for compiled programs; MCM_COMPILATION_CACHE sets one to share between runs."""
     shared = os.environ.get("MCM_COMPILATION_CACHE")
     cache = workdir / "xla_cache" if shared is None else local_path(shared, "MCM_COMPILATION_CACHE")
     return cache.absolute()
@@ -161,24 +161,24 @@ def _write(workdir: Path, run: RunRecord) -> None:
 
 
 def _check_same_settings(workdir: Path, config: Config, saved_config: Config) -> None:
-    """Raises InputError if a setting that may not change differs; the teacher is compared separately."""
+    """Raises InputError if a setting differs that must not change; the teacher is compared separately."""
     saved = fields.flat(saved_config, Affects.TRAINING)
     for name, value in fields.flat(config, Affects.TRAINING).items():
         if name == "training.num_steps" and config.optimizer.decay == "constant":
-            # A longer run is the same run, unless the learning rate's decay depends on its length.
+            # Without decay, the learning rate does not depend on num_steps, so a run may be extended.
             continue
         if name == "teacher_checkpoint":
-            # Its path may change: the identity of the checkpoint there is compared.
+            # The path may change; _check_same_teacher compares the identity of the checkpoint.
             continue
         if value != saved[name]:
             raise _other_setting(workdir, name, saved[name], value)
 
 
 def _check_same_teacher(workdir: Path, config: Config, saved: RunRecord) -> None:
-    """Raises InputError unless config.teacher_checkpoint holds the teacher that the run started from.
+    """Raises InputError unless config.teacher_checkpoint contains the teacher that the run started from.
 
-    Its identity decides, under whatever path. Where the record has none, or the teacher is gone (a finished
-    run no longer needs it), only the path can be compared.
+    Compares identities, whatever the path. If the record has no identity, or the teacher no longer exists (a
+    finished run does not need it), only the paths can be compared.
     """
     before, now = saved.config.teacher_checkpoint, config.teacher_checkpoint
     identity = teacher_identity(config)
@@ -187,7 +187,7 @@ def _check_same_teacher(workdir: Path, config: Config, saved: RunRecord) -> None
             raise _other_setting(workdir, "teacher_checkpoint", before, now)
     elif identity != saved.teacher:
         raise InputError(
-            f"config.teacher_checkpoint={now} holds another checkpoint than the one that the run in "
+            f"config.teacher_checkpoint={now} contains another checkpoint than the one that the run in "
             f"--workdir={workdir} started from; restore that one, or choose another workdir"
         )
 
@@ -198,6 +198,6 @@ def _resolved(path: str | None) -> Path | None:
 
 def _other_setting(workdir: Path, name: str, before: object, now: object) -> InputError:
     return InputError(
-        f"--workdir={workdir} holds a run with config.{name}={before!r}, now it is {now!r}; rerun with the "
-        "same config to continue it, or choose another directory"
+        f"--workdir={workdir} contains a run with config.{name}={before!r}, now it is {now!r}; rerun with "
+        "the same config to continue it, or choose another directory"
     )

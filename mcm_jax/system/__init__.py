@@ -1,1 +1,1 @@
-"""Errors, files, processes, devices, pictures and the command line."""
+"""Errors, files, processes, devices, image grids and the command line."""

@@ -1,4 +1,4 @@
-"""What all programs share: flags in, one function call, exit code 0, 1 or 2 out."""
+"""The entry point of all programs: parses flags, calls one function, and sets the exit code."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from mcm_jax.system import files, host
 from mcm_jax.system.errors import InputError
 
-# What a config file's code, or a value for one of its fields, can raise.
+# Exceptions raised by a config file's code or by a bad value for one of its fields.
 _CONFIG_FILE_ERRORS = (
     AttributeError,
     ImportError,
@@ -23,20 +23,20 @@ _CONFIG_FILE_ERRORS = (
     ValueError,
 )
 
-# Flags that name where a program writes; the first one is where most of the data goes.
-_PLACES = ("out", "workdir")
+# Flags for output paths; the first one receives most of the data.
+_OUTPUT_FLAGS = ("out", "workdir")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main()`; the only way in for every program.
+    """Parses the flags and calls `main()`; every program starts here.
 
-    Exit codes: 0 done; 1 failed while running (a traceback for a fault of ours, one line for a full disk);
-    2 bad input, reported in one line on stderr; 130 interrupted by Ctrl-C.
+    Exit codes: 0 success; 1 failure while running (a traceback for a bug, one line for a full disk); 2 bad
+    input, reported in one line on stderr; 130 interrupted by Ctrl-C.
     """
-    _print_any_text()
+    _escape_unencodable()
     host.tune()
-    # Set before anything imports TensorFlow, which writes TensorBoard's files: otherwise it prints a greeting
-    # on stderr.
+    # Set before anything imports TensorFlow, which writes TensorBoard's files, because it otherwise prints
+    # start-up messages on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -48,11 +48,11 @@ def run(main: Callable[[], None]) -> None:
 def loaded_config(
     holder: flags.FlagHolder[ml_collections.ConfigDict] | flags.Flag[ml_collections.ConfigDict],
 ) -> ml_collections.ConfigDict:
-    """The config of a --config flag; raises InputError if its file cannot be loaded."""
+    """Returns the config of a --config flag; raises InputError if its file cannot be loaded."""
     try:
         config = holder.value
         if config is None:
-            raise InputError("--config is not set; name a config and its row")
+            raise InputError("--config is not set; specify a config and its row")
         # ml_collections reports a missing file only when the config is first read.
         config.keys()
     except OSError as error:
@@ -60,11 +60,11 @@ def loaded_config(
     return config
 
 
-def _print_any_text() -> None:
-    """Lets stdout and stderr escape characters that their encoding lacks.
+def _escape_unencodable() -> None:
+    """Makes stdout and stderr escape characters that their encoding does not support.
 
-    A program in a C locale, or one that prints a file name that is not UTF-8, would otherwise end in a
-    UnicodeEncodeError after its work is done.
+    Otherwise a program in a C locale, or one that prints a file name that is not UTF-8, would fail with a
+    UnicodeEncodeError after all its work.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,8 +73,7 @@ def _print_any_text() -> None:
 
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        # Orbax logs dozens of lines for each checkpoint, and also every error that it raises. --verbosity=0
-        # shows them.
+        # Orbax logs dozens of lines per checkpoint, and every error that it raises. --verbosity=0 shows them.
         logging.set_verbosity(logging.FATAL)
     try:
         main()
@@ -88,7 +87,7 @@ def _guarded(main: Callable[[], None]) -> None:
         if full is None:
             raise
         print(
-            f"error: {full.strerror}: {full.filename or _place()}; free some space and run the same command "
+            f"error: {full.strerror}: {full.filename or _target()}; free some space and run the same command "
             "again (everything written so far is intact, checkpoints included)",
             file=sys.stderr,
         )
@@ -96,10 +95,10 @@ def _guarded(main: Callable[[], None]) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with every failure turned into one `InputError`.
+    """Parses flags with absl and turns every failure into an `InputError`.
 
     ml_collections loads the config file while parsing, so an unknown field (AttributeError), a wrong type
-    (TypeError) or a missing file (OSError) is raised here instead of absl's own error.
+    (TypeError) or a missing file (OSError) is raised here instead of an absl error.
     """
     try:
         rest = flags.FLAGS(list(argv))
@@ -113,7 +112,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _input_error_within(error: BaseException | None) -> InputError | None:
-    """The innermost `InputError`: a config file may raise one, which ml_collections wraps in other errors."""
+    """The innermost `InputError` in a chain: ml_collections wraps one that a config file raises."""
     found = None
     while error is not None:
         found = error if isinstance(error, InputError) else found
@@ -121,10 +120,10 @@ def _input_error_within(error: BaseException | None) -> InputError | None:
     return found
 
 
-def _place() -> str:
-    """Where the program writes, as the user specified it."""
-    given = [flags.FLAGS[name].serialize() for name in _PLACES if name in flags.FLAGS]
-    return next((f"below {flag}" for flag in given if flag), "the current directory")
+def _target() -> str:
+    """The output path as specified by the user."""
+    given = [flags.FLAGS[name].serialize() for name in _OUTPUT_FLAGS if name in flags.FLAGS]
+    return next((f"under {flag}" for flag in given if flag), "the current directory")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Config files by name or by path, and the flag that loads them.
+"""Finds config files by name or path, and defines the flag that loads them.
 
-`--config=imagenet64:ROW` names a config of this package, from any directory; `--config=DIR/FILE.py:ROW` is
-the path of any file.
+`--config=imagenet64:ROW` names a config of this package and works in any directory.
+`--config=DIR/FILE.py:ROW` is the path of any file.
 """
 
 from pathlib import Path
@@ -15,22 +15,22 @@ from mcm_jax.system.errors import InputError
 
 
 def directory() -> Path:
-    """Where the package's own config files are: inside of an installed package, beside it in a checkout."""
+    """Directory of the package's config files: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def names() -> list[str]:
-    """Names of the package's own configs, in alphabetical order."""
+    """Names of the package's configs, in alphabetical order."""
     return sorted(path.stem for path in directory().glob("*.py") if not path.stem.startswith("_"))
 
 
 def locate(value: str) -> str:
-    """'imagenet64:ROW' -> '/.../configs/imagenet64.py:ROW'; in 'DIR/FILE.py:ROW', only `~` is expanded.
+    """Turns 'imagenet64:ROW' into '/.../configs/imagenet64.py:ROW'; only expands `~` in 'DIR/FILE.py:ROW'.
 
     Raises:
-      InputError: there is no config of that name, or no such file.
+      InputError: there is no config with this name, or no such file.
     """
     file, colon, row = str(paths.local_path(value, "--config")).partition(":")
     remedy = f"use a path to a .py file, or a name: {', '.join(names())}"
@@ -44,15 +44,15 @@ def locate(value: str) -> str:
 
 
 class _Parser(ConfigFileFlagParser):
-    """ml_collections' parser, which knows paths only."""
+    """ml_collections' parser, which supports only paths, extended to names."""
 
     def parse(self, path: str) -> object:
-        # The config, or what raises its file's error when it is first read.
+        # Returns the config, or an object that raises its file's error when first read.
         return super().parse(locate(path))
 
 
 def define_flag(example: str) -> flags.FlagHolder[ConfigDict]:
-    """Defines --config, whose value is the locked config; returns absl's holder of the flag."""
+    """Defines --config, whose value is the locked config; returns absl's flag holder."""
     holder = config_flags.DEFINE_config_file(
         "config", None, f"Config and row: NAME:ROW or PATH.py:ROW, e.g. {example}", lock_config=True
     )

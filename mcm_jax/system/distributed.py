@@ -1,7 +1,7 @@
-"""Several processes that work on one run, on one or more hosts: how they find each other and agree.
+"""Coordinates multiple processes that work on one run, on one or more hosts.
 
-Every host runs the same command (on SLURM, one process per GPU). All of them compute; the first one also
-writes all files other than checkpoints and prints.
+All hosts run the same command (on SLURM, one process per GPU). All processes compute; only the first one
+prints, and writes all files other than checkpoints.
 """
 
 import atexit
@@ -26,21 +26,21 @@ from mcm_jax.system.errors import InputError
 COORDINATOR, COUNT, INDEX = "MCM_COORDINATOR", "MCM_NUM_PROCESSES", "MCM_PROCESS_ID"
 
 _WAITING_SECONDS = 30.0
-# How long processes may take to end together, one of them still writing.
-_PARTING_SECONDS = 120.0
-# How long a new file may take to appear on another host: longer than NFS caches.
+# Time for processes to exit together, while one of them may still be writing.
+_EXIT_SECONDS = 120.0
+# Time for a new file to appear on another host; longer than NFS caches entries.
 _SHARED_SECONDS = 90.0
 
 
 @contextlib.contextmanager
 def joined() -> Generator[None, None, None]:
-    """Joins the processes that were started together; a single process stays on its own.
+    """Connects the processes that were started together; does nothing for a single process.
 
-    Enter it before JAX first computes. MCM_COORDINATOR=HOST:PORT (of process 0), MCM_NUM_PROCESSES and
-    MCM_PROCESS_ID identify the processes. Without them jax.distributed detects the cluster: SLURM (srun), TPU
-    pods, GKE multislice and Open MPI. With MCM_NUM_PROCESSES=1 a process never waits for others.
+    Enter this context before JAX first computes. MCM_COORDINATOR=HOST:PORT (of process 0), MCM_NUM_PROCESSES
+    and MCM_PROCESS_ID identify the processes. Without them jax.distributed detects the cluster: SLURM (srun),
+    TPU pods, GKE multislice and Open MPI. With MCM_NUM_PROCESSES=1 a process never waits for others.
 
-    A process that fails exits at once; JAX then ends the others, which wait for it.
+    A process that fails exits immediately; JAX then ends the others, which wait for it.
 
     Raises:
       InputError: the variables are incomplete or wrong, or the processes run different code.
@@ -50,28 +50,28 @@ def joined() -> Generator[None, None, None]:
         require_same_code()
         yield
     except InputError:
-        # All processes raise it together and end as after a successful run. A process that raised it alone
-        # would wait for the others in vain.
-        if are_several():
-            _leave_after(_PARTING_SECONDS, 2)
+        # Usually all processes raise it together and exit as after a successful run. A process that raised it
+        # alone would wait for the others forever, so it exits after a timeout.
+        if is_multi_process():
+            _exit_after(_EXIT_SECONDS, 2)
         raise
     except SystemExit:
         raise
     except BaseException as error:
-        if are_several():
-            # The handler registered last runs first: before JAX's own, which waits for the other processes.
-            atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        if is_multi_process():
+            # The last registered handler runs first, before JAX's own, which waits for the other processes.
+            atexit.register(_exit_now, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
 
 
-def are_several() -> bool:
-    """Whether several processes have joined. Does not start JAX's back end in a single process."""
+def is_multi_process() -> bool:
+    """Whether there are several processes. Does not initialize JAX's backend in a single process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes shared files and prints."""
-    return not are_several() or jax.process_index() == 0
+    return not is_multi_process() or jax.process_index() == 0
 
 
 def say(text: str) -> None:
@@ -82,12 +82,12 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def fail_together() -> Generator[None, None, None]:
-    """A block that all processes leave together: where one fails in it, all of them fail.
+    """Waits for all processes at the end of a block; if one of them fails in it, all of them fail.
 
     Raises:
       InputError: another process has failed.
     """
-    if not are_several():
+    if not is_multi_process():
         yield
         return
     failed = None
@@ -106,9 +106,10 @@ def fail_together() -> Generator[None, None, None]:
 def require_same(value: object, what: str) -> None:
     """Raises InputError in all processes unless `value` has the same repr in all of them.
 
-    what: the name of the value, in the plural, for the message.
+    Args:
+      what: name of the value for the message, in the plural.
     """
-    if not are_several():
+    if not is_multi_process():
         return
     hashes = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))
     if (hashes != hashes[0]).any():
@@ -126,35 +127,35 @@ def require_same_code() -> None:
 
 
 def broadcast(answer: bool) -> bool:
-    """The first process's answer, in all processes."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if are_several() else answer
+    """Returns the first process's answer in all processes."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if is_multi_process() else answer
 
 
 def all_true(answer: bool) -> bool:
-    """Whether the answer is yes in all processes."""
-    return bool(multihost_utils.process_allgather(np.array(answer)).all()) if are_several() else answer
+    """Whether the answer is True in all processes."""
+    return bool(multihost_utils.process_allgather(np.array(answer)).all()) if is_multi_process() else answer
 
 
 def exists(path: Path) -> bool:
-    """Whether the first process sees a file in a directory that all share; the others wait until they do too.
+    """Whether a file in a shared directory exists for the first process; the others wait until they see it.
 
     Raises:
-      InputError: another process still does not see it after a long wait.
+      InputError: another process does not see the file after a long wait.
     """
     found = broadcast(path.exists())
-    if found and are_several():
+    if found and is_multi_process():
         with fail_together():
             if not _appears(path):
                 raise InputError(
-                    f"{path} exists for process 0 but not for process {jax.process_index()}; name a "
+                    f"{path} exists for process 0 but not for process {jax.process_index()}; use a "
                     "directory that all processes share"
                 )
     return found
 
 
 def require_shared(directory: Path, name: str) -> None:
-    """Raises InputError in all processes unless `directory` is the same one for all of them."""
-    if not are_several():
+    """Raises InputError in all processes unless they share `directory`."""
+    if not is_multi_process():
         return
     token = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
     probe = directory / f".shared.{token}"
@@ -166,7 +167,7 @@ def require_shared(directory: Path, name: str) -> None:
             if not _appears(probe):
                 raise InputError(
                     f"{name}={directory} is another directory in process {jax.process_index()} than in "
-                    "process 0; all processes need one that they share, on NFS for example"
+                    "process 0; use one that all processes share, for example on NFS"
                 )
     finally:
         if is_first():
@@ -183,7 +184,7 @@ def _appears(path: Path) -> bool:
 
 
 def _join() -> None:
-    """See `joined`. Removes JAX's handler of SIGTERM, which swallows the signal: the loop has its own."""
+    """See `joined`. Removes JAX's SIGTERM handler, which swallows the signal; the training loop has one."""
     before = signal.getsignal(signal.SIGTERM)
     _initialize()
     if jax.distributed.is_initialized():
@@ -191,7 +192,7 @@ def _join() -> None:
 
 
 def _initialize() -> None:
-    given = _given()
+    given = _from_environment()
     if given is not None:
         address, count, index = given
         if count > 1:
@@ -199,21 +200,21 @@ def _initialize() -> None:
                 jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
         return
     if os.environ.get("SLURM_NTASKS") == "1":
-        # One task may have several GPUs; jax.distributed would take the first only.
+        # A single task may use several GPUs, but jax.distributed would use only the first.
         return
     try:
-        with _waiting("the others of this cluster"), warnings.catch_warnings():
-            # In a pod of Kubernetes JAX advises to install what one process does not need.
+        with _waiting("all others of this cluster"), warnings.catch_warnings():
+            # In a Kubernetes pod, JAX recommends a package that a single process does not need.
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
             jax.distributed.initialize()
     except ValueError as error:
-        # JAX reports in this way that there is no cluster, which is no mistake.
+        # This error means that there is no cluster, which is fine.
         if "coordinator_address should be defined" not in str(error):
             raise
 
 
-def _given() -> tuple[str | None, int, int] | None:
-    """(address of process 0, number of processes, index of this one), if the variables are set."""
+def _from_environment() -> tuple[str | None, int, int] | None:
+    """(address of process 0, number of processes, index of this one) if the variables are set, else None."""
     values = {name: os.environ.get(name, "") for name in (COORDINATOR, COUNT, INDEX)}
     if not any(values.values()):
         return None
@@ -221,7 +222,7 @@ def _given() -> tuple[str | None, int, int] | None:
         return None, 1, 0
     missing = [name for name, value in values.items() if not value]
     if missing:
-        raise InputError(f"{', '.join(missing)} is not set; {COORDINATOR}, {COUNT} and {INDEX} go together")
+        raise InputError(f"{', '.join(missing)} is not set; set {COORDINATOR}, {COUNT} and {INDEX} together")
     host, _, port = values[COORDINATOR].rpartition(":")
     if not host or not port.isdecimal():
         raise InputError(f"{COORDINATOR}={values[COORDINATOR]} is not HOST:PORT")
@@ -230,13 +231,13 @@ def _given() -> tuple[str | None, int, int] | None:
             raise InputError(f"{name}={values[name]} is not a number")
     count, index = int(values[COUNT]), int(values[INDEX])
     if index >= count:
-        raise InputError(f"{INDEX}={index} of {COUNT}={count}: count the processes from 0")
+        raise InputError(f"{INDEX}={index} of {COUNT}={count}: process IDs start at 0")
     return values[COORDINATOR], count, index
 
 
 @contextlib.contextmanager
 def _waiting(whom: str) -> Generator[None, None, None]:
-    """Reports a long wait: JAX itself says nothing for five minutes, and then gives up."""
+    """Reports a long wait on stderr: JAX itself prints nothing for five minutes and then fails."""
     timer = threading.Timer(
         _WAITING_SECONDS, lambda: print(f"waiting for other processes: {whom}", file=sys.stderr, flush=True)
     )
@@ -248,13 +249,13 @@ def _waiting(whom: str) -> Generator[None, None, None]:
         timer.cancel()
 
 
-def _leave_after(seconds: float, code: int) -> None:
-    timer = threading.Timer(seconds, _leave, [code])
+def _exit_after(seconds: float, code: int) -> None:
+    timer = threading.Timer(seconds, _exit_now, [code])
     timer.daemon = True
     timer.start()
 
 
-def _leave(code: int) -> None:
+def _exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,9 +1,9 @@
-"""The one exception that means: the user's input is at fault, and here is the remedy."""
+"""The exception for bad user input."""
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line that names what is wrong, where, and what to do.
+    """Bad user input. The message is one line that states what is wrong, where, and how to fix it.
 
-    Programs print it as it stands, without a traceback, and exit with code 2 (see
-    `command_line.run`). Raise it before any long work.
+    Programs print the message without a traceback and exit with code 2 (see `command_line.run`). Raise it
+    before any long work.
     """

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and early checks that a directory is writable."""
+"""Writes files atomically, and checks early whether a directory is writable."""
 
 import contextlib
 import errno
@@ -15,15 +15,15 @@ Content = bytes | str | Callable[[BinaryIO], object]
 
 
 def write_whole(path: str | Path, content: Content) -> None:
-    """Replaces the content of `path` in one step: it stays complete, old or new, whenever the process dies.
+    """Replaces the content of `path` atomically: after a crash it has either the old or the new content.
 
     The directory is created if missing.
 
     Args:
-      content: what to write (text as UTF-8), or a function that writes it into an open file.
+      content: bytes, text (written as UTF-8), or a function that writes to an open file.
 
     Raises:
-      OSError: names `path`, which is unchanged.
+      OSError: writing failed; the error names `path`, whose content is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,17 +41,17 @@ def write_whole(path: str | Path, content: Content) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            # The error of a failed write does not name the file.
+            # The error of a failed write does not contain the file name.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
-def write_asked_for(path: str | Path, content: Content) -> None:
-    """`write_whole` for a path that the user chose.
+def write_output(path: str | Path, content: Content) -> None:
+    """Writes to a path chosen by the user, with `write_whole`.
 
     Raises:
-      InputError: the path can't be written to.
-      OSError: the disk is full, which is no mistake of the user's.
+      InputError: the path is not writable.
+      OSError: the disk is full, which is not bad input.
     """
     try:
         write_whole(path, content)
@@ -62,9 +62,9 @@ def write_asked_for(path: str | Path, content: Content) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, object]) -> None:
-    """Appends one JSON line in a single write: lines of two processes never mix, and earlier lines survive.
+    """Appends one JSON line in a single write, so that lines of concurrent processes do not interleave.
 
-    A last line that a crash cut off is left unchanged on a line of its own.
+    If a crash truncated the last line of the file, the new line starts on a line of its own.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
@@ -78,9 +78,10 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
 
 
 def require_writable(directory: Path, name: str) -> None:
-    """Creates the directory if missing and tries to write a file there; raises InputError where it can't.
+    """Creates the directory if missing; raises InputError unless a file can be written there.
 
-    name: what the message calls it, such as a flag.
+    Args:
+      name: name of the directory in the message, such as a flag.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -98,12 +99,12 @@ def writing_to(directory: Path, flag: str, *error_numbers: int) -> Generator[Non
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # ArrayRecord's writer raises RuntimeError where the disk is full.
+        # ArrayRecord's writer raises RuntimeError if the disk is full.
         cause = error if isinstance(error, OSError) else full_disk_within(error)
         if cause is None or (error_numbers and cause.errno not in error_numbers):
             raise
         raise InputError(
-            f"{flag}={directory}: cannot write there ({cause.strerror}), choose a directory with write "
+            f"{flag}={directory}: cannot write there ({cause.strerror}); choose a directory with write "
             "access and free space"
         ) from error
 
@@ -118,7 +119,7 @@ def full_disk_within(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and is_full(error):
             return error
-        # C++ libraries (Orbax's TensorStore, TensorFlow) mention it in the text of their own errors.
+        # C++ libraries (Orbax's TensorStore, TensorFlow) only mention it in the text of their own errors.
         if (words := os.strerror(errno.ENOSPC)) in str(error):
             return OSError(errno.ENOSPC, words)
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Paths that a user names, in a flag or a setting: local ones, with `~` for the home directory."""
+"""Local paths given by a user in a flag or setting, where `~` is the home directory."""
 
 import re
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from absl import flags
 
 from mcm_jax.system.errors import InputError
 
-# gs://bucket/run, and gs:/bucket/run, which pathlib makes of it. ./gs:/x is a local name.
+# gs://bucket/run, or gs:/bucket/run after pathlib has normalized it. ./gs:/x is a local path.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def local_path(text: str | Path, name: str) -> Path:
-    """The path that `text` stands for, with `~` expanded.
+    """Converts `text` to a path and expands `~`.
 
     Args:
-      name: the flag or setting that the text was given for, as its user writes it: `--workdir`.
+      name: the flag or setting that contains the text, as the user writes it, for example `--workdir`.
 
     Raises:
-      InputError: the text is empty, a URL, or the home directory of an unknown user.
+      InputError: the text is empty or a URL, or refers to the home directory of an unknown user.
     """
     if not str(text):
-        raise InputError(f"{name} is empty; name a file or directory, . for the current one")
+        raise InputError(f"{name} is empty; specify a file or directory, or . for the current directory")
     if _URL.match(str(text)):
-        raise InputError(f"{name}={text} is a URL; only local paths work, such as a mounted bucket's")
+        raise InputError(f"{name}={text} is a URL; only local paths work, such as a mounted bucket")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -33,7 +33,7 @@ def local_path(text: str | Path, name: str) -> Path:
 
 
 class _PathParser(flags.ArgumentParser[Path]):
-    """Turns a flag's text into a local path."""
+    """Converts a flag's text to a local path."""
 
     def __init__(self, name: str):
         self._name = name
@@ -46,7 +46,7 @@ class _PathParser(flags.ArgumentParser[Path]):
 
 
 class _PathsParser(flags.ArgumentParser[list[Path]]):
-    """Turns a flag's text into local paths; commas separate them."""
+    """Converts a flag's text to a list of local paths separated by commas."""
 
     def __init__(self, name: str):
         self._name, self._texts = name, flags.ListParser()
@@ -76,7 +76,7 @@ def define_path(name: str, default: None, help: str) -> flags.FlagHolder[Path | 
 def define_path(
     name: str, default: str | Path | None, help: str, *, required: bool = False
 ) -> flags.FlagHolder[Path] | flags.FlagHolder[Path | None]:
-    """Defines a flag whose value is a local `Path`; returns its holder, as absl's DEFINE_string does."""
+    """Defines a flag whose value is a local `Path`; returns its holder, like absl's DEFINE_string."""
     parser = _PathParser(f"--{name}")
     return flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer(), required=required)
 

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import write_asked_for
+from mcm_jax.system.files import write_output
 
 _WHITE = 255
 
@@ -16,11 +16,13 @@ _WHITE = 255
 def image_grid(
     images: UInt8[np.ndarray, "N H W 3"], columns: int, *, gap: int = 1, scale: int = 1
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The images in rows of `columns`, read like text, with `gap` white pixels between them.
+    """Arranges images in rows of `columns`, from left to right, with `gap` white pixels between them.
 
-    scale repeats each pixel scale x scale times (tiny images are hard to see); the gap is scaled with them.
-    Places of the last row that have no image are white. Fewer images than columns make a grid only as wide as
-    they are.
+    Empty positions in the last row are white. With fewer images than columns, the grid is only as wide as the
+    images.
+
+    Args:
+      scale: repeats each pixel, including the gaps, scale x scale times, since tiny images are hard to see.
     """
     if not len(images) or columns < 1 or gap < 0 or scale < 1:
         raise InputError(
@@ -38,12 +40,12 @@ def image_grid(
 
 
 def save_png(image: UInt8[np.ndarray, "H W 3"], path: str | Path) -> None:
-    """Writes the PNG as `files.write_asked_for` does: whole or not at all."""
-    write_asked_for(path, png_bytes(image))
+    """Writes a PNG file atomically, with `files.write_output`."""
+    write_output(path, png_bytes(image))
 
 
 def png_bytes(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """The content of a PNG file of the image."""
+    """Encodes the image as PNG."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, format="PNG")
     return content.getvalue()

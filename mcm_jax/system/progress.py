@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 
 def bar(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
-    """Yields the items while a bar on stderr shows how many are done and the time left.
+    """Yields the items while a progress bar on stderr shows their number and the time left.
 
-    total: how many there are, where they don't know.
+    Args:
+      total: number of items, if `items` has no length.
     """
     console = Console(stderr=True)
     how = {"console": console, "transient": True, "disable": not console.is_terminal}

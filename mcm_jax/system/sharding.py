@@ -1,4 +1,4 @@
-"""Where arrays lie on the mesh: the batch over `data` and `fsdp`, parameters over `fsdp`."""
+"""The mesh and the shardings on it: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from jaxtyping import PyTree
 from mcm_jax.fields import Affects, setting
 from mcm_jax.system.errors import InputError
 
-# Smaller arrays cost more to gather than to keep everywhere.
+# Smaller arrays are replicated, because gathering them costs more than storing them.
 _SMALLEST_SHARDED = 2**14
 
 
 @runtime_checkable
 class Device(Protocol):
-    """One of JAX's devices, whose own class type checkers do not see."""
+    """A JAX device; type checkers do not see JAX's own class."""
 
     id: int
     platform: str
@@ -28,27 +28,27 @@ class Device(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How devices are arranged."""
+    """The arrangement of devices in a mesh."""
 
     data: int = setting(
         -1,
-        "devices over which the batch alone is split; -1: all that are left",
+        "devices over which only the batch is sharded; -1: all remaining devices",
         low=-1,
         affects=Affects.NOTHING,
     )
     fsdp: int = setting(
         1,
-        "devices over which the parameters are split too; each gathers them whole for every part of a batch",
+        "devices over which parameters are sharded too; each device gathers all for each part of a batch",
         low=1,
         affects=Affects.NOTHING,
     )
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over `devices`, by default all there are; data = -1 takes what fsdp leaves.
+    """Makes a (data, fsdp) mesh over `devices`, by default all; data=-1 uses all devices left by fsdp.
 
-    Of several slices of devices (TPU, or nodes of GPUs) fsdp stays within each: between slices the
-    network is slow, and only gradients are summed over `data`.
+    With several slices (TPU slices or nodes of GPUs), fsdp stays within each slice: the network between
+    slices is slow, and only gradients are summed over `data`.
     """
     chosen = jax.devices() if devices is None else list(devices)
     count = len(chosen)
@@ -56,8 +56,8 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) 
         data = count // fsdp
     if data * fsdp != count:
         raise InputError(
-            f"config.mesh: data={data} x fsdp={fsdp} is not the {count} devices there are; "
-            "take data=-1 and an fsdp that divides them"
+            f"config.mesh: data={data} x fsdp={fsdp} is not the {count} devices available; "
+            "use data=-1 and an fsdp that divides them"
         )
     # Auto: the compiler propagates shardings; Explicit axes would forbid constraints on activations.
     names, types = ("data", "fsdp"), (AxisType.Auto,) * 2
@@ -67,7 +67,7 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) 
     if data % slices:
         raise InputError(
             f"config.mesh.fsdp={fsdp} does not divide the {count // slices} devices of each of the {slices} "
-            "slices; take an fsdp that does"
+            "slices; use an fsdp that does"
         )
     arranged = mesh_utils.create_hybrid_device_mesh(
         (data // slices, fsdp), (slices, 1), chosen, allow_split_physical_axes=True
@@ -76,20 +76,20 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over all devices."""
+    """Sharding of the leading axis over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same everywhere."""
+    """Replication on all devices."""
     return NamedSharding(mesh, P())
 
 
 def params_sharding(mesh: Mesh, abstract: PyTree) -> PyTree:
     """Shards the largest axis divisible by fsdp, the last one only as a fallback; replicates small arrays.
 
-    The last axis lies along a TPU's lanes: its parts can't be joined without moving all of it. Kernels of
-    layers named `columns` are split along it where possible, since they are never joined.
+    The last axis is laid out along a TPU's lanes, so joining its shards moves all data. Kernels of layers
+    named `columns` are sharded along it where possible, since they are never gathered.
     """
 
     def rule(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding:
@@ -106,9 +106,9 @@ def params_sharding(mesh: Mesh, abstract: PyTree) -> PyTree:
 
 
 def gathered(mesh: Mesh, params: PyTree) -> PyTree:
-    """`params` on every device, except for those split by column; their gradient goes back to where they lie.
+    """Gathers `params` on all devices, except those sharded by column.
 
-    It is summed on the way.
+    The gradient is summed over devices and sharded like the original parameters.
     """
 
     @jax.custom_vjp
@@ -127,10 +127,10 @@ def gathered(mesh: Mesh, params: PyTree) -> PyTree:
 
 
 def by_column(mesh: Mesh, layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """layer(x), split by row as x is, where the layer's weights lie split by column: rows go to the weights.
+    """Computes layer(x), sharded by row like x, for a layer whose weights are sharded by column.
 
-    All rows of x, and the gradient of them, are sent over fsdp in place of all weights: less where a layer of
-    many columns sees one row an example.
+    Sends all rows of x and their gradient over fsdp instead of all weights, which is less data for a layer
+    with many columns and one row per example.
     """
     x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
     y = jax.lax.with_sharding_constraint(layer(x), NamedSharding(mesh, P("data", "fsdp")))
@@ -138,7 +138,7 @@ def by_column(mesh: Mesh, layer: Callable[[jax.Array], jax.Array], x: jax.Array)
 
 
 def _by_column(path: tuple[object, ...]) -> bool:
-    """Whether a parameter is the kernel of a layer that is computed by `by_column`, by its name."""
+    """Whether a parameter, by its name, is the kernel of a layer computed with `by_column`."""
     return jax.tree_util.keystr(path[-2:], simple=True, separator="/") == "columns/kernel"
 
 
@@ -148,17 +148,17 @@ def check_batch(mesh: Mesh, *, batch_size: int, accumulation_steps: int = 1) -> 
         parts = f" in {accumulation_steps} parts" if accumulation_steps > 1 else ""
         raise InputError(
             f"config.training.batch_size={batch_size} can't be divided over {mesh.size} devices{parts}; "
-            f"take a multiple of {mesh.size * accumulation_steps}"
+            f"use a multiple of {mesh.size * accumulation_steps}"
         )
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The global batch of which this process holds `local`.
+    """Assembles the global batch from each process's `local` part.
 
-    Its rows lie on the process's devices; where in the batch that is, the mesh says.
+    The rows of `local` are placed on this process's devices; the mesh determines their position in the batch.
     """
     sharding = batch_sharding(mesh)
-    # The loop's guard takes these transfers for mistakes where there are several processes.
+    # With several processes, the training loop's transfer guard would reject these transfers.
     with jax.transfer_guard_host_to_device("allow"):
         return {
             name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()
@@ -166,7 +166,7 @@ def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def split(mesh: Mesh, whole: np.ndarray) -> jax.Array:
-    """`whole`, of which every process holds all, with its leading axis over all devices."""
+    """Shards the leading axis of `whole`, which all processes have in full, over all devices."""
     sharding = batch_sharding(mesh)
     if not mesh.is_multi_process:
         return jax.device_put(whole, sharding)
@@ -174,12 +174,12 @@ def split(mesh: Mesh, whole: np.ndarray) -> jax.Array:
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
-    """`tree`, which is the same in every process, on every device."""
+    """Replicates `tree`, which is the same in all processes, on all devices."""
     if not mesh.is_multi_process:
         return jax.device_put(tree, replicated(mesh))
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """All of an array, in every process."""
+    """Returns the full array in every process."""
     return multihost_utils.process_allgather(array, tiled=True)

@@ -1,4 +1,4 @@
-"""Which code runs: this package's source files, and the versions of the libraries that it computes with."""
+"""Identifies the running code: a hash of this package's source files, and the versions of its libraries."""
 
 import functools
 import hashlib
@@ -11,13 +11,13 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "gra
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of Python and of every library whose code takes part in training and sampling."""
+    """Versions of Python and of all libraries used in training and sampling."""
     return {"python": platform.python_version(), **versions.record(*_LIBRARIES)}
 
 
 @functools.cache
 def source_hash(package: Path = Path(__file__).parents[1]) -> str:
-    """SHA-256 of the names and contents of all Python files below `package`; takes milliseconds."""
+    """SHA-256 of the names and contents of all Python files in `package`; takes milliseconds."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()

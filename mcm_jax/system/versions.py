@@ -1,4 +1,4 @@
-"""Versions of installed packages, as records of results and data sets state them."""
+"""Versions of installed packages, for the records of results and data sets."""
 
 import importlib.metadata
 
@@ -6,10 +6,9 @@ UNKNOWN = "unknown"
 
 
 def installed(package: str) -> str:
-    """The version of `package`; "unknown" where its metadata are missing or damaged.
+    """The version of `package`; "unknown" if its metadata are missing or damaged.
 
-    Code that lies on PYTHONPATH without being installed has no metadata, and a result must not be lost for
-    that.
+    Code on PYTHONPATH that is not installed has no metadata, but its results must still be stored.
     """
     try:
         return importlib.metadata.version(package) or UNKNOWN
@@ -18,5 +17,5 @@ def installed(package: str) -> str:
 
 
 def record(*packages: str) -> dict[str, str]:
-    """`installed` of each package by its name."""
+    """Maps each package to its installed version."""
     return {package: installed(package) for package in packages}

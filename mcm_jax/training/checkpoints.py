@@ -1,6 +1,6 @@
 """Orbax checkpoints of a run: parameters, averaged parameters, optimizer and data iterator as separate items.
 
-Sampling therefore reads the averaged parameters alone. A student's checkpoint never contains its teacher's
+This lets sampling read only the averaged parameters. A student's checkpoint does not contain its teacher's
 parameters.
 """
 
@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 from mcm_jax.system.errors import InputError
 from mcm_jax.training.state import Params, TrainState
 
-CHECKPOINTS = "checkpoints"  # below a run's directory
-# This process's batches, by feature.
+CHECKPOINTS = "checkpoints"  # subdirectory of a run's directory
+# Iterator over this process's batches, each a dictionary of arrays.
 Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
@@ -26,10 +26,14 @@ _TREES = ("params", "ema_params", "target_params", "opt_state")
 
 
 class Checkpoints:
-    """The checkpoints in workdir/checkpoints; a context manager, which waits for the last save at its end."""
+    """The checkpoints in workdir/checkpoints; a context manager that waits for the last save on exit."""
 
     def __init__(self, workdir: Path, *, keep: int | None = None):
-        """keep: number of newest checkpoints to keep; None opens them for reading only."""
+        """Opens the directory.
+
+        Args:
+          keep: number of newest checkpoints to keep; None opens the directory read-only.
+        """
         self.directory = Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, read_only=keep is None, enable_async_checkpointing=True
@@ -47,21 +51,24 @@ class Checkpoints:
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Updates done at the newest complete checkpoint, None if there is none."""
+        """Number of updates at the newest complete checkpoint; None if there is no checkpoint."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """Updates done at each complete checkpoint, ascending."""
+        """Number of updates at each complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def require(self) -> list[int]:
-        """`all_steps`; raises InputError if there are none."""
+        """Returns `all_steps`; raises InputError if there is no checkpoint."""
         if not self.all_steps():
             raise InputError(f"no checkpoint under {self.directory}; train there first")
         return self.all_steps()
 
     def save(self, state: TrainState, data: Batches, *, step: int) -> None:
-        """Starts saving in the background. A checkpoint is complete or absent, and saved once per step."""
+        """Starts saving in the background, unless this step is already saved.
+
+        An interrupted save leaves no partial checkpoint.
+        """
         if step == self._manager.latest_step():
             return
         items: dict[str, ocp.args.CheckpointArgs] = {
@@ -69,18 +76,18 @@ class Checkpoints:
         }
         items["step"] = ocp.args.JsonSave({"step": step})
         items["data"] = grain.checkpoint.CheckpointSave(data)
-        # Orbax copies to the host with transfers that the loop's guard would reject.
+        # Orbax's copies to the host would be rejected by the training loop's transfer guard.
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises its error if it failed."""
+        """Blocks until the last save is on disk; if it failed, raises its error."""
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: Batches) -> TrainState:
-        """The newest state, laid out by `shardings`; also moves `data` to its position at that step.
+        """Restores the newest state with `shardings`, and `data` to its position at that step.
 
-        The number of processes may differ from that at the time of saving.
+        The number of processes may differ from the number that saved the checkpoint.
         """
         targets = _with_shardings(abstract, shardings)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
@@ -91,9 +98,9 @@ class Checkpoints:
         return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
 
     def _restore_data(self, data: Batches, step: int) -> None:
-        """Restores the iterator from any process's file: all of them were at the same batch.
+        """Restores the iterator from any process's file: all processes were at the same batch.
 
-        Grain's own handler requires this process's file and an unchanged number of processes.
+        Grain's own handler requires a file of this process and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
         data.set_state(json.loads(path.read_text()))
@@ -102,14 +109,14 @@ class Checkpoints:
     def restore_params(
         self, abstract: Params, shardings: Params, *, parameters: Parameters, step: int | None = None
     ) -> Params:
-        """Averaged ("ema") or last ("raw") parameters at the given step, by default the newest.
+        """Restores averaged ("ema") or raw ("raw") parameters at `step`, by default the newest checkpoint.
 
         Raises:
-          InputError: there is no checkpoint, or none at `step`.
+          InputError: there is no checkpoint at all, or none at `step`.
         """
         steps = self.require()
         if step is not None and step not in steps:
-            raise InputError(f"no checkpoint of step {step} under {self.directory}; there are {steps}")
+            raise InputError(f"no checkpoint of step {step} under {self.directory}; available steps: {steps}")
         target = ocp.args.StandardRestore(_with_shardings(abstract, shardings))
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
@@ -117,9 +124,9 @@ class Checkpoints:
 
 
 def newest_step(workdir: Path) -> int | None:
-    """Updates done at the newest complete checkpoint of a run; None if there is none.
+    """Number of updates at the newest complete checkpoint of a run; None if there is no checkpoint.
 
-    Unlike `Checkpoints`, it does not wait for other processes.
+    Unlike `Checkpoints`, this does not wait for other processes.
     """
     try:
         return max(ocp.utils.checkpoint_steps(workdir / CHECKPOINTS), default=None)
@@ -128,7 +135,7 @@ def newest_step(workdir: Path) -> int | None:
 
 
 def _trees(state: TrainState) -> dict[str, PyTree]:
-    """The items that are saved as trees of arrays; the target network only if there is one."""
+    """The items saved as trees of arrays; includes the target network only if there is one."""
     return {name: getattr(state, name) for name in _TREES if getattr(state, name) is not None}
 
 

@@ -1,4 +1,4 @@
-"""The loop around the train step: data in, metrics, pictures and checkpoints out."""
+"""The training loop: feeds data to the train step, reports metrics, draws samples and saves checkpoints."""
 
 import contextlib
 import dataclasses
@@ -20,43 +20,39 @@ from mcm_jax.training.state import Params, TrainState
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is no longer finite; the last good checkpoint still stands."""
+    """The loss or the gradient is not finite; the last good checkpoint is still valid."""
 
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who is told how the run goes: a progress bar, plain lines, TensorBoard."""
+    """Receives the progress of a run: a progress bar, plain lines, TensorBoard."""
 
     def update(self, step: int) -> None:
-        """`step` updates are done (or on their way to the device)."""
+        """Called after each update; `step` updates are done or dispatched to the device."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """What update number `step` reported; called for every update."""
+        """Receives the metrics of update number `step`; called for every update."""
 
     def pictures(self, step: int, params: Params) -> None:
-        """Draws samples of the averaged parameters."""
+        """Draws samples from the averaged parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how many images at a time, and how often to save and report."""
+    """Number of updates, batch size, and how often to save and report."""
 
-    num_steps: int = setting(200_000, "updates in all", low=1)
-    batch_size: int = setting(2048, "images an update, over all devices", low=1)
+    num_steps: int = setting(200_000, "total number of updates", low=1)
+    batch_size: int = setting(2048, "images per update, over all devices", low=1)
     accumulation_steps: int = setting(
-        1, "parts of the batch whose gradients are computed one after the other, where memory is short", low=1
+        1, "parts of the batch whose gradients are computed one after the other, to save memory", low=1
     )
-    log_every_steps: int = setting(
-        100, "updates between two lines of metrics", low=1, affects=Affects.NOTHING
-    )
+    log_every_steps: int = setting(100, "updates between reports of metrics", low=1, affects=Affects.NOTHING)
     checkpoint_every_steps: int = setting(
-        5_000, "updates between two checkpoints", low=1, affects=Affects.NOTHING
+        5_000, "updates between checkpoints", low=1, affects=Affects.NOTHING
     )
-    keep_checkpoints: int = setting(
-        2, "number of newest checkpoints that are kept", low=1, affects=Affects.NOTHING
-    )
+    keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1, affects=Affects.NOTHING)
     sample_every_steps: int = setting(
-        10_000, "updates between two sample grids; 0: none", low=0, affects=Affects.NOTHING
+        10_000, "updates between sample grids; 0: none", low=0, affects=Affects.NOTHING
     )
 
 
@@ -71,14 +67,17 @@ def train(
     checkpoints: Checkpoints,
     observer: Observer,
 ) -> bool:
-    """Trains until settings.num_steps updates are done and saves; returns whether it got there.
+    """Trains until settings.num_steps updates are done, then saves a checkpoint.
 
-    Metrics are read one update late, so that the host never waits for the update it just started.
-    SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early; of several processes a
-    signal to one stops all, after the same update.
+    Metrics are read one update late, so that the host never waits for the update that it just started.
+    SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early. With several processes, a
+    signal to one of them stops all after the same update.
+
+    Returns:
+      Whether all updates are done; False after a signal.
 
     Raises:
-      NonFiniteError: the loss or gradient is not finite. Nothing is saved then.
+      NonFiniteError: the loss or the gradient is not finite; this state is not saved.
     """
     step, saved = int(state.step), checkpoints.latest_step()
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -94,7 +93,7 @@ def train(
             save_now = _is_due(step, settings.checkpoint_every_steps)
             draw_now = _is_due(step, settings.sample_every_steps)
             if save_now or draw_now:
-                # A state is saved or shown only when it is known to be finite.
+                # Only save or sample a state whose metrics are known to be finite.
                 _report(pending, observer, saved)
                 pending = None
             if save_now:
@@ -127,10 +126,10 @@ def _report(
 
 
 def _stop_condition(mesh: Mesh, signalled: threading.Event) -> Callable[[], bool]:
-    """Whether to stop before the next update: the same answer in every process.
+    """Returns a function that decides, identically in every process, whether to stop before the next update.
 
-    Several processes vote before every update, and the votes are counted one update late: no host waits
-    for the update that it just started.
+    With several processes, all vote before each update. The votes are read one update late, so that no host
+    waits for the update that it just started.
     """
     if not mesh.is_multi_process:
         return signalled.is_set
@@ -148,7 +147,7 @@ def _stop_condition(mesh: Mesh, signalled: threading.Event) -> Callable[[], bool
 
 @contextlib.contextmanager
 def _stop_signals() -> Generator[threading.Event, None, None]:
-    """An event that SIGINT and SIGTERM set, instead of ending the process in the middle of an update."""
+    """Makes SIGINT and SIGTERM set the yielded event instead of ending the process during an update."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""Progress of a run for people: a bar or plain lines, TensorBoard, and grids of samples."""
+"""Reports the progress of a run: a progress bar or plain lines, TensorBoard, and grids of samples."""
 
 import sys
 import time
@@ -15,17 +15,17 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from mcm_jax.system.pictures import save_png
 from mcm_jax.training.state import Params
 
-# protobuf makes these when it is imported.
+# protobuf creates these classes at import time.
 _Event, _SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"]]
 
 
 class RunObserver:
-    """Reports the progress of the loop; a context manager, which flushes everything at the end.
+    """Reports the progress of the training loop; a context manager that flushes all output on exit.
 
-    On a terminal it shows one bar, elsewhere it prints a line per report. Metrics and pictures also go to
-    TensorBoard (an event file in the workdir), and pictures to workdir/samples as PNG.
+    On a terminal it shows a progress bar, elsewhere it prints one line per report. It also writes metrics and
+    sample grids to TensorBoard (an event file in the workdir), and sample grids to workdir/samples as PNG.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class RunObserver:
         """Opens TensorBoard's event file.
 
         Args:
-          first_step: updates done before this start.
-          draw: parameters -> a grid of samples.
+          first_step: number of updates done before this start.
+          draw: maps parameters to a grid of samples.
         """
         self._samples = workdir / "samples"
         self._num_steps, self._batch_size, self._draw = num_steps, batch_size, draw
@@ -68,7 +68,7 @@ class RunObserver:
         self._events.close()
 
     def update(self, step: int) -> None:
-        """Moves the bar; at the first update also prints how long the start took."""
+        """Moves the progress bar; at the first update also prints the start-up time."""
         if self._timed is None:
             self._say(f"first update after {time.monotonic() - self._started:.1f} s")
             self._timed = (step, time.monotonic())
@@ -76,7 +76,7 @@ class RunObserver:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Collects metrics; reports their means every log_every_steps updates and at the end."""
+        """Collects metrics; reports their means every log_every_steps updates and after the last one."""
         self._window.append(values)
         if step % self._log_every_steps and step != self._num_steps:
             return
@@ -98,7 +98,7 @@ class RunObserver:
             self._bar.update(self._task, description=text)
 
     def pictures(self, step: int, params: Params) -> None:
-        """Draws a grid of samples; the reported steps per second exclude the time that it takes."""
+        """Draws a grid of samples; the reported steps per second exclude the time for drawing."""
         start = time.monotonic()
         grid = self._draw(params)
         save_png(grid, self._samples / f"step_{step:07d}.png")
@@ -114,10 +114,10 @@ class RunObserver:
 
 
 class SilentObserver:
-    """The observer of all processes but the first: it takes part in drawing and reports nothing."""
+    """Observer for all processes except the first: takes part in drawing samples and reports nothing."""
 
     def __init__(self, *, draw: Draw):
-        """draw: parameters -> a grid of samples."""
+        """draw: maps parameters to a grid of samples."""
         self._draw = draw
 
     def __enter__(self) -> "SilentObserver":
@@ -138,11 +138,11 @@ class SilentObserver:
 
 
 class _EventFile:
-    """The event files that TensorBoard reads of one start of a run."""
+    """TensorBoard event files of one start of a run."""
 
     def __init__(self, workdir: Path, *, first_step: int):
-        # Makes TensorBoard drop whatever an earlier start logged after first_step: this one logs it again. A
-        # file of its own, as clu's writer has no such event; its name sorts before that of clu's file.
+        # Makes TensorBoard drop what an earlier start logged after first_step, as this start logs it again.
+        # The event needs its own file, since clu's writer lacks it; its name sorts before clu's file.
         restart = _SessionLog(status=_SessionLog.START)
         marker = EventFileWriter(str(workdir))
         marker.add_event(_Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
@@ -156,7 +156,7 @@ class _EventFile:
         self._writer.write_images(step, {name: image[None]})
 
     def close(self) -> None:
-        """Returns when everything is written."""
+        """Blocks until everything is written."""
         self._writer.flush()
         self._writer.close()
 

@@ -1,4 +1,4 @@
-"""What changes from one update to the next."""
+"""The training state: everything that changes from one update to the next."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-# A network's parameters; where their shapes or their shardings are meant, a tree of those.
+# A network's parameters, or a tree of their shapes or shardings with the same structure.
 Params = PyTree
 
 
 class TrainState(NamedTuple):
-    """Everything an update reads and writes; all of it is saved."""
+    """Everything that an update reads and writes; checkpoints contain all of it."""
 
-    step: jax.Array  # int32 scalar, updates done so far
+    step: jax.Array  # int32 scalar: number of updates done
     params: Params
     ema_params: Params
     opt_state: optax.OptState
-    target_params: Params = None  # the target network's, an average of its own; None where there is none
+    target_params: Params = None  # of the target network, a separate average; None if there is none

@@ -1,4 +1,4 @@
-"""One update: loss, gradient, Adam, averaged parameters."""
+"""The train step: loss, gradient, optimizer update, and averaged parameters."""
 
 import functools
 import math
@@ -26,14 +26,15 @@ TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, target_decay: float | None = None
 ) -> TrainState:
-    """A state before the first update, averaging from `params` on; traceable.
+    """Returns the state before the first update; all averages start at `params`. Works under jit.
 
-    target_decay: see `make_train_step`; with one, the target network starts as the student.
+    Args:
+      target_decay: see `make_update`; None: there is no target network.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        # A copy: both are donated to the step, and one buffer can be donated once.
+        # A copy, because both are donated to the step, and a buffer can only be donated once.
         ema_params=jax.tree.map(jnp.copy, params),
         target_params=None if target_decay is None else jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
@@ -52,7 +53,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     seed: int,
 ) -> jax.stages.Wrapped:
-    """`make_update`, jitted on a mesh, with the state donated."""
+    """Returns `make_update` jitted on a mesh, with the state donated."""
     update = make_update(
         loss_fn,
         optimizer,
@@ -78,15 +79,16 @@ def make_update(
     accumulation_steps: int = 1,
     seed: int,
 ) -> TrainStep:
-    """(state, teacher_params, batch) -> (state, metrics); a pure function, for jit or scan.
+    """Returns (state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
 
-    The randomness of update i is fold_in(key(seed), i). Metrics: the loss averaged over the batch, the
+    Update i uses the key fold_in(key(seed), i). The metrics are the loss averaged over the batch and the
     gradient's global norm before clipping.
 
     Args:
-      ema_decay: of the averaged parameters, which are what is sampled.
-      target_decay: of the target network's bias-corrected average, see `debiased_decay`; None: there is none.
-      accumulation_steps: parts of the batch, one after the other, see `accumulated`.
+      ema_decay: decay of the averaged parameters, which are used for sampling.
+      target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: no
+        target network.
+      accumulation_steps: number of parts of the batch, processed one after the other (see `accumulated`).
     """
 
     def update(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -118,10 +120,10 @@ def accumulated(
     *,
     parts: int,
 ) -> T:
-    """The mean of value_and_grad(part, key of the part) over equal parts of the batch: saves memory.
+    """Mean of value_and_grad(part, key) over equal parts of the batch, which saves memory.
 
-    Part i has the examples i, i + parts, ..., so that every device keeps its own, and the key
-    fold_in(key, i); a single part is the batch with the key itself.
+    Part i contains the examples i, i + parts, ..., so that no example moves to another device, and uses the
+    key fold_in(key, i). With parts=1, the whole batch is used with `key` itself.
     """
     if parts == 1:
         return value_and_grad(batch, key)
@@ -141,13 +143,13 @@ def accumulated(
 
 
 def debiased_decay(decay: float, update: Array) -> Float[Array, ""]:
-    """m (1 - m^(k-1)) / (1 - m^k): the decay of update k >= 1 that makes an average bias-corrected.
+    """m (1 - m^(k-1)) / (1 - m^k): the decay in update k >= 1 that makes the average bias-corrected.
 
-    The average is then sum_j m^(k-j) theta_j / sum_j m^(k-j) over the parameters after updates 1..k, whatever
-    it was before the first.
+    The average is then sum_j m^(k-j) theta_j / sum_j m^(k-j) over the parameters theta_j after updates
+    j = 1..k, independent of its initial value.
     """
     if decay == 0:
         return jnp.zeros(())
     k = update.astype(jnp.float32)
-    # By expm1, since m^k is close to one for a slow average.
+    # expm1 is accurate for slow averages, where m^k is close to 1.
     return decay * jnp.expm1((k - 1) * math.log(decay)) / jnp.expm1(k * math.log(decay))

@@ -89,7 +89,7 @@ def test_a_row_that_is_none(row):
     ("row", "message"),
     [
         ("small,cd,steps=four", "'steps=four' is not NAME=WHOLE NUMBER"),
-        ("small,cd,steps=4,steps=8", "it names steps twice"),
+        ("small,cd,steps=4,steps=8", "steps appears twice"),
         ("small,pd,steps=3", "steps=3 must be a power of two from 1 to 512"),
         ("small,pd,steps=1024", "steps=1024 must be a power of two from 1 to 512"),
         ("small,tract,steps=32", "steps=32 must be one of 1, 2, 4, 8, 16"),

@@ -425,6 +425,6 @@ def test_another_error_while_writing_stays_what_it_is(manual_dir, tmp_path, monk
 
 @pytest.mark.parametrize("host", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_hosts_are_numbered_from_one(host):
-    with pytest.raises(InputError, match=f"--host={host}: it must be K/N"):
+    with pytest.raises(InputError, match=f"--host={host}: must be K/N"):
         prepare._host(host)
     assert prepare._host("2/4") == (1, 4)

@@ -621,7 +621,7 @@ def test_a_metric_that_the_reference_cannot_give_is_told_before_sampling(incepti
 @pytest.mark.parametrize("flag", ["--steps=1,x", "--guidance=a", "--checkpoint_step=1.5"])
 def test_lists_of_numbers(flag):
     done = forks.program("evaluate", "--workdir=x", flag)
-    assert done.returncode == 2 and f"{flag}: it must be numbers separated by commas" in done.stderr
+    assert done.returncode == 2 and f"{flag}: must be numbers separated by commas" in done.stderr
 
 
 def of_images(options, images, **changes):

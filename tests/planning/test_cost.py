@@ -19,7 +19,7 @@ def costs(text):
     """(operations, doubts) of a module on the four chips."""
     return cost.operations(
         hlo.parse(text),
-        chips.chip("v5e"),
+        chips.get_chip("v5e"),
         coordinates=[(0, 0), (0, 1), (1, 0), (1, 1)],
         bounds=(2, 2),
         package=Path("/checkout/mcm_jax"),
@@ -81,9 +81,9 @@ def test_links_carry_one_thing_at_a_time():
         return {name: cost._Transfer(start, name, kind, 0.0, 1.0, 1.0) for name, kind in kinds.items()}
 
     for busy, left in (("collective", [1.0, 0.75]), ("copy", [0.75, 1.0]), ("estimated", [0.75, 0.75])):
-        under_way = transfers()
-        cost._advance(under_way, 0.25, busy=busy)
-        assert [one.left for one in under_way.values()] == left
+        in_flight = transfers()
+        cost._advance(in_flight, 0.25, busy=busy)
+        assert [one.remaining_seconds for one in in_flight.values()] == left
 
 
 def test_what_runs_meanwhile_hides_a_collective(operations):
@@ -189,20 +189,20 @@ def test_groups(text, group):
 
 
 def test_a_ring_brings_twice_what_a_line_brings():
-    v5e = chips.chip("v5e")
+    v5e = chips.get_chip("v5e")
     line, ring = [(x, 0) for x in range(8)], [(x, 0) for x in range(16)]
     speed = chips.incoming_bytes_per_second
     assert speed(v5e, line, (8, 8)) == LINK
     assert speed(v5e, ring, (16, 16)) == 2 * LINK
     assert speed(v5e, ring[:8], (16, 16)) == LINK  # Half of a ring is a line.
     assert speed(v5e, [(x, y) for x in range(16) for y in range(16)], (16, 16)) == 4 * LINK
-    v4, column = chips.chip("v4"), [(0, 0, z) for z in range(4)]
+    v4, column = chips.get_chip("v4"), [(0, 0, z) for z in range(4)]
     assert speed(v4, column, (4, 4, 4)) == 2 * LINK
     assert speed(v4, column, (2, 2, 4)) == LINK
 
 
 def test_an_exchange_waits_for_the_narrowest_cut():
-    v5e, speed = chips.chip("v5e"), chips.exchange_bytes_per_second
+    v5e, speed = chips.get_chip("v5e"), chips.exchange_bytes_per_second
     # Every chip gets one part from each of the others; counted over the middle link by hand.
     assert speed(v5e, [(0, 0), (0, 1)], (8, 8)) == LINK
     assert speed(v5e, [(0, y) for y in range(4)], (8, 8)) == pytest.approx(LINK * 3 / 4)
@@ -272,7 +272,7 @@ def test_attentions_kernels_are_counted_here(name, products):
         ]
     )
     [kernel], doubts = cost.operations(
-        hlo.parse(text), chips.chip("v5e"), coordinates=[(0, 0)], bounds=(1, 1), package=Path("/")
+        hlo.parse(text), chips.get_chip("v5e"), coordinates=[(0, 0)], bounds=(1, 1), package=Path("/")
     )
     assert kernel.kind == "kernel" and kernel.flops == products * 2 * 32 * 8 * 256 * 512 * 128
     if products:
@@ -281,4 +281,4 @@ def test_attentions_kernels_are_counted_here(name, products):
         # The query, two keys or values, the result, two bytes a number, and the mask.
         num_bytes = 2 * 32 * 8 * 128 * (256 + 512 + 512 + 256) + 1
         assert kernel.seconds == pytest.approx(num_bytes / 0.81e12)
-        assert doubts == ["the kernel name.3 has no FLOPs, its time is that of its bytes"]
+        assert doubts == ["the kernel name.3 reports no FLOPs; only its bytes are modelled"]

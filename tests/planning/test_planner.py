@@ -59,7 +59,7 @@ def test_a_tiny_network_on_four_chips(tmp_path):
     )
     assert 0 < record["estimated_mfu"] < 1
     assert record["collective_bytes"]["all-gather"] > 0
-    assert "no measurements" in result.stdout and "the compiler's estimate" in result.stdout
+    assert "no measurements" in result.stdout and "estimated by the compiler" in result.stdout
     assert (tmp_path / "plan.hlo").read_text().startswith("HloModule jit_update")
     assert record["config"] == "configs/openmoji.py:teacher"
     assert "--config.model.unroll=False" in record["overrides"]
@@ -87,7 +87,7 @@ def test_sampling_on_four_chips():
     assert record["images_per_step"] == 32 and record["collective_bytes"] == {}
     assert flops[3] == pytest.approx(3 * flops[1], rel=1e-3)
     rate = record["images_per_step"] / record["estimated_step_seconds"]
-    assert f"{rate:.0f} a second, 50000 in {50_000 / rate:.1f} s" in text
+    assert f"{rate:.0f} per second, 50000 in {50_000 / rate:.1f} s" in text
 
 
 @needs_libtpu
@@ -179,7 +179,7 @@ def test_attention_written_out_counts_as_often_as_its_kernels(monkeypatch):
         )
 
     monkeypatch.setattr(compilation, "plan", alone)
-    topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), tuple(jax.devices()[:1]))
+    topology = topologies.Topology("v5e:2x2", topologies.get_chip("v5e"), (2, 2), tuple(jax.devices()[:1]))
     whole = compilation.Plan(0, 0, 0, tuple(operations), "")
     found = compilation.seconds_unfused(whole, attention.einsum, topology, dtype=jnp.dtype("bfloat16"))
     assert found == pytest.approx(3 * 1 + 2 * (5 - 1) + 10)
@@ -188,10 +188,10 @@ def test_attention_written_out_counts_as_often_as_its_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--topology=v5e:3x3",), "--topology=v5e:3x3 does not exist; there are v4:2x2x1, "),
+        (("--topology=v5e:3x3",), "--topology=v5e:3x3 does not exist; available: v4:2x2x1, "),
         (
             ("--config=configs/folder.py:teacher",),
-            "config.data.dataset=.* is not known here; give --num_class",
+            "config.data.dataset=.*: unknown classes; set --num_class",
         ),
         (("--config.mesh.fsdp=3",), "config.mesh: data=1 x fsdp=3 is not the 4 devices"),
         (("--config.training.batch_size=6",), "batch_size=6 can't be divided over 4 devices"),
@@ -209,10 +209,10 @@ def test_bad_input_is_one_line(arguments, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "holds no plan .*; --json=.*/NAME.json writes one"),
-        ("{", "plan.json is no record of a plan"),
-        ("[]", "plan.json is no record of a plan"),
-        ('{"params": 1}', "plan.json is no record of a plan .*'(overrides|program)'"),
+        (None, "contains no plans .*; write one with --json=.*/NAME.json"),
+        ("{", "plan.json is not the record of a plan"),
+        ("[]", "plan.json is not the record of a plan"),
+        ('{"params": 1}', "plan.json is not the record of a plan .*'(overrides|program)'"),
     ],
 )
 def test_a_table_of_what_is_no_plan(tmp_path, text, said):
@@ -264,7 +264,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch, compiles):
 
     monkeypatch.setattr(planner, "_compile", compile_)
     monkeypatch.setattr(
-        topologies, "describe", lambda name: topologies.Topology(name, topologies.chip("v5e"), (2, 2), ())
+        topologies, "describe", lambda name: topologies.Topology(name, topologies.get_chip("v5e"), (2, 2), ())
     )
     config = rows.tiny("teacher", dataset="openmoji", resolution=16)
     record, text, hlo = planner.plan(config, "v5e:2x2")
@@ -272,7 +272,9 @@ def test_what_does_not_fit_says_what_would(monkeypatch, compiles):
     remedy = "--config.model.remat=full --config.mesh.fsdp=4 --config.training.accumulation_steps=2"
     assert record["would_fit_with"] == remedy and not record["fits"] and bool(hlo) == compiles
     needs = (
-        "43.00 GiB in all of 15.75 GiB: does not fit" if compiles else "needs 42.90 GiB of 15.75 GiB a chip"
+        "43.00 GiB in total, 15.75 GiB available: does not fit"
+        if compiles
+        else "needs 42.90 GiB, more than the 15.75 GiB per chip"
     )
     assert f"{needs}; it fits with {remedy}" in text
 
@@ -284,7 +286,7 @@ def test_the_record_adds_up():
         Operation("g", "all-gather", "collective", 4, 0.1, 0.025, 1e6, 0.0, ""),
     ]
     compiled = compilation.Plan(3 * 2**30, 2**30, 5 * 2**30, tuple(operations), "")
-    topology = topologies.Topology("v5e:2x2", topologies.chip("v5e"), (2, 2), ())
+    topology = topologies.Topology("v5e:2x2", topologies.get_chip("v5e"), (2, 2), ())
     record = report.record(
         compiled, topology, program="train", num_params=10, images=11, published=2.7, seconds_unfused=0.4
     )
@@ -294,13 +296,13 @@ def test_the_record_adds_up():
     assert record["estimated_mfu"] == pytest.approx(0.1 / 0.275)
     assert record["flops_per_step"] == pytest.approx(4 * 197e11)
     assert record["estimated_images_per_second"] == pytest.approx(40)
-    text = report.told(compiled, record, topology, costliest=2)
-    assert "a step              one update, with a batch of 11 images" in text
-    assert "3.00 GiB arguments + 1.00 GiB temporaries, 5.00 GiB in all of 15.75 GiB: fits" in text
-    assert "all-gather        4 a step, 1 MB to every chip, 0.1000 s modelled, 75% of it overlapped" in text
-    assert "2.7 steps a second, measured by its authors" in text
-    assert "modelled in all   27% of the step" in text
-    assert "without kernels     0.4000 s, 2.50 steps a second" in text
+    text = report.as_text(compiled, record, topology, costliest=2)
+    assert "step                one update on a batch of 11 images" in text
+    assert "3.00 GiB arguments + 1.00 GiB temporaries, 5.00 GiB in total, 15.75 GiB available: fits" in text
+    assert "all-gather        4 per step, 1 MB to each chip, 0.1000 s modelled, 75% overlapped" in text
+    assert "2.7 steps per second, measured by its authors" in text
+    assert "modelled share    27% of the step" in text
+    assert "without kernels     0.4000 s, 2.50 steps per second" in text
     first, second = text.splitlines()[-2:]
     assert first.split() == ["200.00", "2", "x", "a", "estimated", "models/blocks.py:1"]
     assert second.split() == ["50.00", "1", "x", "k", "kernel"]

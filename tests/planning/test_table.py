@@ -54,15 +54,15 @@ def test_what_the_paper_has_not_is_empty():
 
 
 def test_a_step_that_does_not_fit():
-    topology = topologies.Topology("v5e:8x8", topologies.chip("v5e"), (8, 8), ())
+    topology = topologies.Topology("v5e:8x8", topologies.get_chip("v5e"), (8, 8), ())
     made = {name: RECORD[name] for name in ("config", "overrides", "date", "versions")}
     refused = compilation.TooLarge(17.0 * 2**30, 15.75 * 2**30)
     compiled = compilation.Plan(0, 0, 16 * 2**30, (OPERATION,), "")
     for plan, fitting, size in ((refused, "--config.model.remat=full", "17.0"), (compiled, None, "16.0")):
         record = report.record(plan, topology, program="train", num_params=10, images=8, fitting=fitting)
         header, _, row = rows([made | record])
-        said = f"would with {fitting}" if fitting else "nor with what was tried"
-        assert row[2] == f"does not fit, {said}" and row[-1] == size
+        said = f"does not fit; fits with {fitting}" if fitting else "does not fit with any change tried"
+        assert row[2] == said and row[-1] == size
         assert len(row) == len(header)
 
 
@@ -80,7 +80,7 @@ def test_sections_order_and_versions():
     plain = RECORD | {"overrides": ["--config.model.remat=full"], "date": "2026-01-03"}
     large = RECORD | {"config": "configs/imagenet64.py:large,cd,steps=8", "params": 1230}
     text = table.table([plain, large, RECORD])
-    assert text.index("The configs as they are") < text.index("With `--config.model.remat=full`")
+    assert text.index("Configs without overrides") < text.index("With `--config.model.remat=full`")
     assert text.index("small,ct") < text.index("large,cd") < text.index("With")
     assert "Compiled on 2026-01-02 with jax 1.0, libtpu 2.0.\n" in text and "on 2026-01-03 with" in text
 
@@ -89,13 +89,13 @@ def test_sampling_stands_apart():
     sample = RECORD | {"program": "sample", "images_per_step": 4096, "estimated_images_per_second": 16384.0}
     refused = sample | {"program": "features", "fits": False, "would_fit_with": None}
     text = table.table([refused, sample, RECORD])
-    assert text.index("The configs as they are\n") < text.index("Evaluation. The configs as they are\n")
+    assert text.index("Configs without overrides\n") < text.index("Evaluation. Configs without overrides\n")
     *_, header, _, row, last = rows([refused, sample, RECORD])
     assert row == [
         *("imagenet64 small,ct,steps=8", "v5e:8x8", "sample", "4096"),
         *("0.250", "21%", "16384", "3.1", "50%", "3.0"),
     ]
-    assert last[2:5] == ["features", "4096", "does not fit, nor with what was tried"] and last[-1] == "3.0"
+    assert last[2:5] == ["features", "4096", "does not fit with any change tried"] and last[-1] == "3.0"
     assert len(header) == len(row) == len(last)
 
 
@@ -115,10 +115,10 @@ def test_scaling():
     other = RECORD | {"config": "configs/imagenet128.py:small,ct,steps=8"}
     records = [weak, strong, record, refused, other, apart]
     text = table.scaling(records)
-    assert "imagenet64 small,ct,steps=8, 32 images a chip, with `--b=2`\n" in text
-    assert "imagenet64 small,ct,steps=8, 2048 images an update, with `--b=2`\n" in text
+    assert "imagenet64 small,ct,steps=8, 32 images per chip, with `--b=2`\n" in text
+    assert "imagenet64 small,ct,steps=8, 2048 images per update, with `--b=2`\n" in text
     header, _, first, second, _, _, third, fourth = rows(records, table.scaling)
     assert first == ["v5e:8x8", "64", "2048", "32", "1", "0.2500", "21%", "8192", "1.000"]
     assert second == ["v5e:8x16", "128", "4096", "32", "2", "0.2600", "21%", "15754", "1.040"]
     assert third[-1] == "1.00 on 1" and fourth[-1] == "1.56 on 2" and len(header) == len(first)
-    assert "2048 images on v5e:2x4: does not fit, nor with what was tried.\n" in text
+    assert "2048 images on v5e:2x4: does not fit with any change tried.\n" in text

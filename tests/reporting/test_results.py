@@ -79,7 +79,7 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
     [
         ("what is this", "is damaged"),
         ('{"workdir": }', "is damaged"),
-        ("[1, 2]", "the line is no JSON object"),
+        ("[1, 2]", "the line is not a JSON object"),
         (json.dumps(record(metrics={"x": math.nan})), "NaN is not a number"),
         (json.dumps(record(metrics={"x": 1.5})).replace("1.5", "1e999"), "metrics.x is not finite"),
         (

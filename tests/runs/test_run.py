@@ -156,7 +156,7 @@ def test_a_sampler_is_compiled_once(run, monkeypatch):
 
 
 def test_a_student_warns_of_other_steps(student):
-    with pytest.warns(UserWarning, match="trained for 2 steps and is sampled with 3"):
+    with pytest.warns(UserWarning, match="trained for 2 steps but is sampled with 3"):
         student.sample(2, steps=3)
 
 
@@ -276,7 +276,7 @@ def test_a_variance_for_a_sampler_that_takes_none(run):
 
 
 def test_a_student_warns_of_another_grid(student):
-    with pytest.warns(UserWarning, match="trained on its schedule's grid and is sampled on karras"):
+    with pytest.warns(UserWarning, match="trained on its schedule's grid but is sampled on karras"):
         student.sample(2, noise_grid="karras")
 
 
@@ -363,7 +363,7 @@ def test_an_earlier_checkpoint(teacher):
     assert (early.checkpoint_step, late.checkpoint_step) == (2, 4)
     assert early.workdir == late.workdir == teacher
     assert not np.array_equal(early.params["conv_in"]["kernel"], late.params["conv_in"]["kernel"])
-    with pytest.raises(InputError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+    with pytest.raises(InputError, match=r"no checkpoint of step 3 .*available steps: \[2, 4\]"):
         load_run(teacher, checkpoint_step=3)
 
 
@@ -413,5 +413,5 @@ def test_other_images_than_it_was_trained_on(run, split):
     fingerprints = {**run.dataset.fingerprints, split: "0" * 64}
     dataset = dataclasses.replace(run.dataset, fingerprints=fingerprints)
     other = Run(run.config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
-    with pytest.raises(InputError, match="holds other images than the run was trained on"):
+    with pytest.raises(InputError, match="contains other images than the run was trained on"):
         other.images("train")

@@ -65,7 +65,7 @@ def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_pa
 
 def test_a_finished_run_says_so(teacher, tiny_data, capsys):
     assert trainer.train(tiny.config(tiny_data), teacher)
-    assert "is finished: all its 4 updates are done" in capsys.readouterr().out
+    assert "is finished: all 4 updates are done" in capsys.readouterr().out
 
 
 def test_a_finished_run_needs_nothing_any_more(tiny_data, teacher, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_a_finished_run_needs_nothing_any_more(tiny_data, teacher, tmp_path, cap
     shutil.rmtree(tmp_path / "teacher")
     config.data.data_dir = "/none"
     assert trainer.train(config, tmp_path / "student")
-    assert "is finished: all its 1 updates are done" in capsys.readouterr().out
+    assert "is finished: all 1 updates are done" in capsys.readouterr().out
 
 
 def test_settings_that_may_change_are_kept_as_they_are_now(tiny_data, tmp_path):
@@ -96,7 +96,7 @@ def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilat
     content = json.loads(file.read_text())
     content["config"]["training"]["num_steps"] = 9
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has 4 of its 9 updates; finish the teacher first"):
+    with pytest.raises(InputError, match="has done 4 of its 9 updates; finish the teacher first"):
         trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
 
 
@@ -108,7 +108,7 @@ def test_a_student_keeps_its_teacher_through_all_its_starts(handed, tiny_data, t
         assert handed.pop("teacher_params") is not None
     shutil.rmtree(tmp_path / "teacher/checkpoints/4")
     (tmp_path / "teacher/checkpoints/2").rename(tmp_path / "teacher/checkpoints/4")
-    with pytest.raises(InputError, match="teacher holds another checkpoint than the one that the run in"):
+    with pytest.raises(InputError, match="teacher contains another checkpoint than the one that the run in"):
         trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
     assert "teacher_params" not in handed
 
@@ -150,7 +150,7 @@ def test_every_stage_is_a_run_of_its_own(staged, teacher):
 def test_a_stage_starts_from_the_last_one(tiny_data, teacher, staged, tmp_path):
     config = progressive(tiny_data, staged / "steps_2")
     config.progressive.stages = (2, 1)
-    with pytest.raises(InputError, match=r"carries aDDIM's adjustment; set it to later_xvar_frac=0.25"):
+    with pytest.raises(InputError, match=r"includes aDDIM's adjustment; set it to later_xvar_frac=0.25"):
         trainer.train(config, tmp_path / "student")
     config.progressive.xvar_frac = 0.25
     config.training.num_steps = 1
@@ -185,15 +185,15 @@ def test_all_stages_are_asked_before_the_first_is_trained(
 ):
     shutil.copytree(staged / "steps_1", tmp_path / "steps_1")
     config = progressive(tiny_data, teacher)
-    with pytest.raises(InputError, match="steps_1 holds a run with config"):
+    with pytest.raises(InputError, match="steps_1 contains a run with config"):
         trainer.train(config, tmp_path)
     assert not (tmp_path / "steps_2").exists()
-    with pytest.raises(InputError, match="holds a run, not stages of one"):
+    with pytest.raises(InputError, match="contains a run, not its stages"):
         trainer.train(progressive(tiny_data, teacher), teacher)
 
 
 def test_stages_are_no_run_to_sample(staged):
-    with pytest.raises(InputError, match=r"holds the stages steps_1, steps_2 of a run; name one"):
+    with pytest.raises(InputError, match=r"contains the stages steps_1, steps_2 of a run; choose one"):
         load_run(staged)
 
 
@@ -203,8 +203,8 @@ UNSTAGED = {"progressive__stages": ()}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"progressive__stages": (4, 3)}, "progressive halves, 4 -> 2"),
-        ({"progressive__stages": (4,)}, "needs the teacher's steps and those of one student"),
+        ({"progressive__stages": (4, 3)}, "each stage must halve the steps, 4 -> 2"),
+        ({"progressive__stages": (4,)}, "needs the steps of the teacher and of one or more"),
         ({"objective": "tract", "tract__stages": (4, 3)} | UNSTAGED, "4 steps can't be grouped into 3"),
         ({"objective": "tract", "tract__stages": (2, 4)} | UNSTAGED, "2 steps can't be grouped into 4"),
         ({"consistency__teacher_guidance": 1.0}, "teacher_guidance=1.0 has no effect on progressive"),
@@ -232,7 +232,7 @@ def test_bad_stages_and_guidance(fields, message, tiny_data, teacher, tmp_path, 
 
 def test_a_student_teaches_only_the_next_stage(tiny_data, staged, tmp_path, no_compilation):
     config = progressive(tiny_data, staged / "steps_2")
-    with pytest.raises(InputError, match=r"is a student of 2 steps and .* needs a teacher of 4"):
+    with pytest.raises(InputError, match=r"is a student of 2 steps, but .* needs a teacher of 4"):
         trainer.train(config, tmp_path / "run")
     for objective in ("cd", "tract"):
         with pytest.raises(InputError, match="is a progressive student; name the workdir of a diffusion"):
@@ -626,7 +626,7 @@ def changed(config, **fields):
         ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
         ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
         ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
-        ({"teacher_checkpoint": "x"}, "has no meaning for a diffusion teacher"),
+        ({"teacher_checkpoint": "x"}, "has no effect on a diffusion model"),
         ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
         (
             {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": 2},
@@ -645,10 +645,10 @@ def test_bad_config(fields, message, tiny_data, tmp_path, no_compilation):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model__embedding_width": 32}, "its model.embedding_width is 16, this run's 32"),
-        ({"schedule__noise_resolution_low": 4}, "its schedule.noise_resolution_low is None, this run's 4"),
+        ({"model__embedding_width": 32}, "its model.embedding_width is 16, this run's is 32"),
+        ({"schedule__noise_resolution_low": 4}, "its schedule.noise_resolution_low is None, this run's is 4"),
         ({"consistency__student_steps": None}, "config.consistency.student_steps is not set"),
-        ({"model__blocks": (1, 3)}, "its model.blocks is (1, 2), this run's (1, 3)"),
+        ({"model__blocks": (1, 3)}, "its model.blocks is (1, 2), this run's is (1, 3)"),
     ],
 )
 def test_a_teacher_that_does_not_fit(fields, message, tiny_data, teacher, tmp_path, no_compilation):
@@ -666,7 +666,7 @@ def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
 
 def test_a_teacher_of_other_classes(tiny_data, teacher):
     for class_names in (("even", "prime"), ("even", "odd", "prime"), ("odd", "even")):
-        with pytest.raises(InputError, match="take the teacher's data set"):
+        with pytest.raises(InputError, match="use the teacher's data set"):
             checked(tiny_data, teacher, class_names)
 
 
@@ -687,7 +687,7 @@ def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, ti
 def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):
     tiny.prepare_folder(tmp_path, resolution=16)
     config = changed(tiny.config(tmp_path / "data", "cd", teacher), data__resolution=16)
-    with pytest.raises(InputError, match=r"its data\.resolution is 8, this run's 16"):
+    with pytest.raises(InputError, match=r"its data\.resolution is 8, this run's is 16"):
         trainer.train(config, tmp_path / "run")
 
 
@@ -702,7 +702,7 @@ def test_a_student_is_no_teacher(tiny_data, teacher, tmp_path, monkeypatch):
 def test_another_runs_workdir(tiny_data, teacher, no_compilation):
     config = changed(tiny.config(tiny_data), optimizer__learning_rate=0.5)
     with pytest.raises(
-        InputError, match=r"holds a run with config.optimizer.learning_rate=0.01, now it is 0.5"
+        InputError, match=r"contains a run with config.optimizer.learning_rate=0.01, now it is 0.5"
     ):
         trainer.train(config, teacher)
     assert checkpoint_steps(teacher) == [2, 4]

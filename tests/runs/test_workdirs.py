@@ -96,7 +96,7 @@ def test_anything_else_is_another_run(name, tmp_path):
     section, _, field = name.rpartition("__")
     old, new = (getattr(c, section) if section else c for c in (config(), changed))
     assert (
-        f"holds a run with config.{name.replace('__', '.')}={getattr(old, field)!r}, now it is "
+        f"contains a run with config.{name.replace('__', '.')}={getattr(old, field)!r}, now it is "
         f"{getattr(new, field)!r}; rerun"
     ) in str(error.value)
     assert workdirs.read(tmp_path).config == config()
@@ -146,9 +146,7 @@ def test_a_teacher_that_was_replaced_is_refused(tmp_path, monkeypatch):
     teacher = checkpoint(tmp_path / "teacher", 4, "of Monday")
     start(tmp_path / "run", settings)
     before = (tmp_path / "run" / "run.json").read_bytes()
-    refused = (
-        r"^config.teacher_checkpoint=teacher holds another checkpoint than the one that the run in --workdir="
-    )
+    refused = "^config.teacher_checkpoint=teacher contains another checkpoint than the one that the run in"
     checkpoint(teacher, 9, "trained longer")
     with pytest.raises(InputError, match=refused):
         start(tmp_path / "run", settings)
@@ -212,7 +210,7 @@ def test_a_place_that_can_not_be_written_is_told(tmp_path):
 def test_room_is_asked_for_first(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2_000_000})())
     start(tmp_path, needed_bytes=2_000_000)
-    with pytest.raises(InputError, match=r"has 0.002 GB free and its checkpoints need 0.003 GB"):
+    with pytest.raises(InputError, match=r"has 0.002 GB free, but its checkpoints need 0.003 GB"):
         start(tmp_path, needed_bytes=3_000_000)
 
 

@@ -155,11 +155,11 @@ def test_a_good_config(tmp_path):
 FULL = {
     "named": (f"raise OSError({errno.ENOSPC}, 'No space left on device', '/runs/x')", "/runs/x"),
     "quota": (f"raise OSError({errno.EDQUOT}, 'Disk quota exceeded', '/runs/x')", "/runs/x"),
-    "nameless": (f"raise OSError({errno.ENOSPC}, 'No space left on device')", "below --workdir=runs/cd4"),
+    "nameless": (f"raise OSError({errno.ENOSPC}, 'No space left on device')", "under --workdir=runs/cd4"),
     # As Orbax tells of it, in a thread of its own.
     "library": (
         "raise ValueError('RESOURCE_EXHAUSTED: Failed writing: \"/runs/x\": No space left on device')",
-        "below --workdir=runs/cd4",
+        "under --workdir=runs/cd4",
     ),
     "on the way out": (
         f"""
@@ -210,7 +210,7 @@ def test_out_is_where_a_program_with_both_writes(arguments, place):
         *arguments,
         before="flags.DEFINE_list('workdir', None, ''); flags.DEFINE_string('out', None, '')",
     )
-    assert f": below {place}; free some space" in error_of(done, 1)
+    assert f": under {place}; free some space" in error_of(done, 1)
 
 
 def test_a_disk_that_was_full_from_the_start_is_the_users_to_change():

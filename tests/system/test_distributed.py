@@ -356,7 +356,7 @@ def test_an_error_of_the_cluster_is_told(monkeypatch):
         (("host:", "2", "0"), "MCM_COORDINATOR=host: is not HOST:PORT"),
         (("host:1", "two", "0"), "MCM_NUM_PROCESSES=two is not a number"),
         (("host:1", "2", "-1"), "MCM_PROCESS_ID=-1 is not a number"),
-        (("host:1", "2", "2"), "MCM_PROCESS_ID=2 of MCM_NUM_PROCESSES=2: count the processes from 0"),
+        (("host:1", "2", "2"), "MCM_PROCESS_ID=2 of MCM_NUM_PROCESSES=2: process IDs start at 0"),
     ],
 )
 def test_variables_that_do_not_say_who_is_who(given, message, monkeypatch):
@@ -380,7 +380,7 @@ def test_one_that_does_not_come_is_waited_for_aloud(monkeypatch, capsys):
 
 def test_a_process_that_is_wrong_alone_does_not_wait_for_the_others(tmp_path):
     code = """
-distributed._PARTING_SECONDS = 1.0
+distributed._EXIT_SECONDS = 1.0
 with distributed.joined():
     if INDEX == "1":
         raise InputError("no such file here")

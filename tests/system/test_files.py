@@ -77,7 +77,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
 def test_a_place_that_is_none_is_the_users_to_change(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"/file/x: cannot write there \(.+\); choose another path"):
-        files.write_asked_for(tmp_path / "file" / "x", "content")
+        files.write_output(tmp_path / "file" / "x", "content")
 
 
 def test_a_failure_without_a_number_is_told_by_its_words(tmp_path):
@@ -85,14 +85,14 @@ def test_a_failure_without_a_number_is_told_by_its_words(tmp_path):
         raise OSError("the array is too large")
 
     with pytest.raises(InputError, match=r"/x: cannot write there \(the array is too large\)"):
-        files.write_asked_for(tmp_path / "x", fail)
+        files.write_output(tmp_path / "x", fail)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_not(number, tmp_path, monkeypatch):
     fail_to("fsync", number, monkeypatch)
     with pytest.raises(OSError) as error:
-        files.write_asked_for(tmp_path / "x", "content")
+        files.write_output(tmp_path / "x", "content")
     assert not isinstance(error.value, InputError) and files.is_full(error.value)
     assert not text_of(tmp_path)
 

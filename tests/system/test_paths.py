@@ -90,7 +90,7 @@ def test_a_flag_refuses_a_url_in_one_line(url, values):
         with pytest.raises(flags.Error) as error:
             values(["program", argument])
         refused = command_line._input_error_within(error.value)
-        assert str(refused) == f"{flag}={url} is a URL; only local paths work, such as a mounted bucket's"
+        assert str(refused) == f"{flag}={url} is a URL; only local paths work, such as a mounted bucket"
 
 
 @pytest.mark.parametrize("local", ["runs/a:b", "./gs:/x", "C:/runs", "/gs://x", "2024-01-01T10:/x"])
@@ -99,7 +99,7 @@ def test_other_colons_are_local(local):
 
 
 def test_a_path_that_is_none():
-    with pytest.raises(InputError, match=r"^--workdir is empty; name a file or directory"):
+    with pytest.raises(InputError, match=r"^--workdir is empty; specify a file or directory"):
         paths.local_path("", "--workdir")
     with pytest.raises(InputError, match=r"^--out=~nobody-has-this-name/x: there is no such user's home"):
         paths.local_path("~nobody-has-this-name/x", "--out")

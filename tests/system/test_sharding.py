@@ -48,7 +48,7 @@ def test_a_batch_that_can_not_be_divided():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     sharding.check_batch(mesh, batch_size=16)
     for batch_size in (12, 4, 18):  # 12 and 4 could be divided over data or fsdp alone.
-        with pytest.raises(InputError, match=rf"batch_size={batch_size} .* 8 devices; take a multiple of 8"):
+        with pytest.raises(InputError, match=rf"batch_size={batch_size} .* 8 devices; use a multiple of 8"):
             sharding.check_batch(mesh, batch_size=batch_size)
 
 

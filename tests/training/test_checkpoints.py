@@ -94,7 +94,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_step_that_is_not_there(tmp_path):
     with Checkpoints(saved(tmp_path, 3, 20)) as checkpoints:
-        with pytest.raises(InputError, match=r"no checkpoint of step 4 under .*; there are \[3, 20\]"):
+        with pytest.raises(InputError, match=r"no checkpoint of step 4 under .*; available steps: \[3, 20\]"):
             checkpoints.restore_params(*(tree.params for tree in targets()), parameters="ema", step=4)
 
 
