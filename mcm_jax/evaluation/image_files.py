@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mcm_jax.data.images import FORMATS, find, naming, shown, turn, upright
+from mcm_jax.data.images import FORMATS, find, naming, printable, turn, upright
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
@@ -72,7 +72,7 @@ def _folder(path: Path) -> ImageFiles:
     """All images below a folder, in the order of their paths; subfolders are no labels."""
     found = find(path)
     if not found.files:
-        raise InputError(f"--images={path}: no images in that folder; {found.what_else()}")
+        raise InputError(f"--images={path}: no images in that folder; {found.why_none()}")
     files = [path / name for name in found.files]
     sizes, digest = [], hashlib.sha256()
     for file in files:
@@ -113,5 +113,5 @@ def _size(content: bytes) -> tuple[int, int]:
 def _of_several_sizes(
     path: Path, one: tuple[Path, tuple[int, ...]], other: tuple[Path, tuple[int, ...]]
 ) -> InputError:
-    found = " and ".join(f"{shown(file.name)} of {size[0]}x{size[1]}" for file, size in (one, other))
+    found = " and ".join(f"{printable(file.name)} of {size[0]}x{size[1]}" for file, size in (one, other))
     return InputError(f"--images={path}: images of several sizes, {found}; a distance is of one size")

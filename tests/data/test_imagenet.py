@@ -247,7 +247,7 @@ def test_images_that_are_not_what_they_are_called(mode, kind):
     assert np.abs(found.astype(int) - expected.astype(int)).mean() < 12
 
 
-def test_orientation_marks_are_passed_over():
+def test_orientation_marks_are_ignored():
     image = picture(0)
     exif = Image.Exif()
     exif[0x0112] = 3  # Turned by 180 degrees.
@@ -275,7 +275,7 @@ def test_a_tar_that_is_cut_off_is_told_before_any_work(manual_dir, tmp_path, nam
     ends[2] = last.offset_data + -(-last.size // 512) * 512
     for number, end in enumerate(ends):
         directory = cut(manual_dir, tmp_path / f"{number}", name, lambda _, end=end: end)
-        with pytest.raises(InputError, match=f"{name} is .*cut off") as error:
+        with pytest.raises(InputError, match=f"{name} is .*truncated") as error:
             imagenet.open_source(str(directory))
         assert "\n" not in str(error.value)
 
@@ -302,7 +302,7 @@ def test_an_image_that_cannot_be_read_is_named(manual_dir, tmp_path):
             {imagenet.TRAIN_TAR: tar({}), imagenet.TEST_TAR: tar({"._ILSVRC2012_val_00000001.JPEG": b""})},
             "._ILSVRC2012_val_00000001.JPEG is not an ILSVRC2012 validation image",
         ),
-        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "is not a tar file or is cut off"),
+        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "not a tar file or is truncated"),
     ],
 )
 def test_what_is_no_imagenet(files, said, tmp_path):

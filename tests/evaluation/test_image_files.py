@@ -58,7 +58,7 @@ def test_what_is_no_image_is_noted(folder):
         Image.fromarray(IMAGES[n]).save(folder / f"{n}.{suffix}")
     found = open_images(folder)
     assert found.num == len(all_of(found)[0]) == 9
-    assert found.note == "passed over: 2 hidden, 1 .heic, 1 .txt"
+    assert found.note == "skipped: 2 hidden, 1 .heic, 1 .txt"
 
 
 def test_a_linked_folder_is_read(folder, tmp_path):
