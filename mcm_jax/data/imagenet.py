@@ -170,7 +170,7 @@ class Tars(Source):
 
 
 def _test_number(name: str) -> int | None:
-    """The number in a name such as "ILSVRC2012_val_00000001.JPEG", the index of its label; else None."""
+    """The number in names such as "ILSVRC2012_val_00000001.JPEG", which selects the label; otherwise None."""
     found = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
     number = int(found.group(1)) if found else 0
     return number if 1 <= number <= COUNTS["test"] else None

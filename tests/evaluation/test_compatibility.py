@@ -32,7 +32,7 @@ def test_nothing_is_known_without_a_reference_or_a_data_set(tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (8, 8), (16, 32)])
 def test_another_size_is_refused(size):
-    said = rf"x\.npz has images of {size[1]}x{size[0]} pixels and --reference images of 16x16 pixels"
+    said = rf"x\.npz has images of {size[1]}x{size[0]} pixels but --reference has images of 16x16 pixels"
     with pytest.raises(InputError, match=said):
         KNOWN.require_size(size, what="x.npz")
     KNOWN.require_size((16, 16), what="x.npz")
@@ -57,7 +57,7 @@ def test_other_classes_are_refused(names, said):
 @pytest.mark.parametrize(
     ("shift", "said"),
     [
-        (1, "an image of class 3, and --reference has classes 0 to 2; number the classes as"),
+        (1, "an image of class 3, but --reference has only classes 0 to 2; number the classes from 0"),
         (100, "an image of class 100, and"),
         (-1, "an image of class -1, and"),
     ],

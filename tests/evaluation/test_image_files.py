@@ -106,10 +106,10 @@ def cut_off(path):
         (lambda path: None, "there is no such file or folder"),
         (lambda path: path.mkdir(), "no images in that folder"),
         (lambda path: text(path / "a.png"), "a.png: not a readable image"),
-        (lambda path: path.write_bytes(b"text"), "neither a whole .npz nor a folder"),
-        (lambda path: transparent(path / "a.png"), "a.png: not a readable image .of mode RGBA; take 8-bit"),
-        (lambda path: deep(path / "a.png"), "a.png: not a readable image .of mode I;16; take 8-bit"),
-        (cut_off, "neither a whole .npz nor a folder"),
+        (lambda path: path.write_bytes(b"text"), "neither a complete .npz nor a folder"),
+        (lambda path: transparent(path / "a.png"), "a.png: not a readable image .mode RGBA; use opaque"),
+        (lambda path: deep(path / "a.png"), "a.png: not a readable image .mode I;16; use opaque"),
+        (cut_off, "neither a complete .npz nor a folder"),
         (
             lambda path: np.savez(path.open("wb"), x=IMAGES),
             "arr_0 must hold uint8 images .*, not nothing",
@@ -119,7 +119,7 @@ def cut_off(path):
             "arr_0 must hold uint8 images .* not float64",
         ),
         (lambda path: np.savez(path.open("wb"), IMAGES, np.arange(4)), "arr_1 must hold 5 labels"),
-        (lambda path: np.save(path.open("wb"), IMAGES), "neither a whole .npz nor a folder"),
+        (lambda path: np.save(path.open("wb"), IMAGES), "neither a complete .npz nor a folder"),
     ],
 )
 def test_what_is_none(make, said, tmp_path):

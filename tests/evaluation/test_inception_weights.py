@@ -201,7 +201,7 @@ def test_written_and_read_again(loaded, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is damaged: its numbers have changed since it was written"):
+    with pytest.raises(InputError, match="is damaged: its weights have changed since it was written"):
         inception_weights.load(path)
     path.write_bytes(content[:-4])
     with pytest.raises(InputError, match="or damaged"):

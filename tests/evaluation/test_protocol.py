@@ -214,7 +214,7 @@ def test_a_singular_fid_has_to_be_asked_for(metric, size):
 @pytest.mark.parametrize(("metric", "fewest"), [("precision_recall", 4), ("inception_score", 10)])
 def test_too_few_samples_are_refused_beforehand(metric, fewest):
     protocol.check_metrics((metric,), INCEPTION.network, num=fewest)
-    with pytest.raises(InputError, match=f"needs at least {fewest} images, and there are {fewest - 1}"):
+    with pytest.raises(InputError, match=f"needs at least {fewest} images, but there are {fewest - 1}"):
         protocol.check_metrics((metric,), INCEPTION.network, num=fewest - 1)
 
 
