@@ -57,7 +57,7 @@ def test_a_line_that_was_cut_off_is_skipped_with_a_note(tmp_path, at):
         file.write(json.dumps(record(99.0))[:at])
     collection = results.collect(tmp_path)
     assert [result.metrics[METRIC] for result in collection.results] == [10.0]
-    assert f"{path}:2 is cut off and was skipped; evaluate that run again" in collection.notes
+    assert f"{path}:2 is truncated and was skipped; evaluate that run again" in collection.notes
     # Evaluating again leaves it in place, see files.append_line.
     with open(path, "a") as file:
         file.write("\n")
@@ -71,7 +71,7 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
     path = write(tmp_path / "cd4", record(10.0))
     with open(path, "a") as file:
         file.write('{"workdir": "a\\"}}')
-    assert any("cut off" in note for note in results.collect(tmp_path).notes)
+    assert any("truncated" in note for note in results.collect(tmp_path).notes)
 
 
 @pytest.mark.parametrize(
