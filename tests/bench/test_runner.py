@@ -66,7 +66,7 @@ def test_every_system_on_a_mixture(system, monkeypatch):
 
 def test_bad_input_is_one_line(tmp_path):
     for arguments, said in (
-        (["--problems=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
+        (["--problems=imagenet"], "imagenet is not one of mixture, mixture2d, openmoji"),
         (["--seeds=1"], "seeds"),
         (["--problems="], "--problems is empty"),
         (["--report_only", f"--out={tmp_path / 'none'}"], "has no results.jsonl to report"),
