@@ -81,7 +81,7 @@ def run(
 def _bench(
     name: str, out: Path, *, quick: bool
 ) -> "tuple[mixture.Problem | openmoji.Problem, Callable[[], Callable[[Cell], Values]]]":
-    """Returns the problem and a function that creates its bench and prepares data; a summary needs no bench."""
+    """Returns the problem and a function that creates its bench and prepares data, needed only to measure."""
     from mcm_jax.bench import mixture, openmoji
 
     if name == "openmoji":

@@ -83,7 +83,7 @@ def student(
 
 
 def exact(mixture: Mixture, z_1: Float[np.ndarray, " N"], *, num_samples: int, seed: int = 0) -> Trajectories:
-    """The exact probability flow's paths and samples: a perfect diffusion model in the limit of small steps."""
+    """Paths and samples of the exact probability flow, the small-step limit of a perfect diffusion model."""
     noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
 
     @jax.jit
