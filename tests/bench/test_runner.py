@@ -65,7 +65,7 @@ def test_every_system_on_a_mixture(system, monkeypatch):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    for arguments, said in (
+    for arguments, message in (
         (["--problems=imagenet"], "imagenet is not one of mixture, mixture2d, openmoji"),
         (["--seeds=1"], "seeds"),
         (["--problems="], "--problems is empty"),
@@ -74,7 +74,7 @@ def test_bad_input_is_one_line(tmp_path):
     ):
         (tmp_path / "file").write_text("")
         result = call("findings", *arguments)
-        assert result.returncode == 2 and said in result.stderr, result.stderr
+        assert result.returncode == 2 and message in result.stderr, result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
 
 

@@ -101,7 +101,7 @@ def cut_off(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda path: None, "there is no such file or folder"),
         (lambda path: path.mkdir(), "no images in that folder"),
@@ -122,10 +122,10 @@ def cut_off(path):
         (lambda path: np.save(path.open("wb"), IMAGES), "neither a complete .npz nor a folder"),
     ],
 )
-def test_what_is_none(make, said, tmp_path):
+def test_what_is_none(make, message, tmp_path):
     path = tmp_path / "images"
     make(path)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         open_images(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 

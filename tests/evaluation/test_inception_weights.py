@@ -224,7 +224,7 @@ def test_the_network_has_them(loaded):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not the Inception network"),
         (b"not a network at all", "holds no Inception weights"),
@@ -235,10 +235,10 @@ def test_the_network_has_them(loaded):
         (pickle.dumps([1.0, None]), "is not the Inception network"),
     ],
 )
-def test_what_is_no_network(content, said, tmp_path):
+def test_what_is_no_network(content, message, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         inception_weights.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 

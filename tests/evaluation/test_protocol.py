@@ -187,14 +187,14 @@ def test_what_there_are_too_few_samples_for_is_left_out(inception_reference):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "said"),
+    ("metrics", "message"),
     [
         (("fid",), "--metrics=fid is not one of frechet, nearest"),
         (("frechet", "kid"), "--metrics=kid is defined on"),
     ],
 )
-def test_metrics_of_other_features_are_refused(metrics, said):
-    with pytest.raises(InputError, match=said):
+def test_metrics_of_other_features_are_refused(metrics, message):
+    with pytest.raises(InputError, match=message):
         protocol.check_metrics(metrics, network(), num=50)
     protocol.check_metrics(tuple(protocol.METRICS), INCEPTION.network, num=31)
 

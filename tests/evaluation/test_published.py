@@ -111,7 +111,7 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (npz(mu=MU), "holds mu, but neither mu and sigma nor ref_mu"),
         (npz(mu=MU[:3], sigma=SIGMA[:3, :3]), "mu and sigma: moments of shapes .* instead of 5 features"),
@@ -138,10 +138,10 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
         (lambda path: None, "can't be read"),
     ],
 )
-def test_what_is_no_reference(write, said, tmp_path, read):
+def test_what_is_no_reference(write, message, tmp_path, read):
     path = tmp_path / "reference"
     write(path)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         read(path, single_images=True)
     assert str(error.value).startswith(f"--reference={path}") and "\n" not in str(error.value)
 

@@ -707,7 +707,7 @@ def test_images_against_images(inception, tmp_path, tiny_images):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda images, labels: (images.repeat(2, 1).repeat(2, 2), labels),
@@ -726,11 +726,13 @@ def test_images_against_images(inception, tmp_path, tiny_images):
         (lambda images, labels: (images, labels + 100), "an image of class 10[01], and"),
     ],
 )
-def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path, tiny_reference, tiny_images):
+def test_images_that_do_not_fit_the_reference(
+    change, message, inception, tmp_path, tiny_reference, tiny_images
+):
     """Each was scored, or its class_fid left out, without a word."""
     np.savez(tmp_path / "samples.npz", *change(*tiny_images))
     metrics = ("frechet", "class_fid")
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         scoring.evaluate_images(
             of_images(inception, tmp_path / "samples.npz", reference=tiny_reference, metrics=metrics)
         )
@@ -738,13 +740,13 @@ def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("resolution", "class_names", "said"),
+    ("resolution", "class_names", "message"),
     [
         (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels but --reference has images of 8x8 pixels"),
         (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher and 'even' for --reference"),
     ],
 )
-def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, inception, tiny_reference):
+def test_runs_that_do_not_fit_the_reference(resolution, class_names, message, inception, tiny_reference):
     load = Loader()
 
     def other(*arguments, **how):
@@ -753,13 +755,13 @@ def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, incep
         return run
 
     chosen = dataclasses.replace(inception, reference=tiny_reference, metrics=("frechet", "class_fid"))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         scoring.evaluate(chosen, other)
     assert load.runs[0].asked == [] and not list(inception.cache_dir.glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"reference": None}, "needs a reference: add --reference=FILE with statistics, or DIR"),
         ({"reference": Path("DIR")}, "is not a prepared data set"),
@@ -775,7 +777,7 @@ def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, incep
         ({"images": Path("/no/where")}, "there is no such file or folder"),
     ],
 )
-def test_bad_input_for_images(inception, tmp_path, change, said):
+def test_bad_input_for_images(inception, tmp_path, change, message):
     write_npz(tmp_path / "samples.npz")
     np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz")[:1])
     np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
@@ -784,7 +786,7 @@ def test_bad_input_for_images(inception, tmp_path, change, said):
     change = {
         name: places.get(value, value) if isinstance(value, Path) else value for name, value in change.items()
     }
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         scoring.evaluate_images(of_images(inception, **(chosen | change)))
     assert "\n" not in str(error.value)
 

@@ -75,7 +75,7 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("what is this", "is damaged"),
         ('{"workdir": }', "is damaged"),
@@ -95,13 +95,13 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (json.dumps(record(created="yesterday")), "created is 'yesterday', not a date"),
     ],
 )
-def test_other_damage_is_named_with_file_and_line(tmp_path, line, said):
+def test_other_damage_is_named_with_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "cd4", record(10.0))
     with open(path, "a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError) as error:
         results.collect(tmp_path)
-    assert f"{path}:2" in str(error.value) and said in str(error.value)
+    assert f"{path}:2" in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
