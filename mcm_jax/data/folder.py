@@ -188,7 +188,7 @@ def preprocessing(resolution: int) -> str:
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
-    """image uint8 [r, r, 3], label, file (path in the folder); splits train and test by content hash.
+    """Features: image uint8 [r, r, 3], label, file (relative path). Splits by content hash: train, test.
 
     Identical copies of a file are in the same split, so no test image is also a training image. The image is
     stored as raw bytes rather than as a PNG for the reason given in `openmoji.OpenMoji`.

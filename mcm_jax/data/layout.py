@@ -33,7 +33,7 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Records(Protocol):
-    """TFDS's random access to the examples of a split."""
+    """TFDS's random-access interface to the examples of a split."""
 
     def __len__(self) -> int: ...
 
@@ -101,7 +101,7 @@ def stored_dataset(
 
 
 def config_name(dataset: str, resolution: int) -> str:
-    """'32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets and so on.
+    """The config name: '32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
 
     Raises:
       InputError: no data set has this name.

@@ -56,7 +56,7 @@ _CITATION = """\
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class OpenMojiConfig(tfds.core.BuilderConfig):
-    """One resolution: OpenMojiConfig(name="32", resolution=32)."""
+    """The data set at one resolution: OpenMojiConfig(name="32", resolution=32)."""
 
     resolution: int = 0
 
@@ -135,7 +135,7 @@ def preprocessing(resolution: int) -> str:
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
-    """image uint8 [r, r, 3], label (9 categories), caption, codepoints; splits train and test.
+    """Features: image uint8 [r, r, 3], label (9 categories), caption, codepoints. Splits: train, test.
 
     It has 1,392 images: the 1,898 emojis of `candidates()` minus the 506 that the font lacks. A hash of the
     code points assigns about a tenth to the test split, the same emojis at every resolution.

@@ -320,7 +320,7 @@ def _log_odds(weights: Parameter, scores: Components) -> Points:
 
 
 def _coordinates(mixture: Mixture, points: Points) -> Points:
-    """u = basis^T x, in full float32: by default accelerators multiply matrices with fewer bits."""
+    """u = basis^T x, in full float32: by default, accelerators multiply matrices in lower precision."""
     return jnp.matmul(points, mixture.basis, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -62,7 +62,7 @@ class Evaluator:
         reference: Path | None = None,
         reference_split: str = "train",
     ):
-        """Computes nothing yet if no reference is given.
+        """Computes or loads the reference, if one is given.
 
         Args:
           explicit: the user named the metrics, so a metric that the reference does not support is an error;

@@ -90,7 +90,7 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     for key in keys:
         count = int.from_bytes(file.read(8), "little", signed=True)
         if count != wanted[key].length:
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         storages[key] = _numbers(file.read(count * wanted[key].dtype.itemsize), wanted[key])
     return _arrays(tensors, storages)
 
@@ -105,7 +105,7 @@ def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
 
 def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
     if len(data) != storage.length * storage.dtype.itemsize:
-        raise ValueError("cut off")
+        raise ValueError("truncated")
     return np.frombuffer(data, storage.dtype)
 
 

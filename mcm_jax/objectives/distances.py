@@ -34,7 +34,7 @@ def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, 
 
 
 def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's "for instance"), its square root, or max(SNR(t), 1).
+    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its square root, or max(SNR(t), 1).
 
     SNR + 1 turns the squared distance in x into the squared distance in v; sqrt(SNR + 1) does the same for
     the unsquared distance of a small huber_epsilon. max(SNR, 1) is the weight of progressive distillation

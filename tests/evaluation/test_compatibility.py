@@ -42,9 +42,9 @@ def test_another_size_is_refused(size):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("cat", "eel", "dog"), "class 1 is 'eel' for runs/cd4 and 'dog' for --reference"),
-        (("cat", "dog"), "class 2 is missing for runs/cd4 and 'eel' for"),
-        (("cat", "dog", "eel", "fly"), "class 3 is 'fly' for runs/cd4 and missing for"),
+        (("cat", "eel", "dog"), "class 1 is 'eel' for runs/cd4 but 'dog' for --reference"),
+        (("cat", "dog"), "class 2 is missing for runs/cd4 but 'eel' for"),
+        (("cat", "dog", "eel", "fly"), "class 3 is 'fly' for runs/cd4 but missing for"),
     ],
 )
 def test_other_classes_are_refused(names, message):
@@ -58,8 +58,8 @@ def test_other_classes_are_refused(names, message):
     ("shift", "message"),
     [
         (1, "an image of class 3, but --reference has only classes 0 to 2; number the classes from 0"),
-        (100, "an image of class 100, and"),
-        (-1, "an image of class -1, and"),
+        (100, "an image of class 100, but"),
+        (-1, "an image of class -1, but"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(shift, message):

@@ -265,7 +265,7 @@ def test_a_file_that_is_not_what_its_name_says(layers, tmp_path):
     inception_weights.load(good)
     bad = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     bad.write_bytes(content)
-    with pytest.raises(InputError, match=r"is damaged: its sha256 begins with .*, not 6726825d"):
+    with pytest.raises(InputError, match=r"is damaged: its sha256 begins with .*, not with 6726825d"):
         inception_weights.load(bad)
 
 

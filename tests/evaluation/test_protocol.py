@@ -190,7 +190,7 @@ def test_what_there_are_too_few_samples_for_is_left_out(inception_reference):
     ("metrics", "message"),
     [
         (("fid",), "--metrics=fid is not one of frechet, nearest"),
-        (("frechet", "kid"), "--metrics=kid is defined on"),
+        (("frechet", "kid"), "--metrics=kid is defined only for"),
     ],
 )
 def test_metrics_of_other_features_are_refused(metrics, message):

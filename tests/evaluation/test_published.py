@@ -125,7 +125,7 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
         (npz(mu=MU, sigma=SIGMA, mu_s=MU[:3], sigma_s=-SIGMA[:3, :3]), "mu_s and sigma_s: a cov"),
         (npz(mu=MU, sigma=SIGMA.astype(complex)), "a covariance of dtype complex128 instead of real numbers"),
         (npz(mu=MU * 1j, sigma=SIGMA), "a mean of dtype complex128 instead of real numbers"),
-        (npz(mu=MU, sigma=SIGMA > 0), "a covariance of bool"),
+        (npz(mu=MU, sigma=SIGMA > 0), "a covariance of dtype bool"),
         (npz(mu=MU, sigma=SIGMA, arr_0=IMAGES / 255), "arr_0 holds float64 .* instead of uint8 images"),
         (npz(mu=MU, sigma=SIGMA, arr_0=IMAGES, arr_1=np.ones(7)), "arr_1 holds float64 .* of 7 labels"),
         (npz(arr_0=IMAGES[:1]), "arr_0 holds 1 images, but moments need 2 or more"),

@@ -711,7 +711,7 @@ def test_images_against_images(inception, tmp_path, tiny_images):
     [
         (
             lambda images, labels: (images.repeat(2, 1).repeat(2, 2), labels),
-            "images of 16x16 pixels and --ref",
+            "images of 16x16 pixels but --ref",
         ),
         (
             lambda images, labels: (images[:, :4, :4], labels),
@@ -723,7 +723,7 @@ def test_images_against_images(inception, tmp_path, tiny_images):
             lambda images, labels: (images, labels + 1),
             "an image of class 2, but --reference has only classes 0 to 1",
         ),
-        (lambda images, labels: (images, labels + 100), "an image of class 10[01], and"),
+        (lambda images, labels: (images, labels + 100), "an image of class 10[01], but"),
     ],
 )
 def test_images_that_do_not_fit_the_reference(
@@ -743,7 +743,7 @@ def test_images_that_do_not_fit_the_reference(
     ("resolution", "class_names", "message"),
     [
         (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels but --reference has images of 8x8 pixels"),
-        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher and 'even' for --reference"),
+        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher but 'even' for --reference"),
     ],
 )
 def test_runs_that_do_not_fit_the_reference(resolution, class_names, message, inception, tiny_reference):
