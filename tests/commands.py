@@ -1,13 +1,13 @@
-"""The commands that documents, docstrings and launchers show: found, checked, and run to their end in small.
+"""Finds, checks and runs, at reduced size, the commands shown in documents, docstrings and launchers.
 
-Programs run inside the tests' process, where compiled code and imported libraries are shared: starting Python
-anew would take longer than most of what is run.
+Programs run in the tests' own process, which shares compiled code and imported libraries: starting Python
+again would take longer than most commands.
 
     script = commands.script_of("docs/start.md")    # the blocks of a page, as a reader would paste them
     for command in commands.in_text(text, "docs/start.md"):
         commands.check(command)                     # flags, config and validation; a launcher's dry run
-    commands.run(command, "--num=4")                # to its end, in the current directory
-    Shell(directory, serve).run(script)             # Bash, whose commands `serve` answers
+    commands.run(command, "--num=4")                # to the end, in the current directory
+    Shell(directory, serve).run(script)             # Bash, with its commands answered by `serve`
 """
 
 import ast
@@ -31,7 +31,7 @@ from mcm_jax.config import validation
 from mcm_jax.system import command_line, host
 
 ROOT = Path(__file__).parents[1]
-# A command stands at the start of a line (or after a prompt, a comment's # or a colon) or in backquotes.
+# A command is at the start of a line (or after a prompt, a comment's # or a colon) or in backquotes.
 _PROGRAM = r"(?:\w+=\S+ )*python -m mcm_jax\.\w+"
 _LAUNCHER = r"(?:\w+=\S+ )*(?:bash|sbatch) launch/[\w/]+\.(?:sh|sbatch)"
 _START = rf"(?P<command>(?:{_PROGRAM}|{_LAUNCHER})\b"
@@ -39,7 +39,7 @@ _LINE = re.compile(rf"^(?:[$+#>] *|.*: |.*   )?(?:srun (?:--\S+ )*)?{_START}.*)$
 _INLINE = re.compile(rf"`{_START}[^`]*)`")
 _BLOCK = re.compile(r"^```(bash|console|python|sh|shell)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OTHER_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-# Other tools in running text, as in `mkdocs serve`; python -m takes in modules beside those of mcm_jax.
+# Other tools in running text, such as `mkdocs serve`, and python -m with modules outside mcm_jax.
 _TOOL = re.compile(
     r"`((?:docker|gcloud|git|kubectl|lint-imports|mkdocs|pip|pyright|pytest|ruff|sbatch|scancel|srun|tensorboard|tfds"
     r"|python -m (?!mcm_jax))[ .][^`]*)`"
@@ -50,12 +50,12 @@ _ELISIONS = ("..", "ARGUMENT")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command and where it was found.
+    """A command and the place where it was found.
 
     Attributes:
-      where: a file's name.
-      words: the words as the shell passes them on, without settings of the environment.
-      settings: the settings of the environment before them, such as "MCM_ACCELERATOR=gpu".
+      where: the name of the file.
+      words: the command's words as the shell passes them on, without environment variables.
+      settings: environment variables set before the words, such as "MCM_ACCELERATOR=gpu".
     """
 
     where: str
@@ -72,20 +72,20 @@ class Command:
 
     @property
     def program(self) -> str | None:
-        """ "train" of `python -m mcm_jax.train`; None for a launcher."""
+        """The program's name, "train" for `python -m mcm_jax.train`; None for a launcher."""
         return self.words[2].removeprefix("mcm_jax.") if self.words[0] == "python" else None
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The words after the program's or launcher's name."""
+        """The words after the name of the program or launcher."""
         return self.words[3 if self.program else 2 :]
 
 
 def in_text(text: str, where: str) -> list[Command]:
-    """The commands in Markdown, a docstring, a script's head or the output of a dry run, each once.
+    """The distinct commands in Markdown, a docstring, a script's header or the output of a dry run.
 
-    Lines that end in a backslash are continued, and comments removed. Commands with an elision (`...`) are
-    skipped, and so are names of programs in running text (`python -m mcm_jax.train`).
+    Lines that end in a backslash are continued, and comments are removed. Commands with an elision (`...`)
+    are skipped, and so are program names without arguments in running text (`python -m mcm_jax.train`).
     """
     text = re.sub(r"\\\n(?:#| )*", " ", text)
     lines = [found["command"] for line in text.splitlines() if (found := _LINE.match(line.strip()))]
@@ -96,7 +96,7 @@ def in_text(text: str, where: str) -> list[Command]:
 
 
 def _command(where: str, line: str) -> Command:
-    """The command of a line; three spaces separate it from an explanation."""
+    """Parses the command in a line; three spaces separate it from an explanation."""
     words = shlex.split(re.split(r"   +| &&", line)[0], comments=True)
     start = next(n for n, word in enumerate(words) if "=" not in word)
     return Command(where, tuple(words[start:]), tuple(words[:start]))
@@ -107,20 +107,20 @@ def _is_name(command: Command) -> bool:
 
 
 def in_docstring(path: Path) -> list[Command]:
-    """The commands in the docstring of a Python file."""
+    """The commands in the module docstring of a Python file."""
     return in_text(ast.get_docstring(ast.parse(path.read_text())) or "", path.name)
 
 
 def in_head(script: str) -> list[Command]:
-    """The commands in the comments of a launcher."""
+    """The commands in a launcher's comments."""
     lines = (ROOT / script).read_text().splitlines()
     return in_text("\n".join(line for line in lines if line.startswith("#")), script)
 
 
 def script_of(source: str) -> str:
-    """All commands of a file as one script: the blocks of a page, a launcher's head, a docstring.
+    """All commands of a file as one script: the blocks of a page, a launcher's header, or a docstring.
 
-    A block of Python becomes `python -c`. Commands in running text come last.
+    Python blocks become `python -c` commands. Commands in running text come last.
     """
     path = ROOT / source
     if path.suffix == ".py":
@@ -141,7 +141,7 @@ def script_of(source: str) -> str:
 
 
 def in_dry_run(script: str, *arguments: str) -> list[Command]:
-    """The commands of programs that a launcher would run."""
+    """The program commands that a launcher would run."""
     environment = os.environ | {
         "MCM_DRY_RUN": "1",
         "MCM_VENV": "/nonexistent",
@@ -155,10 +155,10 @@ def in_dry_run(script: str, *arguments: str) -> list[Command]:
 
 
 def check(command: Command) -> None:
-    """Parses a program's flags and validates its config; for a launcher, those of the programs it would run.
+    """Parses a program's flags and validates its config; for a launcher, checks the programs it would run.
 
     Raises:
-      InputError, AssertionError: the program, or the launcher, would refuse it.
+      InputError, AssertionError: the program or the launcher would reject the command.
     """
     if command.program is None:
         for each in in_dry_run(command.words[1], *command.arguments):
@@ -173,7 +173,7 @@ def check(command: Command) -> None:
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
             config = command_line.loaded_config(flags.FLAGS["config"])
             if command.program == "plan" and config.objective != "diffusion":
-                config.teacher_checkpoint = "runs/teacher"  # Which a plan does not need.
+                config.teacher_checkpoint = "runs/teacher"  # Validation needs one, although a plan does not.
             validation.validate(config)
 
     with mock.patch.object(command_line, "run", parse), _process(command, ()):
@@ -181,10 +181,10 @@ def check(command: Command) -> None:
 
 
 def run(command: Command, *small: str) -> str:
-    """Runs a program to its end and returns its output.
+    """Runs a program to the end and returns its output.
 
     Args:
-      small: arguments to add, which make it short; they replace the command's own of the same names.
+      small: arguments to append that shorten the run; they override the command's own.
     """
     with _process(command, small) as output:
         code = None
@@ -198,7 +198,7 @@ def run(command: Command, *small: str) -> str:
 
 @contextlib.contextmanager
 def _process(command: Command, small: tuple[str, ...]) -> Iterator[object]:
-    """Arguments, flags and environment as in a new process, and afterwards as they were before."""
+    """Sets arguments, flags and environment as in a new process; restores them afterwards."""
     known, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
     argv = [f"mcm_jax.{command.program}", *command.arguments, *small]
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
@@ -209,7 +209,7 @@ def _process(command: Command, small: tuple[str, ...]) -> Iterator[object]:
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.dict(os.environ, MCM_NUM_PROCESSES="1"),
-        # Its settings are for the whole life of a process.
+        # Its settings would apply to the rest of this process.
         mock.patch.object(host, "tune"),
         contextlib.redirect_stdout(streams[0]),
         contextlib.redirect_stderr(streams[1]),
@@ -219,18 +219,18 @@ def _process(command: Command, small: tuple[str, ...]) -> Iterator[object]:
         finally:
             for name in set(flags.FLAGS) - known:
                 definer = flags.FLAGS.find_module_defining_flag(name)
-                # Other flags belong to libraries that were imported meanwhile.
+                # The other new flags belong to libraries imported in the meantime.
                 if "." in name or str(definer).startswith("mcm_jax."):
                     delattr(flags.FLAGS, name)
             if not parsed:
                 flags.FLAGS.unparse_flags()
 
 
-# What launchers call and a test need not imitate.
+# Tools that launchers call and that tests run as they are.
 _TOOLS = (
     "cat chmod cksum cp dirname env grep id mkdir mktemp paste rm sed seq sleep sort tail tar touch".split()
 )
-# Commands that are passed on. Anything else that a page calls ends it: "command not found".
+# Commands that are forwarded to the test's process. Any other command fails: "command not found".
 _PASSED_ON = (
     *("bash", "docker", "gcloud", "git", "kubectl", "lint-imports", "mkdocs", "pip", "pyright", "pytest"),
     *("python", "ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds"),
@@ -249,13 +249,13 @@ _LAUNCHERS_NEED = ("launch", "configs", "setup.cfg", "setup.py", "pyproject.toml
 
 
 class Shell:
-    """Bash in a directory that looks like a checkout; the test's process answers each command it calls.
+    """Bash in a directory that looks like a checkout; the test's process answers each command that it calls.
 
-    So scripts and launchers run to their own ends, and programs run where compiled code is shared.
+    Thus scripts and launchers run to the end, and programs run in the process that shares compiled code.
     """
 
     def __init__(self, directory: Path, serve: Callable[[Sequence[str], str], int | str]):
-        """serve: (words, accelerator) -> exit code, or "run" or "dry" for Bash to go on with a launcher."""
+        """serve: (words, accelerator) -> exit code, or "run" or "dry" to run a launcher (dry) in Bash."""
         self.directory, self._serve = directory, serve
         bash = shutil.which("bash")
         for name in _LAUNCHERS_NEED:
@@ -273,7 +273,7 @@ class Shell:
         self._bash, self._bin = bash, bin_
 
     def run(self, script: str) -> str:
-        """Runs a script, which must succeed, and returns what it and its launchers print.
+        """Runs a script, which must succeed, and returns its output and that of its launchers.
 
         Raises:
           AssertionError: a command failed, or `serve` raised it.
@@ -299,7 +299,7 @@ class Shell:
             )
             os.close(request_end)
             os.close(answer_end)
-            # Closing the answers ends a command that waits for one, and so the script.
+            # Closing the pipe of answers ends a command that waits for one, and therefore the script.
             try:
                 with open(request, "rb") as requests, open(answer, "wb", buffering=0) as answers:
                     while words := _request(requests):
@@ -314,7 +314,7 @@ class Shell:
 
 
 def _request(stream: io.BufferedReader) -> list[str]:
-    """The next command's words; [] at the end of the stream."""
+    """Reads the words of the next command; [] at the end of the stream."""
 
     def word() -> str:
         letters = bytearray()

@@ -1,18 +1,18 @@
-"""Shared by all tests: forced CPU devices, types checked at run time, one tiny trained teacher.
+"""Configuration shared by all tests: simulated CPU devices, run-time type checks, one tiny trained teacher.
 
-Programs split over eight devices compile slowly, so most tests see one device; those marked multi_device run
-in a process of their own with MCM_TEST_DEVICES=8, as launch/test.sh does.
+Programs for eight devices compile slowly, so most tests see one device. Tests marked multi_device run in a
+separate process with MCM_TEST_DEVICES=8, as in launch/test.sh.
 """
 
 import os
 from pathlib import Path
 
-# Before the first import of JAX.
+# Must be set before the first import of JAX.
 DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
 FLAGS = (
     f"--xla_force_host_platform_device_count={DEVICES}",
-    # Most of the time went into LLVM's optimisation of programs that run a few times. What is computed,
-    # where, and sent to whom, is settled before it.
+    # LLVM's optimisations would take most of the time, for programs that run only a few times. They do not
+    # change what is computed on which device and which data are exchanged.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
@@ -29,7 +29,7 @@ install_import_hook("mcm_jax", "beartype.beartype")
 
 import hypothesis
 
-# Derandomised: the same examples every time. No deadline: the first example of a shape compiles.
+# Derandomised, for the same examples every time; no deadline, as the first example of each shape compiles.
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("fixed")
 
@@ -40,13 +40,13 @@ from tests import tiny
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """data_dir of the prepared folder/tiny."""
+    """The data_dir with the prepared folder/tiny."""
     return tiny.prepare_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def teacher(tiny_data, tmp_path_factory):
-    """workdir of a diffusion teacher after its four updates."""
+    """The workdir of a diffusion teacher after its four updates."""
     from mcm_jax.runs import trainer
 
     workdir = tmp_path_factory.mktemp("runs") / "teacher"
@@ -54,8 +54,8 @@ def teacher(tiny_data, tmp_path_factory):
     return workdir
 
 
-# What trains, compiles a whole network, or starts programs; `launch/test.sh --fast` leaves it out, with the
-# tests that are marked slow one by one.
+# Tests that train, compile a whole network, or start programs; `launch/test.sh --fast` skips them, and tests
+# that are individually marked slow.
 SLOW = (
     "bench",
     "config/test_paper_rows.py",
@@ -75,7 +75,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of several devices need them, and the others are faster on one."""
+    """Marks slow tests, and skips multi-device tests without eight devices."""
     tests = Path(__file__).parent
     slow = [tests / name for name in SLOW]
     for item in items:

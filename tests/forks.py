@@ -1,8 +1,8 @@
-"""Processes that start at once: forks of one that has imported the libraries.
+"""Processes that start quickly: forks of a process that has already imported the libraries.
 
-Importing JAX, Orbax and TensorFlow takes a fresh interpreter longer than most tests take. There are two
-parents, each with a hash seed of its own, so that processes of one program differ in the order of their sets
-as they would on two hosts.
+In a new interpreter, importing JAX, Orbax and TensorFlow takes longer than most tests. There are two parents
+with different hash seeds, so that the processes of one program iterate over sets in different orders, as they
+would on two hosts.
 """
 
 import functools
@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Imports, then forks a child for every request, with the request's environment, working directory and files.
-# The child runs the request's code and exits as any interpreter does.
+# The parent imports the libraries, then forks a child for every request, with the request's environment,
+# working directory and files. The child runs the request's code and exits like any interpreter.
 _PARENT = """
 import json, os, sys, warnings
 import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy, tensorflow
@@ -26,7 +26,7 @@ import mcm_jax.runs.trainer, mcm_jax.training.observer, mcm_jax.evaluation.evalu
 import tests.tiny
 
 def serve():
-    # Returns in the children only, with the code that each is to run.
+    # Returns only in children, with the code to run.
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -34,7 +34,7 @@ def serve():
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # JAX warns of forks after its back end has started: it has not.
+            warnings.simplefilter("ignore")  # JAX warns of forks, but its backend has not started yet.
             pid = os.fork()
         if pid > 0:
             print(pid, flush=True)
@@ -76,7 +76,13 @@ class Process:
     """A running `python -c CODE ARGUMENTS`, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, code, *arguments, out, err, environment=None, cwd=ROOT, parent=0):
-        """out, err: files to append to; environment: added to this process's; parent: 0 or 1."""
+        """Starts the process.
+
+        Args:
+          out, err: files to which stdout and stderr are appended.
+          environment: variables to add to this process's environment.
+          parent: number of the parent, taken modulo 2.
+        """
         self._parent, self.returncode = parent % 2, None
         self.pid = _request(
             self._parent,
@@ -111,7 +117,7 @@ class Process:
 
 
 def run(code, *arguments, **how) -> subprocess.CompletedProcess:
-    """The finished `python -c CODE ARGUMENTS`, with its output; how: arguments of Process."""
+    """Runs `python -c CODE ARGUMENTS` to the end and captures its output; how: arguments of Process."""
     with tempfile.TemporaryDirectory() as directory:
         out, err = (Path(directory) / name for name in ("out", "err"))
         returncode = Process(code, *arguments, out=out, err=err, **how).wait()
@@ -119,6 +125,6 @@ def run(code, *arguments, **how) -> subprocess.CompletedProcess:
 
 
 def program(name, *arguments, **how) -> subprocess.CompletedProcess:
-    """The finished `python -m mcm_jax.NAME ARGUMENTS`."""
+    """Runs `python -m mcm_jax.NAME ARGUMENTS` to the end and captures its output."""
     code = f"import runpy; runpy.run_module('mcm_jax.{name}', run_name='__main__', alter_sys=True)"
     return run(code, *arguments, **how)

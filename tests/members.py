@@ -1,4 +1,4 @@
-"""Programs of several processes on this machine, as the hosts of a cluster run them, on CPU over loopback."""
+"""Multi-process programs on this machine, as on the hosts of a cluster, but on CPUs and over loopback."""
 
 import json
 import os
@@ -9,7 +9,8 @@ import time
 
 from tests.forks import Process
 
-# Written before the code of every member. What only the first process may do, the others can't.
+# Prepended to the code of every member. `first_only` makes the other processes fail if they do what only the
+# first process may do.
 _PREAMBLE = """
 import json, os, sys
 from pathlib import Path
@@ -21,9 +22,9 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.training import loop, observer
 from tests import tiny
 
-INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # To ask JAX would start its back end.
-# Gloo writes to the process's own output, in the middle of lines.
-sys.stdout = open(Path(sys.argv[1]) / f"said.{INDEX}", "a", buffering=1)
+INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # jax.process_index() would start the backend.
+# A separate file for Python's output, because Gloo writes to the process's stdout, in the middle of lines.
+sys.stdout = open(Path(sys.argv[1]) / f"output.{INDEX}", "a", buffering=1)
 
 def refuse(*_, **__):
     raise AssertionError("only the first process may do this")
@@ -46,16 +47,24 @@ def free_port():
 
 
 class Members:
-    """The processes of one program; use it as a context, so that none outlives a test."""
+    """The processes of one program; use it as a context manager, so that no process outlives a test."""
 
     def __init__(self, code, *, count, devices, directory, environment=None):
-        """code: what each runs, after the preamble; devices: of each; directory: made for its `log`s."""
+        """Starts the processes.
+
+        Args:
+          code: Python code that each process runs after the preamble.
+          count: number of processes.
+          devices: number of devices per process.
+          directory: new directory for output and logs.
+          environment: additional environment variables.
+        """
         directory.mkdir()
         port = free_port()
         self.directory, self.processes = directory, []
         for index in range(count):
             variables = {
-                # After the tests' own flags: the last count holds.
+                # Follows the tests' own flags, because the last count wins.
                 "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             }
             if count > 1:
@@ -64,8 +73,8 @@ class Members:
                     "MCM_NUM_PROCESSES": str(count),
                     "MCM_PROCESS_ID": str(index),
                 }
-            said, out, err = (directory / f"{stream}.{index}" for stream in ("said", "out", "err"))
-            said.touch()
+            output, out, err = (directory / f"{stream}.{index}" for stream in ("output", "out", "err"))
+            output.touch()
             process = Process(
                 _PREAMBLE + code,
                 directory,
@@ -84,24 +93,24 @@ class Members:
             process.kill()
             process.wait()
 
-    def said(self, index, stream="said"):
-        """What a process has printed, or written to "err"."""
+    def output(self, index, stream="output"):
+        """What a process has printed so far; with stream="err", what it has written to stderr."""
         return (self.directory / f"{stream}.{index}").read_text()
 
     def wait_for(self, pattern, *, timeout=240):
-        """Until the first process has said it."""
+        """Waits until the first process's output matches `pattern`."""
         until = time.monotonic() + timeout
-        while not re.search(pattern, self.said(0)):
+        while not re.search(pattern, self.output(0)):
             assert time.monotonic() < until and self.processes[0].poll() is None, self.everything()
             time.sleep(0.05)
 
     def codes(self, *, timeout=300):
-        """The exit codes; fails where the processes hang."""
+        """Waits for all processes and returns their exit codes; fails if they hang."""
         until = time.monotonic() + timeout
         try:
             return [process.wait(max(0.0, until - time.monotonic())) for process in self.processes]
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"they hang; {self.everything()}") from None
+            raise AssertionError(f"the processes hang; {self.everything()}") from None
 
     def everything(self):
         files = sorted(self.directory.glob("*.*"))
@@ -109,11 +118,11 @@ class Members:
 
 
 def logged(directory, name, index):
-    """What a process has put there by `log(name, ...)`."""
+    """The records that a process has written with `log(name, ...)`."""
     return [json.loads(line) for line in (directory / f"{name}.{index}.jsonl").read_text().splitlines()]
 
 
-# A program's own command line, after the preamble.
+# Runs a program with its own command line, after the preamble.
 _PROGRAM = """
 import runpy
 place = sys.argv.pop()

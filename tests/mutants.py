@@ -1,18 +1,19 @@
-"""Mutation testing of the mathematics: every small mistake in it must fail a test.
+"""Mutation testing of the mathematics: every small mistake in it must make a test fail.
 
     python -m tests.mutants
     python -m tests.mutants --only mcm_jax/diffusion/steps.py:addim --kinds sign,time --verbose
 
-A mutant is one module with one expression changed: a sign, the index of a time, an exponent, a stop-gradient,
+A mutant is a module with one changed expression: a sign, the index of a time, an exponent, a stop-gradient,
 the axis of a mean, a constant and so on (tests/mutations.py). The tests of the mathematics run against it,
-its own module's first, and stop at the first failure: the mutant is killed. One that passes them all has
-survived. Either a test is missing, or the mutant is equivalent: nobody can see the difference. Such ones are
-listed, each with its reason, in tests/equivalent_mutants.toml, and are not run. Exit code 1: others survived;
-2: nothing was learned, as the tests fail without a mutation or no mutant was chosen.
+those of its own module first, and stop at the first failure: the mutant is killed. A mutant that passes all
+tests has survived. Then either a test is missing, or the mutant is equivalent: its results do not differ.
+Equivalent mutants are listed with a reason in tests/equivalent_mutants.toml and are not run. Exit code 1:
+other mutants survived; 2: the run is inconclusive, as the tests fail without a mutation or no mutant was
+chosen.
 
-Nothing is written into the checkout. The parent imports the libraries once, but starts no JAX backend. For
-every mutant a forked child runs pytest in a temporary copy of package and tests. All children share a
-compilation cache of JAX, so most of what a mutant runs has been compiled before.
+Nothing is written into the checkout. The parent process imports the libraries once but starts no JAX backend.
+For every mutant, a forked child runs pytest in a temporary copy of package and tests. All children share a
+JAX compilation cache, so most of what a mutant runs is already compiled.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SOURCES = ("mcm_jax/diffusion/*.py", "mcm_jax/objectives/*.py")
 TESTS = ("tests/diffusion/test_*.py", "tests/objectives/test_*.py")
 EQUIVALENT = "tests/equivalent_mutants.toml"
 
-# Imported by the parent, because they take seconds: what the tests and the modules under test import.
+# Imports of the tests and of the modules under test that take seconds; the parent imports them once.
 LIBRARIES = (
     "beartype",
     "flax.nnx",
@@ -50,20 +51,20 @@ LIBRARIES = (
     "pytest",
     "tensorflow_datasets",
 )
-# A mutant counts as hanging after this many times what the tests take without a mutation, plus a minute.
+# A mutant counts as hanging after this multiple of the tests' time without a mutation, plus a minute.
 TIME_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    mutant: Mutant | None  # None: the tests as they are
-    killer: str | None  # the test that failed, or how it ended otherwise; None: it survived
+    mutant: Mutant | None  # None: without a mutation
+    killer: str | None  # the test that failed, or another cause of the end; None: the mutant survived
     seconds: float
     log: str
 
 
 class FirstFailure:
-    """A child's pytest plugin: notes which test failed; hypothesis need not simplify its example."""
+    """A child's pytest plugin: records which test failed and keeps hypothesis from shrinking its example."""
 
     def __init__(self, note: Path):
         self.note = note
@@ -83,14 +84,14 @@ class FirstFailure:
 
 
 def tests_of(path: str, root: Path) -> list[str]:
-    """All tests of the mathematics: first those of this module, then of its directory."""
+    """All test files of the mathematics: this module's first, then its directory's, then the others."""
     own = Path("tests", *Path(path).parts[1:-1], f"test_{Path(path).name}")
     tests = [test.relative_to(root) for pattern in TESTS for test in sorted(root.glob(pattern))]
     return [str(test) for test in sorted(tests, key=lambda test: (test != own, test.parent != own.parent))]
 
 
 def run_tests(directory: Path, mutant: Mutant | None, root: Path, limit_seconds: int) -> None:
-    """What a child does: exits with pytest's exit code, or is ended by SIGALRM after limit_seconds."""
+    """Runs in a child: exits with pytest's exit code, or is killed by SIGALRM after limit_seconds."""
     import pytest
 
     signal.alarm(limit_seconds)
@@ -115,7 +116,7 @@ def run_tests(directory: Path, mutant: Mutant | None, root: Path, limit_seconds:
 def run(
     mutants: list[Mutant | None], *, root: Path, processes: int = 1, limit_seconds: int = 3600
 ) -> Iterator[Outcome]:
-    """Runs the tests against each mutant, so many at a time; the outcomes in the order in which they come."""
+    """Runs the tests against each mutant, `processes` at a time; yields outcomes as they finish."""
     fork, waiting, running = multiprocessing.get_context("fork"), list(reversed(mutants)), {}
     with tempfile.TemporaryDirectory() as scratch:
         while waiting or running:
@@ -136,7 +137,7 @@ def run(
 
 
 def warm_up(cache: str) -> None:
-    """Imports the libraries, with the settings that JAX reads at its import."""
+    """Imports the libraries, after setting the environment variables that JAX reads on import."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -145,7 +146,7 @@ def warm_up(cache: str) -> None:
 
 
 def equivalents(root: Path) -> set[Mutant]:
-    """The listed ones; a mutant equals them in path, function, kind, before and after."""
+    """The mutants listed as equivalent; they compare by path, function, kind, before and after."""
     listed = tomllib.loads((root / EQUIVALENT).read_text()).get("equivalent", [])
     for entry in listed:
         if not entry.pop("why", ""):
@@ -167,35 +168,35 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
         help="a directory, module or function; repeatable",
     )
     add("--kinds", metavar="KIND,KIND", default=",".join(KINDS), help="default: %(default)s")
-    add("--equivalent", action="store_true", help="run those listed as equivalent instead: all must survive")
+    add("--equivalent", action="store_true", help="run only mutants listed as equivalent; all must survive")
     add("--list", action="store_true", help="print the mutants and run nothing")
     add("--verbose", action="store_true", help="print what killed each mutant")
-    add("--processes", metavar="N", type=int, default=2, help="mutants at a time (default: %(default)s)")
+    add("--processes", metavar="N", type=int, default=2, help="mutants in parallel (default: %(default)s)")
     add("--root", metavar="DIRECTORY", type=Path, default=ROOT, help="the checkout (default: this one)")
     arguments = parser.parse_args(argv)
     arguments.kinds = arguments.kinds.split(",")
     if unknown := set(arguments.kinds) - set(KINDS):
-        parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+        parser.error(f"--kinds: {', '.join(sorted(unknown))} is not one of {', '.join(KINDS)}")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Runs the program and returns its exit code."""
     arguments, console = arguments_of(argv), Console(soft_wrap=True, markup=False, highlight=False)
     root = arguments.root.resolve()
     paths = [path for pattern in SOURCES for path in sorted(root.glob(pattern))]
     made = [m for path in paths for m in mutants_of(str(path.relative_to(root)), path.read_text())]
     listed = equivalents(root)
     for mutant in listed - set(made):
-        console.print(f"{EQUIVALENT} lists what is no mutant any more: {mutant}")
+        console.print(f"{EQUIVALENT} lists a mutant that no longer exists: {mutant}")
     chosen = [m for m in made if m.kind in arguments.kinds]
     if arguments.only:
         chosen = [m for m in chosen if f"{m.path}:{m.function}".startswith(tuple(arguments.only))]
     mutants = [m for m in chosen if (m in listed) == arguments.equivalent]
     if arguments.list:
         console.print("\n".join(map(str, mutants)))
-    left_out = f"{len(chosen) - len(mutants)} {'not ' * arguments.equivalent}listed as equivalent left out"
-    console.print(f"{len(mutants)} mutants of {len(made)} chosen, {left_out}.")
+    left_out = f"{len(chosen) - len(mutants)} {'not ' * arguments.equivalent}listed as equivalent skipped"
+    console.print(f"{len(mutants)} of {len(made)} mutants chosen, {left_out}.")
     if arguments.list or not mutants:
         return 0 if mutants else 2
     with tempfile.TemporaryDirectory() as cache:
@@ -211,10 +212,10 @@ def main(argv: list[str] | None = None) -> int:
 def show(
     mutants: list[Mutant], unmutated_seconds: float, arguments: argparse.Namespace, console: Console
 ) -> int:
-    """Runs the tests against the mutants, prints the survivors, and returns the number of the killed."""
+    """Runs the tests against the mutants, prints the survivors, and returns the number of killed mutants."""
     start, killed, limit_seconds = time.monotonic(), 0, round(60 + TIME_FACTOR * unmutated_seconds)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    # No automatic refresh: it is a thread, and forks do not copy threads.
+    # No automatic refresh, because it runs in a thread, and forks do not copy threads.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("mutants", total=len(mutants))
         progress.refresh()
@@ -233,8 +234,8 @@ def show(
     seconds = time.monotonic() - start
     console.print(
         f"{killed} killed, {len(mutants) - killed} survived in {seconds / 60:.0f} minutes: "
-        f"{seconds / len(mutants):.1f} seconds a mutant, {arguments.processes} at a time, "
-        f"where all tests take {unmutated_seconds:.0f} seconds."
+        f"{seconds / len(mutants):.1f} seconds per mutant, {arguments.processes} at a time; "
+        f"all tests without a mutation take {unmutated_seconds:.0f} seconds."
     )
     return killed
 

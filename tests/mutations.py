@@ -1,6 +1,6 @@
-"""The mutants of a module: one expression changed in each. tests/mutants.py runs the tests against them.
+"""Generates the mutants of a module, each with one changed expression; tests/mutants.py tests them.
 
-`places` finds the expressions, the functions in `KINDS` say what each may become, `mutants_of` joins the two.
+`places` finds the expressions, the functions in `KINDS` yield replacements, and `mutants_of` combines both.
 """
 
 import ast
@@ -9,14 +9,15 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 
-# A change is shown, and known in the list of equivalent mutants, by the widest short one of these around it.
+# A change is printed, and identified in the list of equivalent mutants, by the widest short node of these
+# types around it.
 CONTEXT_CHARACTERS = 100
 CONTEXTS = (ast.expr, ast.keyword, ast.comprehension, ast.Return, ast.Assign, ast.AnnAssign, ast.Expr)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An expression, the nodes around it, outermost first, and the (node, field, index) that hold it."""
+    """An expression, its ancestors (outermost first), and the slots (node, field, index) that hold it."""
 
     node: ast.expr
     ancestors: tuple[ast.AST, ...]
@@ -49,14 +50,14 @@ class Place:
 
     @property
     def names(self) -> list[str]:
-        """What has a name in that function: arguments, variables, functions."""
+        """The names of arguments and variables in the scope."""
         names = [a.arg for a in self.scope if isinstance(a, ast.arg)]
         names += [a.id for a in self.scope if isinstance(a, ast.Name) and isinstance(a.ctx, ast.Store)]
         return list(dict.fromkeys(names))
 
 
 def places(node: ast.AST, ancestors: tuple[ast.AST, ...] = ()) -> Iterator[Place]:
-    """Every expression below node, except in annotations, imports, and what is raised."""
+    """Yields every expression below `node`, except in annotations, imports and raise statements."""
     for field, value in ast.iter_fields(node):
         for n, child in enumerate(value if isinstance(value, list) else [value]):
             if field in ("annotation", "returns") or not isinstance(child, ast.AST):
@@ -64,7 +65,7 @@ def places(node: ast.AST, ancestors: tuple[ast.AST, ...] = ()) -> Iterator[Place
             if isinstance(child, ast.Import | ast.ImportFrom | ast.Raise):
                 continue
             around, slots = (*ancestors, node), ((node, field, n if isinstance(value, list) else None),)
-            if field in ("defaults", "kw_defaults"):  # shown as name=default, which is how a keyword looks
+            if field in ("defaults", "kw_defaults"):  # printed as name=default, like a keyword
                 arguments = node.kwonlyargs if field == "kw_defaults" else [*node.posonlyargs, *node.args]
                 keyword = ast.keyword(arguments[n - len(value)].arg, child)
                 around, slots = (*around, keyword), (*slots, (keyword, "value", None))
@@ -73,13 +74,13 @@ def places(node: ast.AST, ancestors: tuple[ast.AST, ...] = ()) -> Iterator[Place
             yield from places(child, around)
 
 
-# What it is changed to: one generator of new expressions a kind.
+# Replacements: one generator of new expressions per kind of mutant.
 
-# Names that the changed expressions need, for modules that do not import them.
+# Imports that the new expressions need, for modules that do not have them.
 EPILOGUE = "\nimport jax.numpy as jnp\nfrom jax.lax import stop_gradient\n"
-# Training differentiates these modules, and not schedules, times and samplers.
+# Training differentiates these modules, but not schedules, times and samplers.
 DIFFERENTIATED = ("mcm_jax/diffusion/process.py", "mcm_jax/diffusion/steps.py", "mcm_jax/objectives/")
-# How the annotations of float arrays begin.
+# Matches the beginning of annotations of float arrays.
 FLOATS = r"Float\[|Image|PerExample"
 OPPOSITE_COMPARISONS = {
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
@@ -90,13 +91,13 @@ OPPOSITE_NAMES |= {b: a for a, b in OPPOSITE_NAMES.items()}
 
 
 def called(node: ast.AST) -> str:
-    """`f` of `f(x)` and of `module.f(x)`, else nothing."""
+    """The function's name in a call, `f` for `f(x)` and for `module.f(x)`; otherwise empty."""
     function = node.func if isinstance(node, ast.Call) else None
     return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def renamed(node: ast.expr, name: str) -> ast.expr:
-    """Another name or attribute."""
+    """The same name, attribute or call with another name."""
     if isinstance(node, ast.Call):
         return ast.Call(renamed(node.func, name), node.args, node.keywords)
     return ast.Name(name) if isinstance(node, ast.Name) else ast.Attribute(node.value, name)
@@ -107,7 +108,7 @@ def call(name: str, *arguments: ast.expr) -> ast.Call:
 
 
 def are_times(name: str, other: str) -> bool:
-    """Whether two names differ in their time only: logsnr_t and logsnr_step, t and t_step."""
+    """Whether two names differ only in their time, such as logsnr_t and logsnr_step, or t and t_step."""
     stems = [re.fullmatch(r"(|\w+?_)(?:t|s|u|step|t_step)", n) for n in (name, other)]
     return name != other and all(stems) and stems[0][1] == stems[1][1]
 
@@ -131,7 +132,7 @@ def product(place: Place) -> Iterator[ast.expr]:
 
 
 def time_index(place: Place) -> Iterator[ast.expr]:
-    """Another time of the same thing, where the function has one; two keywords exchanged."""
+    """The same quantity at another time that the function uses; two time keywords swapped."""
     match place.node:
         case ast.Name(name, ast.Load()):
             yield from (ast.Name(other) for other in place.names if are_times(name, other))
@@ -148,7 +149,7 @@ def time_index(place: Place) -> Iterator[ast.expr]:
 
 
 def key(place: Place) -> Iterator[ast.expr]:
-    """Randomness used twice."""
+    """Another key of the function, so that randomness is used twice."""
     match place.node:
         case ast.Name(name, ast.Load()) if name.startswith("key_"):
             others = [other for other in place.names if other.startswith("key_")]
@@ -168,7 +169,7 @@ def exponent(place: Place) -> Iterator[ast.expr]:
 
 
 def gradient(place: Place) -> Iterator[ast.expr]:
-    """No stop-gradient where one is; one around a network's call, and around a returned float array."""
+    """An existing stop-gradient removed; one added around a network call or a returned float array."""
     node, parent = place.node, place.ancestors[-1]
     functions = [a for a in place.ancestors if isinstance(a, ast.FunctionDef)]
     networks = [name for name in place.names if name.endswith("_fn")]
@@ -185,7 +186,7 @@ def gradient(place: Place) -> Iterator[ast.expr]:
 
 
 def axis(place: Place) -> Iterator[ast.expr]:
-    """The axis dropped, which changes the shape; the mean over the batch too, which does not."""
+    """The axis dropped, which changes the shape; a mean over the batch too, which preserves the shape."""
     match place.node:
         case ast.Call(function, arguments, keywords) if any(k.arg == "axis" for k in keywords):
             yield ast.Call(function, arguments, [k for k in keywords if k.arg != "axis"])
@@ -195,14 +196,14 @@ def axis(place: Place) -> Iterator[ast.expr]:
 
 
 def mean(place: Place) -> Iterator[ast.expr]:
-    """A sum for a mean, a mean for a sum."""
+    """A sum instead of a mean, and a mean instead of a sum."""
     other = {"mean": "sum", "sum": "mean"}.get(called(place.node))
     if other:
         yield renamed(place.node, other)
 
 
 def constant(place: Place) -> Iterator[ast.expr]:
-    """n + 1, and n / 2 of a float, 2 n of an integer (n - 1 of 0 and 1); False for True."""
+    """n + 1, and n / 2 for a float or 2 n for an integer (n - 1 for 0 and 1); the other truth value."""
     value = getattr(place.node, "value", None) if isinstance(place.node, ast.Constant) else None
     if isinstance(value, bool):
         yield ast.Constant(not value)
@@ -213,7 +214,7 @@ def constant(place: Place) -> Iterator[ast.expr]:
 
 
 def choice(place: Place) -> Iterator[ast.expr]:
-    """The other of two: comparisons, and / or, branches of a `where`, functions; one bound of two."""
+    """The opposite comparison, and / or, `where` branch or function; only one of the two bounds of `clip`."""
     match place.node:
         case ast.Compare(left, [operator], [right]):
             yield ast.Compare(left, [OPPOSITE_COMPARISONS[type(operator)]()], [right])
@@ -235,7 +236,7 @@ KINDS: dict[str, Callable[[Place], Iterator[ast.expr]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """What is changed where; two are equal wherever the lines have moved to."""
+    """What is changed where; line numbers do not count in comparisons."""
 
     path: str
     function: str
@@ -250,7 +251,7 @@ class Mutant:
 
 
 def mutants_of(path: str, source: str) -> list[Mutant]:
-    """All mutants of one module, every source once."""
+    """All mutants of one module, without duplicate sources."""
     tree = ast.parse(source)
     mutants = {ast.unparse(tree): None}
     for place in places(tree):

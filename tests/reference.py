@@ -1,6 +1,7 @@
-"""The formulas of SPEC 1 to 4 once more, in float64 numpy, written from the definitions alone.
+"""A second implementation of the formulas of SPEC 1 to 4, in float64 NumPy, directly from the definitions.
 
-Independent of mcm_jax on purpose: no stable forms, no shared helpers, loops where they are clearest.
+It is deliberately independent of mcm_jax: no numerically stable forms, no shared helpers, and loops where
+they are clearest.
 """
 
 import math
@@ -9,7 +10,7 @@ import numpy as np
 
 
 def alpha_sigma(logsnr):
-    """alpha and sigma of one log-SNR, both float."""
+    """alpha and sigma at one log-SNR, both floats."""
     return math.sqrt(1 / (1 + math.exp(-logsnr))), math.sqrt(1 / (1 + math.exp(logsnr)))
 
 
@@ -21,7 +22,7 @@ def cosine_logsnr(t, *, low=-15.0, high=15.0):
 
 
 def ddim(x, z_t, t, s):
-    """One example; t and s are log-SNRs."""
+    """DDIM for one example; t and s are log-SNRs."""
     (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
     return a_s * x + s_s * (z_t - a_t * x) / s_t
 
@@ -39,20 +40,20 @@ def addim(x, z_t, t, s, x_var):
 
 
 def consistency_target(x_teacher, x_ref, z_t, t, s, step, x_var):
-    """Algorithm 1 literally: aDDIM to s, DDIM to t_step, invDDIM back to an x at t."""
+    """Algorithm 1 taken literally: aDDIM to s, DDIM to t_step, invDDIM back to an x at t."""
     z_s = addim(x_teacher, z_t, t, s, x_var)
     return inv_ddim(ddim(x_ref, z_s, s, step), z_t, t, step)
 
 
 def heun(z_s, eps_t, eps_s, z_t, t, s):
-    """From ybar = z / alpha and sbar = sigma / alpha; z_s is not used: Heun starts again at z_t."""
+    """Heun's step in ybar = z / alpha and sbar = sigma / alpha; ignores z_s and starts again from z_t."""
     del z_s
     (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
     return a_s * (z_t / a_t + (s_s / a_s - s_t / a_t) * (eps_t + eps_s) / 2)
 
 
 def ddpm(x, z_t, noise, t, s):
-    """The mean and variance of q(z_s | z_t, x) by Bayes' rule from q(z_t | z_s) and q(z_s | x)."""
+    """A draw from q(z_s | z_t, x), derived by Bayes' rule from q(z_t | z_s) and q(z_s | x)."""
     (a_t, s_t), (a_s, s_s) = alpha_sigma(t), alpha_sigma(s)
     a_ts = a_t / a_s
     var_ts = s_t**2 - a_ts**2 * s_s**2

@@ -1,11 +1,11 @@
-"""Tar files, as ImageNet comes in."""
+"""Creates tar files like those of ImageNet."""
 
 import io
 import tarfile
 
 
 def tar(files: dict[str, bytes]) -> bytes:
-    """An archive of files by name."""
+    """An uncompressed tar archive of the given files (name -> content)."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:") as made:
         for name, data in files.items():

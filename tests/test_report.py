@@ -61,7 +61,7 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
     damaged = tmp_path / "damaged"
     path = write(damaged / "cd4", record())
     path.write_text("nonsense\n" + path.read_text())
-    for arguments, said in [
+    for arguments, message in [
         ((f"--runs={tmp_path / 'missing'}",), "no such directory"),
         ((f"--runs={tmp_path / 'empty'}",), "no results"),
         ((f"--runs={damaged}",), f"{path}:1 is damaged"),
@@ -76,7 +76,7 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
         done = run(*arguments)
         assert done.returncode == 2, arguments
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_the_figure_is_drawn_and_its_numbers_are_printed(tmp_path, capsys, monkeypatch):

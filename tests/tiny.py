@@ -1,4 +1,4 @@
-"""A tiny data set and config that trains in a second, for every test that needs a real run."""
+"""A tiny data set and a config that trains in a second, for tests that need a real run."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mcm_jax.training.checkpoints import Checkpoints
 
 
 def prepare_folder(directory: Path, *, resolution: int = 8, count: int = 40) -> Path:
-    """Prepares folder/tiny in directory/data: two classes of random images; returns the data_dir."""
+    """Prepares folder/tiny, two classes of random images, in directory/data; returns that data_dir."""
     rng = np.random.default_rng(0)
     for n in range(count):
         path = directory / "images" / ("even" if n % 2 == 0 else "odd") / f"{n:03d}.png"
@@ -59,14 +59,14 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
 
 
 def made_up_config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
-    """`config`, and still less to compile: one block of each kind."""
+    """Like `config`, but faster to compile: one block of each kind."""
     result = config(data_dir, objective, teacher)
     result.model.blocks = (1, 1)
     return result
 
 
 def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
-    """A finished teacher without the training: its parameters are made up, and none is zero as a start's."""
+    """A finished teacher without training: its parameters are random, none zero as after initialisation."""
     settings = validation.validate(made_up_config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
     network = build.network(settings, num_classes=dataset.num_classes)

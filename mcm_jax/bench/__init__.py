@@ -1,1 +1,1 @@
-"""The paper's findings at a scale that two cores hold: small runs, their results, and what they show."""
+"""Tests the paper's findings at a scale that two CPU cores can run: small runs and their analysis."""

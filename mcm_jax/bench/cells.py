@@ -1,4 +1,4 @@
-"""Cells: small measurements that are stored as they finish, so that an interrupted bench resumes."""
+"""Cells: small measurements, each stored as soon as it finishes, so that an interrupted bench can resume."""
 
 import dataclasses
 import datetime
@@ -18,11 +18,11 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line
 
 Values = dict[str, float]
-# Fields of the config, as ("consistency.xvar_frac", 0.0).
+# Config fields and values, such as ("consistency.xvar_frac", 0.0).
 Overrides = tuple[tuple[str, object], ...]
 
 RESULTS = "results.jsonl"
-# What the file calls a problem.
+# The JSON key of a problem.
 _PROBLEM = "setting"
 
 
@@ -31,11 +31,14 @@ class Cell:
     """One model of one problem, and how it is sampled.
 
     Attributes:
-      system: cd, ct or progressive: a student. diffusion: the diffusion model that a mixture's students start
-        from. teacher: the model that students learn from; the closed-form denoiser of a mixture, or
-        OpenMoji's trained diffusion model.
-      steps: the student's, or the sampler's for the other systems.
-      overrides: fields of the config that differ from the problem's, as ("consistency.xvar_frac", 0.0).
+      problem: name of the problem.
+      system: cd, ct or progressive: a student. diffusion: the diffusion model from which a mixture's students
+        start. teacher: the model that students distil: a mixture's closed-form denoiser, or OpenMoji's
+        trained diffusion model.
+      steps: the student's steps; for the other systems, the sampler's.
+      seed: training and sampling seed.
+      overrides: config fields that differ from the problem's, such as ("consistency.xvar_frac", 0.0).
+      sampler: the sampler of the evaluation.
     """
 
     problem: str
@@ -47,14 +50,14 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Everything that distinguishes it from other cells, a word for each; readable, and unique."""
+        """A unique, readable name: one word for everything that distinguishes the cell from others."""
         changed = [f"{name.rsplit('.', 1)[-1]}={value}" for name, value in self.overrides]
         sampler = [] if self.sampler == "ddim" else [self.sampler]
         return " ".join([self.problem, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
 
     @property
     def schedule(self) -> Overrides:
-        """The overrides of the noise schedule, which a student's teacher must share."""
+        """The overrides of the noise schedule; a student's teacher must have the same."""
         return tuple((name, value) for name, value in self.overrides if name.startswith("schedule."))
 
     def override(self, config: ml_collections.ConfigDict) -> None:
@@ -70,7 +73,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, content: JsonObject) -> "Cell":
-        """The inverse of `to_json`; KeyError, TypeError or ValueError if `content` is no cell."""
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError if `content` is not a cell."""
         fields = dict(content)
         overrides = tuple((name, _hashable(value)) for name, value in fields.pop("overrides"))
         return cls(problem=fields.pop(_PROBLEM), overrides=overrides, **fields)
@@ -83,11 +86,11 @@ class Store:
         """Reads the file if it exists.
 
         Args:
-          problems: by name; each is a dataclass that determines how its cells are measured.
+          problems: name -> a dataclass that determines how the problem's cells are measured.
 
         Raises:
-          InputError: the file holds something else, or results of another problem of the same name, such as
-            those of a quick run.
+          InputError: the file holds something else, or results of another problem with the same name, such as
+            results of a quick run.
         """
         self.path = path
         self._problems = {
@@ -105,7 +108,7 @@ class Store:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # Cut off by a crash; its cell will be measured again.
+                continue  # Truncated by a crash; the cell will be measured again.
             self._read(record, place=f"{path}:{number}")
 
     def _read(self, record: Any, *, place: str) -> None:
@@ -116,12 +119,12 @@ class Store:
                 float(record["seconds"]),
             )
             values = {name: float(value) for name, value in record["values"].items()}
-            values["distance"]  # All cells have it.
+            values["distance"]  # Every cell must have one.
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{place} is no result of the bench ({error}); remove it") from error
+            raise InputError(f"{place} is not a result of the bench ({error}); remove it") from error
         if problem != self._problems.get(cell.problem, problem):
             raise InputError(
-                f"{place} was measured with {problem}, now it would be "
+                f"{place} was measured with {problem}, but the problem is now "
                 f"{self._problems[cell.problem]}; choose another --out"
             )
         self._values[cell], self.seconds[cell] = values, seconds
@@ -133,7 +136,7 @@ class Store:
         return self._values[cell]
 
     def add(self, cell: Cell, values: Values, *, seconds: float) -> None:
-        """Stores a cell's values; the file then holds all of them or, after a crash, none."""
+        """Stores a cell's values; a crash never leaves only a part of them."""
         record = {
             "cell": cell.to_json(),
             _PROBLEM: self._problems[cell.problem],
@@ -152,11 +155,11 @@ def _hashable(value: object) -> object:
 
 
 def run(cells: Iterable[Cell], store: Store, measure: Callable[[Cell], Values]) -> None:
-    """Measures each cell that the store does not hold, in the given order, and prints it when done."""
+    """Measures each cell that the store does not hold, in the given order, and prints its values."""
     cells = list(dict.fromkeys(cells))
     left = [cell for cell in cells if cell not in store]
     if len(left) < len(cells):
-        print(f"{len(cells) - len(left)} of {len(cells)} cells are done already", flush=True)
+        print(f"{len(cells) - len(left)} of {len(cells)} cells are already done", flush=True)
     started = time.monotonic()
     for number, cell in enumerate(left, start=1):
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The choices that the paper leaves open, each compared with its default on the same bench (SPEC 2, 4)."""
+"""Choices that the paper leaves open; the bench compares each alternative with our default (SPEC 2, 4)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from mcm_jax.bench.cells import Cell, Overrides, Store
 from mcm_jax.bench.findings import Measured, measure
 
-# Each choice is measured on CD with few and with many steps.
+# Each choice is measured on CD with few and with many student steps.
 STUDENT_STEPS = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An alternative to a default, as fields of the config."""
+    """An alternative to a default, as overrides of config fields."""
 
     name: str
     overrides: Overrides
@@ -43,7 +43,7 @@ def _shift(resolution: int, end_points: str) -> Overrides:
 
 
 def cells_of(chosen: Sequence[Choice], problem: str, seeds: Sequence[int]) -> list[Cell]:
-    """Every cell that the choices need, including the defaults."""
+    """Every cell that the choices need, including the cells with defaults."""
     overrides = [(), *(choice.overrides for choice in chosen)]
     return [
         Cell(problem, "cd", steps, seed, changed)

@@ -1,13 +1,13 @@
-"""The paper's eight findings (SPEC 9) as contrasts, sums of cells whose sign decides, and the deciding rule.
+"""The paper's eight findings (SPEC 9) as contrasts (weighted sums of cells), and the rule that decides them.
 
-The rule was fixed before anything was run. A contrast 'holds' if its mean over the seeds has the paper's sign
-by more than two standard errors, 'does not hold' if it has the other sign by as much, and is 'undecided'
-otherwise. A finding holds if all of its contrasts hold, does not hold if any of them does not, and is
-undecided otherwise. Every contrast is written so that the paper's sign is positive, and is paired: cells of
-one seed share their noise, and students share their teacher.
+The rule was fixed before any measurement. A contrast 'holds' if its mean over seeds has the paper's sign and
+exceeds two standard errors, 'does not hold' if it has the opposite sign and exceeds two standard errors, and
+is 'undecided' otherwise. A finding holds if all of its contrasts hold, does not hold if any of them does not
+hold, and is undecided otherwise. Every contrast is defined so that the paper's sign is positive, and is
+paired: cells of one seed share their noise, and students share their teacher.
 
-With few seeds the rule is loose. Without any true difference, three seeds exceed two standard errors on one
-given side in 9% of all cases, and five seeds in 6%; a finding of many contrasts has as many chances to do so.
+With few seeds the rule is loose. Without any true difference, the mean exceeds two standard errors on a given
+side in 9% of all cases with three seeds and in 6% with five; each contrast of a finding adds such a chance.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def constant(teacher_steps: int) -> Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """weight * values[quantity] of a cell, for any seed."""
+    """The product weight * values[quantity] of a cell, for any seed."""
 
     weight: float
     system: str
@@ -52,14 +52,14 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A sum of terms that is positive if the paper is right; `published` is the same sum of its FIDs."""
+    """A sum of terms that is positive if the paper is right; `published` is the sum of the paper's FIDs."""
 
     name: str
     terms: tuple[Term, ...]
     published: float | None = None
 
     def values(self, store: Store, problem: str, seeds: Sequence[int]) -> list[float]:
-        """The sum for each of the seeds."""
+        """The sum for each seed."""
         return [
             sum(term.weight * store[term.cell(problem, seed)][term.quantity] for term in self.terms)
             for seed in seeds
@@ -68,7 +68,7 @@ class Contrast:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One of the eight, in words and as contrasts."""
+    """One of the eight findings, in words and as contrasts."""
 
     number: int
     statement: str
@@ -77,7 +77,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A contrast's mean over the seeds, and the verdict."""
+    """A contrast's mean over seeds, its standard error, and the verdict."""
 
     mean: float
     standard_error: float
@@ -85,12 +85,12 @@ class Measured:
 
     @property
     def detectable(self) -> float:
-        """The smallest difference that these seeds could have decided."""
+        """The smallest mean difference that would have been decided with this standard error."""
         return 2 * self.standard_error
 
 
 def measure(values: Sequence[float]) -> Measured:
-    """Applies the rule to a contrast's values, one for each of at least two seeds."""
+    """Applies the rule to a contrast's values, one per seed, for at least two seeds."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     if abs(mean) <= 2 * error:
         return Measured(mean, error, "undecided")
@@ -98,7 +98,7 @@ def measure(values: Sequence[float]) -> Measured:
 
 
 def verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """A finding's verdict from those of its contrasts."""
+    """A finding's verdict from the verdicts of its contrasts."""
     if "does not hold" in verdicts:
         return "does not hold"
     return "undecided" if "undecided" in verdicts else "holds"
@@ -112,12 +112,13 @@ def findings(
     sampler_steps: Sequence[int],
     best_teacher: Term,
 ) -> tuple[Finding, ...]:
-    """All eight findings, for the step counts that a problem has time for.
+    """All eight findings, at the step counts that a problem can afford.
 
     Args:
-      student_steps: S, ascending, for the first, second, fifth and seventh finding; 1, 2, 4, 8 in the paper.
-      constants, constant_student_steps: the constant values of N_teacher in the sixth finding, and each S at
-        which they are compared.
+      student_steps: values of S, ascending, for the first, second, fifth and seventh finding; in the paper 1,
+        2, 4, 8.
+      constants: the constant values of N_teacher in the sixth finding.
+      constant_student_steps: the values of S at which these are compared.
       sampler_steps: the numbers of steps at which aDDIM and DDIM are compared as samplers.
       best_teacher: the teacher of the third finding; in the paper, 512 steps of aDDIM.
     """
@@ -160,7 +161,7 @@ def _distillation_helps(student_steps: Sequence[int]) -> Finding:
 
 
 def _matches_the_teacher(teacher: Term, steps: int) -> Finding:
-    """'Matches' is our definition: at most a tenth above the teacher's distance."""
+    """By our definition, 'matches' means at most 10% above the teacher's distance."""
     published = 1.1 * paper.tables()["table1"]["diffusion_addim_512"]["small/imagenet64"] - _small("cd")(8)
     terms = (dataclasses.replace(teacher, weight=1.1), Term(-1.0, "cd", steps))
     contrast = Contrast(f"1.1 x diffusion model - CD, {steps} steps", terms, published)
@@ -212,7 +213,7 @@ def _beats_progressive(student_steps: Sequence[int]) -> Finding:
         terms = (Term(1.0, "progressive", steps), Term(-1.0, "cd", steps))
         published = paper.fid("table3", "pd", steps) - paper.fid("table3", "cd", steps)
         contrasts.append(Contrast(f"PD - CD, {steps} steps", terms, published))
-    # By then PD has run the updates of all its stages, CD those of one training.
+    # At that point PD has run the updates of all its stages, but CD only those of one training.
     return Finding(7, "CD beats progressive distillation", tuple(contrasts))
 
 
@@ -229,9 +230,9 @@ def _approaches_diffusion(student_steps: Sequence[int]) -> Finding:
 
 
 def cells_of(chosen: Sequence[Finding], problem: str, seeds: Sequence[int]) -> list[Cell]:
-    """Every cell that the findings need, once each, by seed, system and ascending steps."""
+    """Every cell that the findings need, once each, sorted by seed, system and steps."""
     terms = [term for finding in chosen for contrast in finding.contrasts for term in contrast.terms]
     cells = dict.fromkeys(term.cell(problem, seed) for seed in seeds for term in terms)
-    # Stages of progressive distillation descend: each starts from the one with twice its steps.
+    # Steps ascend, except in progressive distillation: each stage starts from the one with twice its steps.
     down = {"progressive": -1}
     return sorted(cells, key=lambda c: (c.seed, c.system, down.get(c.system, 1) * c.steps, str(c.overrides)))

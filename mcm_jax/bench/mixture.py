@@ -1,8 +1,8 @@
-"""The bench on a closed-form mixture: exact teacher, exact distance; students are small MLPs.
+"""The bench on a closed-form mixture, with an exact teacher and an exact distance; students are small MLPs.
 
-The distance is mixtures.marginal_wasserstein of 10,000 samples. The data are fresh draws in every update, so
-that nothing can be memorised, and the students' network is too small to be exact: all of them, the diffusion
-model that they start from included, have the same lower end, which is what makes them comparable.
+The distance is mixtures.marginal_wasserstein of 10,000 samples. Every update uses new samples of the data, so
+nothing can be memorised. The students' network is too small to be exact, so all students, and the diffusion
+model from which they start, share the same lower limit of the distance, which makes them comparable.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.runs import build
 
 NUM_SAMPLES = 10_000
-# Samples share their noise across cells of a seed, and have none in common with other seeds.
+# Added to a cell's seed: cells of one seed share their sampling noise, other seeds have different noise.
 _SAMPLING_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A mixture, a network, lengths of training, and which step counts are measured."""
+    """A mixture, a network, training lengths, and the step counts that are measured."""
 
     name: str
     dimension: int
@@ -51,22 +51,22 @@ class Problem:
     constants: tuple[int, ...] = (128, 256, 1024)
     sampler_steps: tuple[int, ...] = (16, 32, 64)
     diffusion_sampling_steps: int = 512
-    progressive_first: int = 64  # steps of the teacher that progressive distillation starts from
+    progressive_first: int = 64  # steps of the teacher from which progressive distillation starts
 
     def findings(self) -> tuple[Finding, ...]:
-        """The eight; in 2-D the two about aDDIM, whose variance has no meaning there."""
+        """The eight findings; in 2-D only the two about aDDIM, whose variance is meaningless there."""
         chosen = findings(
             student_steps=self.student_steps,
             constants=self.constants,
             constant_student_steps=self.student_steps,
             sampler_steps=self.sampler_steps,
-            # No network of this size samples like the exact teacher, however it is trained.
+            # Not the exact teacher: no network of this size can match it, however it is trained.
             best_teacher=Term(1.0, "diffusion", self.diffusion_sampling_steps, sampler="addim"),
         )
         return chosen if self.dimension > 2 else tuple(f for f in chosen if f.number in (4, 5))
 
     def choices(self) -> tuple[Choice, ...]:
-        """What the paper leaves open; a mixture counts as data of the config's default resolution."""
+        """The open choices of the paper; a mixture counts as data of the config's default resolution."""
         if self.dimension == 2:
             return ()
         return choices(self.learning_rate, default_config().data.resolution)
@@ -89,7 +89,7 @@ QUICK_2D = dataclasses.replace(QUICK, name="mixture2d", dimension=2, width=64)
 
 
 class Bench:
-    """Measures cells of one problem; keeps the models that later cells of the same seed start from."""
+    """Measures cells of one problem; caches the models from which later cells of the same seed start."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -101,7 +101,7 @@ class Bench:
         self._stage = functools.lru_cache(maxsize=1)(self._train_stage)
 
     def __call__(self, cell: Cell) -> Values:
-        """The distance of the cell's samples; for CT also how far it is from the diffusion model."""
+        """The distance of the cell's samples; for CT also its difference from the diffusion model."""
         config = self._config(cell)
         if cell.system == "teacher":
             return {"distance": self._distance(mixtures.model_fn(self.mixture), config, cell)}
@@ -138,10 +138,10 @@ class Bench:
         return vectors.train(config, self._model(config), self.mixture)
 
     def _train_stage(self, seed: int, steps: int) -> VectorRun:
-        """The stage of progressive distillation with this many steps, from the one before."""
+        """Trains the stage of progressive distillation with this many steps, from the previous stage."""
         first = 2 * steps == self.problem.progressive_first
         before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        # Later teachers carry the adjustment already: Progressive.later_xvar_frac.
+        # Later teachers already include aDDIM's adjustment; see Progressive.later_xvar_frac.
         overrides = () if first else (("progressive.xvar_frac", Progressive().later_xvar_frac),)
         config = self._config(Cell(self.problem.name, "progressive", steps, seed, overrides))
         return vectors.train(
@@ -177,7 +177,7 @@ class Bench:
             if cell.system == "progressive":
                 config.progressive.stages = (2 * cell.steps, cell.steps)
             else:
-                # As in the paper, half of the training is annealing.
+                # As in the paper, annealing takes half of the training.
                 config.consistency.update(student_steps=cell.steps, anneal_steps=max(1, num_steps // 2))
         cell.override(config)
         return validation.validate(config)

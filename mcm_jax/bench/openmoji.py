@@ -1,7 +1,7 @@
-"""The bench on 16x16 OpenMoji: a trained teacher and a proxy distance, with the programs' own code.
+"""The bench on 16x16 OpenMoji, with a trained teacher and a proxy distance; it uses the programs' own code.
 
-Every cell is a run of the trainer in its own directory, which can be resumed, sampled and inspected like any
-other. The distance is the one that `evaluate` reports, fd_effnet_lite0_1024: a proxy, not FID.
+Every cell is a training run in its own directory, which can be resumed, sampled and inspected like any other.
+The distance is fd_effnet_lite0_1024, as reported by `evaluate`: a proxy, not FID.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ METRIC = records.with_count(records.DISTANCES[records.EFFICIENTNET], NUM_SAMPLES
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Lengths of training, and which step counts they leave time for."""
+    """Training lengths, and the step counts that are measured."""
 
     name: str
     teacher_updates: int = 1000
@@ -42,11 +42,11 @@ class Problem:
     constant_student_steps: tuple[int, ...] = (1, 8)
     sampler_steps: tuple[int, ...] = (16, 32, 64)
     teacher_sampling_steps: int = 512
-    progressive_first: int = 64  # steps of the teacher that progressive distillation starts from
+    progressive_first: int = 64  # steps of the teacher from which progressive distillation starts
     learning_rate: float = 3e-4  # of students
 
     def findings(self) -> tuple[Finding, ...]:
-        """The paper's eight findings, with these step counts."""
+        """The paper's eight findings, at these step counts."""
         return findings(
             student_steps=self.student_steps,
             constants=self.constants,
@@ -56,7 +56,7 @@ class Problem:
         )
 
     def choices(self) -> tuple[Choice, ...]:
-        """The choices that the paper leaves open."""
+        """The open choices of the paper."""
         return choices(self.learning_rate, RESOLUTION)
 
 
@@ -70,23 +70,23 @@ QUICK = Problem(
     constant_student_steps=(1,),
     sampler_steps=(16,),
     teacher_sampling_steps=32,
-    # At least two stages for every student: a single stage would be a run in the others' stage directory.
+    # At least two stages per student: a single-stage run would lie in the directory of the others' stages.
     progressive_first=8,
 )
 
 
 class Bench:
-    """Measures cells of one problem in runs below `directory`."""
+    """Measures cells of one problem by training runs in `directory`."""
 
     def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = Path("data")):
-        """Prepares the data set if it is not there. What the programs say goes to directory/log.txt."""
+        """Prepares the data set if it does not exist. The programs' output goes to directory/log.txt."""
         self.problem, self.directory, self.data_dir = problem, directory, data_dir
         plan = preparation.plan(dataset="openmoji", resolution=RESOLUTION)
         preparation.prepare(plan, data_dir=data_dir)
         directory.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, cell: Cell) -> Values:
-        """Trains unless that is done, and evaluates; for CT also measures the distance from its teacher."""
+        """Trains unless already done, and evaluates; for CT also measures the difference from its teacher."""
         with open(self.directory / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             return self._measure(cell)
 
@@ -111,7 +111,7 @@ class Bench:
         return values
 
     def _train(self, cell: Cell) -> Path:
-        """Trains the cell's model to its end; returns its workdir."""
+        """Trains the cell's model to the end; returns its workdir."""
         workdir = self._workdir(cell)
         if not trainer.train(self._config(cell), self._root(cell)):
             raise KeyboardInterrupt
@@ -125,7 +125,7 @@ class Bench:
         return self.directory / f"seed{cell.seed}" / name
 
     def _workdir(self, cell: Cell) -> Path:
-        """The workdir of the model, which for progressive distillation is that of the last stage."""
+        """The workdir of the model; for progressive distillation, that of the last stage."""
         config = validation.validate(self._config(cell))
         return stage_configs(config, self._root(cell))[-1][0]
 
@@ -144,7 +144,7 @@ class Bench:
             config.teacher_checkpoint = str(self._root(teacher))
             config.optimizer.learning_rate = self.problem.learning_rate
         if cell.system in ("cd", "ct"):
-            # As in the paper, half of the training is annealing.
+            # As in the paper, annealing takes half of the training.
             config.consistency.anneal_steps = max(1, self.problem.student_updates // 2)
         warmup_steps = min(config.optimizer.warmup_steps, config.training.num_steps // 10)
         config.optimizer.warmup_steps = warmup_steps

@@ -1,4 +1,4 @@
-"""Measures the missing cells and summarises all; see the program `findings`."""
+"""Measures missing cells and summarises all of them; see the program `findings`."""
 
 import functools
 import os
@@ -35,36 +35,36 @@ def run(
     Args:
       out: directory of the results, the summary and the runs.
       problems: names from PROBLEMS.
-      seeds: how many, at least 2: 0, ..., seeds - 1.
-      quick: train so briefly that the numbers mean little, to see that everything runs.
+      seeds: number of seeds (0, ..., seeds - 1), at least 2.
+      quick: train only briefly, to check that everything runs; the numbers mean little.
       choices: also measure the open choices of `bench.choices`.
       report_only: measure nothing.
 
     Raises:
-      InputError: an argument is bad, or the file of results holds something else.
+      InputError: an argument is invalid, or the results file holds something else.
     """
     if seeds < 2:
         raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
     if not problems:
-        raise InputError(f"--problems is empty: name some of {', '.join(PROBLEMS)}")
+        raise InputError(f"--problems is empty; give some of {', '.join(PROBLEMS)}")
     for problem in problems:
         if problem not in PROBLEMS:
-            raise InputError(f"--problems: {problem} is none of {', '.join(PROBLEMS)}")
+            raise InputError(f"--problems: {problem} is not one of {', '.join(PROBLEMS)}")
     if report_only and not (out / RESULTS).is_file():
         raise InputError(f"--out={out} has no {RESULTS} to report; measure first")
     require_writable(out, "--out")
-    # Slow to import; --help and bad flags should not wait for it.
+    # Slow to import, so only after the flags have been checked.
     from mcm_jax.bench import cells, findings, summary
     from mcm_jax.bench import choices as open_choices
 
-    # All cells share a cache of compiled programs, which makes a second start fast.
+    # All cells share a cache of compiled programs, which makes later starts fast.
     cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str((out / "xla_cache").absolute()))
     jax.config.update("jax_compilation_cache_dir", cache)
     benches = {name: _bench(name, out, quick=quick) for name in problems}
     chosen = {name: problem for name, (problem, _) in benches.items()}
     store = cells.Store(out / RESULTS, chosen)
     if not report_only:
-        # Made before the first cell is measured, so that a bad data directory is found at once.
+        # Create all benches before measuring the first cell, so that a bad data directory is found at once.
         for name, measure in [(name, make()) for name, (_, make) in benches.items()]:
             wanted = findings.cells_of(chosen[name].findings(), name, range(seeds))
             if choices:
@@ -81,7 +81,7 @@ def run(
 def _bench(
     name: str, out: Path, *, quick: bool
 ) -> "tuple[mixture.Problem | openmoji.Problem, Callable[[], Callable[[Cell], Values]]]":
-    """The problem and a function that makes its bench, which prepares data; a summary needs no bench."""
+    """Returns the problem and a function that creates its bench and prepares data, needed only to measure."""
     from mcm_jax.bench import mixture, openmoji
 
     if name == "openmoji":

@@ -1,4 +1,4 @@
-"""What the bench found, as Markdown and as a picture, made from the stored results alone."""
+"""Summarises the stored results of the bench as Markdown and as a figure."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from mcm_jax.bench.findings import DDIM_TEACHER, Contrast, Finding, Measured, Te
 
 @runtime_checkable
 class Problem(Protocol):
-    """What a problem offers to measure."""
+    """The findings and choices of a problem."""
 
     def findings(self) -> Sequence[Finding]:
-        """The findings that can be measured on it."""
+        """The findings that can be measured on this problem."""
         ...
 
     def choices(self) -> Sequence[Choice]:
-        """The open choices that can be compared on it."""
+        """The open choices that can be compared on this problem."""
         ...
 
 
@@ -39,7 +39,7 @@ _DISTANCES = {
     "mixture2d": "squared Wasserstein distance, exact",
     "openmoji": "fd_effnet_lite0_1024 (a proxy, not FID)",
 }
-# Okabe and Ito's colours, which the colour-blind can distinguish; the markers differ too.
+# Colours from Okabe and Ito's colour-blind-safe palette; the markers differ too.
 _SYSTEMS = (
     ("CD", Term(1.0, "cd", 1), "#0072b2", "o"),
     ("CD, DDIM teacher", Term(1.0, "cd", 1, DDIM_TEACHER), "#56b4e9", "v"),
@@ -53,12 +53,12 @@ _SAMPLERS = (
 
 
 def markdown(store: Store, problems: Problems, seeds: Sequence[int], *, quick: bool) -> str:
-    """The verdicts, then every difference beside the paper's, then the open choices that were measured."""
+    """The verdicts, then every difference beside the paper's, then the measured open choices."""
     lines = [
         f"Seeds: {len(seeds)}. Each number is a measured difference that is positive if the paper is right, "
         "as mean ± one standard error over the seeds; 'paper' is the same difference between the paper's "
-        "FIDs, on another scale. Rule: a difference of more than two standard errors above 0 holds, as far "
-        "below 0 it does not hold, and otherwise it is undecided.",
+        "FIDs, on another scale. Rule: a difference holds if it is more than two standard errors above 0, "
+        "does not hold if it is more than two standard errors below 0, and is undecided otherwise.",
         "",
     ]
     if quick:
@@ -87,7 +87,7 @@ def _summary(store: Store, problems: Problems, seeds: Sequence[int]) -> list[str
 
 
 def _details(store: Store, problems: Problems, seeds: Sequence[int], number: int) -> list[str]:
-    """A row for every contrast of a finding on any problem."""
+    """A table with a row for every contrast that a finding has on any problem."""
     contrasts: dict[str, dict[str, Contrast]] = {}
     for name, problem in problems.items():
         for finding in problem.findings():
@@ -109,7 +109,7 @@ def _details(store: Store, problems: Problems, seeds: Sequence[int], number: int
 
 
 def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence[int]) -> list[str]:
-    """Each alternative's difference from the default; positive means worse than the default."""
+    """A table of each alternative's difference from the default; positive means worse than the default."""
     rows = []
     for choice in choices:
         found = [measured(choice, store, name, steps, seeds) for steps in STUDENT_STEPS]
@@ -154,7 +154,7 @@ def _row(cells: Sequence[str]) -> str:
 
 @matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9})
 def plot(store: Store, problems: Problems, seeds: Sequence[int]) -> bytes:
-    """A PNG of each problem's distance against student steps, and against the teacher's sampling steps."""
+    """A PNG of each problem's distance against student steps and against the teacher's sampling steps."""
     figure = Figure(figsize=(4.2 * len(problems), 6.4), layout="constrained", dpi=110)
     grid = figure.subplots(2, len(problems), squeeze=False)
     for column, name in enumerate(problems):
@@ -185,7 +185,7 @@ def _curve(
     colour: str,
     marker: str,
 ) -> None:
-    """Mean and standard error at every number of steps that was measured with all seeds."""
+    """Plots mean and standard error at every number of steps that was measured with all seeds."""
     points = []
     for steps in (1, 2, 4, 8, 16, 32, 64, 128, 512):
         cells = [

@@ -1,6 +1,6 @@
-"""Where students of few steps take noise, beside the exact probability flow (after MCM's first figure).
+"""Computes the paths of few-step students and of the exact probability flow (after MCM's first figure).
 
-Numbers only, on a mixture of one dimension; `reporting.trajectories` draws them.
+The data are a one-dimensional mixture. `reporting.trajectories` plots the paths.
 """
 
 from typing import NamedTuple
@@ -23,23 +23,24 @@ from mcm_jax.training.optimizer import OptimizerSettings
 
 MODEL = MLPSettings(width=64, blocks=2)
 SCHEDULE = schedules.cosine()
-# A student's and the flow's paths have this many points, whatever the number of steps (1, 2 and 4 divide it).
+# Intervals of each path, for the flow and for students of any number of steps (1, 2 and 4 divide it).
 INTERVALS = 128
 
 
 class Trajectories(NamedTuple):
-    """Paths from noise to data, and how samples that took such paths are distributed."""
+    """Paths from noise to data, and samples from random noise with their distance to the data."""
 
-    t: Float[np.ndarray, " P"]  # falls from 1 to 0
-    z: Float[np.ndarray, "P N"]  # z_t of every start; in the last row x
+    t: Float[np.ndarray, " P"]  # descends from 1 to 0
+    z: Float[np.ndarray, "P N"]  # z_t for every start; the last row is x
     samples: Float[np.ndarray, " M"]  # x from random noise
-    distance: float  # squared 2-Wasserstein, of the samples to the data
+    distance: float  # squared 2-Wasserstein distance from the samples to the data
 
 
 def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Config:
-    """CD in one or two thousand updates.
+    """A config for CD in one or two thousand updates.
 
-    The teacher's step is DDIM: with the exact denoiser of a line aDDIM overshoots (SPEC 3).
+    The teacher's step is DDIM, because aDDIM overshoots with the exact denoiser of one-dimensional data
+    (SPEC 3).
     """
     return Config(
         objective="cd",
@@ -57,22 +58,22 @@ def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Co
 
 
 def starts(count: int) -> Float[np.ndarray, " count"]:
-    """Noise to draw paths from: quantiles of N(0, 1), at (i + 1/2) / count."""
+    """Noise from which paths start: the quantiles of N(0, 1) at (i + 1/2) / count."""
     return ndtri((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
 def student(
     mixture: Mixture, z_1: Float[np.ndarray, " N"], *, config: Config, num_samples: int, seed: int = 0
 ) -> Trajectories:
-    """Distils the exact denoiser, then samples: from z_1 with the paths, and num_samples times.
+    """Distils the exact denoiser; returns the student's paths from z_1 and num_samples samples.
 
     Args:
-      config: as of `student_config`.
-      seed: of the samples' noise; equal seeds are equal noise, in `exact` too.
+      config: such as `student_config` returns.
+      seed: seed of the samples' noise; equal seeds give equal noise, also in `exact`.
     """
     student_steps = config.student_steps
     if student_steps is None:
-        raise ValueError(f"{config.objective} is no student of a number of steps")
+        raise ValueError(f"{config.objective} does not train a student with a fixed number of steps")
     run = vectors.train(config, MODEL, mixture)
     z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
     samples = vectors.sample(
@@ -82,7 +83,7 @@ def student(
 
 
 def exact(mixture: Mixture, z_1: Float[np.ndarray, " N"], *, num_samples: int, seed: int = 0) -> Trajectories:
-    """The probability flow's: what a perfect diffusion model has after ever more and smaller steps."""
+    """Paths and samples of the exact probability flow, the small-step limit of a perfect diffusion model."""
     noise = sampling.initial_noise(sampling.image_keys(jax.random.key(seed), jnp.arange(num_samples)), (1,))
 
     @jax.jit
@@ -100,16 +101,16 @@ def exact(mixture: Mixture, z_1: Float[np.ndarray, " N"], *, num_samples: int, s
         return jax.vmap(to)(*logsnr)
 
     z = flow(jnp.asarray(z_1)[:, None], jnp.asarray(_times(), jnp.float32))
-    # z_0 is x but for noise of 0.0006.
+    # z_0 equals x up to noise of 0.0006.
     samples = flow(noise, jnp.zeros(1))[0]
     return _trajectories(mixture, z, samples)
 
 
 def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: int) -> Float[Array, "P N d"]:
-    """z_t at INTERVALS + 1 times on a student's way: DDIM steps of x_hat from each call of the network.
+    """z_t at INTERVALS + 1 times along a student's path: DDIM steps with the x_hat of each network call.
 
-    In the view y = z / sigma these are straight lines from one step's boundary to the next. The last row is
-    x_hat itself, as `sampling.sample` returns it (unclipped).
+    In terms of y = z / sigma these are straight lines between the boundaries of the student's steps. The last
+    row is x_hat itself, as `sampling.sample` returns it (unclipped).
     """
     inside = INTERVALS // student_steps
     batch = z_1.shape[:1]
@@ -118,7 +119,7 @@ def student_path(model_fn: ModelFn, z_1: Float[Array, "N d"], *, student_steps: 
     @jax.jit
     def run(z_t: Float[Array, "N d"]) -> Float[Array, "P N d"]:
         logsnr, rows = SCHEDULE(jnp.asarray(_times(), jnp.float32)), [z_t[None]]
-        x_hat = z_t  # Until the network is called.
+        x_hat = z_t  # Replaced at the first network call.
         for begin in range(0, INTERVALS, inside):
             logsnr_t = jnp.broadcast_to(logsnr[begin], batch)
             v_hat = model_fn(z_t, logsnr_t, cond, None)
@@ -151,7 +152,7 @@ def marginals(
 
 
 def exact_distances(mixture: Mixture, *, num_samples: int, draws: int) -> Float[np.ndarray, " draws"]:
-    """The distances of as many exact samples, draw by draw: not 0 (see `mixtures.marginal_wasserstein`)."""
+    """Distances of `draws` sets of exact samples to the data; not 0, see `mixtures.marginal_wasserstein`."""
     draw = jax.jit(lambda key: mixtures.sample(mixture, key, num_samples))
     keys = jax.random.split(jax.random.key(0), draws)
     return np.array([mixtures.marginal_wasserstein(mixture, draw(key)) for key in keys])

@@ -1,4 +1,4 @@
-"""The paper's first figure, for which it trains students; see the program `report`."""
+"""Trains students and reproduces the paper's first figure; see the program `report`."""
 
 import sys
 import time
@@ -12,18 +12,21 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_output
 
 FIGURE_STEPS = (1, 2, 4)
-# Sets of exact samples, whose distance varies with how many samples fall to either side.
+# Number of sets of exact samples; their distance varies with the number of samples in each mode.
 _SETS = 100
 
 
 def trajectories_figure(
     out: Path, *, seeds: int = 1, num_paths: int = 28, num_samples: int = 10_000, num_updates: int = 1500
 ) -> str:
-    """Trains a student for each of FIGURE_STEPS and draws its paths to `out`; returns the distances.
+    """Trains a student for each of FIGURE_STEPS, plots its paths to `out`, and returns the distances as text.
 
     Args:
-      seeds: how many training seeds, 0, ..., seeds - 1, for each student; the picture shows the first.
-      num_updates: training updates of each student.
+      out: path of the PNG.
+      seeds: number of training seeds (0, ..., seeds - 1) per student; the figure shows the first.
+      num_paths: number of plotted paths.
+      num_samples: number of samples for each distance.
+      num_updates: number of training updates per student.
 
     Raises:
       InputError: `out` can't be written; raised before anything is trained.
@@ -33,7 +36,7 @@ def trajectories_figure(
     if out.is_dir():
         raise InputError(f"--out={out} is a directory; choose another path")
     require_writable(out.parent, "the directory of --out")
-    # Slow to import; bad flags should not wait for JAX.
+    # Slow to import, so only after the flags have been checked.
     from mcm_jax.bench import trajectories
     from mcm_jax.diffusion import mixtures
     from mcm_jax.reporting import trajectories as drawing

@@ -1,4 +1,4 @@
-"""Training and sampling on a closed-form mixture: every objective, with an exact teacher or a trained one."""
+"""Trains and samples on a closed-form mixture, with every objective and an exact or a trained teacher."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from mcm_jax.runs import build
 from mcm_jax.training import optimizer, step
 from mcm_jax.training.state import TrainState
 
-# Apart from the keys of the updates, which are fold_in(key(seed), 0), 1, ...
+# Distinct from the numbers folded in for the updates: fold_in(key(seed), 0), fold_in(key(seed), 1), ...
 _DATA = 2**31 + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class VectorRun:
-    """A network for vectors with its averaged parameters, as one config trained it."""
+    """A network for vectors with the averaged (EMA) parameters of one training."""
 
     config: Config
     network: Network
@@ -32,7 +32,7 @@ class VectorRun:
 
     @property
     def model_fn(self) -> ModelFn:
-        """v_hat of the averaged parameters."""
+        """The network's v_hat with the averaged parameters."""
         return functools.partial(self.network.apply, self.params)
 
 
@@ -44,11 +44,13 @@ def train(
     start: Params | None = None,
     teacher: Params | None = None,
 ) -> VectorRun:
-    """All of config.training.num_steps updates in one compiled loop, each on fresh draws of the mixture.
+    """Runs all config.training.num_steps updates in one compiled loop, each on new samples of the mixture.
 
     Args:
-      config: of it the objective, its settings, schedule, optimizer, training and seed are used.
-      start: parameters to start from, fresh ones if None.
+      config: only the objective and its settings, schedule, optimizer, training and seed are used.
+      model: the sizes of the network.
+      mixture: the data distribution.
+      start: initial parameters; None: newly initialised ones.
       teacher: the parameters of a trained teacher; None: the mixture's exact denoiser.
     """
     network = Network(model, (mixture.means.shape[0],))
@@ -116,7 +118,7 @@ def sample(
     sampler: sampling.Sampler = "ddim",
     schedule: schedules.Schedule | None = None,
 ) -> Float[Array, "num dimension"]:
-    """`num` samples on the uniform grid of `schedule` (the plain cosine if None), unclipped."""
+    """Draws `num` samples on the uniform grid of `schedule` (None: unshifted cosine), without clipping."""
     logsnr = schedules.uniform_grid(schedule or schedules.cosine(), num_steps)
 
     @jax.jit

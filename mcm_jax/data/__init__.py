@@ -1,1 +1,1 @@
-"""Data sets: one file each, and the pipeline that reads them all."""
+"""Data sets, one module each, and the input pipeline that reads them all."""

@@ -19,11 +19,11 @@ from mcm_jax.data.resizing import square_area
 from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
 
-# Names of folders that hold the splits of a data set, and no class.
+# Folder names that denote splits of a data set, not classes.
 _TRAIN_NAMES = frozenset({"train", "training"})
 _TEST_NAMES = frozenset({"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"})
 
-# Examples by their keys.
+# (key, example) pairs.
 Examples = Iterator[tuple[bytes, layout.Example]]
 
 
@@ -38,9 +38,9 @@ class FolderConfig(tfds.core.BuilderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images of a folder: the class names in order; `files` maps a path in the folder to its class.
+    """The images of a folder: `class_names` in order, and `files`, which maps relative paths to labels.
 
-    `notes` tell the user, a line each, what the folder holds besides them.
+    `notes` are one-line messages to the user about the folder's other content.
     """
 
     root: Path
@@ -49,7 +49,7 @@ class Listing:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, classes and sizes: recognises a changed folder without reading its images."""
+        """SHA-256 of file names, labels and sizes; detects a changed folder without reading its images."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name, label in self.files.items():
             size = (self.root / name).stat().st_size
@@ -58,29 +58,29 @@ class Listing:
 
 
 def list_images(root: Path, *, single_class: str) -> Listing:
-    """Finds the images: directly in `root` (then one class, `single_class`), or in one subfolder per class.
+    """Finds the images, either directly in `root` (one class, `single_class`) or in one subfolder per class.
 
-    Class folders are searched to any depth, see `images.find`, and numbered in natural order: 2 before 10.
+    Class folders are searched to any depth (see `images.find`) and numbered in natural order: 2 before 10.
 
     Raises:
-      InputError: no such folder; fewer than two images; images both in `root` and in subfolders; subfolders
-        that are splits and not classes; a folder name that cannot be a class name.
+      InputError: the folder does not exist or has fewer than two images; images lie both in `root` and in
+        subfolders; subfolders are splits, not classes; or a folder name cannot be a class name.
     """
     if not root.is_dir():
-        raise InputError(f"--manual_dir={root}: there is no such folder; name the one that holds the images")
+        raise InputError(f"--manual_dir={root}: there is no such folder; give the one that holds the images")
     found = images.find(root)
     folders = [name.partition("/")[0] for name in found.files if "/" in name]
     classes = sorted(set(folders), key=_natural)
     loose = next((name for name in found.files if "/" not in name), None)
     if loose and classes:
         raise InputError(
-            f"--manual_dir={root}: images lie both in it ({images.shown(loose)}) and in its subfolders "
-            f"({_listed(classes)}); move them all into class subfolders or none"
+            f"--manual_dir={root}: images lie both directly in it ({images.printable(loose)}) and in its "
+            f"subfolders ({_listed(classes)}); move either all or none into class subfolders"
         )
     if len(found.files) < 2:
         raise InputError(
-            f"--manual_dir={root}: {len(found.files)} images found, at least 2 are needed (one to train on, "
-            f"one to test on); {found.what_else()}"
+            f"--manual_dir={root}: {len(found.files)} images found, at least 2 are needed (one for training, "
+            f"one for testing); {found.why_none()}"
         )
     _refuse_splits(root, classes)
     names = tuple(_class_name(root, name) for name in classes) or (single_class,)
@@ -93,58 +93,59 @@ def list_images(root: Path, *, single_class: str) -> Listing:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """A sorting key by which numbers in names count as numbers; equal ones ('2', '02') follow the text."""
-    # Text and digits alternate, so that like is compared with like.
+    """Sort key that compares numbers in names by value; names with equal numbers ('2', '02') sort as text."""
+    # Text and digits alternate, so text is always compared with text and numbers with numbers.
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def _refuse_splits(root: Path, classes: list[str]) -> None:
-    """Folders named train and val are splits with classes inside, or without any: never two classes."""
+    """Raises InputError if the subfolders are splits such as train and val rather than classes."""
     lower = {name.lower() for name in classes}
     train, test = lower & _TRAIN_NAMES, lower & _TEST_NAMES
     if (train and test) or (lower and lower <= _TRAIN_NAMES | _TEST_NAMES):
         parts = [name for name in classes if name.lower() in train | test]
         raise InputError(
-            f"--manual_dir={root}: its subfolders ({_listed(parts)}) are splits, not classes; name one of "
-            f"them, --manual_dir={images.shown(root / parts[0])}, or merge them (a tenth of the "
+            f"--manual_dir={root}: its subfolders ({_listed(parts)}) are splits, not classes; give one of "
+            f"them, --manual_dir={images.printable(root / parts[0])}, or merge them (a tenth of the "
             "images becomes the test split)"
         )
 
 
 def _class_name(root: Path, name: str) -> str:
-    """The folder's name as valid Unicode; TFDS stores class names one a line, without outer spaces.
+    """The folder's name as valid Unicode.
 
     Raises:
-      InputError: it would come back as another name, or as several.
+      InputError: the name would change when stored. TFDS stores one class name per line and strips outer
+        spaces.
     """
     if name != name.strip() or any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name):
         raise InputError(
-            f"--manual_dir={root}: the subfolder '{images.shown(name)}' cannot be a class name, which has no "
-            "line break, no other control character and no space at either end; rename it"
+            f"--manual_dir={root}: the subfolder '{images.printable(name)}' cannot be a class name: class "
+            "names have no control characters such as line breaks and no spaces at either end; rename it"
         )
     return _readable(name)
 
 
 def _notes(root: Path, found: images.Found, classes: list[str]) -> tuple[str, ...]:
-    """What a user might not expect of the folder."""
+    """Notes to the user about possibly unexpected content of the folder."""
     subfolders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     empty = sorted(subfolders - set(classes), key=_natural)
     notes = [found.note()]
     if empty:
-        notes.append(f"subfolders without an image, which become no class: {_listed(empty)}")
+        notes.append(f"subfolders without images, which do not become classes: {_listed(empty)}")
     if len(classes) == 1 and all(name.count("/") > 1 for name in found.files):
         notes.append(
-            f"one class, {images.shown(classes[0])}; if the folders in it are the classes, pass "
+            f"one class, {images.printable(classes[0])}; if the folders in it are the classes, pass "
             f"--manual_dir={root / classes[0]}"
         )
     return tuple(note for note in notes if note)
 
 
 def _listed(names: list[str]) -> str:
-    """Up to five of the names, and how many more there are."""
+    """Lists up to five names, and the number of remaining ones."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(images.shown, names[:5])) + more
+    return ", ".join(map(images.printable, names[:5])) + more
 
 
 def _readable(name: str) -> str:
@@ -153,13 +154,13 @@ def _readable(name: str) -> str:
 
 
 def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Central square crop, then area resize (SPEC 7), in RGB.
+    """Loads an image in RGB, crops its central square, then area-resizes it (SPEC 7).
 
-    The camera's orientation mark is applied, transparency goes on white, 16-bit grey is reduced to its 8
-    high bits, and the first frame of an animation is taken.
+    The EXIF orientation is applied, transparent images are composited on white, 16-bit grey is reduced to its
+    8 high bits, and only the first frame of an animation is used.
 
     Raises:
-      InputError: the file is no image that Pillow can decode to the end.
+      InputError: Pillow cannot decode the file completely.
     """
     with images.naming(path), Image.open(path, formats=images.FORMATS) as image:
         rgb = _to_rgb(images.upright(image))
@@ -179,7 +180,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocessing(resolution: int) -> str:
-    """One sentence for results: crop, resize, and the library that decoded."""
+    """Describes the preprocessing in results: crop, resize, and the decoding library."""
     return (
         f"central square crop, area resize to {resolution}x{resolution}, RGB on white, "
         f"by Pillow {versions.installed('pillow')}"
@@ -187,17 +188,17 @@ def preprocessing(resolution: int) -> str:
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
-    """image uint8 [r, r, 3], label, file (path in the folder); splits train and test by content hash.
+    """Features: image uint8 [r, r, 3], label, file (relative path). Splits by content hash: train, test.
 
-    Copies of a file are in one split: what is tested on was never trained on. The image is stored as raw
-    bytes rather than as a PNG for the reason given in `openmoji.OpenMoji`.
+    Identical copies of a file are in the same split, so no test image is also a training image. The image is
+    stored as raw bytes rather than as a PNG for the reason given in `openmoji.OpenMoji`.
     """
 
     name = "folder"
     VERSION = tfds.core.Version(layout.VERSION)
 
     def _given(self) -> tuple[FolderConfig, Listing]:
-        """The config and its listing; ValueError if it is incomplete."""
+        """The config and its listing; raises ValueError if the config is incomplete."""
         config = self.builder_config
         if not isinstance(config, FolderConfig) or config.resolution < 1 or config.listing is None:
             raise ValueError(
@@ -226,7 +227,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         contents = {name: images.content_hash(root / name) for name in progress.bar(files, "comparing")}
         distinct = set(contents.values())
         if len(distinct) < 2:
-            raise InputError(f"--manual_dir={root}: its {len(files)} images are copies of one; add others")
+            raise InputError(f"--manual_dir={root}: its {len(files)} images are identical; add other images")
         if copies := len(files) - len(distinct):
             print(f"note: {copies} images are copies of others; copies share a split", file=sys.stderr)
         classes = [set() for _ in listing.class_names]

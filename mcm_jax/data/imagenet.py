@@ -1,11 +1,11 @@
-"""ImageNet (ILSVRC2012) from its original tar files or from TFDS, read in independent units.
+"""Reads ImageNet (ILSVRC2012) from its original tar files or from TFDS, in independent units.
 
-    manual_dir/ILSVRC2012_img_train.tar    a tar for each of 1,000 classes, with that class's images
+    manual_dir/ILSVRC2012_img_train.tar    1,000 inner tars, one per class, with that class's images
     manual_dir/ILSVRC2012_img_val.tar      50,000 images, here the split `test`
 
-or a data set that TFDS has prepared: `imagenet2012`, or `imagenet_resized`, whose images are small already.
+or a data set that TFDS has prepared: `imagenet2012`, or `imagenet_resized`, whose images are already small.
 Class names and the labels of the validation images come with TFDS. A unit is the source of one output shard
-and can be read without the others: the tar of a class, at a known offset in the outer tar, or a range of the
+and can be read independently: the tar of a class, at a known offset in the outer tar, or a range of the
 validation images or of a prepared data set.
 """
 
@@ -34,19 +34,19 @@ from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-# Images in the whole of ILSVRC2012.
+# Number of images in the complete ILSVRC2012.
 COUNTS = {"train": 1_281_167, "test": 50_000}
 _TEST_UNIT = 1000
 _BLOCK = 512  # bytes in a block of a tar
 
 # area: central square crop, then the mean over areas (SPEC 7).
-# adm: as ADM made its published references (Dhariwal & Nichol, arXiv:2105.05233): halve by a box filter while
-# both sides are at least twice too long, then resize bicubically, then crop the centre.
+# adm: as for ADM's published references (Dhariwal & Nichol, arXiv:2105.05233): halve with a box filter while
+# both sides are at least twice the resolution, then resize bicubically, then crop the centre.
 # resized: unchanged from TFDS's `imagenet_resized`, the downsampled ImageNet of Chrabaszcz et al.
 # (arXiv:1707.08819).
 Preparation = Literal["area", "adm", "resized"]
 RESIZED_TO = (8, 16, 32, 64)
-# By the data set's name.
+# Data set name -> preparation.
 PREPARATIONS: dict[str, Preparation] = {
     "imagenet": "area",
     "imagenet/adm": "adm",
@@ -56,7 +56,7 @@ PREPARATIONS: dict[str, Preparation] = {
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """The source of one shard; only the class that made it understands `place`."""
+    """The source of one shard; `place` is meaningful only to the class that created the unit."""
 
     split: str
     place: Any
@@ -73,7 +73,7 @@ class Encoded:
 
 
 class Source(abc.ABC):
-    """Where the images come from; picklable, so that other processes can read.
+    """A source of images; picklable, so that other processes can read from it.
 
     Attributes:
       fingerprint: identifies the files.
@@ -92,7 +92,7 @@ class Source(abc.ABC):
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes, ascending, which is how they are usually numbered."""
+    """WordNet ids of the 1,000 classes in ascending order, which is the usual numbering."""
     return tuple(_tfds_text("labels.txt"))
 
 
@@ -102,13 +102,13 @@ def _tfds_text(name: str) -> list[str]:
 
 
 class Tars(Source):
-    """The original tar files, read where they lie."""
+    """The original tar files, read in place."""
 
     def __init__(self, manual_dir: Path):
-        """Reads the index of both tar files, not the images.
+        """Reads the index of both tar files, but not the images.
 
         Raises:
-          InputError: a file is missing or cut off, or is no tar of ILSVRC2012.
+          InputError: a file is missing or truncated, or is not a tar of ILSVRC2012.
         """
         self._paths = {"train": manual_dir / TRAIN_TAR, "test": manual_dir / TEST_TAR}
         for path in self._paths.values():
@@ -125,9 +125,9 @@ class Tars(Source):
             ) from error
         self._images = sorted(test_images, key=lambda member: member.name)
         labels = {name: label for label, name in enumerate(class_names())}
-        strangers = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
-        if strangers:
-            raise InputError(f"{self._paths['train']}: {strangers[0]} is not the tar of an ILSVRC2012 class")
+        unknown = [one.name for one in self._classes if one.name.removesuffix(".tar") not in labels]
+        if unknown:
+            raise InputError(f"{self._paths['train']}: {unknown[0]} is not the tar of an ILSVRC2012 class")
         self._labels = labels
         test_labels = _tfds_text("validation_labels.txt")
         self._test_labels = []
@@ -147,10 +147,10 @@ class Tars(Source):
         return train + [Unit("test", start, min(_TEST_UNIT, len(self._images) - start)) for start in starts]
 
     def read(self, unit: Unit) -> Iterator[Encoded]:
-        """The images of a unit, in the tar's order.
+        """Yields the images of a unit, in the order of the tar.
 
         Raises:
-          InputError: the class's tar is cut off.
+          InputError: the class's tar is truncated.
         """
         path = self._paths[unit.split]
         with path.open("rb") as file:
@@ -170,7 +170,7 @@ class Tars(Source):
 
 
 def _test_number(name: str) -> int | None:
-    """The number in a name such as "ILSVRC2012_val_00000001.JPEG", by which labels are ordered; else None."""
+    """The number in names such as "ILSVRC2012_val_00000001.JPEG", which selects the label; otherwise None."""
     found = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
     number = int(found.group(1)) if found else 0
     return number if 1 <= number <= COUNTS["test"] else None
@@ -189,16 +189,16 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
-    """Every file in a tar, which must be whole: tarfile itself accepts one that ends between two files."""
+    """Lists every file in a tar; InputError if it is truncated, also (unlike tarfile) between files."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = [_Member(one.name, one.offset_data, one.size) for one in tar if one.isfile()]
             end = tar.offset
     except tarfile.TarError as error:
-        raise InputError(f"{name} is not a tar file or is cut off ({error}); download it again") from error
+        raise InputError(f"{name} is not a tar file or is truncated ({error}); download it again") from error
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):  # An archive ends in empty blocks.
-        raise InputError(f"{name} is cut off; download it again")
+        raise InputError(f"{name} is truncated; download it again")
     return members
 
 
@@ -206,10 +206,13 @@ class Prepared(Source):
     """A data set that TFDS has prepared, on disk or in a bucket (gs://)."""
 
     def __init__(self, data_dir: str, *, name: str = "imagenet2012"):
-        """data_dir: TFDS's directory, or the data set's own directory in it.
+        """Opens the data set.
+
+        Args:
+          data_dir: TFDS's directory, or the data set's own directory in it.
 
         Raises:
-          InputError: it holds no such data set.
+          InputError: the directory holds no such data set.
         """
         try:
             self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
@@ -222,11 +225,11 @@ class Prepared(Source):
         self._names = {"train": "train", "test": "validation"}
         missing = [name for name in self._names.values() if name not in self._builder.info.splits]
         if missing:
-            raise InputError(f"--manual_dir={data_dir}: {name} there has no split {missing[0]}")
-        # By name: imagenet_resized numbers the classes in another order.
+            raise InputError(f"--manual_dir={data_dir}: its {name} has no split {missing[0]}")
+        # Labels are matched by name, because imagenet_resized numbers the classes in another order.
         names = layout.class_names_of(self._builder.info)
         if sorted(names) != list(class_names()):
-            raise InputError(f"--manual_dir={data_dir}: {name} there has other classes")
+            raise InputError(f"--manual_dir={data_dir}: its {name} has other classes than ILSVRC2012")
         self._labels = [class_names().index(one) for one in names]
         lengths = {name: self._builder.info.splits[name].shard_lengths for name in self._names.values()}
         self.fingerprint = f"{name} {self._builder.version} {lengths}"
@@ -242,7 +245,7 @@ class Prepared(Source):
         return result
 
     def read(self, unit: Unit) -> Iterator[Encoded]:
-        """The images of a unit, as they are stored."""
+        """Yields the images of a unit, still encoded as stored."""
         raw = {"image": tfds.decode.SkipDecoding()}
         name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
         if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
@@ -257,13 +260,13 @@ class Prepared(Source):
 
 
 def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
-    """Opens the tar files if there are any, otherwise a data set that TFDS has prepared.
+    """Opens the tar files if present, otherwise a data set that TFDS has prepared.
 
     Args:
-      resized_to: open `imagenet_resized` of that size.
+      resized_to: open `imagenet_resized` at this size instead.
 
     Raises:
-      InputError: neither is there, it is damaged, or it has no images of that size.
+      InputError: neither exists, the source is damaged, or there is no `imagenet_resized` of this size.
     """
     directory = Path(manual_dir).expanduser()
     data_dir = manual_dir if "://" in manual_dir else str(directory)
@@ -280,11 +283,11 @@ def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
 def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[np.ndarray, "r r 3"]:
     """Decodes and resizes an image.
 
-    The content decides the format, not the name: one PNG of ILSVRC2012 is named .JPEG, and some JPEGs are
-    grey or CMYK. Orientation marks are ignored, as in all published references.
+    The format is detected from the content, not the name: ILSVRC2012 has one PNG named .JPEG, and some JPEGs
+    are grey or CMYK. EXIF orientation is ignored, as in all published references.
 
     Raises:
-      InputError: the image cannot be decoded to the end.
+      InputError: the image cannot be decoded completely.
     """
     with (
         images.naming(image.name, remedy="download the tar again"),
@@ -296,7 +299,7 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
 
 
 def preprocessing(resolution: int, preparation: Preparation) -> str:
-    """One sentence for results: crop, resize, and the library that decoded."""
+    """Describes the preprocessing in results: crop, resize, and the decoding library."""
     how = {
         "area": f"central square crop, area resize to {resolution}x{resolution}",
         "adm": f"ADM's: box halving, bicubic, central crop to {resolution}x{resolution}",
@@ -316,7 +319,7 @@ def _adm(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     return pixels[top : top + resolution, left : left + resolution]
 
 
-def _as_it_is(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+def _unchanged(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     if image.size != (resolution, resolution):
         raise InputError(f"an image of imagenet_resized is {image.size}, not {resolution}x{resolution}")
     return np.asarray(image)
@@ -325,7 +328,7 @@ def _as_it_is(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]
 _PREPARATIONS: dict[Preparation, Callable[[Image.Image, int], np.ndarray]] = {
     "area": square_area,
     "adm": _adm,
-    "resized": _as_it_is,
+    "resized": _unchanged,
 }
 
 
@@ -341,7 +344,7 @@ def features(resolution: int) -> tfds.features.FeaturesDict:
 
 
 def shards(source: Source, *, resolution: int, preparation: Preparation) -> list[Shard]:
-    """Every unit of the source as a shard to write."""
+    """Returns one shard to write for each unit of the source."""
     units = source.units()
     counts = {split: sum(unit.split == split for unit in units) for split in COUNTS}
     indices = {split: itertools.count() for split in COUNTS}

@@ -1,7 +1,7 @@
-"""Where prepared data sets lie on disk, and the summary that marks one as complete.
+"""Paths of prepared data sets on disk, and the summary file that marks a data set as complete.
 
-A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' and 'imagenet/resized' for other
-preparations of it, or 'folder/<name>' for a folder of images. TFDS puts it into
+A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' or 'imagenet/resized' (two other
+preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts it into
 <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/,
 imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary last and renames the
 finished directory into place in one step: a directory is complete if and only if it has a summary.
@@ -27,13 +27,13 @@ DEFAULT_DATA_DIR = "data"
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
-# By feature: an image, a label, and what else a data set has.
+# Feature name -> value: an image, a label, and any further features of the data set.
 Example = dict[str, Any]
 
 
 @runtime_checkable
 class Records(Protocol):
-    """TFDS's random access to the examples of a split."""
+    """TFDS's random-access interface to the examples of a split."""
 
     def __len__(self) -> int: ...
 
@@ -46,10 +46,10 @@ class Records(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """Describes a prepared data set: enough to size a model, and to identify the data in a result.
+    """Describes a prepared data set: enough to size a model and to identify the data in a result.
 
-    `fingerprints` maps a split to the SHA-256 of its images and labels in stored order; `class_counts` maps
-    it to the number of images of each class; `source` identifies the files they were made from.
+    `fingerprints` maps each split to the SHA-256 of its images and labels in stored order; `class_counts`
+    maps each split to its number of images per class; `source` identifies the files the images come from.
     """
 
     dataset: str
@@ -64,10 +64,10 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, fields: Any, *, path: Path) -> "DatasetInfo":
-        """The inverse of `dataclasses.asdict` and JSON; `path` is where the data lies.
+        """Builds the object from JSON fields, the inverse of `dataclasses.asdict`; `path` is the data's path.
 
         Raises:
-          AttributeError, KeyError, TypeError: `fields` are not those of a description.
+          AttributeError, KeyError, TypeError: `fields` do not describe a data set.
         """
         counts = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
         changed = {"class_names": tuple(fields["class_names"]), "class_counts": counts, "path": path}
@@ -84,27 +84,27 @@ def image_feature(resolution: int) -> tfds.features.Tensor:
 
 
 def class_names_of(info: tfds.core.DatasetInfo) -> list[str]:
-    """The names of the classes that the features of a TFDS data set declare."""
+    """The class names declared in the features of a TFDS data set."""
     return cast(Mapping[str, tfds.features.ClassLabel], info.features)["label"].names
 
 
 def stored_records(builder: tfds.core.DatasetBuilder, split: str, **options: Any) -> Records:
-    """`builder.as_data_source`, whose wrapper hides its parameters from type checkers."""
+    """Calls `builder.as_data_source`; TFDS's decorator hides its parameters from type checkers."""
     return cast(Any, builder).as_data_source(split, **options)
 
 
 def stored_dataset(
     builder: tfds.core.DatasetBuilder, split: tfds.core.ReadInstruction, **options: Any
 ) -> Iterable[Example]:
-    """`builder.as_dataset`, for the same reason."""
+    """Calls `builder.as_dataset`, wrapped for the same reason as `stored_records`."""
     return cast(Any, builder).as_dataset(split=split, **options)
 
 
 def config_name(dataset: str, resolution: int) -> str:
-    """'32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets and so on.
+    """The config name: '32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
 
     Raises:
-      InputError: the string names no data set.
+      InputError: no data set has this name.
     """
     builder, _, name = dataset.partition("/")
     if dataset in ("openmoji", "imagenet"):
@@ -118,13 +118,13 @@ def config_name(dataset: str, resolution: int) -> str:
 
 
 def dataset_dir(data_dir: str | Path, *, dataset: str, resolution: int) -> Path:
-    """The directory of one data set at one resolution, which need not exist."""
+    """The directory of a data set at one resolution; it need not exist."""
     builder = dataset.partition("/")[0]
     return Path(data_dir) / builder / config_name(dataset, resolution) / VERSION
 
 
 def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
-    """The resolutions at which the data set is complete in `data_dir`, ascending."""
+    """The resolutions at which `data_dir` holds the complete data set, in ascending order."""
     parent = dataset_dir(data_dir, dataset=dataset, resolution=1).parent.parent
     pattern = re.compile(re.escape(config_name(dataset, 1)[:-1]) + r"(\d+)")
     matches = (
@@ -134,7 +134,7 @@ def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
 
 
 def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, overwrite: bool = False) -> str:
-    """The command that makes the data set; PATH stands for a folder that only the user knows."""
+    """The command that prepares the data set; PATH is a placeholder for the user's folder."""
     builder, _, name = dataset.partition("/")
     folder = builder == "folder"
     named = builder if folder else dataset
@@ -149,17 +149,17 @@ def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, over
 
 
 def write_summary(info: DatasetInfo, directory: Path) -> None:
-    """Writes the summary of `info` into `directory`, without its path, so that the data can be moved."""
+    """Writes the summary of `info` into `directory`; omits the path, so that the data can be moved."""
     fields = dataclasses.asdict(info)
     del fields["path"]
     (directory / SUMMARY_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def read_summary(directory: Path) -> DatasetInfo:
-    """The inverse of `write_summary`.
+    """Reads the summary written by `write_summary`.
 
     Raises:
-      FileNotFoundError: there is no summary, hence no complete data set.
+      FileNotFoundError: there is no summary, so no complete data set.
       ValueError: the file is damaged.
     """
     try:
@@ -173,10 +173,10 @@ def read_summary(directory: Path) -> DatasetInfo:
 
 
 def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetInfo:
-    """Reads the description of a prepared data set from its summary, without its records.
+    """Reads the description of a prepared data set from its summary alone, not from its records.
 
     Raises:
-      InputError: it is missing or incomplete; the message gives the command that prepares it.
+      InputError: the data set is missing or incomplete; the message gives the command that prepares it.
     """
     directory = dataset_dir(data_dir, dataset=dataset, resolution=resolution)
     command = prepare_command(data_dir, dataset=dataset, resolution=resolution)
@@ -186,11 +186,11 @@ def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetI
         others = prepared_resolutions(data_dir, dataset=dataset)
         there = f" ({_and(others)} {'is' if len(others) == 1 else 'are'} there)" if others else ""
         raise InputError(
-            f"data set {dataset} at resolution {resolution} is not in {data_dir}{there}, "
-            f"make it with: {command}"
+            f"data set {dataset} at resolution {resolution} is not in {data_dir}{there}; "
+            f"prepare it with: {command}"
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"data set {dataset}: {error}, remake it with: {command} --overwrite") from error
+        raise InputError(f"data set {dataset}: {error}; remake it with: {command} --overwrite") from error
     return info
 
 

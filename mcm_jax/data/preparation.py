@@ -22,20 +22,20 @@ from mcm_jax.system.errors import InputError
 
 MAX_RESOLUTION = 2048
 PREVIEW_FILE = "preview.png"
-# How the file system fails when data_dir is at fault, and not a source image.
+# Error numbers that point to data_dir rather than to a source image.
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-# More classes than this are not listed one by one.
+# Up to this many classes are listed one by one.
 _FEW_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Checked input: what to build and how to describe it.
+    """Validated input: what to build and how to describe it.
 
-    `source` identifies the files it is made from. `write` writes all records below a directory and returns
-    their own directory, or None while other hosts have not written their part; if `resumes`, it continues
-    from what it wrote before. `notes` are lines to show the user before the work. `reads` is the folder whose
-    images are read, where there is one.
+    `source` identifies the source files. `write` writes all records into a directory below the given one and
+    returns it, or returns None while other hosts have not written their part; if `resumes`, it continues from
+    what it wrote before. `notes` are lines to show the user before the work starts. `reads` is the folder of
+    source images, if there is one.
     """
 
     dataset: str
@@ -57,15 +57,15 @@ def plan(
     workers: int | None = None,
     host: tuple[int, int] = (0, 1),
 ) -> Plan:
-    """Checks the input and lists the folder, before any long work.
+    """Checks the input and lists the folder, before any long-running work.
 
     Args:
-      workers: processes that prepare ImageNet; None: one a core.
-      host: which of how many hosts prepares ImageNet here.
+      workers: number of processes that prepare ImageNet; None: one per core.
+      host: (index of this host, number of hosts) for preparing ImageNet.
 
     Raises:
       InputError: unknown data set, resolution out of range, a missing or empty folder, a bad name, or a flag
-        that does not belong to the data set.
+        that does not apply to the data set.
     """
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
@@ -88,7 +88,7 @@ def plan(
 def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
     if manual_dir is not None or name is not None:
         raise InputError(
-            "--manual_dir and --name apply only to --dataset=folder, since openmoji is installed already; "
+            "--manual_dir and --name apply only to --dataset=folder (openmoji is already installed); "
             "remove them"
         )
     config = openmoji.OpenMojiConfig(name=layout.config_name("openmoji", resolution), resolution=resolution)
@@ -108,7 +108,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
     name = name or root.resolve().name
     if not layout.FOLDER_NAME.fullmatch(name):
         raise InputError(
-            f"--name={name}: only letters, digits, _ and - may be in a name; choose one with --name=NAME"
+            f"--name={name}: a name may contain only letters, digits, _ and -; choose one with --name=NAME"
         )
     try:
         listing = folder.list_images(root, single_class=name)
@@ -135,10 +135,10 @@ def _plan_imagenet(
 ) -> Plan:
     preparation = imagenet.PREPARATIONS[dataset]
     if not manual_dir:
-        files = f"{imagenet.TRAIN_TAR} and {imagenet.TEST_TAR} are, or TFDS's imagenet2012"
+        files = f"{imagenet.TRAIN_TAR} and {imagenet.TEST_TAR}, or TFDS's imagenet2012"
         if preparation == "resized":
-            files = f"TFDS's imagenet_resized/{resolution}x{resolution} is"
-        raise InputError(f"--dataset={dataset} needs --manual_dir=PATH, where {files}")
+            files = f"TFDS's imagenet_resized/{resolution}x{resolution}"
+        raise InputError(f"--dataset={dataset} needs --manual_dir=PATH, the directory that holds {files}")
     resized_to = resolution if preparation == "resized" else None
     source = imagenet.open_source(manual_dir, resized_to=resized_to)
     wanted = imagenet.shards(source, resolution=resolution, preparation=preparation)
@@ -167,19 +167,19 @@ def _plan_imagenet(
 def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[DatasetInfo | None, bool]:
     """Builds the data set unless it is complete; returns its description and whether it was built.
 
-    Everything is written to a hidden directory, which is renamed to the target once it is complete: an
-    interrupted run changes nothing. A killed run also leaves the hidden directory, .incomplete-*, which is
-    never read as a data set. If the plan resumes, the same command continues there; otherwise it may be
+    Everything is written to a hidden directory, .incomplete-*, which is renamed to the target once complete,
+    so an interrupted run changes nothing. A killed run leaves the hidden directory behind; it is never read
+    as a data set. If the plan resumes, the same command continues there; otherwise the directory may be
     deleted. The description is None while other hosts have not written their part.
 
     Raises:
-      InputError: data_dir cannot be written to, or lies in the folder of images; a source image cannot be
-        read; the complete data set was made from other files.
+      InputError: data_dir is not writable or lies inside the folder of images; a source image cannot be
+        read; or the existing complete data set was made from other files.
     """
     if chosen.reads is not None and data_dir.resolve().is_relative_to(chosen.reads.resolve()):
         raise InputError(
-            f"--data_dir={data_dir} lies in --manual_dir={chosen.reads}, so that pictures of prepared data "
-            "would count as images; choose a directory outside it"
+            f"--data_dir={data_dir} lies inside --manual_dir={chosen.reads}, so preview pictures of prepared "
+            "data would count as images; choose a directory outside it"
         )
     target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
     if not overwrite and (existing := _existing(target, chosen)):
@@ -204,14 +204,14 @@ def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
     """The complete data set at `target`, if there is one.
 
     Raises:
-      InputError: it was made from other files, or its summary is damaged.
+      InputError: the data set was made from other files, or its summary is damaged.
     """
     try:
         existing = layout.read_summary(target)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{error}; pass --overwrite to make the data set again") from error
+        raise InputError(f"{error}; pass --overwrite to prepare the data set again") from error
     if existing.source != chosen.source:
         raise InputError(
             f"{target} was made from other files ({existing.source}, now {chosen.source}): pass --overwrite "
@@ -226,7 +226,7 @@ def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextMan
         data_dir.mkdir(parents=True, exist_ok=True)
         if not chosen.resumes:
             return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
-        # The same command finds the same directory, and no other command does.
+        # Only the same command maps to the same directory.
         inputs = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
         staging = data_dir / f"{prefix}{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
         staging.mkdir(exist_ok=True)
@@ -234,8 +234,8 @@ def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextMan
 
 
 def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
-    """Lets a TFDS builder write its records."""
-    # TFDS prints lines about downloads and the staging path, which would mislead.
+    """Writes the records with a TFDS builder and returns their directory."""
+    # TFDS prints misleading lines about downloads and the staging path.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(
             file_format="array_record",
@@ -267,7 +267,7 @@ def _describe(chosen: Plan, directory: Path) -> None:
 
 
 def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str]:
-    """Images of each class, and the SHA-256 of all images and labels (little-endian int32) in order."""
+    """Image counts per class, and the SHA-256 of all images and labels (little-endian int32) in order."""
     counts = [0] * num_classes
     digest = hashlib.sha256()
     for example in records:
@@ -278,14 +278,14 @@ def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str
 
 
 def _write_preview(records: Records, path: Path) -> None:
-    """64 random images in a square grid, small ones enlarged by a whole factor to 64 pixels or more."""
+    """Saves 64 random images as a square grid, each enlarged by an integer factor to 64 pixels or more."""
     images, _ = pipeline.random_examples(pipeline.RecordSource(records), 64)
     columns, scale = math.ceil(math.sqrt(len(images))), math.ceil(64 / images.shape[1])
     pictures.save_png(pictures.image_grid(images, columns, scale=scale), path)
 
 
 def _publish(built: Path, target: Path, *, retired: Path) -> None:
-    """Replaces `target` by `built`; restores `target` if that fails."""
+    """Replaces `target` with `built`; restores `target` on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if target.exists():
@@ -298,10 +298,10 @@ def _publish(built: Path, target: Path, *, retired: Path) -> None:
 
 
 def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
-    """What the program prints at the end: numbered classes, hashes, paths, and what to run next."""
+    """The program's final output: numbered classes, hashes, paths, and the command to run next."""
     lines = [
         f"{info.dataset} at {info.resolution}x{info.resolution}: "
-        + ("prepared" if built else "already complete, reused (--overwrite makes it again)"),
+        + ("prepared" if built else "already complete, reused (pass --overwrite to prepare it again)"),
         f"  {info.preprocessing}",
         *_class_table(info),
         *(f"  {split} sha256 {digest}" for split, digest in info.fingerprints.items()),
@@ -313,7 +313,7 @@ def report(info: DatasetInfo, *, built: bool, data_dir: str) -> str:
 
 
 def _class_table(info: DatasetInfo) -> list[str]:
-    """Label, name and image counts of each class; if there are many, only the sums and the numbering."""
+    """Lists label, name and image counts of each class; with many classes, only totals and the numbering."""
     few = info.num_classes <= _FEW_CLASSES
     width = max(len(name) for name in (*info.class_names, "class"))
     lines = [f"  label  {'class':{width}}  " + "  ".join(f"{split:>7}" for split in info.num_examples)]
@@ -326,17 +326,17 @@ def _class_table(info: DatasetInfo) -> list[str]:
         numbered = f"0 is {first}, 1 is {second}, ..., {info.num_classes - 1} is {last}"
         lines.append(f"  {info.num_classes} classes: {numbered}")
     if info.dataset in layout.IMAGENETS:
-        lines.append(f"  {_whole(info)}")
+        lines.append(f"  {_completeness(info)}")
     counts = zip(info.class_names, info.class_counts["train"], strict=True)
     if untrained := [name for name, count in counts if not count]:
         lines.append(
-            f"  no training image, so never sampled: {', '.join(untrained[:5])}"
+            f"  without training images, so never sampled: {', '.join(untrained[:5])}"
             + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
         )
     return lines
 
 
-def _whole(info: DatasetInfo) -> str:
+def _completeness(info: DatasetInfo) -> str:
     missing = {split: count - info.num_examples[split] for split, count in imagenet.COUNTS.items()}
     if not any(missing.values()):
         return "all of ILSVRC2012"
@@ -347,7 +347,7 @@ def _whole(info: DatasetInfo) -> str:
 
 def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
     builder = info.dataset.partition("/")[0]
-    paper = info.resolution in (64, 128)  # The resolutions that ImageNet has configs for.
+    paper = info.resolution in (64, 128)  # The resolutions with ImageNet configs.
     if builder == "imagenet":
         config = f"imagenet{info.resolution}" if paper else "imagenet64"
         command = f"python -m mcm_jax.train --config={config}:small,teacher"

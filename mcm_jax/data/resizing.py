@@ -1,4 +1,4 @@
-"""Images to squares of one side: the central crop, then the mean over areas (SPEC 7)."""
+"""Resizes images to squares: central crop, then area averaging (SPEC 7)."""
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -6,13 +6,13 @@ from PIL import Image
 
 
 def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Central square crop, then area resize: each pixel is the mean over its part of the square, rounded."""
+    """Crops the central square, then area-resizes it: each pixel is the rounded mean over its cell."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     pixels = np.asarray(image)[top : top + side, left : left + side]
     exact = np.int32 if 255 * side**2 < 2**31 else np.int64
     rows = _sums_over_cells(pixels, resolution, exact)
-    # In this order of axes (column, channel, row) the copy is the fastest.
+    # The copy is fastest in this order of axes (column, channel, row).
     columns = _sums_over_cells(np.ascontiguousarray(rows.transpose(1, 2, 0)), resolution, exact)
     return np.rint(columns.transpose(2, 0, 1) / side**2).astype(np.uint8)
 
@@ -20,16 +20,16 @@ def square_area(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "r r 3
 def _sums_over_cells(
     values: Integer[np.ndarray, " size *rest"], count: int, dtype: type[np.signedinteger]
 ) -> Integer[np.ndarray, " count *rest"]:
-    """`count` times the sums over `count` equal cells of the first axis: integers of `dtype`.
+    """Sums over `count` equal cells of the first axis, times `count`, as integers of `dtype`.
 
-    A pixel counts by the part of it in the cell. Pillow's box filter is no substitute: it takes a pixel whole
-    or not at all, by its centre.
+    Each pixel is weighted by the fraction of it inside the cell. Pillow's box filter is no substitute: it
+    includes a pixel entirely or not at all, depending on the pixel's centre.
     """
     size = len(values)
     whole, part = np.divmod(np.arange(count + 1) * size, count)
     lengths, column = np.diff(whole), (-1, *[1] * (values.ndim - 1))
     shortest, longest = lengths.min(), lengths.max()
-    # Half as wide, a third faster.
+    # uint16 is half as wide and a third faster.
     fits = values.dtype == np.uint8 and 255 * longest < 2**16
     pixels = values.astype(np.uint16 if fits else dtype, copy=False)
     sums = np.zeros((count, *values.shape[1:]), pixels.dtype)
@@ -38,6 +38,6 @@ def _sums_over_cells(
         if k >= shortest:
             kth *= (k < lengths).astype(kth.dtype).reshape(column)
         sums += kth
-    # Each sum holds all of the pixel in which its cell begins and nothing of the one in which it ends.
+    # So far each sum includes all of the pixel in which its cell begins and none of the one in which it ends.
     cut = values[np.minimum(whole, size - 1)] * part.astype(dtype).reshape(column)
     return sums * dtype(count) + (cut[1:] - cut[:-1])

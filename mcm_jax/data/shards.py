@@ -1,8 +1,8 @@
 """Writes a TFDS data set shard by shard, in parallel over processes and hosts, and resumes if interrupted.
 
-A shard is written under a temporary name and renamed; then a note in another directory, with its size and
-count, marks it as whole. Hosts share both directories. Each of n hosts writes every n-th shard, and the first
-host completes the data set once all shards are there.
+Each shard is written under a temporary name and then renamed. A note in another directory, which records the
+shard's size and count, then marks it as complete. All hosts share both directories. Each of n hosts writes
+every n-th shard, and the first host completes the data set once all shards exist.
 """
 
 import concurrent.futures
@@ -25,13 +25,13 @@ from mcm_jax.system import progress
 from mcm_jax.system.files import write_whole
 from mcm_jax.system.host import keep_freed_pages
 
-# One record a group, as TFDS writes them: single records are read at random.
+# One record per group, as in TFDS, because single records are read in random order.
 _OPTIONS = "group_size:1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file, number `index` of the `count` of its split; `examples` yields its examples in order."""
+    """One file, number `index` of `count` in its split; `examples` yields its examples in order."""
 
     split: str
     index: int
@@ -41,7 +41,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The directories of a data set's shards and of their notes, its name, and the features of a record."""
+    """Where a data set is written: directories for shards and notes, its name, and its record features."""
 
     directory: Path
     notes: Path
@@ -49,16 +49,16 @@ class Place:
     features: tfds.features.FeaturesDict
 
     def path(self, shard: Shard) -> Path:
-        """Where TFDS looks for a shard."""
+        """The path at which TFDS looks for a shard."""
         number = f"{shard.index:05d}-of-{shard.count:05d}"
         return self.directory / f"{self.name}-{shard.split}.array_record-{number}"
 
     def note(self, shard: Shard) -> Path:
-        """Not beside the shard: `directory` holds nothing but the data set."""
+        """The path of a shard's note, outside `directory`, which must hold only the data set."""
         return self.notes / f"{self.path(shard).name}.json"
 
     def is_whole(self, shard: Shard) -> bool:
-        """Whether a shard was written completely and still has the size it had then."""
+        """Whether a shard was written completely and its size has not changed since."""
         try:
             return self.path(shard).stat().st_size == json.loads(self.note(shard).read_text())["bytes"]
         except (OSError, ValueError, KeyError):
@@ -68,11 +68,11 @@ class Place:
 def write(
     shards: Sequence[Shard], place: Place, *, workers: int | None = None, host: int = 0, hosts: int = 1
 ) -> None:
-    """Writes this host's shards, except those that are whole already.
+    """Writes this host's shards, except those that are already complete.
 
     Args:
       workers: number of processes; None: one per core; 0: write in this process.
-      host, hosts: the number of this host, from 0, and how many there are.
+      host, hosts: the index of this host, from 0, and the number of hosts.
 
     Raises:
       InputError: an example cannot be read.
@@ -99,9 +99,10 @@ def wait(shards: Sequence[Shard], place: Place, *, every_seconds: float = 10.0) 
 
 
 def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
-    """Writes the metadata that TFDS needs besides the shards, all of which must be there.
+    """Writes the metadata that TFDS needs; all shards must exist.
 
-    info: further fields of `tfds.core.DatasetInfo`, such as description.
+    Args:
+      info: further fields of `tfds.core.DatasetInfo`, such as description.
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
@@ -144,7 +145,7 @@ def _write_one(shard: Shard, *, place: Place) -> None:
                 count += 1
         finally:
             writer.close()
-        # The writer does not report a full disk, so the file is checked.
+        # The writer does not report a full disk, so check the file.
         if ArrayRecordReader(str(temporary)).num_records() != count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         with temporary.open("rb") as file:
@@ -157,7 +158,7 @@ def _write_one(shard: Shard, *, place: Place) -> None:
 
 
 def _in_parallel(work: Callable[[Shard], None], shards: Sequence[Shard], workers: int) -> None:
-    # Workers are forked from a process that has imported this module and started no threads.
+    # Workers fork from a server process that has imported this module and started no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with concurrent.futures.ProcessPoolExecutor(

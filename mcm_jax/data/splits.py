@@ -1,4 +1,4 @@
-"""Which split an example belongs to, decided by its key alone."""
+"""Assigns examples to the train or test split by a hash of their keys."""
 
 import hashlib
 from collections.abc import Collection, Iterable
@@ -7,7 +7,7 @@ TEST_FRACTION = 0.1
 
 
 def position(key: str) -> float:
-    """SHA-256 of the key as a number in [0, 1): the same on every machine, at all times."""
+    """Maps the key's SHA-256 to a number in [0, 1), which is the same on every machine."""
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -15,10 +15,11 @@ def position(key: str) -> float:
 def test_keys(
     keys: Collection[str], *, test_fraction: float = TEST_FRACTION, classes: Iterable[Collection[str]] = ()
 ) -> set[str]:
-    """The keys whose position is below `test_fraction`. Examples that share a key share a split.
+    """Returns the keys whose position is below `test_fraction`; examples with equal keys share a split.
 
-    Adding or removing a key moves no other, except where a split or a class would be left without any: the
-    highest key of all, and of each of the `classes`, always trains, and the lowest key tests if it can.
+    Adding or removing a key does not move other keys, except to keep splits and classes from being empty: the
+    highest key overall, and the highest of each of the `classes`, is always in the train split, and the
+    lowest key is in the test split if possible.
 
     Raises:
       ValueError: fewer than two keys, or a fraction outside (0, 1).

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion, in jax.numpy only: schedules, the process, steps, segments, sampling."""
+"""The mathematics of diffusion in pure jax.numpy: schedules, the process, steps, segments, sampling."""

@@ -22,9 +22,10 @@ def guide(
 
 
 def guided(model_fn: ModelFn, *, guidance: float, null_class: int) -> ModelFn:
-    """A network that calls model_fn twice and returns the guided prediction.
+    """Returns a network that calls model_fn twice and returns the guided prediction.
 
     Args:
+      model_fn: the network to guide.
       guidance: g.
       null_class: the label that means 'any class'.
     """

@@ -1,10 +1,10 @@
-"""Distributions whose diffusion is known in closed form: data sets with an exact teacher.
+"""Distributions with a closed-form diffusion process: data with an exact teacher.
 
-x = basis @ u, where the basis is orthonormal and the u_i are independent, each a Gaussian mixture on the
-line. The noise sigma_t eps has the same distribution in every orthonormal basis. The coordinates of z_t are
-therefore independent mixtures too, and so are those of x given z_t. Denoiser, posterior variance, probability
-flow, moments and distance to a sample are exact, coordinate by coordinate, although the entries of x are
-correlated and x has up to K^d modes. K = 1 gives any Gaussian.
+x = basis @ u, where the basis is orthonormal and the u_i are independent one-dimensional Gaussian mixtures.
+The noise sigma_t eps has the same distribution in every orthonormal basis. Therefore the coordinates of z_t,
+and those of x given z_t, are also independent mixtures. Denoiser, posterior variance, probability flow,
+moments and distance to a sample are exact, coordinate by coordinate, although the entries of x are correlated
+and x has up to K^d modes. K = 1 gives any Gaussian.
 """
 
 import math
@@ -25,8 +25,8 @@ Points = Float[Array, "B d"]
 Components = Float[Array, "B d K"]
 Parameter = Float[Array | np.ndarray, "d K"]
 
-# How often a bracket is halved. 40 halvings reduce a width of 1e5 to 1e-7, the spacing of float32 near 1; 30
-# reduce 10 to 1e-8, which enters `_wasserstein` squared.
+# Number of bisections. 40 reduce a bracket of width 1e5 to 1e-7, the spacing of float32 near 1; 30 reduce a
+# width of 10 to 1e-8, which enters `_wasserstein` squared.
 FLOW_HALVINGS = 40
 QUANTILE_HALVINGS = 30
 
@@ -34,7 +34,7 @@ QUANTILE_HALVINGS = 30
 class Mixture(NamedTuple):
     """x = basis @ u, u_i ~ sum_k weights[i, k] N(means[i, k], stds[i, k]^2), all u_i independent.
 
-    It is a pytree. The constructors return float64 numpy arrays, which the moments use; z_t and x are
+    A mixture is a pytree. The constructors return float64 NumPy arrays, which the moments use; z_t and x are
     float32, as everywhere.
     """
 
@@ -68,9 +68,9 @@ def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]
 
 
 def two_components() -> Mixture:
-    """N(-0.6, 0.1^2) / 2 + N(0.6, 0.1^2) / 2: two separate modes on a line, as in MCM's first figure.
+    """N(-0.6, 0.1^2) / 2 + N(0.6, 0.1^2) / 2: two separate modes in one dimension, as in MCM's first figure.
 
-    The paper does not give its numbers; we chose these so that x lies in [-1, 1].
+    The paper does not state its parameters; we chose these so that x lies in [-1, 1].
     """
     one, half = np.ones((1, 1)), np.full((1, 2), 0.5)
     return Mixture(one, half, np.array([[-0.6, 0.6]]), np.full((1, 2), 0.1))
@@ -82,7 +82,7 @@ def random_mixture(
     """A mixture with moments like those of images: E u = 0, Var u_i ~ (i + 1)^(-spectral_power / 2).
 
     The power of natural images falls as 1 / f^2, and the i-th frequency of a plane is f ~ sqrt(i). The
-    components are random, and so is the basis, which is uniform over the rotations.
+    components and the basis are random; the basis is uniform over all rotations.
 
     Args:
       seed: determines all randomness.
@@ -97,7 +97,7 @@ def random_mixture(
       (16, 3)
     """
     rng = np.random.default_rng(seed)
-    # Q is uniform only after multiplication with the signs of R, which the factorisation chooses.
+    # Q is uniform only after multiplication by the signs of R's diagonal, which the factorisation chooses.
     q, r = np.linalg.qr(rng.normal(size=(dimension, dimension)))
     weights = rng.dirichlet(np.full(components, 4.0), size=dimension)
     means = rng.normal(size=(dimension, components))
@@ -110,7 +110,7 @@ def random_mixture(
 
 
 def sample(mixture: Mixture, key: jax.Array, count: int) -> Points:
-    """x = basis @ u: `count` independent draws.
+    """Draws `count` independent samples x = basis @ u.
 
     Examples:
       >>> sample(two_components(), jax.random.key(0), 5).shape
@@ -147,18 +147,18 @@ def denoise(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> Points:
 
 
 def posterior_variance(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample) -> PerExample:
-    """E[||x - x_hat||^2 | z_t] / d: the exact x_var, which aDDIM only estimates."""
+    """E[||x - x_hat||^2 | z_t] / d: the exact value of the x_var that aDDIM estimates."""
     posterior = _posterior(mixture, z_t, logsnr_t)
     deviation = posterior.x - posterior.mean(posterior.x)[..., None]
     return jnp.mean(posterior.mean(jnp.square(deviation) + posterior.x_var), axis=-1)
 
 
 def model_fn(mixture: Mixture) -> ModelFn:
-    """v_hat = alpha_t eps_hat - sigma_t x_hat = E[v | z_t]: what a perfectly trained network predicts.
+    """Returns v_hat = alpha_t eps_hat - sigma_t x_hat = E[v | z_t], the prediction of a perfect network.
 
-    Its error is at most 3e-6 in float32, where `denoise` meets its bound; (alpha_t z_t - x_hat) / sigma_t
-    would be off by 3e-3 at log-SNR 16. The function takes [B, ...] with d entries per example, and ignores
-    classes and dropout's key.
+    Its float32 error is at most 3e-6 under the conditions of `denoise`; (alpha_t z_t - x_hat) / sigma_t would
+    be off by 3e-3 at log-SNR 16. The function takes [B, ...] with d entries per example and ignores the
+    classes and the dropout key.
 
     Examples:
       >>> teacher = model_fn(two_components())
@@ -177,22 +177,22 @@ def model_fn(mixture: Mixture) -> ModelFn:
 
 
 def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, logsnr_s: PerExample) -> Points:
-    """z_s = F_s^-1(F_t(z_t)) in every coordinate: the ODE of the probability flow, solved from t to any s.
+    """z_s = F_s^-1(F_t(z_t)) in every coordinate: the probability flow ODE, solved from t to any s.
 
-    Points on a line keep their order as they flow, and their distribution function F_t becomes F_s. Only one
-    map does both. It is computed from log F / (1 - F), which is accurate in both tails, and it is
+    In one dimension, the flow preserves the order of points and turns their distribution function F_t into
+    F_s; only one map does both. It is computed from log F / (1 - F), which is accurate in both tails, and is
     differentiable.
 
     Compared with DOP853 in float64 (rtol 1e-10; log-SNRs from -15 to 15 and back), the error is at most
     1e-6 (1 + dz_s / dz_t). The second term is the rounding of z_t itself: the slope is p_t / p_s, which is
-    6e6 halfway between the modes of `two_components` (1e-8 of all z_t end up there).
+    6e6 halfway between the modes of `two_components` (a fraction of 1e-8 of all z_t ends up there).
     """
     means_t, stds_t = _diffused(mixture, logsnr_t)
     means_s, stds_s = _diffused(mixture, logsnr_s)
     scores_t = (_coordinates(mixture, z_t)[..., None] - means_t) / stds_t
     log_odds = _log_odds(mixture.weights, scores_t)
-    # At the lowest of these points every component has at most its score of t, so F_s is at most F_t there;
-    # the highest is the mirror image. With K = 1 the bracket is one point, the linear map.
+    # At the lowest of these points, no component's score exceeds its score at t, so F_s is at most F_t there;
+    # the reverse is true at the highest. With K = 1 the bracket is one point, the linear map.
     ends = means_s + stds_s * scores_t
     low, high = jnp.min(ends, axis=-1), jnp.max(ends, axis=-1)
 
@@ -209,7 +209,7 @@ def probability_flow(mixture: Mixture, z_t: Points, *, logsnr_t: PerExample, log
         below, above = jax.lax.fori_loop(0, FLOW_HALVINGS, halve, (low, high))
         return (below + above) / 2
 
-    # Bisection has no useful derivative; custom_root computes it by the implicit function theorem.
+    # Bisection has no useful derivative; custom_root uses the implicit function theorem instead.
     u_s = jax.lax.custom_root(excess, low, bisect, lambda slope, y: y / slope(jnp.ones_like(y)))
     return _points(mixture, u_s)
 
@@ -223,16 +223,16 @@ def mean_and_covariance(mixture: Mixture) -> tuple[Float64[np.ndarray, " d"], Fl
 
 
 def marginal_wasserstein(mixture: Mixture, samples: Float[Array | np.ndarray, "N d"]) -> float:
-    """sum_i W2^2(basis_i . samples, u_i): exact squared 2-Wasserstein distances on lines, summed.
+    """sum_i W2^2(basis_i . samples, u_i): the sum of exact one-dimensional squared 2-Wasserstein distances.
 
-    This equals W2^2 between samples and mixture if the distribution of the samples is a product along the
-    basis too; otherwise it is a lower bound.
+    This equals W2^2 between samples and mixture if the coordinates of the samples in this basis are also
+    independent; otherwise it is a lower bound.
 
-    N draws from the mixture itself do not have distance 0. On average they have 3 to 4 times
-    E ||x - E x||^2 / N (measured, N = 100 to 50,000). They have more where a gap g separates modes of weights
-    w and 1 - w, since the shares of the modes fluctuate: about g^2 sqrt(2 w (1 - w) / (pi N)), with g
-    measured between the inner edges of the modes. For `two_components` it is 0.007 for N = 1000 and 0.002 for
-    10,000.
+    N draws from the mixture itself do not have distance 0. Their average distance is 3 to 4 times
+    E ||x - E x||^2 / N (measured, N = 100 to 50,000). It is larger if a gap g separates modes of weights w
+    and 1 - w, since the fractions of samples in the modes fluctuate: about g^2 sqrt(2 w (1 - w) / (pi N)),
+    with g measured between the inner edges of the modes. For `two_components` it is 0.007 for N = 1000 and
+    0.002 for N = 10,000.
 
     Examples:
       >>> mixture = two_components()
@@ -257,9 +257,9 @@ def _wasserstein(
     enter only as its square.
     """
     p = np.arange(1, len(ordered)) / len(ordered)
-    # A std of 0 would divide 0 by 0.
+    # A std of 0 would lead to 0 / 0.
     stds = np.maximum(stds, 1e-30)
-    # The quantile of the mixture lies between those of its components.
+    # The quantile of the mixture lies between the quantiles of its components.
     quantiles = means + stds * scipy.special.ndtri(p)[:, None]
     low, high = np.min(quantiles, axis=1), np.max(quantiles, axis=1)
     for _ in range(QUANTILE_HALVINGS):
@@ -275,7 +275,7 @@ def _wasserstein(
 
 
 class _Posterior(NamedTuple):
-    """Given z_t: the probability of each component, and the moments of u and v under that component."""
+    """The probability of each component given z_t, and the moments of u and v given z_t and the component."""
 
     probability: Components
     x: Components
@@ -290,7 +290,7 @@ def _posterior(mixture: Mixture, z_t: Points, logsnr_t: PerExample) -> _Posterio
     """Bayes' rule with V = alpha_t^2 s^2 + sigma_t^2 and y = (z_t - alpha_t m) / sqrt(V), for each component.
 
     probability ~ w exp(-y^2 / 2) / sqrt(V), x = m + alpha_t s^2 y / sqrt(V), x_var = s^2 sigma_t^2 / V. With
-    eps = sigma_t y / sqrt(V), v = alpha_t eps - sigma_t x is simplified by hand, so that no digits cancel.
+    eps = sigma_t y / sqrt(V), v = alpha_t eps - sigma_t x is simplified by hand to avoid cancellation.
     """
     alpha, sigma = (f(logsnr_t)[:, None, None] for f in (process.alpha, process.sigma))
     means_t, stds_t = _diffused(mixture, logsnr_t)
@@ -320,7 +320,7 @@ def _log_odds(weights: Parameter, scores: Components) -> Points:
 
 
 def _coordinates(mixture: Mixture, points: Points) -> Points:
-    """u = basis^T x, in full float32: by default accelerators multiply matrices with fewer bits."""
+    """u = basis^T x, in full float32: by default, accelerators multiply matrices in lower precision."""
     return jnp.matmul(points, mixture.basis, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""What objectives and samplers know about a network: it is a function."""
+"""The type of a network, as objectives and samplers call it: a function."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 # The network predicts v. The paper does not say what it predicts; we chose v because the paper uses the
 # v-loss, and because x_hat and eps_hat follow from v without a division. `cond` holds class labels. `key` is
 # the randomness of dropout; None disables dropout. The result is float32, whatever precision the network
-# uses.
+# computes in.
 ModelFn = Callable[
     [Float[Array, "B ..."], Float[Array, " B"], Int[Array, " B"], jax.Array | None],
     Float[Array, "B ..."],

@@ -1,7 +1,7 @@
 """The variance-preserving forward process and the three predictions (SPEC 1).
 
 z_t = alpha_t x + sigma_t eps, alpha_t^2 = sigmoid(lambda_t), sigma_t^2 = sigmoid(-lambda_t). Images
-have shape [B, ...], log-SNRs [B]. Example j never influences example i.
+have shape [B, ...], log-SNRs lambda [B]. Examples never influence each other.
 """
 
 import jax
@@ -23,12 +23,12 @@ def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def over_pixels(per_example: Shaped[Array, " B"], image: Image) -> Shaped[Array, "B ..."]:
-    """[B] -> [B, 1, ..., 1], so that the result multiplies `image` example by example."""
+    """Reshapes [B] to [B, 1, ..., 1], so that the result broadcasts over the pixels of `image`."""
     return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))
 
 
 def mean_square(image: Image) -> PerExample:
-    """||a||^2 / d of every example, where d is its number of entries."""
+    """||a||^2 / d for every example a with d entries."""
     return jnp.mean(jnp.square(image), axis=tuple(range(1, image.ndim)))
 
 
@@ -36,7 +36,7 @@ def diffuse(x: Image, eps: Image, *, logsnr_t: PerExample) -> Image:
     """z_t = alpha_t x + sigma_t eps.
 
     Examples:
-      At log-SNR 0 signal and noise have equal weight:
+      At log-SNR 0, signal and noise have equal weights:
 
       >>> x, eps = jnp.ones((1, 2)), jnp.array([[1.0, -1.0]])
       >>> [round(value, 4) for value in diffuse(x, eps, logsnr_t=jnp.zeros(1))[0].tolist()]
@@ -61,5 +61,5 @@ def eps_from_v(v_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
 
 
 def eps_from_x(x_hat: Image, z_t: Image, *, logsnr_t: PerExample) -> Image:
-    """eps_hat = (z_t - alpha_t x_hat) / sigma_t. At every finite log-SNR sigma_t > 0."""
+    """eps_hat = (z_t - alpha_t x_hat) / sigma_t; sigma_t > 0 at every finite log-SNR."""
     return (z_t - over_pixels(alpha(logsnr_t), z_t) * x_hat) / over_pixels(sigma(logsnr_t), z_t)

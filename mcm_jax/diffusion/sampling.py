@@ -13,12 +13,12 @@ Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
 XVar = Literal["analytic", "measured"]
 Clip = Literal["last", "every", "never"]
 
-# Folded into an image's key for each of its draws. Step i uses _STEPS + i.
+# Constants folded into an image's key, one for each random draw. Step i uses _STEPS + i.
 _NOISE, _LABEL, _MEASUREMENT, _STEPS = range(4)
 
 
 def image_keys(key: jax.Array, image_indices: Int[Array, " B"]) -> jax.Array:
-    """One key per image, which depends on (key, image index) only, not on batch, order or device.
+    """One key per image, which depends only on (key, image index), not on batch, order or device.
 
     Examples:
       >>> keys = image_keys(jax.random.key(0), jnp.arange(10))
@@ -39,7 +39,7 @@ def initial_noise(keys: jax.Array, image_shape: tuple[int, ...]) -> Float[Array,
 
 
 def draw_labels(keys: jax.Array, class_probabilities: Float[Array, " classes"]) -> Int[Array, " B"]:
-    """A class for each image, from its own key.
+    """Draws a class for each image, from the image's own key.
 
     Examples:
       >>> keys = image_keys(jax.random.key(0), jnp.arange(3))
@@ -51,7 +51,9 @@ def draw_labels(keys: jax.Array, class_probabilities: Float[Array, " classes"]) 
 
 
 def network_calls(sampler: Sampler, num_steps: int) -> int:
-    """Network calls of `sample` on a grid of num_steps points. Heun makes two per step, but one in the last.
+    """Number of network calls of `sample` on a grid of num_steps points.
+
+    Heun makes two calls per step, except for one in the last step.
 
     Examples:
       >>> network_calls("addim", 18), network_calls("heun", 18)
@@ -73,21 +75,22 @@ def sample(
 ) -> Float[Array, "B ..."]:
     """Integrates from z_1 at logsnr[0] to logsnr[N - 1] and returns the x_hat predicted there.
 
-    The result is x_hat and not z_0, because a shifted schedule leaves noise of up to one grey level in z_0.
+    The result is x_hat rather than z_0, because a shifted schedule leaves noise of up to one grey level in
+    z_0.
 
     Args:
-      model_fn: teacher or student, with or without guidance. It is called without dropout; `network_calls`
-      says
-        how often.
+      model_fn: teacher or student, with or without guidance. It is called `network_calls` times, without
+        dropout.
       z_1: standard normal noise.
       cond: class labels.
       keys: one key per image, for the noise of noisy_ddim and ddpm.
-      logsnr: where the network is called, ascending: `schedules.uniform_grid` or `schedules.karras_grid`.
+      logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid` or
+        `schedules.karras_grid`.
       sampler: use "ddim" for students, which have already learned aDDIM's adjustment.
-      x_var: for addim and noisy_ddim, the variance per pixel of x given z_t at every point of the grid; None
-        uses the analytic one. Guidance does not change it: it belongs to the conditional prediction.
-      clip: not in the paper. Clip x_hat in the last step (our default), in "every" step, or "never", for data
-        that lie outside of [-1, 1].
+      x_var: for addim and noisy_ddim, the variance per pixel of x given z_t at every grid point; None uses
+        the analytic variance. Guidance does not change it, as it belongs to the conditional prediction.
+      clip: not in the paper. Clip x_hat in the "last" step (our default), in "every" step, or "never" (for
+        data outside [-1, 1]).
 
     Examples:
       The exact denoiser of two Gaussians stands in for a network:
@@ -148,7 +151,7 @@ def measure_x_var(
 ) -> Float[Array, "N B"]:
     """||x - x_hat(z_t)||^2 / d at every point of a sampler's grid, for clean images x (SPEC 3b).
 
-    aDDIM's measured x_var is eta times the mean of this over data, with eta = 0.75.
+    aDDIM's measured x_var is eta = 0.75 times the mean of this quantity over data.
 
     Args:
       model_fn: the conditional network without guidance.

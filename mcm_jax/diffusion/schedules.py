@@ -1,7 +1,7 @@
 """Noise schedules: callables t -> log-SNR (SPEC 2; simple diffusion, arXiv:2301.11093).
 
-t = 0 is data and t = 1 is noise. The log-SNR, lambda = log(alpha^2 / sigma^2), falls from t = 0 to t = 1. All
-schedules are within 2e-6 of float64 at every float32 t in [0, 1].
+t = 0 is data and t = 1 is noise. The log-SNR, lambda = log(alpha^2 / sigma^2), decreases from t = 0 to t = 1.
+All schedules are within 2e-6 of float64 at every float32 t in [0, 1].
 """
 
 import math
@@ -16,21 +16,21 @@ Schedule = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 EndPoints = Literal["moved", "kept"]
 Grid = Literal["schedule", "karras"]
 
-# |log-SNR| at the ends of the cosine schedule. Not in the paper. With 15, sigma_0 = 5.5e-4, a fourteenth of a
-# grey level, and alpha_1 is the same.
+# |log-SNR| at the ends of the cosine schedule; not in the paper. With 15, sigma_0 = alpha_1 = 5.5e-4, a
+# fourteenth of a grey level.
 LOGSNR_LIMIT = 15.0
 
 
 def cosine(*, logsnr_min: float = -LOGSNR_LIMIT, logsnr_max: float = LOGSNR_LIMIT) -> Schedule:
-    """lambda(t) = -2 log tan(pi u / 2), u = u_0 + t (u_1 - u_0) so that lambda spans [min, max].
+    """lambda(t) = -2 log tan(pi u / 2), u = u_0 + t (u_1 - u_0), where u_0 and u_1 give the range [min, max].
 
     Args:
       logsnr_min: log-SNR at t = 1.
       logsnr_max: log-SNR at t = 0.
 
     Returns:
-      A function of t in [0, 1], of any shape, that gives log-SNRs of the same shape. For u > 1/2 it computes
-      -lambda(1 - u); computed directly, the float32 error would be 2e-5.
+      A function that maps t in [0, 1], of any shape, to log-SNRs of the same shape. For u > 1/2 it computes
+      -lambda at 1 - u, because a direct computation would have a float32 error of 2e-5.
 
     Examples:
       >>> schedule = cosine()
@@ -38,7 +38,7 @@ def cosine(*, logsnr_min: float = -LOGSNR_LIMIT, logsnr_max: float = LOGSNR_LIMI
       [15.0, 1.761, -15.0]
     """
     u_0 = 2 / math.pi * math.atan(math.exp(-logsnr_max / 2))
-    # Store 1 - u_1 instead of u_1, which is so close to 1 that float32 would lose its digits.
+    # Store 1 - u_1 instead of u_1, which is so close to 1 that float32 would lose digits.
     one_minus_u_1 = 2 / math.pi * math.atan(math.exp(logsnr_min / 2))
     width = 1 - one_minus_u_1 - u_0
 
@@ -52,13 +52,13 @@ def cosine(*, logsnr_min: float = -LOGSNR_LIMIT, logsnr_max: float = LOGSNR_LIMI
 
 
 def shifted(*, noise_resolution: int, image_resolution: int, end_points: EndPoints = "moved") -> Schedule:
-    """lambda_cos(t) + 2 log(n / r): the noise of resolution n at image resolution r.
+    """lambda_cos(t) + 2 log(n / r): at image resolution r, the noise level of resolution n.
 
     Args:
       noise_resolution: n, in pixels.
       image_resolution: r, in pixels.
-      end_points: not in the paper. "moved" (our default) applies the formula as it stands, which shifts the
-        ends away from +-15; "kept" rescales t so that the ends stay at +-15.
+      end_points: not in the paper. "moved" (our default) applies the formula unchanged, which shifts the end
+        points away from +-15; "kept" rescales t so that they stay at +-15.
 
     Examples:
       >>> schedule = shifted(noise_resolution=32, image_resolution=64)
@@ -78,7 +78,7 @@ def interpolated(
     image_resolution: int,
     end_points: EndPoints = "moved",
 ) -> Schedule:
-    """(1 - t) shifted(n_low)(t) + t shifted(n_high)(t), all resolutions in pixels.
+    """(1 - t) shifted(n_low)(t) + t shifted(n_high)(t), with all resolutions in pixels.
 
     Examples:
       The schedule of the paper's ImageNet64 runs:
@@ -95,13 +95,13 @@ def interpolated(
 
 
 def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, " N"]:
-    """Log-SNR at t = 1, 1 - 1/N, ..., 1/N, where a sampler of N = num_steps >= 1 steps calls the network.
+    """Log-SNRs at t = 1, 1 - 1/N, ..., 1/N, at which a sampler with N = num_steps >= 1 calls the network.
 
     Examples:
       >>> [round(value, 3) for value in uniform_grid(cosine(), 4).tolist()]
       [-15.0, -1.761, 0.0, 1.761]
     """
-    # Divide in float64, outside of any compiled loop: inside one, XLA need not round a time to float32.
+    # Divide in float64, outside any compiled loop: inside one, XLA need not round times to float32.
     t = np.arange(num_steps, 0, -1, dtype=np.float64) / num_steps
     return schedule(jnp.asarray(t, jnp.float32))
 
@@ -111,12 +111,12 @@ def karras_grid(
 ) -> Float[Array, " N"]:
     """sigma_i = (max^(1/rho) + i/(N-1) (min^(1/rho) - max^(1/rho)))^rho, as log-SNR = -2 log sigma.
 
-    The grid of Karras et al. 2022 (SPEC 2), i = 0..N-1, for z rescaled to be variance preserving: their sigma
-    is sigma_t / alpha_t here. The grid has no point at sigma = 0, because samplers return the last prediction
-    of x.
+    This is the grid of Karras et al. 2022 (SPEC 2), i = 0..N-1, for z rescaled to be variance preserving:
+    their sigma is our sigma_t / alpha_t. There is no point at sigma = 0, because samplers return the last
+    prediction of x.
 
     Args:
-      num_steps: N >= 1; N = 1 gives sigma_max alone.
+      num_steps: N >= 1; N = 1 gives only sigma_max.
 
     Examples:
       >>> [round(value, 2) for value in karras_grid(3).tolist()]

@@ -17,8 +17,8 @@ def annealed_teacher_steps(
 
     Args:
       train_step: i, the number of updates done so far.
-      first, last: teacher steps over all of time, at i = 0 and from i = anneal_steps on. Equal values give
-        the constant teacher of the ablation.
+      first, last: teacher steps over the whole of [0, 1], at i = 0 and from i = anneal_steps on. Equal values
+        give the constant N_teacher of the ablation.
       anneal_steps: length of the annealing in updates, at least 1.
 
     Examples:
@@ -31,7 +31,7 @@ def annealed_teacher_steps(
 
 
 def steps_per_segment(teacher_steps: Float[Array, ""], *, student_steps: int) -> Int[Array, ""]:
-    """N_per = max(1, round(N_teacher / S)): teacher steps inside one student step.
+    """N_per = max(1, round(N_teacher / S)), the number of teacher steps in one student step.
 
     Examples:
       >>> int(steps_per_segment(jnp.float32(286.2), student_steps=8))
@@ -46,7 +46,7 @@ class Times(NamedTuple):
     t: Float[Array, " B"]
     s: Float[Array, " B"]
     t_step: Float[Array, " B"]
-    is_last: Bool[Array, " B"]  # s = t_step: the teacher's step ends at the end of the segment
+    is_last: Bool[Array, " B"]  # whether s = t_step: the teacher step ends at the end of the segment
 
 
 def draw_times(
@@ -54,7 +54,7 @@ def draw_times(
 ) -> Times:
     """step ~ U{0..S-1}, n_rel ~ U{1..N_per}; t = (step N_per + n_rel) / T, s = t - 1/T, T = N_per S.
 
-    The times are formed from integers, so that s = t_step is known exactly (n_rel = 1), and both are then the
+    The times are computed from integers, so s = t_step is decided exactly (n_rel = 1), and both are then the
     same float.
 
     Examples:
@@ -81,9 +81,10 @@ def draw_times(
 def draw_halves(
     key: PRNGKey, *, batch_size: int, student_steps: int
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-    """(t, m, s): a student step t -> s, step ~ U{0..S-1}, and its middle m, where two teacher steps meet.
+    """(t, m, s): a student step t -> s and its midpoint m, at which two teacher steps meet.
 
-    s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S, formed from integers (arXiv:2202.00512).
+    s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S with step ~ U{0..S-1}, computed from
+    integers (arXiv:2202.00512).
     """
     start = 2 * jax.random.randint(key, (batch_size,), 0, student_steps)
     return tuple((start + n) / jnp.float32(2 * student_steps) for n in (2, 1, 0))

@@ -1,13 +1,13 @@
-"""One step from z_t to z_s, s < t (SPEC 3; MCM sections 2, 3).
+"""Single steps from z_t to z_s, s < t (SPEC 3; MCM sections 2, 3).
 
 With y = z / sigma and rho = alpha / sigma, a DDIM step is the straight line y_s = y_t + (rho_s - rho_t) x.
-Other deterministic steps are the DDIM step of another x: `addim_x` gives that of aDDIM, and `composed_x` that
-of two consecutive steps. Noise is an argument, so that the steps are pure functions.
+Every other deterministic step equals a DDIM step with a different x: `addim_x` returns the x of an aDDIM
+step, and `composed_x` the x of two consecutive steps. Noise is an argument, so all steps are pure functions.
 
 Accuracy: compared with float64 at the same log-SNRs, the largest float32 error of z_s is 1e-6. For aDDIM it
-is 1e-5, on the step to t = 0, where eps_hat is a difference divided by sigma = 0.001. This covers all pairs
-(t, s) of a grid of 64 and the neighbours of a grid of 1280, including both ends of time. For Heun and invDDIM
-the bound excludes their own amplification of errors in the inputs (tests/diffusion/test_accuracy.py).
+is 1e-5, in the step to t = 0, where eps_hat is a difference divided by sigma = 0.001. This was checked for
+all pairs (t, s) of a grid of 64 and all neighbours in a grid of 1280, including t = 0 and t = 1. For Heun and
+invDDIM, the bound excludes their own amplification of input errors (tests/diffusion/test_accuracy.py).
 """
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def ddim(x_hat: Image, z_t: Image, *, logsnr_t: PerExample, logsnr_s: PerExample
 def inv_ddim(z_s: Image, z_t: Image, *, logsnr_t: PerExample, logsnr_s: PerExample) -> Image:
     """invDDIM_{t->s}: the x for which DDIM_{t->s}(x, z_t) = z_s.
 
-    At s = t every x is a solution, and the result is a division by zero.
+    At s = t every x is a solution, and the computation divides by zero.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -64,14 +64,14 @@ def inv_ddim(z_s: Image, z_t: Image, *, logsnr_t: PerExample, logsnr_s: PerExamp
 def addim(
     x_hat: Image, z_t: Image, *, logsnr_t: PerExample, logsnr_s: PerExample, x_var: PerExample
 ) -> Image:
-    """aDDIM_{t->s} (MCM section 3.2): DDIM that restores the norm lost because x_hat is too smooth.
+    """aDDIM_{t->s} (MCM section 3.2): DDIM with a correction for the norm that a too smooth x_hat loses.
 
     z_s = alpha_s x_hat + sqrt(sigma_s^2 + (d / ||eps_hat||^2) z_s_var) eps_hat with
     z_s_var = (alpha_s - alpha_t sigma_s / sigma_t)^2 x_var.
 
     Args:
       x_hat: prediction of x, a posterior mean.
-      z_t: the point at which it was predicted.
+      z_t: the noisy image from which x_hat was predicted.
       x_var: variance per pixel of x given z_t, at least 0; 0 gives DDIM.
 
     Examples:
@@ -94,7 +94,7 @@ def addim_x(
     """The x whose DDIM step from t to s equals the aDDIM step of x_hat (SPEC 4).
 
     x = x_hat + k v eps_hat / (c + sigma_s), with k = alpha_s - alpha_t sigma_s / sigma_t,
-    v = (d / ||eps_hat||^2) x_var and c = sqrt(sigma_s^2 + k^2 v). It is finite at s = t too.
+    v = (d / ||eps_hat||^2) x_var and c = sqrt(sigma_s^2 + k^2 v). This x is finite at s = t too.
     """
     eps_hat = eps_from_x(x_hat, z_t, logsnr_t=logsnr_t)
     k = _x_gain(logsnr_t=logsnr_t, logsnr_s=logsnr_s)
@@ -119,7 +119,7 @@ def noisy_ddim(
 
 
 def ddpm(x_hat: Image, z_t: Image, noise: Image, *, logsnr_t: PerExample, logsnr_s: PerExample) -> Image:
-    """A draw from q(z_s | z_t, x = x_hat): ancestral sampling (SPEC 3).
+    """Ancestral sampling: a draw from q(z_s | z_t, x = x_hat) (SPEC 3).
 
     With r = exp(lambda_t - lambda_s), the mean is (alpha_t sigma_s^2 / (alpha_s sigma_t^2)) z_t + (1 - r)
     alpha_s x_hat and the variance (1 - r) sigma_s^2. `noise` is standard normal.
@@ -134,11 +134,11 @@ def ddpm(x_hat: Image, z_t: Image, noise: Image, *, logsnr_t: PerExample, logsnr
 def heun(
     z_s: Image, eps_hat_t: Image, eps_hat_s: Image, *, logsnr_t: PerExample, logsnr_s: PerExample
 ) -> Image:
-    """Heun's correction of the DDIM step that led to z_s, by the slope at z_s (SPEC 3).
+    """Heun's correction of the DDIM step that led to z_s, using the slope at z_s (SPEC 3).
 
     ybar_s = ybar_t + (sbar_s - sbar_t) (eps_hat_t + eps_hat_s) / 2, ybar = z / alpha, sbar = sigma / alpha.
-    Computed as z_s plus the difference to the DDIM step, -sigma_s expm1((lambda_s - lambda_t) / 2)
-    (eps_hat_s - eps_hat_t) / 2, because ybar is huge near t = 1 and z would lose its digits.
+    Computed as z_s plus the difference from the DDIM step, -sigma_s expm1((lambda_s - lambda_t) / 2)
+    (eps_hat_s - eps_hat_t) / 2, because ybar is huge near t = 1 and z would lose digits.
 
     Args:
       z_s: DDIM_{t->s} of the prediction at t.
@@ -156,10 +156,10 @@ def composed_x(
     logsnr_m: PerExample,
     logsnr_s: PerExample,
 ) -> Image:
-    """The x whose DDIM step t -> s equals two steps: x_first's t -> m, then x_second's m -> s; s < m <= t.
+    """The x whose DDIM step t -> s equals DDIM with x_first from t to m, then with x_second from m to s.
 
     x = (1 - w) x_first + w x_second, w = (rho_s - rho_m) / (rho_s - rho_t): the mean of the two, weighted by
-    the lengths of their steps in rho.
+    the lengths of their steps in rho; s < m <= t.
     """
     w = jnp.expm1((logsnr_m - logsnr_s) / 2) / jnp.expm1((logsnr_t - logsnr_s) / 2)
     w = over_pixels(w, x_first)
@@ -167,7 +167,7 @@ def composed_x(
 
 
 def analytic_x_var(logsnr_t: PerExample) -> PerExample:
-    """x_var = 0.1 / (2 + alpha_t^2 / sigma_t^2): aDDIM's variance where none was measured (SPEC 3c).
+    """x_var = 0.1 / (2 + alpha_t^2 / sigma_t^2): aDDIM's variance if none was measured (SPEC 3c).
 
     Examples:
       >>> import jax.numpy as jnp

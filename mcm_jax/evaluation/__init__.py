@@ -1,1 +1,1 @@
-"""Features, moments and distances of samples against a reference."""
+"""Compares samples with a reference: features, moments, distances and the results that report them."""

@@ -1,4 +1,4 @@
-"""Frechet distances class by class, and the check that both sides number their classes alike."""
+"""Per-class Frechet distances, and a check that samples and reference number their classes alike."""
 
 import numpy as np
 import scipy.optimize
@@ -13,7 +13,7 @@ def class_distance(
 ) -> float:
     """The mean over classes of the Frechet distance between a class's samples and its reference images.
 
-    Classes with fewer than two images on one of the sides are left out; NaN if no others remain.
+    Classes with fewer than two samples or fewer than two reference images are omitted; NaN if none remain.
     """
     distances = []
     for label in _compared_classes(labels, reference_labels):
@@ -28,11 +28,11 @@ def class_notes(
     reference_rows: Float[np.ndarray, "M D"],
     reference_labels: Int[np.ndarray, " M"],
 ) -> list[str]:
-    """What a reader of `class_distance` must know: classes that are left out, and labels that look permuted.
+    """Warnings to readers of `class_distance`: omitted classes, and labels that look permuted.
 
-    The mean feature of each class is compared with those of all classes of the reference. If renumbering the
-    samples' classes would remove more than half of the distance, the two sides probably number their classes
-    differently: in the order of text, for example, or from 1. Random differences never have that effect.
+    Each class's mean feature is compared with those of all reference classes. If renumbering the samples'
+    classes would remove more than half of the distance, the two sides probably number their classes
+    differently: in text order, for example, or from 1. Random differences never have that effect.
     """
     compared = _compared_classes(labels, reference_labels)
     classes = np.union1d(labels, reference_labels)
@@ -48,7 +48,7 @@ def class_notes(
     means, noise = _class_means(rows, labels, compared)
     their_means, their_noise = _class_means(reference_rows, reference_labels, theirs)
     squares = scipy.spatial.distance.cdist(means, their_means, "sqeuclidean")
-    # What exceeds the random differences between means of few images.
+    # The part that exceeds random differences between means of few images.
     excess = np.maximum(squares - noise[:, None] - their_noise, 0.0)
     own = np.searchsorted(theirs, compared)
     _, best = scipy.optimize.linear_sum_assignment(excess)
@@ -58,7 +58,7 @@ def class_notes(
         shown = ", ".join(f"{a} like {b}" for a, b in pairs[:5]) + (", ..." if len(pairs) > 5 else "")
         notes.append(
             f"classes of the samples look like other classes of the reference ({shown}): check that both "
-            "number their classes alike, as class_fid means nothing otherwise"
+            "number their classes alike; otherwise class_fid is meaningless"
         )
     return notes
 
@@ -74,7 +74,7 @@ def _compared_classes(labels: np.ndarray, reference_labels: np.ndarray) -> np.nd
 
 
 def _class_means(rows: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean of each class, expected squared error of that mean)."""
+    """Returns (mean of each class, expected squared error of that mean)."""
     of_classes = [rows[labels == label].astype(np.float64) for label in classes]
     means = np.stack([one.mean(axis=0) for one in of_classes])
     return means, np.array([one.var(axis=0, ddof=1).sum() / len(one) for one in of_classes])

@@ -1,4 +1,4 @@
-"""Whether images can be compared with a reference at all: their size, and the numbers of their classes."""
+"""Checks whether images can be compared with a reference at all: image size and class numbering."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from mcm_jax.data import layout
 from mcm_jax.evaluation import published
 from mcm_jax.system.errors import InputError
 
-# A class needs a covariance on both sides.
+# Each side needs enough images of a class for a covariance.
 _MIN_CLASS_IMAGES = 2
 
 
@@ -20,9 +20,9 @@ class ReferenceImages:
     """What is known about a reference's images before any features are computed; None if unknown.
 
     Attributes:
-      size: their height and width.
-      class_names: the classes in the order of their numbers.
-      class_counts: number of images of each class.
+      size: height and width of the images.
+      class_names: names of the classes, in the order of their numbers.
+      class_counts: number of images per class.
     """
 
     size: tuple[int, int] | None = None
@@ -33,8 +33,8 @@ class ReferenceImages:
         """Raises InputError unless images of this height and width can be compared with the reference's."""
         if self.size not in (None, size):
             raise InputError(
-                f"{what} has images of {_pixels(size)} and --reference images of {_pixels(self.size)}; "
-                "take a reference of the same size, or resize the images"
+                f"{what} has images of {_pixels(size)} but --reference has images of {_pixels(self.size)}; "
+                "use a reference of the same size, or resize the images"
             )
 
     def require_class_names(self, class_names: tuple[str, ...], *, what: str) -> None:
@@ -42,36 +42,40 @@ class ReferenceImages:
         for number, (ours, theirs) in enumerate(itertools.zip_longest(class_names, self.class_names or ())):
             if self.class_names is not None and ours != theirs:
                 raise InputError(
-                    f"--metrics=class_fid: class {number} is {_named(ours)} for {what} and {_named(theirs)} "
-                    "for --reference; take a reference with the same classes, or leave class_fid out"
+                    f"--metrics=class_fid: class {number} is {_named(ours)} for {what} but {_named(theirs)} "
+                    "for --reference; use a reference with the same classes, or omit class_fid"
                 )
 
     def require_labels(self, labels: Int[np.ndarray, " N"], *, what: str) -> None:
-        """Raises InputError if labels are not the reference's class numbers, or no class can be compared."""
+        """Raises InputError if a label is not one of the reference's, or if no class can be compared."""
         if self.class_counts is None:
             return
         classes = len(self.class_counts)
         outside = labels[(labels < 0) | (labels >= classes)]
         if outside.size:
             raise InputError(
-                f"--metrics=class_fid: {what} has an image of class {outside[0]}, and --reference has "
-                f"classes 0 to {classes - 1}; number the classes as the reference does, from 0"
+                f"--metrics=class_fid: {what} has an image of class {outside[0]}, but --reference has only "
+                f"classes 0 to {classes - 1}; number the classes from 0, as the reference does"
             )
         counts = np.bincount(labels, minlength=classes)
         if not np.any(np.minimum(counts, self.class_counts) >= _MIN_CLASS_IMAGES):
             raise InputError(
                 f"--metrics=class_fid: no class has {_MIN_CLASS_IMAGES} images or more both in {what} and "
-                "in --reference; give more images, or leave class_fid out"
+                "in --reference; provide more images, or omit class_fid"
             )
 
 
 def reference_images(path: Path | None, *, split: str = "train") -> ReferenceImages:
-    """What the reference at `path`, a file or the directory of a prepared data set, says about its images.
+    """Reads what the reference at `path` states about its images, without computing features.
 
-    Nothing is known without a path, or where the directory is no data set, which its evaluation reports.
+    All fields are None if `path` is None or is a directory without a prepared data set; the evaluation
+    reports the latter.
+
+    Args:
+      path: a file of statistics or images, or the directory of a prepared data set.
 
     Raises:
-      InputError: a file that is damaged.
+      InputError: the file is damaged.
     """
     if path is None:
         return ReferenceImages()

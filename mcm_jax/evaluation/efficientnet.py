@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0 features of images: 1280 numbers each, in plain JAX; a package has the weights.
+"""EfficientNet-Lite0 features of images, 1280 per image, in plain JAX; the weights come from a package.
 
-Network: EfficientNet (Tan & Le, arXiv:1905.11946) in its Lite0 form: no squeeze-excitation, ReLU6, 4.7M
-parameters. The weights were trained on ImageNet-1k in TensorFlow, so padding is TensorFlow's SAME: at stride
-2 and even sizes all of it lies at the bottom right. They come as a .pth, which `pth` reads without torch.
+The network is EfficientNet (Tan & Le, arXiv:1905.11946) in its Lite0 variant: no squeeze-excitation, ReLU6,
+4.7M parameters. The weights were trained on ImageNet-1k in TensorFlow, so padding is TensorFlow's SAME: at
+stride 2 and even sizes all of it is at the bottom right. They are in a .pth, which `pth` reads without torch.
 
 Compared once with the network's PyTorch implementation (efficientnet-lite-pytorch 0.1.0, torch 2.13.0, CPU)
 on four images at 224: the largest difference was 1.2e-5 in features of up to 5.5, and the same in the logits.
@@ -27,15 +27,15 @@ from mcm_jax.system.errors import InputError
 
 NETWORK = records.EFFICIENTNET
 FEATURES = 1280
-# The weights were trained at 224; 96 is 5 to 6 times faster. Measured on 350 unseen OpenMoji of 16x16, the
-# distance relative to that of the intact images is about the same at 96 as at 224: noise of 8 grey levels 1.5
-# (1.5), of 24 grey levels 2.8 (2.8), blur of 0.7 pixels 1.9 (2.3), halves exchanged 1.4 (1.4), 50 images
-# repeated 2.7 (2.7).
+# The weights were trained at 224; 96 is 5 to 6 times faster. For 350 unseen OpenMoji images at 16x16, the
+# measured distance of corrupted images, relative to that of the intact ones, is about the same at 96 as at
+# 224 (in parentheses): noise of 8 grey levels 1.5 (1.5), noise of 24 grey levels 2.8 (2.8), blur of 0.7
+# pixels 1.9 (2.3), image halves swapped 1.4 (1.4), 50 images repeated 2.7 (2.7).
 DEFAULT_INPUT_RESOLUTION = 96
-# The last stage is input / 32; below 32 the network is nearly all padding.
+# The last stage has input / 32 positions per side; below an input of 32 the network sees mostly padding.
 MIN_INPUT_RESOLUTION = 32
 
-# Stride of each of the 16 blocks' depthwise convolution; everything else is read off the weights' shapes.
+# Stride of the depthwise convolution in each of the 16 blocks; all else follows from the weights' shapes.
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 _BATCH_NORM_EPSILON = 1e-3
 
@@ -51,12 +51,12 @@ class Weights:
 def features(
     params: Params, images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
 ) -> Float32[Array, "B 1280"]:
-    """h = mean over positions of the last convolution's output, the 1280 inputs of the classifier.
+    """The last convolution's output averaged over positions: the classifier's 1280 inputs.
 
-    Images are resized bilinearly to `input_resolution` on the half-pixel grid, with antialiasing if that
-    shrinks them. No image of a batch influences another one's features.
+    Images are resized bilinearly to `input_resolution` on the half-pixel grid, with antialiasing when
+    shrinking. The images of a batch do not influence each other's features.
     """
-    # Without this a TPU multiplies in bfloat16 and a GPU in TF32: distances would depend on the machine.
+    # By default a TPU multiplies in bfloat16 and a GPU in TF32, so distances would depend on the machine.
     with jax.default_matmul_precision("highest"):
         x = _resize((images.astype(jnp.float32) - 127.0) / 128.0, input_resolution)
         x = _relu6(_convolution(x, params["stem"], stride=2))
@@ -68,14 +68,14 @@ def features(
 def logits(
     params: Params, images: UInt8[Array | np.ndarray, "B H W 3"], *, input_resolution: int
 ) -> Float32[Array, "B 1000"]:
-    """The classifier on top of `features`, ImageNet-1k classes in their usual order, to check the network."""
+    """The classifier's logits for ImageNet-1k classes in their usual order, to check the network."""
     h = features(params, images, input_resolution=input_resolution)
     with jax.default_matmul_precision("highest"):
         return h @ params["classifier"]["kernel"] + params["classifier"]["bias"]
 
 
 def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTION) -> FeatureNetwork:
-    """`features` as a network for evaluation.
+    """Returns `features` with the given weights as a feature network for evaluation.
 
     Raises:
       InputError: input_resolution is too small.
@@ -93,7 +93,7 @@ def network(weights: Weights, *, input_resolution: int = DEFAULT_INPUT_RESOLUTIO
     )
 
 
-# The network. Layout [B, H, W, C]; a layer is {"kernel", "bias"} with its batch norm folded in.
+# The network: layout [B, H, W, C]; each layer is {"kernel", "bias"} with its batch norm folded in.
 
 
 def _block(x: Array, block: Params, stride: int) -> Array:
@@ -126,7 +126,7 @@ def _depthwise(x: Array, layer: dict[str, Array], stride: int) -> Array:
     size = kernel.shape[0]
     batch, height, width, channels = x.shape
     (rows, pad_rows), (columns, pad_columns) = _same(height, size, stride), _same(width, size, stride)
-    # The barrier makes XLA store the padded array once instead of deriving it anew for each of the k^2 terms.
+    # The barrier makes XLA store the padded array once instead of recomputing it for each of the k^2 terms.
     x = lax.optimization_barrier(jnp.pad(x, ((0, 0), pad_rows, pad_columns, (0, 0))))
     y = jnp.broadcast_to(layer["bias"], (batch, rows, columns, channels))
     for i in range(size):
@@ -137,7 +137,7 @@ def _depthwise(x: Array, layer: dict[str, Array], stride: int) -> Array:
 
 
 def _same(size: int, kernel_size: int, stride: int) -> tuple[int, tuple[int, int]]:
-    """Output size and (before, after) padding of TensorFlow's SAME; an odd one goes after."""
+    """Output size and (before, after) padding of TensorFlow's SAME; an odd pixel of padding goes after."""
     output = math.ceil(size / stride)
     total = max((output - 1) * stride + kernel_size - size, 0)
     return output, (total // 2, total - total // 2)
@@ -155,8 +155,7 @@ def _resize(x: Float[Array | np.ndarray, "B H W 3"], resolution: int) -> Float[A
 def _resize_matrix(source: int, target: int) -> Float32[np.ndarray, "target source"]:
     """Bilinear weights on the half-pixel grid `src = (dst + 1/2) source / target - 1/2`, edges repeated.
 
-    If source / target exceeds 1, the triangle widens by that factor, which antialiases; enlarging is plain
-    bilinear.
+    When shrinking, the triangle widens by source / target, which antialiases; enlarging is plain bilinear.
     """
     scale = source / target
     centre = (np.arange(target) + 0.5) * scale - 0.5
@@ -168,10 +167,10 @@ def _resize_matrix(source: int, target: int) -> Float32[np.ndarray, "target sour
 
 
 def load(path: str | Path | None = None) -> Weights:
-    """The package's weights (or those in the .pth at `path`), batch norms folded in float64.
+    """Loads the package's weights, or those in the .pth at `path`, and folds batch norms in float64.
 
     Raises:
-      InputError: the file is missing, is no .pth, or does not hold this network's tensors.
+      InputError: the file is missing, is not a .pth, or does not hold this network's tensors.
     """
     path = Path(path) if path is not None else _package_file()
     try:
@@ -211,9 +210,10 @@ def _params(tensors: dict[str, np.ndarray]) -> Params:
 
 
 def _folded(tensors: dict[str, np.ndarray], convolution: str, norm: str) -> dict[str, np.ndarray]:
-    """norm(W * x) = (g W) * x + (b - g m), g = weight / sqrt(variance + eps): in float64, rounded once.
+    """Folds a batch norm: norm(W * x) = (g W) * x + (b - g m), g = weight / sqrt(variance + eps).
 
-    The kernel's layout becomes [height, width, in, out], without axes of size 1.
+    Computed in float64 and rounded once. The kernel's layout becomes [height, width, in, out], without axes
+    of size 1.
     """
     statistics = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = (tensors[f"{norm}.{name}"].astype(np.float64) for name in statistics)

@@ -1,4 +1,4 @@
-"""Results: samples of a run, or images from elsewhere, compared with a reference and recorded."""
+"""Compares samples of a run, or images from elsewhere, with a reference and records the results."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from mcm_jax.system.pictures import image_grid, save_png
 if TYPE_CHECKING:
     from mcm_jax.runs.run import Run  # Slow to import.
 
-# Samples in memory at a time: bounds the memory for any number of samples.
+# Number of samples in memory at a time, which bounds memory for any total number of samples.
 _BLOCK = 1024
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 # Smallest side of a sample in the grid, in pixels.
@@ -37,19 +37,19 @@ _GRID_TILE = 48
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """Which samples to draw: how many, from which seed, and with which arguments of `runs.run.Run.sample`."""
+    """Which samples to draw: their number, their seed, and further arguments of `runs.run.Run.sample`."""
 
     num: int
     seed: int = 0
-    untrained_num: int = 0  # how many to draw from the untrained network; 0: none
+    untrained_num: int = 0  # number of samples from the untrained network; 0: none
     settings: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
 
 class Evaluator:
-    """What all results of one command share: the feature network, the references, the metrics.
+    """Computes results that share a feature network, references and metrics.
 
-    Several processes sample and extract features together, and each one holds all features: summing over them
-    is a small part of the work, and gives the same sums in every process. The first process writes.
+    Several processes sample and extract features together, and each process holds all features: summing over
+    them is a small part of the work and gives the same sums in every process. Only the first process writes.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class Evaluator:
         metrics: Sequence[str],
         cache_dir: Path,
         *,
-        asked: bool = False,
+        explicit: bool = False,
         reference: Path | None = None,
         reference_split: str = "train",
     ):
-        """Computes nothing yet if no reference is given.
+        """Computes or loads the reference, if one is given.
 
         Args:
-          asked: the user chose the metrics, so one that the reference does not allow is an error; the
-            default metrics are silently left out instead.
+          explicit: the user named the metrics, so a metric that the reference does not support is an error;
+            unsupported default metrics are omitted with a note instead.
           reference: a published file, or the directory of a prepared data set; None: each run's own data set.
 
         Raises:
-          InputError: the reference does not exist, or was made with other features.
+          InputError: the reference does not exist, or was computed with other features.
         """
-        self.metrics, self._asked = [name for name in protocol.METRICS if name in metrics], asked
+        self.metrics, self._explicit = [name for name in protocol.METRICS if name in metrics], explicit
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
-        self._left_out: set[tuple[str, str]] = set()
+        self._omitted: set[tuple[str, str]] = set()
         self._references: dict[tuple[str | int, ...], Reference] = {}
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
@@ -84,7 +84,7 @@ class Evaluator:
             self.given = published.read(reference, self.extractor, self.cache, single_images=single_images)
 
     def stored(self, run: "Run", measurement: Measurement) -> Result | None:
-        """The newest result of this measurement in the run's file."""
+        """The newest result of this measurement in the run's file; None if there is none."""
         try:
             lines = (workdir_of(run) / RESULTS).read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -92,7 +92,7 @@ class Evaluator:
         for line in reversed(lines):
             try:
                 result = Result.from_json(json.loads(line))
-            # Cut off by a crash, or from an older version. RecordError is a ValueError, as JSON's errors are.
+            # The line is truncated by a crash or from an older version; its errors are all ValueErrors.
             except ValueError:
                 continue
             if result.same_measurement(measurement):
@@ -103,7 +103,7 @@ class Evaluator:
         """Everything that a result of these samples depends on.
 
         Raises:
-          InputError: the user chose a metric that the reference does not allow.
+          InputError: the user named a metric that the reference does not support.
         """
         reference = self._compared(run)
         self.require(reference)
@@ -128,7 +128,7 @@ class Evaluator:
         )
 
     def _comparison(self, reference: Reference) -> JsonObject:
-        """What is compared with what, as every measurement says it."""
+        """The fields of a measurement that state what is compared with what."""
         return {
             "asked": tuple(self.metrics),
             "features": records.Features(**self.extractor.network.description),
@@ -136,24 +136,24 @@ class Evaluator:
         }
 
     def require(self, reference: Reference, *, labelled: bool = True) -> None:
-        """Raises InputError for a requested metric that reference or images can't give.
+        """Raises InputError if the user named a metric that the reference or the images do not support.
 
-        A default one that they can't give is left out with a note.
+        An unsupported default metric is omitted with a note.
         """
         for metric in self.metrics:
             reason = protocol.unavailable_reason(metric, reference, labelled=labelled)
-            if reason is not None and self._asked:
-                raise InputError(f"--metrics={metric}: {reason}; leave it out or take another reference")
-            if reason is not None and (metric, reason) not in self._left_out:
-                distributed.say(f"note: {metric} is left out: {reason}")
-                self._left_out.add((metric, reason))
+            if reason is not None and self._explicit:
+                raise InputError(f"--metrics={metric}: {reason}; omit it or use another reference")
+            if reason is not None and (metric, reason) not in self._omitted:
+                distributed.say(f"note: {metric} is omitted: {reason}")
+                self._omitted.add((metric, reason))
 
     def score(
         self, run: "Run", measurement: Measurement, request: SampleRequest, *, again: bool = False
     ) -> Result:
-        """Samples a run and scores the samples; appends the result to the run's file and draws its grid.
+        """Samples a run and scores the samples; appends the result to the run's file and saves a sample grid.
 
-        Continues an interrupted call of the same measurement where it stopped; with `again` it starts over.
+        Resumes an interrupted call of the same measurement; with `again` it starts over.
         """
         workdir, reference, test = workdir_of(run), self._compared(run), None
         if self.given is None and run.dataset.num_examples.get("test", 0) >= 2:
@@ -162,7 +162,7 @@ class Evaluator:
         tally = protocol.Tally(
             self.extractor, reference, num=request.num, metrics=self.metrics, also_first=also_first
         )
-        # Everything that the sums depend on.
+        # Everything that the accumulated sums depend on.
         identity = {**measurement.to_json(), "also_first": also_first, "versions": _versions()}
         unfinished = Unfinished(workdir / RESULTS.parent / f"unfinished_{content_hash(identity)[:16]}.npz")
         if again:
@@ -213,7 +213,7 @@ class Evaluator:
         )
 
     def score_images(self, images: image_files.ImageFiles) -> ImagesResult:
-        """Scores images that were made elsewhere, against a reference that was given."""
+        """Scores images that were made elsewhere, against the reference given to the constructor."""
         if self.given is None:
             raise ValueError("there is no reference to compare images with")
         self.require(self.given, labelled=images.has_labels)
@@ -228,13 +228,13 @@ class Evaluator:
         )
 
     def _prepared(self, directory: Path, split: str) -> Reference:
-        """The reference made from a split of the prepared data set in `directory`."""
+        """The reference computed from a split of the prepared data set in `directory`."""
         try:
             info = layout.read_summary(directory)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"--reference={directory} is no prepared data set ({error}); name the directory that holds "
-                f"{layout.SUMMARY_FILE}"
+                f"--reference={directory} is not a prepared data set ({error}); give the directory that "
+                f"holds {layout.SUMMARY_FILE}"
             ) from error
         place = {"dataset": info.dataset, "resolution": info.resolution}
         data_dir = directory.resolve().parents[2] if len(directory.resolve().parents) > 2 else directory
@@ -263,7 +263,7 @@ class Evaluator:
             "resolution": info.resolution,
             "preprocessing": str(info.preprocessing),
         }
-        # Read only once: with its features it can be as large as all samples.
+        # Load each reference only once: with its features it can be as large as all samples.
         key = (split, *identity.values())
         if key not in self._references:
             count = -(-info.num_examples[split] // pipeline.BLOCK)
@@ -281,7 +281,7 @@ class Evaluator:
 
 
 def workdir_of(run: "Run") -> Path:
-    """The directory that holds the run's results; ValueError for a run in memory only."""
+    """The directory that holds the run's results; raises ValueError for a run without a directory."""
     if run.workdir is None:
         raise ValueError("a run without a directory has no place for results")
     return Path(run.workdir)
@@ -304,7 +304,7 @@ def _versions() -> dict[str, str]:
 
 
 def grid_name(measurement: Measurement) -> str:
-    """The file name of the grid, which distinguishes samples of one run; usual settings are left out."""
+    """The file name of the sample grid, with the settings that distinguish samples, except usual ones."""
     sampling = measurement.sampling
     words = [f"samples_step{measurement.checkpoint_step}", measurement.parameters]
     words.append(f"{sampling.sampler}{sampling.steps}")
@@ -316,20 +316,20 @@ def grid_name(measurement: Measurement) -> str:
 def _sample_into(
     tally: protocol.Tally, run: "Run", request: SampleRequest, unfinished: Unfinished
 ) -> tuple[float, np.ndarray]:
-    """Adds the run's samples to the tally, after those of an interrupted evaluation; saves its progress.
+    """Adds the run's samples to the tally, saving progress and resuming an interrupted evaluation.
 
     Returns:
       (seconds spent on sampling, the first images).
     """
 
     def check(arrays: Arrays) -> None:
-        copy.copy(tally).go_on_from(arrays)
+        copy.copy(tally).restore(arrays)
         _ = arrays["seconds"], arrays["first_images"]
 
     seconds, first_images = 0.0, np.zeros((0,), np.uint8)
     arrays = unfinished.read(check)
     if arrays is not None:
-        tally.go_on_from(arrays)
+        tally.restore(arrays)
         seconds, first_images = float(arrays["seconds"]), arrays["first_images"]
         distributed.say(f"continuing an interrupted evaluation after {tally.count} samples")
     for first in progress.bar(range(tally.count, request.num, _BLOCK), "samples and their features"):
@@ -341,12 +341,12 @@ def _sample_into(
             first_images = images[:_GRID_IMAGES].copy()
         tally.update(images, labels)
         also = {"seconds": np.array(seconds), "first_images": first_images}
-        unfinished.keep(lambda also=also: tally.arrays() | also)
+        unfinished.save_if_due(lambda also=also: tally.arrays() | also)
     return seconds, first_images
 
 
 def _untrained_identity(run: "Run", seed: int, sampling: Sampling) -> JsonObject:
-    """What samples of the untrained network depend on: a teacher and its students share theirs."""
+    """Everything that samples of the untrained network depend on; equal for a teacher and its students."""
     config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
     sampled = {"label_rule": run.label_rule, **sampling.to_json()}
     return {"config": config, "dataset": run.config.data.dataset, "seed": seed, **sampled}

@@ -1,4 +1,4 @@
-"""Features of images, computed by a network in fixed padded batches over all devices of a mesh."""
+"""Computes features of images with a network, in padded batches of fixed size over all devices of a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 
 BATCH_PER_DEVICE = 64
-# Measured on 2 cores: activations of 8 images stay in the caches; 64 images at once are a quarter slower.
+# Activations of 8 images stay in the CPU's caches; 64 images at once are a quarter slower (on 2 cores).
 _CPU_MICRO_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network on whose features metrics are defined.
+    """A network whose features are used by metrics.
 
     Attributes:
       params: the pytree that `apply` takes.
       apply: (params, uint8 images [B, H, W, 3]) -> {name: [B, D]}; images don't influence each other.
       dimensions: D by name: "pool", and for Inception also "spatial" and "logits".
-      distance: the name in results of the Frechet distance of "pool".
+      distance: the name under which results report the Frechet distance of "pool".
       description: what a result must state about its features.
     """
 
@@ -38,11 +38,11 @@ class FeatureNetwork:
 
 
 def program(network: FeatureNetwork, mesh: Mesh) -> jax.stages.Wrapped:
-    """Jitted (params, images) -> features; each device computes its own part of the images."""
+    """Returns a jitted function (params, images) -> features that splits the images over the devices."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def on_one_device(params: PyTree, images: Array) -> dict[str, Array]:
-        """On a CPU a loop over parts that fit its caches, elsewhere all images at once."""
+        """Loops over parts that fit the caches on a CPU; processes all images at once elsewhere."""
         if not on_cpu or len(images) % _CPU_MICRO_BATCH:
             return network.apply(params, images)
         parts = images.reshape(-1, _CPU_MICRO_BATCH, *images.shape[1:])
@@ -62,16 +62,16 @@ def program(network: FeatureNetwork, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 class Extractor:
-    """`extract(images) -> features by name`, compiled once for each size of images.
+    """Extracts features by name from images; compiled once per image size.
 
-    Each call runs the same fixed padded batch, so that an image's features do not depend on how many images
-    came with it; the padding's features are dropped. With several processes, each one gets all features.
+    Every batch is padded to the same size, so an image's features do not depend on the number of images in
+    the call; features of padding are dropped. With several processes, each one gets all features.
     """
 
     def __init__(
         self, network: FeatureNetwork, *, mesh: Mesh | None = None, batch_per_device: int = BATCH_PER_DEVICE
     ):
-        """mesh: all devices by default."""
+        """mesh: default: all devices."""
         self.network = network
         self._mesh = mesh or sharding.make_mesh(data=-1, fsdp=1)
         self._batch = batch_per_device * self._mesh.size
@@ -79,10 +79,10 @@ class Extractor:
         self._run = program(network, self._mesh)
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> dict[str, np.ndarray]:
-        """float32 [N, D] by name.
+        """Returns float32 features [N, D] by name.
 
         Raises:
-          InputError: features that are not finite.
+          InputError: a feature is not finite.
         """
         parts = [{name: np.zeros((0, size), np.float32) for name, size in self.network.dimensions.items()}]
         for start in range(0, len(images), self._batch):
@@ -94,7 +94,7 @@ class Extractor:
         for name, rows in features.items():
             if not np.isfinite(rows).all():
                 raise InputError(
-                    f"{name} features of {self.network.description.get('network')} that are not finite: its "
-                    "weights are damaged; get them again"
+                    f"{name} features of {self.network.description.get('network')} are not finite, so its "
+                    "weights are damaged; download them again"
                 )
         return features

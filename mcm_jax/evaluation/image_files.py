@@ -1,4 +1,4 @@
-"""Images that any program made: a folder, or an .npz with images under arr_0, as ADM's evaluator reads."""
+"""Reads images made by any program: a folder, or an .npz with images in arr_0 (ADM's format)."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mcm_jax.data.images import FORMATS, find, naming, shown, turn, upright
+from mcm_jax.data.images import FORMATS, find, naming, printable, turn, upright
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
@@ -21,8 +21,8 @@ class ImageFiles:
     """`num` images; `blocks(size)` yields them with labels, which are all 0 unless `has_labels`.
 
     Attributes:
-      description: what a result must say about them.
-      note: what the folder holds besides images, for the user; empty if nothing.
+      description: what a result must state about them.
+      note: a message about other files in the folder; empty if there are none.
     """
 
     num: int
@@ -36,7 +36,7 @@ def open_images(path: Path) -> ImageFiles:
     """Checks every image by its header; `blocks` decodes the pixels later.
 
     Raises:
-      InputError: nothing is there, or something that is no image, or images of several sizes.
+      InputError: there are no images, a file is not an image, or the images have several sizes.
     """
     if path.is_dir():
         return _folder(path)
@@ -47,7 +47,7 @@ def open_images(path: Path) -> ImageFiles:
         raise InputError(f"--images={path}: there is no such file or folder") from None
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--images={path}: neither a whole .npz nor a folder ({reason})") from error
+        raise InputError(f"--images={path}: neither a complete .npz nor a folder ({reason})") from error
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = "nothing" if images is None else f"{images.dtype} {images.shape}"
@@ -69,10 +69,10 @@ def open_images(path: Path) -> ImageFiles:
 
 
 def _folder(path: Path) -> ImageFiles:
-    """All images below a folder, in the order of their paths; subfolders are no labels."""
+    """All images in a folder, at any depth, in the order of their paths; subfolders are not labels."""
     found = find(path)
     if not found.files:
-        raise InputError(f"--images={path}: no images in that folder; {found.what_else()}")
+        raise InputError(f"--images={path}: no images in that folder; {found.why_none()}")
     files = [path / name for name in found.files]
     sizes, digest = [], hashlib.sha256()
     for file in files:
@@ -89,7 +89,7 @@ def _folder(path: Path) -> ImageFiles:
             pixels = np.asarray(upright(image).convert("RGB"))
         if (
             here := pixels.shape[1::-1]
-        ) != size:  # An orientation mark behind the pixels, or another file now.
+        ) != size:  # The EXIF tag is stored after the pixels, or the file has changed.
             raise _of_several_sizes(path, (files[0], size), (file, here))
         return pixels
 
@@ -103,15 +103,15 @@ def _folder(path: Path) -> ImageFiles:
 
 
 def _size(content: bytes) -> tuple[int, int]:
-    """Width and height of an image once it is upright; decodes only one that must be turned."""
+    """Width and height of the upright image; decodes the pixels only if they must be rotated."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
-            raise ValueError(f"of mode {image.mode}; take 8-bit RGB, grey or palette, not transparent")
+            raise ValueError(f"mode {image.mode}; use opaque 8-bit RGB, grey or palette images")
         return image.size if turn(image) is None else upright(image).size
 
 
 def _of_several_sizes(
     path: Path, one: tuple[Path, tuple[int, ...]], other: tuple[Path, tuple[int, ...]]
 ) -> InputError:
-    found = " and ".join(f"{shown(file.name)} of {size[0]}x{size[1]}" for file, size in (one, other))
-    return InputError(f"--images={path}: images of several sizes, {found}; a distance is of one size")
+    found = " and ".join(f"{printable(file.name)} of {size[0]}x{size[1]}" for file, size in (one, other))
+    return InputError(f"--images={path}: images of several sizes, {found}; all images must have one size")

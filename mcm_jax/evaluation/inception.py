@@ -1,11 +1,11 @@
-"""The Inception network of 2015-12-05, on whose features FID, sFID and Inception score are defined (SPEC 7).
+"""The Inception network of 2015-12-05, whose features define FID, sFID and Inception score (SPEC 7).
 
-Inception-v3 (Szegedy et al., arXiv:1512.00567) as it was released with TensorFlow, which differs from later
+This is Inception-v3 (Szegedy et al., arXiv:1512.00567) as released with TensorFlow. It differs from later
 versions of the same name: it has 1008 classes, its average pools don't count padding, and its last block has
-a maximum pool in place of an average pool. Images are enlarged on TensorFlow 1's grid, without half-pixel
+a max pool in place of an average pool. Images are enlarged on TensorFlow 1's grid, without half-pixel
 centres.
 
-Layers have the names of the PyTorch port that most evaluators share (pt_inception-2015-12-05-6726825d.pth).
+Layers are named as in the PyTorch port that most evaluators share (pt_inception-2015-12-05-6726825d.pth).
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ SPATIAL_CHANNELS, SPATIAL = 7, 17 * 17 * 7
 
 
 class Features(NamedTuple):
-    """What the metrics are computed from, one row for each image.
+    """Features from which the metrics are computed, one row per image.
 
     Attributes:
-      pool: the mean over positions of the last block; for FID, KID, precision and recall.
+      pool: the last block's output, averaged over positions; for FID, KID, precision and recall.
       spatial: 17 x 17 positions of 7 channels in the middle of the network; for sFID.
-      logits: pool times the classifier's weights without its bias, as common evaluators compute
-        Inception scores.
+      logits: pool times the classifier's weights, without its bias, from which common evaluators compute
+        the Inception score.
     """
 
     pool: Float32[Array, "B 2048"]
@@ -59,9 +59,9 @@ def _halving(name: str, channels: int) -> _Conv:
     return _Conv(name, channels, (3, 3), stride=2, padding="VALID")
 
 
-# How a branch of a block begins; a branch without layers is this pool alone.
+# The pool at the beginning of a branch; a branch without layers consists of this pool alone.
 _Pool = Literal["none", "average", "max", "halving"]
-# The branches of a block, concatenated along channels; branches that begin with the same layers share them.
+# The branches of a block, concatenated along channels; common first layers are shared between branches.
 _Branches = tuple[tuple[_Pool, tuple[_Conv, ...]], ...]
 
 
@@ -133,7 +133,7 @@ def _block_e(pool: _Pool) -> _Branches:
     )
 
 
-# The layers before the blocks, where "pool" stands for a maximum over 3x3 with stride 2, and the blocks.
+# The layers before the blocks ("pool" is a 3x3 max pool with stride 2), then the blocks.
 _STEM = (
     _halving("conv2d_1a_3x3", 32),
     _Conv("conv2d_2a_3x3", 32, (3, 3), padding="VALID"),
@@ -162,7 +162,7 @@ class Block(nnx.Module):
     """Branches of convolutions on the same feature map, concatenated along channels."""
 
     def __init__(self, channels: int, branches: _Branches, *, rngs: nnx.Rngs):
-        """channels: those of the input."""
+        """channels: number of input channels."""
         self._branches = branches
         for _, layers in branches:
             width = channels
@@ -181,7 +181,7 @@ class Block(nnx.Module):
             if names not in computed:
                 convolution = getattr(self, layers[-1].name)
                 if pool == "average":
-                    # The 1x1 convolution commutes with the mean, which then has fewer channels.
+                    # The 1x1 convolution commutes with the mean, which is cheaper on its fewer channels.
                     y = _pooled(convolution(x), pool)
                 else:
                     y = convolution(run(pool, layers[:-1]))
@@ -192,7 +192,7 @@ class Block(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """uint8 images of any size -> Features; all in float32, with products at full precision."""
+    """Maps uint8 images of any size to Features, in float32 with full-precision matrix products."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         width = 3
@@ -206,7 +206,7 @@ class Inception(nnx.Module):
         self.fc = nnx.Linear(POOL, CLASSES, rngs=rngs)
 
     def __call__(self, images: UInt8[Array, "B H W 3"]) -> Features:
-        # Without this a TPU multiplies in bfloat16 and a GPU in TF32: distances would depend on the machine.
+        # By default a TPU multiplies in bfloat16 and a GPU in TF32, so distances would depend on the machine.
         with jax.default_matmul_precision("highest"):
             x = (resized(images.astype(jnp.float32)) - 128) / 128
             for layer in _STEM:
@@ -214,31 +214,31 @@ class Inception(nnx.Module):
                     x = jax.nn.relu(getattr(self, layer.name)(x))
                 else:
                     x = _pooled(x, "halving")
-            spatial = x  # Until the block that it is taken from.
+            spatial = x  # Replaced below.
             for name in _BLOCKS:
                 x = getattr(self, name)(x)
-                if name == "mixed_6d":  # Its first branch is mixed_6/conv.
+                if name == "mixed_6d":  # Its first branch is TensorFlow's mixed_6/conv.
                     spatial = x[..., :SPATIAL_CHANNELS]
             pool = jnp.mean(x, axis=(1, 2))
             logits = pool @ self.fc.kernel[...]
         return Features(pool, spatial.reshape(len(images), -1), logits)
 
     def features(self, images: UInt8[Array, "B H W 3"]) -> Float32[Array, "B 2048"]:
-        """The pool features alone, on which FID is defined."""
+        """Returns only the pool features, which define FID."""
         return self(images).pool
 
 
 def resized(x: Float32[Array, "B H W C"]) -> Float32[Array, "B 299 299 C"]:
-    """Bilinear resizing on TensorFlow 1's grid; see `resize_matrix`. The values keep their range."""
+    """Resizes bilinearly on TensorFlow 1's grid (see `resize_matrix`); the value range is unchanged."""
     rows, columns = resize_matrix(x.shape[1]), resize_matrix(x.shape[2])
     return jnp.einsum("yh,xw,bhwc->byxc", rows, columns, x)
 
 
 def resize_matrix(size: int) -> Float32[np.ndarray, "299 size"]:
-    """Maps `size` pixels to 299: pixel j is interpolated at j size / 299, between its two neighbours.
+    """Weights that map `size` pixels to 299: output j interpolates the two pixels around j size / 299.
 
-    The grid starts at 0, without a shift by half a pixel, and the last pixel's value continues beyond it.
-    There is no antialiasing.
+    The grid starts at 0, without a half-pixel shift. Beyond the last pixel its value is repeated. There is no
+    antialiasing.
     """
     source = np.arange(INPUT) * size / INPUT
     low = np.floor(source).astype(int)
@@ -260,9 +260,9 @@ def _layer(channels: int, layer: _Conv, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def _pooled(x: Float32[Array, "B H W C"], pool: _Pool) -> Float32[Array, "B h w C"]:
-    """Pools over 3x3 positions, one axis after the other; an average is over positions in the image only.
+    """Pools over 3x3 positions, one axis after the other; averages exclude padding.
 
-    On a CPU this is 2 to 9 times faster than one window of 3x3.
+    On a CPU this is 2 to 9 times faster than a single 3x3 window.
     """
     if pool == "none":
         return x
@@ -277,12 +277,12 @@ def _pooled(x: Float32[Array, "B H W C"], pool: _Pool) -> Float32[Array, "B h w 
 def _sliding(
     join: Callable[[Array, Array], Array], x: Float32[Array, "B H W C"], padding: float | None, *, stride: int
 ) -> Float32[Array, "B h w C"]:
-    """Joins three neighbours along each spatial axis, padded at both ends or not at all."""
+    """Combines three neighbours along each spatial axis, padded at both ends unless `padding` is None."""
     if padding is not None:
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=padding)
     for axis in (1, 2):
         last = x.shape[axis] - 3
-        # The barrier makes XLA store each axis's result instead of computing it anew for each neighbour.
+        # The barrier makes XLA store each axis's result instead of recomputing it for each neighbour.
         x = lax.optimization_barrier(x)
         first, second, third = (lax.slice_in_dim(x, at, at + last + 1, stride, axis) for at in range(3))
         x = join(join(first, second), third)

@@ -1,14 +1,14 @@
-"""Reads the Inception network's weights in any of their common forms, and writes them in one.
+"""Reads the Inception network's weights from any common file format, and writes them in one of them.
 
-A file's form is recognised by its content, not by its name:
+The format is detected from a file's content, not from its name:
 
-- a .pth of PyTorch, the port that pytorch-fid and torch-fidelity share;
+- a PyTorch .pth, the port that pytorch-fid and torch-fidelity share;
 - TensorFlow's frozen graph, classify_image_graph_def.pb;
 - the pickle of jax-fid, read without running any of its code;
-- a .safetensors that `write` wrote.
+- a .safetensors written by `write`.
 
-In the first three, each convolution has a batch norm, which is folded in, in float64. All forms of the same
-weights give the same numbers and the same hash.
+In the first three, each convolution has a batch norm, which is folded into the convolution in float64. All
+formats of the same weights give the same numbers and the same hash.
 """
 
 import dataclasses
@@ -35,27 +35,27 @@ from mcm_jax.system.errors import InputError
 
 SOURCE = (
     "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
-    "github.com/mseitzer/pytorch-fid, or classify_image_graph_def.pb out of "
+    "github.com/mseitzer/pytorch-fid, or classify_image_graph_def.pb from "
     "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz, and convert it with "
     "python -m mcm_jax.prepare --inception=FILE"
 )
 FILE = "inception-2015-12-05.safetensors"
 DEFAULT_PATH = Path(layout.DEFAULT_DATA_DIR) / FILE
-_EPSILON = 1e-3  # the batch norms'
+_EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"
-# Arrays of a convolution and its batch norm, or of the classifier, by our names. Kernels are [h, w, in, out].
+# Arrays of a convolution and its batch norm, or of the classifier, under our names; kernels [h, w, in, out].
 _Layer = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """`params`: "layer.kernel" and "layer.bias" -> array; `sha256`: hash of them all, equal for all forms."""
+    """`params`: "layer.kernel" and "layer.bias" -> array; `sha256`: hash of all arrays in any format."""
 
     params: dict[str, np.ndarray]
     sha256: str
 
     def network(self) -> FeatureNetwork:
-        """`inception.Inception` with these weights, for evaluation."""
+        """Returns `inception.Inception` with these weights as a feature network for evaluation."""
         abstract = abstract_network()
         state = nnx.to_flat_state(abstract.params)
         found = [(path, variable.replace(self.params[_name(path)])) for path, variable in state]
@@ -65,7 +65,7 @@ class Weights:
 
 @functools.cache
 def abstract_network() -> FeatureNetwork:
-    """The network with shapes in place of weights, to compile it."""
+    """The network with abstract parameters (shapes only), enough to compile it."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
     return FeatureNetwork(
         params=abstract,
@@ -77,10 +77,10 @@ def abstract_network() -> FeatureNetwork:
 
 
 def load(path: Path) -> Weights:
-    """The weights in a file of any of the forms.
+    """Loads the weights from a file in any supported format.
 
     Raises:
-      InputError: there is no such file, it has none of the forms, is damaged, or holds another network.
+      InputError: the file does not exist, has none of the formats, is damaged, or holds another network.
     """
     try:
         content = path.read_bytes()
@@ -99,7 +99,7 @@ def load(path: Path) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Writes them as .safetensors, completely or not at all."""
+    """Writes the weights as .safetensors, atomically."""
     metadata = {"format": _FORMAT, "sha256": weights.sha256}
     files.write_whole(path, safetensors.numpy.save(weights.params, metadata))
 
@@ -109,17 +109,17 @@ def _name(path: tuple[object, ...]) -> str:
 
 
 def _check_name(path: Path, content: bytes) -> None:
-    """Compares the file with its name, in which PyTorch puts the first digits of its sha256."""
+    """Compares the file's sha256 with the first digits of it that PyTorch puts into the file name."""
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     digest = hashlib.sha256(content).hexdigest()
     if named is not None and not digest.startswith(named.group(1)):
         raise InputError(
-            f"{path} is damaged: its sha256 begins with {digest[:8]}, not {named.group(1)} as its name says; "
-            "get it again"
+            f"{path} is damaged: its sha256 begins with {digest[:8]}, not with {named.group(1)} as in its "
+            "name; download it again"
         )
 
 
-# Each function takes the arrays of one form and returns a function from a layer's name to its arrays.
+# Each function takes the content of one file format and returns a function: layer name -> the layer's arrays.
 
 
 def _of_pth(tensors: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
@@ -153,7 +153,7 @@ def _of_pickle(tree: pickles.Plain) -> Callable[[str], _Layer]:
 
 
 def _capitalised(name: str) -> str:
-    """A layer's name in the PyTorch port, and in jax-fid, which took it over."""
+    """A layer's name in the PyTorch port; jax-fid uses the same names."""
     return name.replace("conv2d", "Conv2d").replace("mixed", "Mixed")
 
 
@@ -181,7 +181,7 @@ _BLOCKS = (
 def _scope(name: str) -> str:
     """A layer's scope in TensorFlow's graph, which numbers equal names: conv, conv_1, ...; tower, tower_1.
 
-    A block's first branch has no tower if it is a single convolution.
+    A block's first branch is not in a tower if it is a single convolution.
     """
     if name in _STEM:
         return _numbered("conv", _STEM.index(name))
@@ -224,7 +224,7 @@ def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def _of_safetensors(path: Path, content: bytes) -> Weights:
-    """Weights that `write` wrote; nothing else is accepted."""
+    """Reads weights written by `write`; other .safetensors files are rejected."""
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         params, metadata = safetensors.numpy.load(content), header["__metadata__"]
@@ -236,13 +236,16 @@ def _of_safetensors(path: Path, content: bytes) -> Weights:
     weights = _checked(path, params)
     if (given_format, sha256) != (_FORMAT, weights.sha256):
         raise InputError(
-            f"{path} is damaged: its numbers have changed since it was written; convert the weights again"
+            f"{path} is damaged: its weights have changed since it was written; convert them again"
         )
     return weights
 
 
 def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
-    """norm(W * x) = (g W) * x + (b - g m), g = scale / sqrt(variance + eps): in float64, rounded once."""
+    """Folds batch norms: norm(W * x) = (g W) * x + (b - g m), g = scale / sqrt(variance + eps).
+
+    Computed in float64 and rounded once.
+    """
     params: dict[str, np.ndarray] = {}
     for name in {full.rpartition(".")[0]: None for full in _shapes()}:
         try:
@@ -261,7 +264,7 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
 
 
 def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
-    """The weights with their hash, after a check of names, shapes and finiteness."""
+    """Checks names, shapes and finiteness, and returns the weights with their hash."""
     shapes = _shapes()
     found = {name: value.shape for name, value in params.items()}
     if found != shapes:
@@ -274,7 +277,7 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
     digest = hashlib.sha256()
     for name in sorted(params):
         if not np.isfinite(params[name]).all():
-            raise InputError(f"{path} is damaged: {name} is not finite; get it again")
+            raise InputError(f"{path} is damaged: {name} is not finite; download it again")
         digest.update(name.encode() + params[name].astype("<f4").tobytes())
     return Weights(params, digest.hexdigest())
 
@@ -288,7 +291,7 @@ def convert(source: Path, target: Path) -> str:
     """Converts the weights in `source` to the file that `evaluate` reads; returns a summary.
 
     Raises:
-      InputError: the weights are at fault, or the target cannot be written.
+      InputError: the source cannot be used, or the target cannot be written.
     """
     weights = load(source)
     with files.writing_to(target.parent, "--data_dir"):

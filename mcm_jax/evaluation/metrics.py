@@ -1,4 +1,4 @@
-"""Moments of features, and all metrics except the Frechet distance: class scores, kernels, neighbours."""
+"""Moments of features, and all metrics but the Frechet distance: Inception score, KID, nearest neighbours."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from mcm_jax.system.errors import InputError
 
-# The neighbour whose distance is the radius in precision and recall; 3 is the usual choice.
+# The k-th nearest neighbour gives the radius in precision and recall; k = 3 is the usual choice.
 NEIGHBOURS = 3
 
 
 class Moments:
     """Count, mean and covariance of vectors that arrive in chunks, in float64 (Chan, Golub & LeVeque 1979).
 
-    Any split into chunks, and any merge of parts, gives the moments of the whole up to rounding.
+    However the vectors are split into chunks or merged from parts, the moments agree up to rounding.
     """
 
     def __init__(self, dimension: int):
@@ -24,7 +24,7 @@ class Moments:
         self._scatter = np.zeros((dimension, dimension))
 
     def update(self, features: Float[np.ndarray, "N D"], mask: Bool[np.ndarray, " N"] | None = None) -> None:
-        """Adds the rows of `features`; with a mask only those where it is True (the others are padding)."""
+        """Adds the rows of `features`, or only those where `mask` is True (the others are padding)."""
         rows = (features if mask is None else features[mask]).astype(np.float64)
         if not len(rows):
             return
@@ -35,7 +35,7 @@ class Moments:
         self.merge(chunk)
 
     def merge(self, other: "Moments") -> None:
-        """Adds the rows of `other`: S = S_1 + S_2 + (n_1 n_2 / n) d d^T, d the difference of the means."""
+        """Adds the rows of `other`: S = S_1 + S_2 + (n_1 n_2 / n) d d^T with d = mean_2 - mean_1."""
         count = self.count + other.count
         if count == 0:
             return
@@ -51,7 +51,7 @@ class Moments:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Moments":
-        """The object whose `arrays` these are."""
+        """Restores an object from its `arrays`."""
         moments = cls(len(arrays["mean"]))
         moments.count, moments.mean = int(arrays["count"]), arrays["mean"]
         moments._scatter = arrays["scatter"]
@@ -61,7 +61,7 @@ class Moments:
     def covariance(self) -> Float64[np.ndarray, "D D"]:
         """The unbiased covariance, S / (n - 1)."""
         if self.count < 2:
-            raise InputError(f"a covariance needs at least 2 images, and there are {self.count}; give more")
+            raise InputError(f"a covariance needs at least 2 images, but there are {self.count}; add more")
         return self._scatter / (self.count - 1)
 
     @property
@@ -71,10 +71,10 @@ class Moments:
 
 
 class ClassScores:
-    """The Inception score (Salimans et al., arXiv:1606.03498) of images in a known order, part by part.
+    """The Inception score (Salimans et al., arXiv:1606.03498), accumulated over images in a known order.
 
     exp(E_x KL(p(y | x) || p(y))) = exp(E_x sum_y p log p - sum_y p(y) log p(y)) is computed for each of ten
-    equal parts of the images in order; the score is the mean. It lies between 1, if all images look alike,
+    equal consecutive parts of the images; the score is their mean. It lies between 1 (all images look alike)
     and the number of classes.
     """
 
@@ -88,7 +88,7 @@ class ClassScores:
         self._entropies = np.zeros(self.PARTS)
 
     def update(self, logits: Float[np.ndarray, "N classes"], indices: Int[np.ndarray, " N"]) -> None:
-        """Adds images; `indices` are their places among all images, in any order."""
+        """Adds images; `indices` are their positions among all images, in any order."""
         log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
         p = np.exp(log_p)
         part = np.searchsorted(self._ends, indices, side="right")
@@ -103,14 +103,14 @@ class ClassScores:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ClassScores":
-        """The object whose `arrays` these are."""
+        """Restores an object from its `arrays`."""
         scores = cls(int(arrays["ends"][-1]), arrays["probabilities"].shape[1])
         scores._counts, scores._entropies = arrays["counts"], arrays["entropies"]
         scores._probabilities = arrays["probabilities"]
         return scores
 
     def merge(self, other: "ClassScores") -> None:
-        """Adds the images of `other`, which are other ones of the same set."""
+        """Adds the images of `other`, which must be different images of the same set."""
         self._counts = self._counts + other._counts
         self._probabilities = self._probabilities + other._probabilities
         self._entropies = self._entropies + other._entropies
@@ -130,8 +130,8 @@ def kernel_distance(
 ) -> float:
     """KID (Binkowski et al., arXiv:1801.01401): unbiased estimate of MMD^2, k(x, y) = (x.y / D + 1)^3.
 
-    It uses all rows at once. Many evaluators report the mean over random subsets, which has the same
-    expectation and more variance. In float64; the estimate can be below 0.
+    The estimate uses all rows at once, in float64, and can be negative. Many evaluators report the mean over
+    random subsets, which has the same expectation but a larger variance.
     """
 
     def total(rows: np.ndarray, others: np.ndarray) -> float:
@@ -158,17 +158,17 @@ def precision_recall(
     neighbours: int = NEIGHBOURS,
     chunk: int = 1024,
 ) -> tuple[float, float]:
-    """(precision, recall) of Kynkaanniemi et al., arXiv:1904.06991.
+    """Returns (precision, recall) of Kynkaanniemi et al., arXiv:1904.06991.
 
-    Each row is the centre of a ball that reaches to its third nearest neighbour in its own set. Precision is
-    the share of samples inside a ball of the reference, recall the share of reference images inside a ball of
-    the samples. Both depend on both counts: compare equal counts only.
+    Each row is the centre of a ball that reaches to its k-th nearest neighbour in its own set (k =
+    `neighbours`). Precision is the fraction of samples inside a ball of the reference, recall the fraction of
+    reference images inside a ball of the samples. Both depend on both counts: compare only equal counts.
     """
     for rows in (features, reference_features):
         if len(rows) <= neighbours:
             raise InputError(
-                f"precision and recall need more than {neighbours} images on both sides, and there "
-                f"are {len(rows)}; give more"
+                f"precision and recall need more than {neighbours} images on both sides, but there "
+                f"are {len(rows)}; add more"
             )
     balls = _neighbour_distances(features, neighbours, chunk)
     reference_balls = _neighbour_distances(reference_features, neighbours, chunk)
@@ -177,7 +177,7 @@ def precision_recall(
 
 
 def _neighbour_distances(rows: np.ndarray, neighbours: int, chunk: int) -> Float64[np.ndarray, " N"]:
-    """Squared distance from each row to its n-th nearest other row."""
+    """Squared distance from each row to its `neighbours`-th nearest other row."""
     result = []
     for first, x in zip(range(0, len(rows), chunk), _chunks(rows, chunk), strict=True):
         nearest = np.zeros((len(x), 0))
@@ -193,7 +193,7 @@ def _neighbour_distances(rows: np.ndarray, neighbours: int, chunk: int) -> Float
 
 
 def _share_within(rows: np.ndarray, centres: np.ndarray, balls: np.ndarray, chunk: int) -> float:
-    """The share of rows inside at least one of the balls, whose squared radii are `balls`."""
+    """The fraction of rows inside at least one ball; `balls` are the squared radii."""
     found = 0
     for x in _chunks(rows, chunk):
         within = np.zeros(len(x), bool)
@@ -206,10 +206,10 @@ def _share_within(rows: np.ndarray, centres: np.ndarray, balls: np.ndarray, chun
 def nearest_neighbour_distances(
     features: Float[np.ndarray, "N D"], reference_features: Float[np.ndarray, "M D"], *, chunk: int = 1024
 ) -> Float64[np.ndarray, " N"]:
-    """min_j ||h_i - r_j|| for each row i, chunk by chunk in both, in float64.
+    """min_j ||h_i - r_j|| for each row i, in float64; both arguments are processed in chunks.
 
     Computed as |h|^2 - 2 h.r + |r|^2, clamped at 0: an exact copy gives 0 up to about 1e-7 |h|. If the mean
-    over samples is near 0, or far below that over unseen real images, then samples are copies.
+    over samples is near 0, or far below the mean over unseen real images, the samples are copies.
     """
     nearest = []
     for x in _chunks(features, chunk):

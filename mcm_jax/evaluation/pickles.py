@@ -1,7 +1,7 @@
-"""Reads dictionaries, lists, numbers, text and numpy arrays from a pickle without running any of its code.
+"""Reads dictionaries, lists, numbers, text and NumPy arrays from a pickle without running any code from it.
 
-A pickle may call any function that it names. This unpickler resolves only the names that numpy's arrays need,
-and to functions of this module.
+A pickle may call any function that it names. This unpickler resolves only the names that NumPy's arrays need,
+and maps them to functions of this module.
 """
 
 import io
@@ -13,28 +13,28 @@ import numpy as np
 
 from mcm_jax.system.errors import InputError
 
-# What a pickle may hold here: dictionaries, lists, numbers, text and arrays, nested.
+# What a pickle may hold here: nested dictionaries, lists, numbers, text and arrays.
 Plain = Any
 
 
 def read(content: bytes, *, name: str) -> Plain:
-    """The content of the pickle.
+    """Returns the content of the pickle.
 
     Args:
-      name: names the file in the error message.
+      name: the file's name, for the error message.
 
     Raises:
-      InputError: the pickle holds anything else, malicious or merely damaged.
+      InputError: the pickle holds anything else, whether malicious or merely damaged.
     """
     try:
         return _plain(_Unpickler(io.BytesIO(content), encoding="latin1").load())
-    # A hostile or cut-off pickle can fail in any way at all; in every case the file is unusable.
+    # A malicious or truncated pickle can raise any exception; in every case the file is unusable.
     except Exception as error:
         raise InputError(f"{name}: not a pickle of plain arrays ({' '.join(str(error).split())})") from error
 
 
 class _Array:
-    """Stands for an array while it is unpickled: numpy's pickles create it empty and then set its state."""
+    """Placeholder for an array during unpickling: NumPy's pickles create it empty and then set its state."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
@@ -47,34 +47,34 @@ class _Array:
 def _from_buffer(
     data: bytes | bytearray | str, dtype: object, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
 ) -> np.ndarray:
-    """numpy._core.numeric._frombuffer, for numbers only."""
+    """Replaces numpy._core.numeric._frombuffer; numbers and text only."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biufSU":
         raise pickle.UnpicklingError(f"an array of {dtype}")
     data = data.encode("latin1") if isinstance(data, str) else data
     if min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
-        raise pickle.UnpicklingError("an array's numbers are cut off")
+        raise pickle.UnpicklingError("an array is truncated")
     return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
 def _empty(*_: object) -> _Array:
-    """numpy._core.multiarray._reconstruct."""
+    """Replaces numpy._core.multiarray._reconstruct."""
     return _Array()
 
 
 def _scalar(dtype: object, data: bytes | str) -> Plain:
-    """numpy._core.multiarray.scalar."""
+    """Replaces numpy._core.multiarray.scalar."""
     return _from_buffer(data, dtype, ())[()]
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode, with which Python 3 writes bytes for Python 2."""
+    """Replaces _codecs.encode, which Python 3 uses to write bytes in pickles for Python 2."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text as {encoding}")
     return text.encode(encoding)
 
 
 def _no_bytes() -> bytes:
-    """bytes, with which it writes b""."""
+    """Replaces the call of `bytes` that such pickles use for b""."""
     return b""
 
 

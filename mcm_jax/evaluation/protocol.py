@@ -1,8 +1,8 @@
-"""From images to the numbers of a result (SPEC 7), with the floors and ceilings that make them readable.
+"""Computes a result's metrics from images (SPEC 7), with floors and ceilings to compare them with.
 
-On Inception's features of 50,000 samples the Frechet distance is the field's FID. On EfficientNet-Lite0's it
-is a proxy that orders models of one data set and can't be compared with any FID. Both are biased upwards with
-few samples, so every name ends in the count: `fid_50k`, `fid_2048`, `fd_effnet_lite0_2048`.
+With Inception features of 50,000 samples, the Frechet distance is the standard FID. With EfficientNet-Lite0
+features it is a proxy that ranks models of one data set and can't be compared with any FID. Both are biased
+upwards with few samples, so every name ends in the count: `fid_50k`, `fid_2048`, `fd_effnet_lite0_2048`.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from mcm_jax.records import MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK,
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 
-# All metrics that can be requested, in the order of results.
+# All metrics that can be requested, in the order in which results list them.
 METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
-# Defined on the features of any network; the other metrics on Inception's only.
+# Defined for features of any network; the other metrics only for Inception's.
 _ANY_FEATURES = ("frechet", "nearest")
-# These need the features of all samples at once.
+# Need the features of all samples at once.
 _HELD = ("kid", "precision_recall", "class_fid")
-# These compare with single images of the reference, so that they need its features.
+# Compare samples with single images of the reference, so they need its features.
 OF_SINGLE_IMAGES = ("nearest", *_HELD)
 
 Images = UInt8[np.ndarray, "N H W 3"]
@@ -44,7 +44,7 @@ Images = UInt8[np.ndarray, "N H W 3"]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """`metrics` by name; `rank_deficient`: on one of the sides there are too few images for full rank."""
+    """`metrics` by name; `rank_deficient`: one side has too few images for a covariance of full rank."""
 
     metrics: dict[str, float]
     num_samples: int
@@ -53,38 +53,41 @@ class Scores:
 
 
 _FEWEST = {"inception_score": ClassScores.PARTS, "precision_recall": NEIGHBOURS + 1}
-# Frechet distances, and the features whose covariance they need.
+# Frechet distance -> the features whose covariance it needs.
 _COVARIANCES = {"frechet": "pool", "sfid": "spatial"}
 
 
 def check_metrics(
     metrics: Sequence[str], network: FeatureNetwork, *, num: int, allow_singular: bool = False
 ) -> None:
-    """Raises InputError for an unknown metric, or one that these features or so few samples can't give.
+    """Raises InputError for an unknown metric, or one that these features or this few samples do not support.
 
-    allow_singular: accept FID and sFID also of no more samples than features, whose covariance is singular.
-    The proxy is always accepted: its name has the count, and it is only compared at equal counts.
+    The proxy distance is always accepted: its name has the count, and it is compared only at equal counts.
+
+    Args:
+      allow_singular: accept FID and sFID even if there are no more samples than features, so that the
+        covariance is singular.
     """
     for metric in metrics:
         if metric not in METRICS:
             raise InputError(f"--metrics={metric} is not one of {', '.join(METRICS)}")
         if metric not in _ANY_FEATURES and network.distance != "fid":
             raise InputError(
-                f"--metrics={metric} is defined on Inception's features only: add --features=inception"
+                f"--metrics={metric} is defined only for Inception's features; add --features=inception"
             )
         fewest = _FEWEST.get(metric, 2)
         if num < fewest:
-            raise InputError(f"--metrics={metric} needs at least {fewest} images, and there are {num}")
+            raise InputError(f"--metrics={metric} needs at least {fewest} images, but there are {num}")
         size = network.dimensions.get(_COVARIANCES.get(metric, ""), 0)
         if network.distance == "fid" and num <= size and not allow_singular:
             raise InputError(
-                f"--metrics={metric} needs more than {size} images for a covariance of full rank, and there "
-                f"are {num}; give more (50000 is usual), or add --allow_singular to compute it all the same"
+                f"--metrics={metric} needs more than {size} images for a covariance of full rank, but there "
+                f"are {num}; use more (50000 is usual), or add --allow_singular to compute it anyway"
             )
 
 
 def unavailable_reason(metric: str, reference: Reference, *, labelled: bool = True) -> str | None:
-    """Why a reference, or samples without labels, can't give a metric; None if they can."""
+    """Why a metric can't be computed with this reference or without sample labels; None if it can."""
     if metric == "sfid" and "spatial" not in reference.moments:
         return "the reference has no moments of spatial features"
     if metric in OF_SINGLE_IMAGES:
@@ -100,7 +103,7 @@ def unavailable_reason(metric: str, reference: Reference, *, labelled: bool = Tr
 
 
 class Tally:
-    """Accumulates what the metrics of a stream of samples need; it can be saved and continued."""
+    """Accumulates what the metrics of a stream of samples need; its state can be saved and restored."""
 
     def __init__(
         self,
@@ -111,13 +114,13 @@ class Tally:
         metrics: Sequence[str] = ("frechet", "nearest"),
         also_first: int = 0,
     ):
-        """Metrics with an `unavailable_reason`, or with too few samples, are left out.
+        """Metrics with an `unavailable_reason`, or with too few samples, are omitted.
 
         Args:
           num: total number of samples.
           metrics: names from METRICS.
-          also_first: if there are more samples than this, the Frechet distance is also computed on the first
-            `also_first` of them, to stand beside another set of that size.
+          also_first: if there are more samples than this, also compute the Frechet distance of the first
+            `also_first` of them, to compare with another set of that size.
         """
         sizes = extractor.network.dimensions
         self._extractor, self._reference = extractor, reference
@@ -139,7 +142,7 @@ class Tally:
         return self._moments["whole"].count
 
     def update(self, images: Images, labels: np.ndarray) -> None:
-        """Adds the next samples."""
+        """Adds a block of samples."""
         start = time.monotonic()
         found = self._extractor(images)
         self._seconds += time.monotonic() - start
@@ -158,7 +161,7 @@ class Tally:
             self._nearest_sum += float(distances.sum())
 
     def arrays(self) -> Arrays:
-        """The state, to continue from with `go_on_from`."""
+        """The state, for `restore`."""
         parts = {name: moments.arrays() for name, moments in self._moments.items()}
         if self._classes is not None:
             parts["classes"] = self._classes.arrays()
@@ -167,11 +170,11 @@ class Tally:
         parts["sums"] = {"nearest": np.array(self._nearest_sum), "seconds": np.array(self._seconds)}
         return joined(parts)
 
-    def go_on_from(self, arrays: Arrays) -> None:
-        """Continues from `arrays` of a tally of the same samples and metrics.
+    def restore(self, arrays: Arrays) -> None:
+        """Restores the state from the `arrays` of a tally with the same samples and metrics.
 
         Raises:
-          KeyError: the arrays are of another one.
+          KeyError: the arrays come from a tally with other samples or metrics.
         """
         moments = {name: Moments.from_arrays(part(arrays, name)) for name in self._moments}
         classes = None if self._classes is None else ClassScores.from_arrays(part(arrays, "classes"))
@@ -186,7 +189,7 @@ class Tally:
         """The metrics of all `num` samples.
 
         Raises:
-          ValueError: there have been fewer.
+          ValueError: fewer samples were added.
         """
         whole, num = self._moments["whole"], self._num
         if whole.count != num:
@@ -222,7 +225,7 @@ def evaluate_samples(
     metrics: Sequence[str] = ("frechet", "nearest"),
     also_first: int = 0,
 ) -> Scores:
-    """Scores a stream of uint8 images, holding one block at a time; see `Tally`."""
+    """Scores a stream of uint8 images, with one block in memory at a time; see `Tally`."""
     tally = Tally(extractor, reference, num=num, metrics=metrics, also_first=also_first)
     for images, labels in blocks:
         tally.update(images, labels)
@@ -257,16 +260,16 @@ def floors_and_ceilings(
     untrained_num: int = 0,
     untrained_identity: Mapping[str, object] | None = None,
 ) -> dict[str, float]:
-    """What other images score against the same reference; each number is cached.
+    """Scores of other images against the same reference; each number is cached.
 
     DISTANCE is the network's name for its Frechet distance.
 
-    - `test_images_DISTANCE_{n}`: the n test images. Real images score no lower at that count (floor).
+    - `test_images_DISTANCE_{n}`: score of the n test images; real images score no lower at that n (floor).
     - `test_images_nearest_neighbour_distance`: mean distance from an unseen real image to its nearest
       training image.
-    - `mean_image_DISTANCE`: the training set's mean image, repeated; it is the same for any count (ceiling).
-    - `untrained_network_DISTANCE_{n}`: `untrained_images()`, n images that the caller sampled from the same
-      network before training (ceiling); `untrained_identity` is what determines them.
+    - `mean_image_DISTANCE`: score of the mean training image, repeated; the same for any count (ceiling).
+    - `untrained_network_DISTANCE_{n}`: score of `untrained_images()`, n images that the caller sampled from
+      the same network before training (ceiling); `untrained_identity` is everything that determines them.
     """
     name = extractor.network.distance
     bounds = dict(
@@ -292,7 +295,7 @@ def _distance(moments: Moments, reference: Reference, name: str = "pool") -> flo
 
 
 def _mean_image_distance(extractor: Extractor, reference: Reference, blocks: Blocks) -> float:
-    """The distance of equal samples: their mean is the image's features, their covariance zero."""
+    """The distance for samples that all equal the mean image: mean = its features, covariance = 0."""
     total, count = 0.0, 0
     for images, _ in blocks:
         total, count = total + images.sum(axis=0, dtype=np.float64), count + len(images)

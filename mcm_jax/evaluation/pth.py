@@ -1,8 +1,8 @@
-"""Reads the tensors of a .pth without torch and without running any of its code.
+"""Reads the tensors of a .pth file without torch and without running any code from it.
 
-There are two layouts. Since torch 1.6 it is a zip archive: ARCHIVE/data.pkl, the state dict, and for each
-storage a file ARCHIVE/data/KEY with its raw numbers. Before that it was four pickles (magic number, protocol
-version, system info, the state dict) and a fifth with the storages' keys, then for each key a little-endian
+There are two layouts. Since torch 1.6 a .pth is a zip archive with the state dict in ARCHIVE/data.pkl and
+the raw numbers of each storage in ARCHIVE/data/KEY. Before that it was a sequence of five pickles (magic
+number, protocol version, system info, state dict, storage keys), followed for each key by a little-endian
 int64 count and the raw numbers. A pickle may call any function that it names; this unpickler resolves only
 the names that a state dict needs.
 """
@@ -43,23 +43,23 @@ class _Tensor(NamedTuple):
 
 
 def recognises(content: bytes) -> bool:
-    """Whether `content` begins like one of the layouts."""
+    """Whether `content` begins like one of the two layouts."""
     return content.startswith((b"PK\x03\x04", pickle.dumps(_MAGIC, protocol=2)))
 
 
 def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
-    """The state dict in `content`, as independent arrays in C order by name.
+    """Reads the state dict in `content` as a dict of independent C-order arrays.
 
     Args:
-      name: names the file in the error message.
+      name: the file's name, for the error message.
 
     Raises:
-      InputError: it is not a plain state dict, malicious or merely damaged.
+      InputError: the content is not a plain state dict, whether malicious or merely damaged.
     """
     file = io.BytesIO(content)
     try:
         return _read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-    # A hostile or cut-off pickle can fail in any way at all; in every case the file is unusable.
+    # A malicious or truncated pickle can raise any exception; in every case the file is unusable.
     except Exception as error:
         raise InputError(f"{name}: not a .pth of plain tensors ({' '.join(str(error).split())})") from error
 
@@ -90,7 +90,7 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     for key in keys:
         count = int.from_bytes(file.read(8), "little", signed=True)
         if count != wanted[key].length:
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         storages[key] = _numbers(file.read(count * wanted[key].dtype.itemsize), wanted[key])
     return _arrays(tensors, storages)
 
@@ -105,7 +105,7 @@ def _storages(tensors: dict[str, _Tensor]) -> dict[str, _Storage]:
 
 def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
     if len(data) != storage.length * storage.dtype.itemsize:
-        raise ValueError("cut off")
+        raise ValueError("truncated")
     return np.frombuffer(data, storage.dtype)
 
 
@@ -114,7 +114,7 @@ def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dic
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows OrderedDict, torch's tensor rebuilding and its storage classes; refuses every other name."""
+    """Resolves OrderedDict, torch's tensor rebuilding and its storage classes; refuses every other name."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("collections", "OrderedDict"):
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state dict needs")
 
     def persistent_load(self, reference: tuple[Any, ...]) -> _Storage:
-        # A sixth part described a view; archives do not have it.
+        # The legacy layout has a sixth entry, which describes a view.
         kind, dtype, key, _, count, *view = reference
         if kind != "storage" or view not in ([], [None]):
             raise pickle.UnpicklingError("storage views are not supported")
@@ -140,7 +140,7 @@ def _rebuild_tensor(
 
 
 def _as_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
-    """A copy of a strided view, which is made only if it stays inside its storage."""
+    """Copies a strided view of the storage; raises ValueError if the view would leave the storage."""
     sizes = (tensor.offset, *tensor.shape, *tensor.strides)
     last = tensor.offset + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)

@@ -1,12 +1,12 @@
-"""Reference statistics that others published, recognised by what is in the file (SPEC 7).
+"""Reads published reference statistics; the format is detected from the file's content (SPEC 7).
 
-    mu, sigma                         moments of Inception's pool features; EDM's (.npz, .pkl) and most others
+    mu, sigma                         moments of Inception's pool features: EDM's (.npz, .pkl) and most others
     mu, sigma, mu_s, sigma_s, arr_0   ADM's: also moments of spatial features, and 10,000 images
     ref_mu, ref_sigma                 the same moments under other names
-    fid: {mu, sigma}, ...             EDM2's, of which the Inception moments are used
-    arr_0                             images only, whose moments are computed here as ADM's evaluator does
+    fid: {mu, sigma}, ...             EDM2's, of which only the Inception moments are used
+    arr_0                             images only; their moments are computed here, as in ADM's evaluator
 
-arr_1 holds the labels of arr_0, if there are any. Pickles are read without running any of their code.
+arr_1, if present, holds the labels of arr_0. Pickles are read without running any of their code.
 """
 
 import dataclasses
@@ -31,15 +31,14 @@ _BLOCK = 1024
 
 
 def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool = False) -> Reference:
-    """The reference in a file. Its distances can't be compared with those to other files or data sets.
+    """Reads the reference in a file; distances to it can't be compared with distances to other references.
 
     Args:
-      cache: keeps the moments of a file that holds images only.
-      single_images: also put ADM's images through `extractor`, for metrics that compare with single images.
+      cache: stores the moments of a file that holds only images.
+      single_images: also extract features of ADM's images, for metrics that compare with single images.
 
     Raises:
-      InputError: there is no such file, it holds none of the forms, or its numbers are no moments of these
-        features.
+      InputError: the file does not exist, has none of the formats, or its moments don't match the features.
     """
     with distributed.fail_together():
         content, arrays = _load(path)
@@ -48,8 +47,8 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
     names = [pair for pair in _MOMENTS if set(pair) <= set(arrays)]
     if not names and "arr_0" not in arrays:
         raise InputError(
-            f"--reference={path} holds {', '.join(sorted(arrays)) or 'nothing'}, and neither mu and sigma "
-            "nor ref_mu and ref_sigma nor images (arr_0); name a file of reference statistics"
+            f"--reference={path} holds {', '.join(sorted(arrays)) or 'nothing'}, but neither mu and sigma "
+            "nor ref_mu and ref_sigma nor images (arr_0); give a file of reference statistics"
         )
     with_images = "arr_0" in arrays and (single_images or not names)
     try:
@@ -57,7 +56,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
         images, labels = _labelled_images(arrays) if with_images else (None, None)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"--reference={path} can't be used with these features ({' '.join(str(error).split())}); name a "
+            f"--reference={path} can't be used with these features ({' '.join(str(error).split())}); give a "
             "file that was made with Inception"
         ) from error
     if moments or images is None:
@@ -76,10 +75,10 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
 
 
 def load_arrays(path: Path) -> dict[str, pickles.Plain]:
-    """The arrays of a reference file by name.
+    """Reads the arrays of a reference file by name.
 
     Raises:
-      InputError: there is no such file, or it is damaged.
+      InputError: the file does not exist or is damaged.
     """
     return _load(path)[1]
 
@@ -93,10 +92,10 @@ def _load(path: Path) -> tuple[bytes, dict[str, pickles.Plain]]:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return content, dict(file)
-        # A damaged archive can fail in any way that zip and npy know; all of them mean the same.
+        # A damaged archive can raise any exception of the zip and npy readers; all mean the same.
         except Exception as error:
             raise InputError(
-                f"--reference={path} is damaged ({' '.join(str(error).split())}); get it again"
+                f"--reference={path} is damaged ({' '.join(str(error).split())}); download it again"
             ) from error
     tree = pickles.read(content, name=f"--reference={path}")
     if isinstance(tree, Mapping) and isinstance(tree.get("fid"), Mapping):
@@ -123,12 +122,12 @@ def _all_moments(
 def _labelled_images(
     arrays: Mapping[str, pickles.Plain],
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, " N"] | None]:
-    """arr_0, and arr_1 if it is there."""
+    """Validates and returns arr_0, and arr_1 if present."""
     images, labels = np.asarray(arrays["arr_0"]), arrays.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"arr_0 holds {images.dtype} {images.shape} in place of uint8 images [N, H, W, 3]")
+        raise ValueError(f"arr_0 holds {images.dtype} {images.shape} instead of uint8 images [N, H, W, 3]")
     if len(images) < 2:
-        raise ValueError(f"arr_0 holds {len(images)} images, and moments need 2 or more")
+        raise ValueError(f"arr_0 holds {len(images)} images, but moments need 2 or more")
     if lacks_scaling(images):
         raise ValueError(
             "arr_0 holds bytes of 0 and 1 only: floats in [0, 1] must be multiplied by 255 first"
@@ -136,7 +135,7 @@ def _labelled_images(
     if labels is not None:
         labels = np.asarray(labels)
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(f"arr_1 holds {labels.dtype} {labels.shape} in place of {len(images)} labels")
+            raise ValueError(f"arr_1 holds {labels.dtype} {labels.shape} instead of {len(images)} labels")
         labels = labels.astype(np.int32)
     return images, labels
 

@@ -1,4 +1,4 @@
-"""Statistics of reference images, computed once and cached under a hash of everything they depend on."""
+"""Computes statistics of reference images once and caches them under a hash of everything they depend on."""
 
 import copy
 import dataclasses
@@ -13,33 +13,33 @@ from jaxtyping import Float32, Float64, Int, UInt8
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.metrics import Moments
-from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_kept
+from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_saved
 from mcm_jax.records import JsonObject
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
 
-# Part of every key: raise it whenever the numbers computed here or by a network change.
+# Part of every cache key: increment it whenever the numbers computed here or by a network change.
 VERSION = 3
-# The features of more images than these are not kept (2,048 floats each at most: 410 MB at the limit), and
-# metrics that compare samples with single images are then not available.
-MAX_KEPT_FEATURES = 50_000
+# Features of single images are stored only up to this many images (at most 2,048 floats each: 410 MB at the
+# limit). Beyond it, metrics that compare samples with single images are unavailable.
+MAX_STORED_FEATURES = 50_000
 
 
-# Images and their labels, in blocks.
+# Blocks of (images, labels).
 Blocks = Iterable[tuple[UInt8[np.ndarray, "_ H W 3"], Int[np.ndarray, " _"]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: moments of the images' features, and for a small set the features too.
+    """What samples are compared with: moments of image features and, for small sets, the features themselves.
 
     Attributes:
-      sha256: identifies it; distances to references of equal hashes are comparable.
-      description: what a result must state about it.
+      sha256: identifies the reference; distances to references with equal hashes are comparable.
+      description: what a result must state about the reference.
       count: number of images behind the moments; None if unknown.
-      moments: (mean, covariance) by name of the features, "pool" at least.
-      features: "pool" of all images or some of them; None if not available.
+      moments: (mean, covariance) by name of the features; always includes "pool".
+      features: "pool" features of all images or some of them; None if not available.
       labels: classes of the images in `features`; None if unknown.
     """
 
@@ -52,27 +52,27 @@ class Reference:
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether it is known that there are too few images for a covariance of full rank."""
+        """Whether the number of images is known to be too small for a covariance of full rank."""
         mean, _ = self.moments["pool"]
         return self.count is not None and self.count <= len(mean)
 
     def require_features(self) -> Float32[np.ndarray, "N D"]:
-        """The features, for metrics that need them; ValueError where there are none."""
+        """The features, for metrics that need them; raises ValueError if there are none."""
         if self.features is None:
             raise ValueError("the reference has no features of single images")
         return self.features
 
     def require_labels(self) -> Int[np.ndarray, " N"]:
-        """The labels, likewise."""
+        """The labels, for metrics that need them; raises ValueError if there are none."""
         if self.labels is None:
             raise ValueError("the reference's images have no labels")
         return self.labels
 
 
 class Cache:
-    """A directory of results by content hash. A damaged file is computed anew, with a note on stderr.
+    """A directory of results by content hash. A damaged file is recomputed, with a note on stderr.
 
-    Several processes share it: all of them compute, the first one writes.
+    Several processes share the directory: all of them compute, but only the first one writes.
     """
 
     def __init__(self, directory: str | Path):
@@ -92,14 +92,14 @@ class Cache:
         """The statistics of `images()`, which is called only if they are not cached yet.
 
         Args:
-          identity: what determines the images, above all their fingerprint. The features and the code's
-            version are added to it.
+          identity: everything that determines the images, above all their fingerprint. The cache key adds
+            the features and the code's version.
         """
         key = content_hash({"version": VERSION, "split": split, **extractor.network.description, **identity})
         path = self.directory / f"reference_{key}.npz"
-        kept = read_kept(path, lambda: _load_reference(path, extractor, split=split, key=key))
-        if kept is not None:
-            return kept
+        cached = read_saved(path, lambda: _load_reference(path, extractor, split=split, key=key))
+        if cached is not None:
+            return cached
         unfinished = Unfinished(self.directory / f"unfinished_{key}.npz")
         reference = _compute_reference(extractor, images(), unfinished, split=split, key=key)
         arrays = {"count": np.array(reference.count, np.int64)}
@@ -117,9 +117,9 @@ class Cache:
     ) -> dict[str, float]:
         """`compute()`, or its cached result for the same identity."""
         path = self.directory / f"numbers_{content_hash({'version': VERSION, **identity})}.json"
-        kept = read_kept(path, lambda: _load_numbers(path))
-        if kept is not None:
-            return kept
+        cached = read_saved(path, lambda: _load_numbers(path))
+        if cached is not None:
+            return cached
         numbers = compute()
         content = {"numbers": numbers, "sha256": content_hash(numbers)}
         if distributed.is_first():
@@ -157,7 +157,7 @@ def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -
 
 
 def _moment_names(extractor: Extractor) -> list[str]:
-    """The features whose distributions are compared: all except class scores."""
+    """The features whose distributions are compared: all except logits."""
     return [name for name in extractor.network.dimensions if name != "logits"]
 
 
@@ -173,7 +173,7 @@ def _load_numbers(path: Path) -> dict[str, float]:
 
 
 class _Sums:
-    """The sums that a reference is made of, accumulated block by block."""
+    """Accumulates a reference's statistics block by block."""
 
     def __init__(self, extractor: Extractor):
         sizes = extractor.network.dimensions
@@ -192,7 +192,7 @@ class _Sums:
         self._differ = self._differ or bool((images != images[:1]).any())
         for name, seen in self._moments.items():
             seen.update(found[name])
-        if self.count <= MAX_KEPT_FEATURES:
+        if self.count <= MAX_STORED_FEATURES:
             self._rows.append(found["pool"])
             self._labels.append(labels)
         else:
@@ -206,8 +206,8 @@ class _Sums:
             **joined({name: seen.arrays() for name, seen in self._moments.items()}),
         }
 
-    def go_on_from(self, arrays: Arrays) -> None:
-        """The inverse of `arrays`; raises KeyError if they belong to other features."""
+    def restore(self, arrays: Arrays) -> None:
+        """Restores the state from `arrays`; raises KeyError if they belong to other features."""
         self._moments = {name: Moments.from_arrays(part(arrays, name)) for name in self._moments}
         self._rows = [arrays["rows"]] if len(arrays["rows"]) else []
         self._labels = [arrays["labels"]] if len(arrays["rows"]) else []
@@ -217,7 +217,7 @@ class _Sums:
         if self._differ and not np.diag(self._moments["pool"].covariance).any():
             raise InputError(
                 f"the features of all {self.count} images of the reference are equal although the images "
-                "differ, so these are not the network's weights; give the right ones"
+                "differ, so these are not the network's weights; use the right ones"
             )
         return Reference(
             sha256=key,
@@ -233,16 +233,16 @@ def _compute_reference(
     extractor: Extractor, blocks: Blocks, unfinished: Unfinished, *, split: str, key: str
 ) -> Reference:
     sums = _Sums(extractor)
-    arrays = unfinished.read(copy.copy(sums).go_on_from)
+    arrays = unfinished.read(copy.copy(sums).restore)
     if arrays is not None:
-        sums.go_on_from(arrays)
+        sums.restore(arrays)
         distributed.say(f"continuing after the first {sums.count} images of split {split}")
-    del arrays  # They take as much memory as all features.
+    del arrays  # Frees as much memory as all features take.
     done, seen = sums.count, 0
     for images, labels in blocks:
-        fresh = slice(max(done - seen, 0), None)  # What an interrupted computation has not seen.
+        fresh = slice(max(done - seen, 0), None)  # Images that an interrupted computation has not processed.
         seen += len(images)
         if seen > done:
             sums.update(images[fresh], labels[fresh])
-            unfinished.keep(sums.arrays)
+            unfinished.save_if_due(sums.arrays)
     return sums.reference(split=split, key=key)

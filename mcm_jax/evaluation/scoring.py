@@ -1,4 +1,4 @@
-"""Scores the runs or the images that one command names; see the program `evaluate`."""
+"""Scores the runs or the images given on the command line of the program `evaluate`."""
 
 import dataclasses
 import functools
@@ -47,13 +47,13 @@ DEFAULT_METRICS = {
     "inception": ("frechet", "sfid", "inception_score"),
 }
 
-# The first images are looked at before the work begins.
+# Number of images that are checked before the work begins.
 _FIRST_IMAGES = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The program's flags, see `evaluate.define_flags`. None or an empty tuple: the run's own setting."""
+    """The program's flags (see `evaluate.define_flags`). None or an empty tuple: the run's own setting."""
 
     workdirs: tuple[Path, ...] = ()
     images: Path | None = None
@@ -98,16 +98,16 @@ class Options:
 
 
 def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
-    """Scores every combination that `options` stand for.
+    """Scores every combination of runs, parameters and sampling settings in `options`.
 
     Args:
       load_run: `runs.run.load_run`.
 
     Returns:
-      The results, among them those that were measured before.
+      The results, including those measured before.
 
     Raises:
-      InputError: anything that the user must correct, before anything is sampled.
+      InputError: the input must be corrected; raised before anything is sampled.
     """
     with distributed.fail_together():
         _check(options)
@@ -135,7 +135,7 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
             else:
                 distributed.say(f"{run.workdir}: measured before; add --again to measure it again")
             if result is None:
-                continue  # The first process has one, which this one does not see yet.
+                continue  # The first process has a result that is not visible to this one yet.
             if distributed.is_first():
                 print(table(result, workdir_of(run)), flush=True)
             results.append(result)
@@ -143,10 +143,10 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
 
 
 def evaluate_images(options: Options) -> ImagesResult:
-    """Scores the images that `options` name and returns the result.
+    """Scores the images given by `options` and returns the result.
 
     Raises:
-      InputError: anything that the user must correct, before anything is computed.
+      InputError: the input must be corrected; raised before anything is computed.
     """
     path = options.images
     if path is None:
@@ -178,10 +178,10 @@ def evaluate_images(options: Options) -> ImagesResult:
 def _compatible(
     images: image_files.ImageFiles, reference: ReferenceImages, options: Options
 ) -> image_files.ImageFiles:
-    """`images`, described with what can't be seen from their numbers, once they fit the reference.
+    """Checks that `images` match the reference; returns them with their size and rounding in the description.
 
     Raises:
-      InputError: they don't, or they are not images.
+      InputError: they don't match, or they are not images.
     """
     what = f"--images={options.images}"
     first, _ = next(iter(images.blocks(_FIRST_IMAGES)))
@@ -195,7 +195,7 @@ def _compatible(
     if "class_fid" in _metrics(options) and images.has_labels:
         labels = np.concatenate([labels for _, labels in images.blocks(_FIRST_IMAGES)])
         reference.require_labels(labels, what=what)
-    # Another program made them: how it rounded is not known.
+    # Another program made the images, so the rounding is unknown.
     description = {**images.description, "image_size": (height, width), "rounding": None}
     return dataclasses.replace(images, description=description)
 
@@ -203,10 +203,10 @@ def _compatible(
 def _loaders(
     options: Options, load_run: "Callable[..., Run]", reference: ReferenceImages
 ) -> "Sequence[tuple[str, Callable[[], Run]]]":
-    """(kind of parameters, function that loads the run with them) for each combination.
+    """Returns (kind of parameters, function that loads the run with them) for each combination.
 
-    Each is tried once beforehand, so that a bad one is found before the first is sampled. Only one run is
-    held at a time, as a device may have no room for more.
+    Every combination is loaded once here, so that errors are found before any sampling. Only one run is in
+    memory at a time, as a device may have no room for more.
     """
     load = functools.partial(load_run, data_dir=options.data_dir)
     loaders = [
@@ -239,7 +239,7 @@ def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:
         network,
         _metrics(options),
         options.cache_dir,
-        asked=options.metrics is not None,
+        explicit=options.metrics is not None,
         reference=options.reference,
         reference_split=options.reference_split,
     )
@@ -250,7 +250,7 @@ def _metrics(options: Options) -> tuple[str, ...]:
 
 
 def _network(options: Options, *, num: int) -> FeatureNetwork:
-    """The feature network, after a check that it gives the metrics with `num` images."""
+    """The feature network, after a check that it supports the metrics with `num` images."""
     network = _feature_network(options)
     protocol.check_metrics(_metrics(options), network, num=num, allow_singular=options.allow_singular)
     return network
@@ -261,7 +261,7 @@ def _feature_network(options: Options) -> FeatureNetwork:
         return inception_weights.load(options.inception).network()
     if options.reference is not None and not options.reference.is_dir():
         raise InputError(
-            f"--reference={options.reference} is a file of Inception's statistics; add --features=inception"
+            f"--reference={options.reference} is a file of Inception statistics; add --features=inception"
         )
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
@@ -275,7 +275,7 @@ _SAMPLING_ONLY = (
 
 def _check(options: Options) -> None:
     if not options.workdirs and options.images is None:
-        raise InputError("--workdir is empty: name the directories of runs, separated by commas")
+        raise InputError("--workdir is empty; give the directories of runs, separated by commas")
     for workdir in options.workdirs:
         if not workdir.is_dir():
             raise InputError(f"--workdir={workdir}: there is no such directory; train a run there first")
@@ -291,12 +291,12 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name}={value} is not one of {', '.join(choices)}")
     for guidance in options.guidance:
         if not 0 <= guidance < math.inf:
-            raise InputError(f"--guidance={guidance}: it must be 0, which means none, or a positive number")
+            raise InputError(f"--guidance={guidance}: it must be 0 (no guidance) or a positive number")
     if options.reference is not None and not options.reference.exists():
         raise InputError(f"--reference={options.reference}: there is no such file or directory")
     if options.reference_split != "train" and (options.reference is None or not options.reference.is_dir()):
         raise InputError(
-            f"--reference_split={options.reference_split} selects a split of a prepared data set: add "
+            f"--reference_split={options.reference_split} selects a split of a prepared data set; add "
             "--reference=DIR"
         )
     for field in dataclasses.fields(Options) if options.images is not None else ():
@@ -312,7 +312,7 @@ def _check(options: Options) -> None:
     if options.parameters not in PARAMETERS:
         raise InputError(f"--parameters={options.parameters} is not one of {', '.join(PARAMETERS)}")
     if options.metrics == ():
-        raise InputError(f"--metrics is empty: name some of {', '.join(protocol.METRICS)}, or leave it out")
+        raise InputError(f"--metrics is empty; give some of {', '.join(protocol.METRICS)}, or omit the flag")
     _check_features(options)
 
 
@@ -321,30 +321,30 @@ _FEATURES_ONLY = {"efficientnet": ("input_resolution",), "inception": ("inceptio
 
 
 def _check_features(options: Options) -> None:
-    """Raises InputError for options that the chosen features would ignore."""
+    """Raises InputError for options that have no effect with the chosen features."""
     for features, names in _FEATURES_ONLY.items():
         for name in names if features != options.features else ():
             if getattr(options, name) != getattr(Options, name):
-                raise InputError(f"--{name} applies only to --features={features}; remove it, or add that")
+                raise InputError(f"--{name} applies only to --features={features}; add that, or remove it")
 
 
 _MEANINGS = (
     (f"{TEST_IMAGES}_{NEAREST}", "the same for test images; samples far below it are copies"),
-    (TEST_IMAGES, "test images in place of samples: about the best possible at this count"),
+    (TEST_IMAGES, "test images instead of samples: about the best possible at this count"),
     (MEAN_IMAGE, "the mean training image, repeated: a model must score better than this"),
     (UNTRAINED_NETWORK, "the same network before training"),
     (NEAREST, "mean feature distance from a sample to its nearest training image"),
     ("sfid", "Frechet distance of spatial features, lower is better"),
     ("inception_score", "mean over ten parts of the samples, higher is better"),
     ("kid", "unbiased kernel distance to the reference, lower is better"),
-    ("precision", "share of samples that lie among the reference's images, higher is better"),
-    ("recall", "share of the reference's images that lie among the samples, higher is better"),
+    ("precision", "fraction of samples that lie among the reference's images, higher is better"),
+    ("recall", "fraction of the reference's images that lie among the samples, higher is better"),
     ("class_fid", "mean over classes of each class's distance, lower is better"),
 )
 
 
 def table(result: Result, workdir: Path) -> str:
-    """The result's numbers, a line each with what it means, and where they were written."""
+    """Formats the result: one line per number with its meaning, and the paths of the written files."""
     student = "" if result.student_steps is None else f", {result.student_steps} student steps"
     lines = [
         f"{result.workdir}: {result.objective}{student}, step {result.checkpoint_step}, "
@@ -364,8 +364,8 @@ def _lines(result: Result | ImagesResult) -> list[str]:
     ]
     if result.rank_deficient:
         lines.append(
-            "  note: one of the sides has no more images than there are features, so its covariance is "
-            "singular: compare equal counts only"
+            "  note: the samples or the reference have no more images than features, so their covariance is "
+            "singular; compare only equal counts"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Saves the state of a long computation, so that it can continue after an interruption."""
+"""Saves the state of a long computation, so that it can resume after an interruption."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ import numpy as np
 from mcm_jax.system import distributed
 from mcm_jax.system.files import write_whole
 
-# Time between two savings: an interruption loses at most this much work, and the step in progress.
+# Time between two saves: an interruption loses at most this much work plus the step in progress.
 EVERY_SECONDS = 60.0
 
 Arrays = dict[str, np.ndarray]
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 class Unfinished:
-    """The arrays of one computation in a file. All processes share it; the first one writes."""
+    """A file with the arrays of one computation. All processes read it; only the first one writes it."""
 
     def __init__(self, path: Path):
         self._path, self._written = path, time.monotonic()
 
     def read(self, check: Callable[[Arrays], object]) -> Arrays | None:
-        """The saved arrays, or None if there are none. `check` raises if something is missing from them."""
+        """Returns the saved arrays, or None if there are none; `check` must raise if something is missing."""
 
         def load() -> Arrays:
             with np.load(self._path, allow_pickle=False) as file:
@@ -34,42 +34,42 @@ class Unfinished:
             check(arrays)
             return arrays
 
-        arrays = read_kept(self._path, load)
-        # Another command may have replaced the file after one process read it and before another did.
+        arrays = read_saved(self._path, load)
+        # Another command may have replaced the file between the reads of two processes.
         distributed.require_same(_digest(arrays or {}), f"readings of {self._path}")
         return arrays
 
-    def keep(self, arrays: Callable[[], Arrays]) -> None:
-        """Writes `arrays()` if the last time was long enough ago."""
+    def save_if_due(self, arrays: Callable[[], Arrays]) -> None:
+        """Saves `arrays()` if the last save was at least EVERY_SECONDS ago."""
         if time.monotonic() - self._written < EVERY_SECONDS or not distributed.is_first():
             return
         found = arrays()
         try:
             write_whole(self._path, lambda file: np.savez(file, allow_pickle=False, **found))
-        except OSError as error:  # Continue: the result itself needs little space.
+        except OSError as error:  # Continue anyway: the result itself needs little space.
             print(
-                f"note: after an interruption this would start from the beginning, as {self._path} can't be "
+                f"note: an interrupted computation would start over, because {self._path} can't be "
                 f"written ({error})",
                 file=sys.stderr,
             )
         self._written = time.monotonic()
 
     def finish(self) -> None:
-        """Deletes the file, once the result is saved elsewhere."""
+        """Deletes the file; call it once the result is saved elsewhere."""
         if distributed.is_first():
             self._path.unlink(missing_ok=True)
 
 
 def joined(parts: Mapping[str, Arrays]) -> Arrays:
-    """The arrays of several parts, named "part/name"."""
+    """Joins the arrays of several parts under names "part/name"."""
     return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
 
 def part(arrays: Arrays, name: str) -> Arrays:
-    """The arrays of one part in those of `joined`.
+    """Extracts the arrays of one part from the output of `joined`.
 
     Raises:
-      KeyError: there are none.
+      KeyError: the part does not exist.
     """
     found = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith(name + "/")}
     if not found:
@@ -84,21 +84,21 @@ def _digest(arrays: Arrays) -> int:
     return digest
 
 
-def read_kept(path: Path, load: Callable[[], T]) -> T | None:
-    """What `load` reads from `path`; None if there is no such file, or if it is damaged for any process.
+def read_saved(path: Path, load: Callable[[], T]) -> T | None:
+    """Returns `load()`, which reads `path`; None if the file does not exist or any process finds it damaged.
 
     Raises:
-      InputError: the processes need different files, whose names identify their content.
+      InputError: the processes need different files (file names identify the content).
     """
     distributed.require_same(path.name, "data sets, weights or flags")
     if not distributed.exists(path):
         return None
-    kept = None
+    saved = None
     try:
-        kept = load()
-    # A damaged file can fail in any way that zip, npy and JSON know; all of them mean the same.
+        saved = load()
+    # A damaged file can raise any exception of the zip, npy and JSON readers; all mean the same.
     except Exception as error:
         reason = " ".join(str(error).split())
         print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
     # If one process has to compute it, all do.
-    return kept if distributed.all_true(kept is not None) else None
+    return saved if distributed.all_true(saved is not None) else None

@@ -1,1 +1,1 @@
-"""The networks, in Flax NNX."""
+"""The networks, implemented in Flax NNX."""

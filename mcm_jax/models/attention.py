@@ -1,4 +1,4 @@
-"""softmax(q k^T) v over all positions of feature maps: written out, or by a TPU's fused kernel."""
+"""Self-attention softmax(q k^T) v over all positions of a feature map: with einsum, or a fused TPU kernel."""
 
 from collections.abc import Callable
 from typing import cast
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 # (q, k, v) -> softmax(q k^T) v; q is already scaled.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
-# The name of the result, and of all that the kernel's gradient needs, for rematerialisation (`uvit.Remat`).
+# The checkpoint name of the result and of all values that the kernel's gradient needs (see `uvit.Remat`).
 NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
@@ -20,7 +20,7 @@ _LONGEST = 1024
 def einsum(
     q: Float[Array, "B H L D"], k: Float[Array, "B H L D"], v: Float[Array, "B H L D"]
 ) -> Float[Array, "B H L D"]:
-    """softmax(q k^T) v with the softmax in float32. It stores all B H L^2 weights.
+    """softmax(q k^T) v with the softmax in float32; stores all B H L^2 weights.
 
     Examples:
       >>> q = k = v = jnp.ones((1, 2, 4, 8))
@@ -39,19 +39,19 @@ def fused(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B H L D"]:
-    """The same by JAX's splash attention, whose weights never leave a TPU's vector memory.
+    """softmax(q k^T) v by JAX's splash attention, whose weights never leave a TPU's vector memory.
 
-    It falls back to `einsum` if L or D is not a multiple of 128, the kernel's tile, or if L exceeds 1024: the
-    kernel holds whole rows of weights, and longer ones do not fit. The compiler cannot split a kernel over
-    devices; under a mesh, wrap it in `shard_map`.
+    Falls back to `einsum` if L or D is not a multiple of 128 (the kernel's tile size) or L exceeds 1024: the
+    kernel holds whole rows of weights, and longer rows do not fit. The compiler cannot partition a kernel
+    over devices; under a mesh, wrap it in `shard_map`.
 
     Args:
-      interpret: interpret the kernel without a TPU, slowly, for tests.
+      interpret: run the kernel in Pallas's interpreter (slow), for tests without a TPU.
     """
     _, heads, length, width = q.shape
     if length % _TILE or width % _TILE or length > _LONGEST:
         return einsum(q, k, v)
-    # One block, which holds whole rows of weights.
+    # A single block, which holds whole rows of weights.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=length,
         block_kv=length,
@@ -69,5 +69,5 @@ def fused(
         residual_checkpoint_name=NAME,
         interpret=interpret,
     )
-    # Only with residuals it is a tuple.
+    # The kernel returns a tuple only if it saves residuals.
     return cast(Array, jax.vmap(kernel)(q, k, v))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from mcm_jax.models.attention import AttentionFn
 
-# Values of a block that may be saved for the gradient while all others are recomputed.
+# Names of a block's values that can be saved for the gradient while all others are recomputed.
 Saved = Literal["conv_1", "mlp_in", "qkv", "attention"]
 Norm = Literal["layer", "group"]
 _zeros = nnx.initializers.zeros
@@ -29,8 +29,8 @@ def _modulate(
 def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) -> Float[Array, "B L *rest"]:
     """Zeroes each value with probability `rate`, rounded to the nearest 1/256, and scales up the others.
 
-    Without a key it returns h. One random word serves four values: on a TPU, random words cost more than the
-    layer that uses them.
+    Returns h if `key` is None. One random word serves four values, because on a TPU generating random words
+    costs more than the layer that uses them.
 
     Args:
       rate: at most 255/256.
@@ -40,20 +40,20 @@ def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) ->
         return h
     examples, length, *rest = h.shape
     words = jax.random.bits(key, (examples, 1, -(-length // 4), *rest), jnp.uint32)
-    # Without the barrier the compiler would generate the words again for each of the four values.
+    # Without the barrier, the compiler would regenerate the words for each of the four values.
     words = jax.lax.optimization_barrier(words)
     # Test whether byte n of a word is below `kept`, without shifting it down.
     unit = (1 << jnp.arange(0, 32, 8, dtype=jnp.uint32)).reshape(1, 4, *(1,) * (h.ndim - 1))
-    # Without this barrier the compiler writes a whole word per value where one bit is enough.
+    # Without this barrier, the compiler writes a whole word per value where one bit is enough.
     stays = jax.lax.optimization_barrier((words & (0xFF * unit)) < kept * unit)
     return jnp.where(stays.reshape(examples, -1, *rest)[:, :length], h * (256 / kept), 0)
 
 
 class GroupNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + 1e-6) scale + bias, with moments of a group of channels, in float32.
+    """(x - mean) / sqrt(variance + 1e-6) scale + bias, with moments per group of channels, in float32.
 
-    The result is that of nnx.GroupNorm, but the sum runs over space first and over channels last: sums over a
-    part of the channels cross the lanes of a TPU, which takes longer (by its compiler's estimate).
+    Gives the same result as nnx.GroupNorm but sums over space first and over channels last: sums over a part
+    of the channels cross the lanes of a TPU, which takes longer (by its compiler's estimate).
     """
 
     def __init__(self, width: int, *, groups: int):
@@ -75,7 +75,7 @@ class GroupNorm(nnx.Module):
 
 
 def make_norm(norm: Norm, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
-    """Layer norm over channels, or group norm with at most 32 groups; the paper does not say which."""
+    """Layer norm over channels, or group norm with at most 32 groups; the paper does not state which."""
     if norm == "layer":
         return nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
     return GroupNorm(width, groups=min(32, width // 4))
@@ -132,14 +132,14 @@ def _layer_norm(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array
     return (wide * factor + (bias - mean * factor)).astype(x.dtype), (x, mean, inverse, scale)
 
 
-def _layer_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale = kept
+def _layer_norm_gradient(residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = residuals
     gradient = gradient.astype(jnp.float32)
     normalised = (x.astype(jnp.float32) - mean) * inverse
     inner = gradient * scale
     along = jnp.mean(inner * normalised, axis=-1, keepdims=True)
     x_gradient = inverse * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normalised * along)
-    # Without the barrier, the products for the gradients of weights and of inputs would each recompute it.
+    # Without the barrier, the products for the gradients of weights and of inputs would each recompute this.
     x_gradient = jax.lax.optimization_barrier(x_gradient.astype(x.dtype))
     over = tuple(range(x.ndim - 1))
     return x_gradient, jnp.sum(gradient * normalised, over), jnp.sum(gradient, over)
@@ -150,7 +150,7 @@ layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
 
 @jax.custom_vjp
 def _apart(x: Array) -> Array:
-    """x, which the compiler may not fuse into its consumers; it may fuse the gradient."""
+    """Returns x and prevents the compiler from fusing it into its consumers; the gradient may be fused."""
     return jax.lax.optimization_barrier(x)
 
 
@@ -168,7 +168,7 @@ class SelfAttention(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        # One product for each of q, k and v, so that each is written in the layout that attention reads.
+        # Separate products for q, k and v, so that each is written in the layout that attention reads.
         kernel = rearrange(self.qkv.kernel[...], "c (n h d) -> n c h d", n=3, d=self.head_width)
         q, k, v = checkpoint_name(
             [jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype)], "qkv"
@@ -197,7 +197,7 @@ class TransformerBlock(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """Args: hidden, the number of channels inside the MLP."""
+        """hidden: number of channels inside the MLP."""
         self.norm_mlp = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.mlp_in = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.rate = dropout
@@ -208,7 +208,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L C"], scale_shift: Float[Array, "B M"], key: jax.Array | None
     ) -> Float[Array, "B L C"]:
-        # Without a gradient, a TPU's compiler would fuse both products into one slower operation.
+        # Otherwise, without a gradient, a TPU's compiler fuses both products into one slower operation.
         h = jax.nn.swish(_apart(checkpoint_name(self.mlp_in(self.norm_mlp(x)), "mlp_in")))
         h = _modulate(h, scale_shift)
         h = dropout(h, self.rate, key)

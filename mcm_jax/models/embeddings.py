@@ -1,4 +1,4 @@
-"""The inputs of the network besides z_t: the noise level and the class (SPEC 6)."""
+"""Embeddings of the network's inputs besides z_t: the noise level and the class (SPEC 6)."""
 
 import math
 from typing import Literal
@@ -29,7 +29,7 @@ def noise_position(logsnr: Float[Array, " B"], *, scale: NoiseScale) -> Float[Ar
 
     Not in the paper. "arctan" (our default) is 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for
     the cosine schedule; "logsnr" is 1000 (15 - lambda) / 30, with the same resolution at all noise levels.
-    Both depend on the log-SNR alone, so that a sampler may use any grid.
+    Both depend only on the log-SNR, so a sampler may use any grid.
 
     Examples:
       >>> noise_position(jnp.zeros(1), scale="arctan").round().tolist()
@@ -44,7 +44,7 @@ class Conditioning(nnx.Module):
     """emb = W2 swish(W1 sinusoidal(lambda)) + class embedding, float32 [B, width]."""
 
     def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
-        """num_classes is the number of classes in the data; one more row stands for 'any class'."""
+        """num_classes: number of classes in the data; the embedding has one more row for 'any class'."""
         self.width = width
         self.scale: NoiseScale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)

@@ -1,4 +1,4 @@
-"""A residual MLP for vectors: the network of closed-form problems, whose data are not images."""
+"""A residual MLP for vectors, used for closed-form problems, whose data are not images."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class MLPSettings:
     def build(
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> "MLP":
-        """The network for vectors of this shape, (dimension,). It is small, and ignores the placement."""
+        """Builds the network for vectors of shape (dimension,); it is small and ignores the placement."""
         del placement
         return MLP(self, *shape, num_classes=num_classes, rngs=rngs)
 

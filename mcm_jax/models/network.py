@@ -1,4 +1,4 @@
-"""A Flax NNX module as two pure functions of a plain dict of parameters."""
+"""Wraps a Flax NNX module as two pure functions of a plain dict of parameters."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from mcm_jax.models.placement import Placement
 
-# By module and parameter, nested.
+# Nested dict: module -> ... -> parameter.
 Params = dict[str, PyTree]
 
 
@@ -21,7 +21,7 @@ class NetworkSettings(Protocol):
     def build(
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """The module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
+        """Builds the module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
         ...
 
 
@@ -31,9 +31,9 @@ class Network:
 
     Attributes:
       settings: the sizes of the network.
-      shape: of one example: (resolution, resolution, channels) for images, (dimension,) for vectors.
+      shape: the shape of an example: (resolution, resolution, channels) for images, (dimension,) for vectors.
       num_classes: the number of classes in the data.
-      placement: how it is split over devices.
+      placement: how the computation is split over devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Network:
         return self.num_classes
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. It can be traced, by jit or eval_shape."""
+        """Initialises float32 parameters; can be traced by jit or eval_shape."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
 
     def apply(
@@ -70,10 +70,10 @@ class Network:
         return self._module(params)(z_t, logsnr_t, label, key)
 
     def rounded(self, params: Params) -> Params:
-        """`params` with the weights of every layer in the dtype in which the layer multiplies.
+        """Casts the weights of every layer to the dtype in which the layer multiplies.
 
-        `apply` returns the same with them. Where that dtype is bfloat16, only half as many bytes are
-        exchanged.
+        `apply` returns the same values with them. If the dtype is bfloat16, devices exchange half as many
+        bytes.
         """
         model = self._module(params)
         for _, layer in nnx.iter_modules(model):
@@ -90,13 +90,13 @@ class Network:
 
     @functools.cached_property
     def _abstract(self) -> tuple[Any, Any]:
-        """The module's structure and its parameters' shapes: built once, needed by every trace of `apply`."""
+        """The module's structure and parameter shapes; built once, used by every trace of `apply`."""
         return nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))
 
     def _module(self, params: Params) -> nnx.Module:
-        """The module with these parameters, without an initialisation."""
+        """The module with these parameters, built without initialising any."""
         graphdef, state = self._abstract
-        # A variable can only be set within the trace that made it, so each trace has its own.
+        # A variable can be set only within the trace that created it, so each trace creates its own.
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         nnx.update(model, params)
         return model

@@ -1,4 +1,4 @@
-"""What a network knows about the devices it runs on: three functions, and no mesh."""
+"""How a network is placed on devices, given as three functions, so that networks do not depend on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 from mcm_jax.models import attention
 
 
-def _nothing_said(h: Array) -> Array:
+def _identity(h: Array) -> Array:
     return h
 
 
-def _as_they_are(layer: nnx.Linear, x: Float[Array, "B E"]) -> Float[Array, "B F"]:
+def _apply_layer(layer: nnx.Linear, x: Float[Array, "B E"]) -> Float[Array, "B F"]:
     return layer(x)
 
 
@@ -22,14 +22,13 @@ class Placement:
     """How feature maps are split over devices, and how attention is computed; the default is for one device.
 
     Attributes:
-      constrain: applied to the feature maps around every block. It returns the same values, with the
-      constraint
-        that they are split by example.
-      attend: computes attention, see `attention.einsum`.
+      constrain: applied to the feature maps around every block; returns the same values, constrained to be
+        split by example.
+      attend: computes attention; see `attention.einsum`.
       by_column: (layer, x) -> layer(x), for a layer with many columns and an x with one row per example.
-        Exchanging the rows costs less than gathering the weights, which stay split by column.
+        The weights stay split by column, as exchanging the rows of x costs less than gathering the weights.
     """
 
-    constrain: Callable[[Array], Array] = _nothing_said
+    constrain: Callable[[Array], Array] = _identity
     attend: attention.AttentionFn = attention.einsum
-    by_column: Callable[[nnx.Linear, Array], Array] = _as_they_are
+    by_column: Callable[[nnx.Linear, Array], Array] = _apply_layer

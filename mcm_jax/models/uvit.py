@@ -2,7 +2,7 @@
 
     conv 3x3 -> stage 0 -> down -> stage 1 -> ... middle ... -> stage 1 -> up -> stage 0 -> conv 3x3
 
-Down is a 2x2 average pool and a 1x1 projection; up is a 1x1 projection and nearest-neighbour doubling.
+"Down" is a 2x2 average pool and a 1x1 projection; "up" is a 1x1 projection and nearest-neighbour upsampling.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Remat = Literal["none", "full", "dots", "names"]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One resolution of the pyramid: `blocks` equal blocks with `width` channels."""
+    """One resolution of the pyramid: a sequence of `blocks` blocks with `width` channels."""
 
     kind: StageKind
     width: int
@@ -36,7 +36,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class UViTSettings:
-    """All sizes of a UViT (SPEC 6), and how it computes. Stages run from the top resolution to the middle."""
+    """All sizes of a UViT (SPEC 6) and how it computes. Stages are listed from the top resolution down."""
 
     kinds: tuple[StageKind, ...] = setting(
         ("resnet", "resnet", "transformer"),
@@ -55,7 +55,7 @@ class UViTSettings:
         32, "attention head width (open: 64 or 128 at full size)", low=1, affects=Affects.ALL
     )
     mlp_factor: int = setting(
-        4, "hidden width of a transformer's MLP over its width", low=1, affects=Affects.ALL
+        4, "ratio of hidden width to width in a transformer's MLP", low=1, affects=Affects.ALL
     )
     resnet_norm: Norm = setting(
         "layer",
@@ -70,25 +70,24 @@ class UViTSettings:
     )
     remat: Remat = setting(
         "none",
-        "what the gradient recomputes instead of storing it: nothing (none), every block (full), all of a "
-        "block but its matrix products (dots), or all but what `saved` names (names)",
+        "what the backward pass recomputes instead of storing: nothing (none), every block (full), all of a "
+        "block except its matrix products (dots), or all except the values in `saved` (names)",
         affects=Affects.NOTHING,
     )
     saved: tuple[Saved, ...] = setting(
         ("conv_1", "mlp_in", "attention"),
-        "values of every block that remat=names stores: the products conv_1, mlp_in and qkv, the result of "
-        "attention",
+        "values of every block that remat=names stores: the outputs of conv_1, mlp_in, qkv or attention",
         affects=Affects.NOTHING,
     )
     unroll: bool = setting(
         True,
-        "unroll the loop over transformer blocks; False compiles faster and runs slower on CPU",
+        "unroll the loop over transformer blocks; False compiles faster but runs slower on a CPU",
         affects=Affects.NOTHING,
     )
     attention: Literal["fused", "einsum"] = setting(
         "fused",
-        "fused: a kernel where the devices are TPUs, head_width and the number of positions are multiples of "
-        "128, and there are at most 1024 positions; einsum: always written out",
+        "fused: a fused kernel if the devices are TPUs, head_width and the number of positions are multiples "
+        "of 128, and there are at most 1024 positions, otherwise einsum; einsum: never a fused kernel",
         affects=Affects.NOTHING,
     )
 
@@ -101,19 +100,19 @@ class UViTSettings:
     def build(
         self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
     ) -> "UViT":
-        """The network for images of this shape, (resolution, resolution, channels)."""
+        """Builds the network for images of shape (resolution, resolution, channels)."""
         return UViT(self, shape, num_classes=num_classes, placement=placement, rngs=rngs)
 
 
 class Modulations(nnx.Module):
-    """emb -> scale and shift of all blocks of a stage, by one linear layer."""
+    """Maps emb to the scale and shift of all blocks of a stage, with one linear layer."""
 
     def __init__(
         self, blocks: int, channels: int, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs
     ):
         self.blocks, self.by_column = blocks, placement.by_column
         dtype = jnp.dtype(settings.dtype)
-        # Because of this name its weights stay split by column on a mesh.
+        # The name "columns" makes its weights stay split by column on a mesh.
         self.columns = nnx.Linear(settings.embedding_width, blocks * 2 * channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, emb: Float[Array, "B E"]) -> Float[Array, "N B M"]:
@@ -153,7 +152,7 @@ class TransformerStage(nnx.Module):
     def __init__(
         self, stage: Stage, settings: UViTSettings, *, side: int, placement: Placement, rngs: nnx.Rngs
     ):
-        """Args: side, the height and width of the feature map in pixels."""
+        """side: height and width of the feature map in pixels."""
         self.num_blocks, self.unroll = stage.blocks, settings.unroll
         self.remat: Remat = settings.remat
         self.saved, self.constrain = settings.saved, placement.constrain
@@ -198,7 +197,7 @@ class TransformerStage(nnx.Module):
 
 
 class UViT(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers use."""
+    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers compute in."""
 
     def __init__(
         self,
@@ -255,7 +254,12 @@ class UViT(nnx.Module):
         label: Int[Array, " B"],
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
-        """Args: label in [0, num_classes], where num_classes means 'any class'; key, None for no dropout."""
+        """Predicts v.
+
+        Args:
+          label: in [0, num_classes], where num_classes means 'any class'.
+          key: the randomness of dropout; None disables it.
+        """
         levels = len(self.down)
         keys = _split(key, 2 * levels + 1)
         emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype))
@@ -287,15 +291,15 @@ def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, 
 
 def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Repeats every pixel twice in height and in width."""
-    # Along the width, multiply by a matrix of zeros and ones: on a TPU that is faster than moving pixels.
+    # Along the width, multiply by a 0/1 matrix, which is faster on a TPU than moving pixels.
     twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
-    # HIGHEST keeps this exact on accelerators that round float32 products by default.
+    # HIGHEST makes this exact on accelerators that round float32 products by default.
     wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
     return repeat(wide, "b h w c -> b (h i) w c", i=2)
 
 
 def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
-    """(block, x, scale_shift, key) -> the block's result; `remat` decides what is saved for the gradient."""
+    """Returns a function (block, x, scale_shift, key) -> output; `remat` determines what it saves."""
 
     def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
         return block(x, scale_shift, key)

@@ -1,1 +1,1 @@
-"""What is minimised, one file a method."""
+"""The training objectives, one module per method."""

@@ -1,9 +1,9 @@
 """Multistep consistency training and distillation (MCM Algorithm 1; SPEC 4).
 
-Everything between z_t and the loss is written in the view y = z / sigma, rho = alpha / sigma, in which
-a DDIM step is a straight line with slope x: two steps in a row are one step with a weighted mean of
-their x. That makes Algorithm 1's invDDIM(DDIM(x_ref, aDDIM(x_teacher, z_t)), z_t) one line,
-`consistency_target`, exact at the segment's end.
+Everything between z_t and the loss is written in terms of y = z / sigma and rho = alpha / sigma, in which a
+DDIM step is a straight line with slope x, and two consecutive steps equal one step with a weighted mean of
+their x. This reduces Algorithm 1's invDDIM(DDIM(x_ref, aDDIM(x_teacher, z_t)), z_t) to one line,
+`consistency_target`, which is exact at the segment's end.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TargetNetwork = Literal["student", "ema"]
 class Consistency:
     """w_t huber(x_target - f(z_t, t)) (MCM Algorithm 1): CD with networks.teacher, CT without.
 
-    The gradient flows through f(z_t, t) alone. Both calls of the student share their dropout.
+    The gradient flows only through f(z_t, t). Both calls of the student share their dropout mask.
     """
 
     student_steps: int | None = setting(
@@ -35,7 +35,7 @@ class Consistency:
     )
     teacher_steps_first: float = setting(64.0, "N_teacher at the first update", low=1)
     teacher_steps_last: float = setting(1280.0, "N_teacher at the end of the annealing", low=1)
-    anneal_steps: int = setting(100_000, "updates from first to last, exponentially", low=1)
+    anneal_steps: int = setting(100_000, "updates of the exponential annealing from first to last", low=1)
     teacher_step: TeacherStep = setting("addim", "integrator of the teacher's step")
     xvar_frac: float = setting(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
     teacher_guidance: float = setting(
@@ -92,7 +92,7 @@ class Consistency:
         )
 
     def _draw_times(self, key: jax.Array, batch_size: int, train_step: Int[Array, ""]) -> segments.Times:
-        """Steps of a teacher of N_teacher(train_step) steps, inside the student's segments."""
+        """Draws teacher steps inside the student's segments, with N_teacher at `train_step`."""
         student_steps = self.student_steps
         if student_steps is None:
             raise ValueError("student_steps is not set")
@@ -117,7 +117,7 @@ class Consistency:
         logsnr_t: Float[Array, " B"],
         logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
-        """`teacher_x` of the teacher's prediction (CD), or of the data (CT)."""
+        """`teacher_x` with the teacher's prediction (CD) or with the data (CT)."""
         x_teacher, x_cond = x, x
         if networks.teacher is not None:
             x_teacher, x_cond = teacher_prediction(
@@ -147,10 +147,10 @@ def teacher_prediction(
     teacher_guidance: float,
     null_class: int,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """(guided, conditional) x_hat of the teacher, without dropout; the same where teacher_guidance = 0.
+    """(guided, conditional) x_hat of the teacher, without dropout; both are equal if teacher_guidance = 0.
 
-    Guidance costs a second call. Not in the paper: where guidance enters; ours: the step is taken with the
-    guided prediction, while aDDIM's x_var is that of the conditional one (SPEC 3).
+    Guidance costs a second call. The paper does not say where guidance enters; ours takes the step with the
+    guided prediction but uses the x_var of the conditional prediction in aDDIM (SPEC 3).
     """
     v_cond = teacher_fn(z_t, logsnr_t, cond, None)
     x_cond = process.x_from_v(v_cond, z_t, logsnr_t=logsnr_t)
@@ -170,11 +170,11 @@ def teacher_x(
     logsnr_s: Float[Array, " B"],
     teacher_step: TeacherStep,
 ) -> Float[Array, "B ..."]:
-    """The x that carries the teacher's step from t to s.
+    """The x whose DDIM step from t to s equals the teacher's step.
 
     Args:
-      x_var: aDDIM's, in training xvar_frac ||x_teacher - x||^2 / d per example (SPEC 3a).
-      teacher_step: the integrator; any deterministic one is the DDIM step of some x.
+      x_var: aDDIM's variance; in training, xvar_frac ||x_teacher - x||^2 / d per example (SPEC 3a).
+      teacher_step: the integrator; any deterministic step equals a DDIM step with some x.
     """
     if teacher_step == "ddim":
         return x_teacher
@@ -193,12 +193,12 @@ def consistency_target(
     """x_target = (1 - w) x_step + w x_ref, w = (rho_u - rho_s) / (rho_u - rho_t), u = t_step.
 
     It equals invDDIM_{t->u}(DDIM_{s->u}(x_ref, z_s), z_t) with z_s = DDIM_{t->s}(x_step, z_t). On the
-    segment's last step s = u it is x_step itself whatever x_ref is: the anchor against collapse.
+    segment's last step, s = u, it is x_step itself, whatever x_ref is: this anchor prevents collapse.
 
     Args:
-      x_step: the x that carries the teacher's step from t to s.
+      x_step: the x whose DDIM step from t to s equals the teacher's step.
       x_ref: the student's prediction at s.
-      logsnr_t, logsnr_s, logsnr_step: log-SNR at t, s and t_step, t_step <= s < t.
+      logsnr_t, logsnr_s, logsnr_step: log-SNRs at t, s and t_step, where t_step <= s < t.
       is_last: whether s = t_step.
     """
     x_target = steps.composed_x(x_step, x_ref, logsnr_t=logsnr_t, logsnr_m=logsnr_s, logsnr_s=logsnr_step)

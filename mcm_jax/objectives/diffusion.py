@@ -21,13 +21,13 @@ class Diffusion:
     """L = ||v - v_hat(z_t, lambda_t)||^2 / d, t ~ U(0, 1): the v-loss."""
 
     levels: tuple[int, ...] = setting(
-        (), "sides in pixels of the multiscale loss, e.g. (128, 64); (): the plain v-loss", low=1
+        (), "resolutions of the multiscale loss in pixels, e.g. (128, 64); (): the plain v-loss", low=1
     )
     level_weights: LevelWeights = setting(
         "reciprocal", "weights of the levels (open; ours: 1/r, normalised to sum 1)"
     )
     label_dropout: float = setting(
-        0.0, "share of labels replaced by 'any class'; 0.1 where guidance is used (open)", low=0, high=1
+        0.0, "fraction of labels replaced by 'any class'; 0.1 if guidance is used (open)", low=0, high=1
     )
 
     def __call__(
@@ -56,14 +56,14 @@ class Diffusion:
 def multiscale_mean_square(
     error: Float[Array, "B H W C"], *, levels: Sequence[int], level_weights: LevelWeights = "reciprocal"
 ) -> Float[Array, " B"]:
-    """sum over r of w_r L_r, L_r = mean square of the error averaged over blocks down to side r, per example.
+    """The multiscale loss of simple diffusion (arXiv:2301.11093): sum over r of w_r L_r, per example.
 
-    The multiscale loss of simple diffusion (arXiv:2301.11093). Not in the paper: whether the weights 1/r sum
-    to one; ours do ("reciprocal": 1/3 and 2/3 for the levels 128 and 64), so that the loss keeps its scale;
-    "equal" gives every level the same.
+    L_r is the mean square of the error after averaging over blocks down to r x r pixels. The paper does not
+    state whether the weights 1/r sum to one; ours do ("reciprocal": 1/3 and 2/3 for the levels 128 and 64),
+    which preserves the scale of the loss. "equal" gives every level the same weight.
 
     Args:
-      levels: sides r in pixels; each must divide H = W.
+      levels: resolutions r in pixels; each must divide H = W.
     """
     pooled = [reduce(error, "b (r i) (q j) c -> b r q c", "mean", r=r, q=r) for r in levels]
     weights = jnp.reciprocal(jnp.array(levels, jnp.float32)) if level_weights == "reciprocal" else None

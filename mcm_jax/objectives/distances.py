@@ -1,4 +1,4 @@
-"""How far a prediction is from its target, and how much that counts at a noise level (SPEC 4, 5)."""
+"""Distances between prediction and target, and their weights at each noise level (SPEC 4, 5)."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one"]
 def distance(
     x_diff: Float[Array, "B ..."], *, kind: Distance, huber_epsilon: float, reduction: Reduction = "mean"
 ) -> Float[Array, " B"]:
-    """`pseudo_huber` or ||x_diff||^2 / d ("squared"; not divided by d under "sum"), one value an example."""
+    """`pseudo_huber` or ||x_diff||^2 / d ("squared"), per example; "sum" does not divide by d."""
     square = process.mean_square(x_diff)
     if reduction == "sum":
         square = square * (x_diff.size // x_diff.shape[0])
@@ -23,21 +23,22 @@ def distance(
 
 
 def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, " B"]:
-    """sqrt(m + epsilon^2) - epsilon of m = ||x_diff||^2 / d, per example.
+    """sqrt(m + epsilon^2) - epsilon for m = ||x_diff||^2 / d, per example.
 
-    Small epsilon: the unsquared distance; large: the squared one, scaled. Not in the paper: sum or
-    mean over d; we chose the mean because only then is epsilon = 1 the "scaled squared l2 loss" that
-    the paper calls it. Computed without the difference, which cancels in float32 for small m.
+    A small epsilon gives the unsquared distance, a large one the scaled squared distance. The paper does not
+    say whether to use the sum or the mean over d; we chose the mean, because only then is epsilon = 1 the
+    "scaled squared l2 loss", as the paper calls it. Computed in a form without the difference, which would
+    cancel in float32 for small m.
     """
     return square / (jnp.sqrt(square + epsilon**2) + epsilon)
 
 
 def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's "for instance"), its square root, or max(SNR(t), 1).
+    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its square root, or max(SNR(t), 1).
 
-    Times the squared distance in x, SNR + 1 is the squared distance in v; for the unsquared distance of
-    a small huber_epsilon it is sqrt(SNR + 1) that does so. max(SNR, 1) is that of progressive distillation
-    and TRACT, the larger of the squared distances in x and in eps.
+    SNR + 1 turns the squared distance in x into the squared distance in v; sqrt(SNR + 1) does the same for
+    the unsquared distance of a small huber_epsilon. max(SNR, 1) is the weight of progressive distillation
+    and TRACT, which gives the larger of the squared distances in x and in eps.
     """
     snr = jnp.exp(logsnr_t)
     if kind == "max_snr_one":

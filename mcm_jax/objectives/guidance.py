@@ -13,10 +13,10 @@ from mcm_jax.objectives.objective import Networks
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """||v_g - v_hat(z_t)||^2 / d, t ~ U(0, 1): the student predicts in one call what takes the teacher two.
+    """||v_g - v_hat(z_t)||^2 / d, t ~ U(0, 1): one call of the student learns two calls of the teacher.
 
-    v_g = v_cond + g (v_cond - v_uncond) is the guided teacher's, g = teacher_guidance. The student is again a
-    diffusion model, of guided images.
+    v_g = v_cond + g (v_cond - v_uncond) is the guided teacher's prediction, g = teacher_guidance. The student
+    is a diffusion model of guided images.
     """
 
     teacher_guidance: float = setting(0.0, "g of the teacher's prediction; it must be above 0", low=0)

@@ -1,4 +1,4 @@
-"""What all objectives have in common: the functions they are given, and the form of their call."""
+"""The common interface of all objectives: the networks that they receive, and their call signature."""
 
 import dataclasses
 from typing import Protocol
@@ -12,14 +12,14 @@ from mcm_jax.diffusion.schedules import Schedule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks that an objective calls, and what they all share.
+    """The networks that an objective calls, with their common noise schedule and null class.
 
     Attributes:
-      student: f, the network that is trained; its parameters are differentiated.
-      teacher: the model that is distilled; None where there is none.
-      target: the network of x_ref, for example with averaged parameters; None: the student itself.
+      student: f, the trained network; its parameters are differentiated.
+      teacher: the model to distil; None for objectives without a teacher.
+      target: the network that predicts x_ref, for example with averaged parameters; None: the student itself.
       schedule: the noise schedule.
-      null_class: the label that stands for 'any class'.
+      null_class: the label that means 'any class'.
     """
 
     student: ModelFn
@@ -29,9 +29,9 @@ class Networks:
     null_class: int
 
     def require_teacher(self) -> ModelFn:
-        """The teacher, for an objective that always distils; ValueError where there is none."""
+        """The teacher, for an objective that always distils; raises ValueError if there is none."""
         if self.teacher is None:
-            raise ValueError("this objective distils a teacher, and there is none")
+            raise ValueError("this objective distils a teacher, but there is none")
         return self.teacher
 
 
@@ -49,6 +49,7 @@ class Objective(Protocol):
         """The loss of every example.
 
         Args:
+          networks: the networks to call.
           x: clean images in [-1, 1].
           cond: class labels.
           key: the randomness of times, noise and dropout.

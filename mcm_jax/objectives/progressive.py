@@ -14,10 +14,10 @@ from mcm_jax.objectives.objective import Networks
 
 @dataclasses.dataclass(frozen=True)
 class Progressive:
-    """w_t ||x_target - f(z_t, t)||^2 / d: one step of the student is two of the teacher, t -> m -> s.
+    """w_t ||x_target - f(z_t, t)||^2 / d: one student step learns two teacher steps, t -> m -> s.
 
-    x_target = invDDIM_{t->s}(z_s, z_t) is the weighted mean of the two steps' x, `steps.composed_x`. The
-    teacher is the diffusion model or the stage before, of twice as many steps.
+    x_target = invDDIM_{t->s}(z_s, z_t) is the weighted mean of the x of both steps, `steps.composed_x`. The
+    teacher is the diffusion model, or the previous stage with twice as many steps.
     """
 
     stages: tuple[int, ...] = setting(
@@ -26,7 +26,7 @@ class Progressive:
     teacher_step: TeacherStep = setting("addim", "integrator of both of the teacher's steps")
     xvar_frac: float = setting(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
     later_xvar_frac: float = setting(
-        0.0, "xvar_frac after the first stage (open; such a teacher carries the adjustment already)", low=0
+        0.0, "xvar_frac after the first stage (open; such teachers already include the adjustment)", low=0
     )
     loss_weight: LossWeight = setting("max_snr_one", "w_t, see `distances.weight`")
 
@@ -65,7 +65,7 @@ class Progressive:
         logsnr_t: Float[Array, " B"],
         logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
-        """The x that carries one of the teacher's two steps."""
+        """The x whose DDIM step equals one of the teacher's two steps."""
         teacher_fn = networks.require_teacher()
         x_teacher = process.x_from_v(teacher_fn(z, logsnr_t, cond, None), z, logsnr_t=logsnr_t)
         return teacher_x(

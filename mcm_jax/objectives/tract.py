@@ -13,11 +13,11 @@ from mcm_jax.objectives.objective import Networks
 
 @dataclasses.dataclass(frozen=True)
 class Tract:
-    """w_t ||x_target - f(z_t, t)||^2 / d: consistency distillation of one stage's steps into fewer.
+    """w_t ||x_target - f(z_t, t)||^2 / d: consistency distillation in stages of ever fewer steps.
 
-    The stages are, for example, 1024 -> 32 -> 1. In each, the student learns to jump to the end of its
-    segment from a teacher, the previous stage's model, that takes single DDIM steps. That is `Consistency`
-    with a constant grid, a DDIM teacher, a target network of averaged parameters, and the squared distance.
+    The stages are, for example, 1024 -> 32 -> 1. In each stage, the teacher is the previous stage's model and
+    takes single DDIM steps; the student learns to jump to the end of its segment. This is `Consistency` with
+    a constant grid, a DDIM teacher, a target network with averaged parameters, and the squared distance.
     """
 
     stages: tuple[int, ...] = setting(
@@ -30,7 +30,7 @@ class Tract:
 
     @property
     def as_consistency(self) -> Consistency:
-        """The same loss as a consistency objective; of a single stage."""
+        """The loss of a single stage as a consistency objective."""
         teacher_steps, student_steps = self.stages
         return Consistency(
             student_steps=student_steps,

@@ -1,1 +1,1 @@
-"""Tables, plots and the page that are made from results."""
+"""Makes tables, plots and the HTML page from results."""

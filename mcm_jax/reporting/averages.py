@@ -1,4 +1,4 @@
-"""Results grouped by what may be compared, and averaged over training seeds."""
+"""Groups comparable results and averages them over training seeds."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from mcm_jax.records import OBJECTIVES, count_of, with_count
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
-# Settings that do not change what is learned, or that each result states itself.
+# Settings that do not affect learning, or that each result states itself.
 _NOT_LEARNED = {
     "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
     "data": ("data_dir",),
@@ -21,7 +21,7 @@ _NOT_LEARNED = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Results that may share a table: their conditions are equal, and so are each run's sampling seeds."""
+    """Results that may share a table: they have equal conditions and equal sampling seeds."""
 
     conditions: Conditions
     seeds: tuple[int, ...]
@@ -29,12 +29,12 @@ class Group:
 
     @property
     def distance(self) -> str:
-        """The name of the distance of all samples."""
+        """The name of the distance over all samples."""
         return with_count(self.conditions.distance, self.conditions.num_samples)
 
     @property
     def distances(self) -> tuple[str, ...]:
-        """The names of all distances: of all samples first, then of fewer."""
+        """The names of all distances, in descending order of sample count."""
         names = {name for result in self.results for name in result.metrics if count_of(name) is not None}
         return tuple(sorted(names, key=lambda name: -(count_of(name) or 0)))
 
@@ -59,14 +59,14 @@ class Estimate:
 
     @property
     def as_trained(self) -> bool:
-        """Whether a student was sampled as it was trained to be."""
+        """Whether a student was sampled with the steps and the sampler that it was trained for."""
         return self.student_steps == self.steps and self.sampler == "ddim"
 
 
 def group(collection: Collection) -> tuple[list[Group], list[str]]:
-    """What may be compared, the largest group first; and notes on what was left out.
+    """Returns groups of comparable results, the largest first, and notes on omitted results.
 
-    Of two evaluations of the same thing the newest counts, and of a run's checkpoints the last.
+    If the same samples were evaluated twice, the newest values count; of a run's checkpoints, the last one.
     """
     results, notes = _newest(collection.results), []
     last: dict[tuple[object, ...], int] = {}
@@ -89,7 +89,7 @@ def group(collection: Collection) -> tuple[list[Group], list[str]]:
 
 
 def _order(group: Group) -> tuple[object, ...]:
-    """Many results first; the rest makes the order independent of the files' order."""
+    """Sort key: larger groups first; the other fields make the order independent of the order of files."""
     c = group.conditions
     return (-len(group.results), c.dataset, c.resolution, c.num_samples, repr(c), group.seeds)
 
@@ -97,11 +97,11 @@ def _order(group: Group) -> tuple[object, ...]:
 def estimates(
     group: Group, metric: str, descriptions: Mapping[str, RunDescription]
 ) -> tuple[list[Estimate], list[str]]:
-    """Mean and standard error over training seeds of one metric, by objective and steps; and notes.
+    """Returns a metric's mean and standard error over training seeds, by objective and steps, and notes.
 
-    Runs are averaged only if they differ in nothing but their seed: the settings in run.json, those of the
-    teacher, and the checkpoint's step must be equal. A run's value is its mean over the sampling seeds. Of
-    two runs with equal seeds too, the newest counts, with a note.
+    Runs are averaged only if they differ in nothing but their seed: their settings in run.json, their
+    teachers' settings, and the checkpoint steps must be equal. A run's value is its mean over sampling seeds.
+    If two such runs also have equal training seeds, only the newest counts, with a note.
     """
     cells: dict[tuple[object, ...], dict[str, list[RunResult]]] = {}
     for result in group.results:
@@ -116,14 +116,14 @@ def estimates(
         for run, results in sorted(cells[key].items(), key=lambda item: max(r.created for r in item[1])):
             seed = results[0].training_seed
             if seed in by_seed:
-                notes.append(f"{by_seed[seed]} is the same training as {run}, down to the seed: left out")
+                notes.append(f"{by_seed[seed]} is omitted: {run} is the same training with the same seed")
             by_seed[seed] = run
         found.append(_estimate([cells[key][by_seed[seed]] for seed in sorted(by_seed)], metric))
     return found, notes
 
 
 def _estimate(results: list[list[RunResult]], metric: str) -> Estimate:
-    """The estimate from each run's results."""
+    """Averages over runs; `results` has one list of results per run."""
     values = [statistics.fmean(result.metrics[metric] for result in of_run) for of_run in results]
     first = results[0][0]
     return Estimate(
@@ -139,14 +139,14 @@ def _estimate(results: list[list[RunResult]], metric: str) -> Estimate:
 
 
 def standard_error(values: list[float]) -> float | None:
-    """sqrt(sum (v - mean)^2 / (n - 1) / n); None if n < 2."""
+    """The standard error sqrt(sum (v - mean)^2 / (n - 1) / n) of a mean; None if n < 2."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def bounds(group: Group) -> dict[str, tuple[float, float]]:
     """The lowest and highest value of each floor and ceiling in the group.
 
-    They differ if a bound depends on more than the conditions, as the untrained network's does.
+    The two differ if a bound depends on more than the conditions, such as the untrained network's score.
     """
     values: dict[str, list[float]] = {}
     for result in group.results:
@@ -156,9 +156,9 @@ def bounds(group: Group) -> dict[str, tuple[float, float]]:
 
 
 def grids(group: Group) -> dict[int, list[RunResult]]:
-    """The results whose pictures show the same noise, by training seed; each list by objective and steps.
+    """The results whose sample grids use the same noise, by training seed; sorted by objective and steps.
 
-    All of them belong to the group's first sampling seed.
+    All of them use the group's first sampling seed.
     """
     same_noise = [result for result in group.results if result.seed == group.seeds[0]]
     same_noise.sort(
@@ -174,14 +174,14 @@ def grids(group: Group) -> dict[int, list[RunResult]]:
 
 
 def _evaluated(result: RunResult) -> tuple[object, ...]:
-    """What was evaluated and how, without the checkpoint and the sampling seed."""
+    """A key for what was evaluated and how, without the checkpoint and the sampling seed."""
     return (result.run, result.conditions, result.sampling.steps, result.sampling.label)
 
 
 def _newest(results: Iterable[RunResult]) -> list[RunResult]:
-    """Merges results that differ only in their date or in the metrics asked for; in the order of reading.
+    """Merges results that differ only in their date or in the requested metrics, and preserves their order.
 
-    The newest value of each number counts.
+    The newest value of each metric and bound counts.
     """
     same: dict[tuple[object, ...], list[RunResult]] = {}
     for result in results:
@@ -196,16 +196,16 @@ def _newest(results: Iterable[RunResult]) -> list[RunResult]:
 
 
 def _recipe(run: str, descriptions: Mapping[str, RunDescription]) -> str:
-    """All settings that influence what the run learned, except the seeds, as text; "" if unknown.
+    """All settings that influence what the run learned, except seeds, as text; "" if unknown.
 
-    They include those of its teacher, and of the teacher's teacher.
+    They include the settings of its teacher, the teacher's teacher, and so on.
     """
     if run not in descriptions:
         return ""
     teacher = descriptions[run].config.get("teacher_checkpoint")
     if teacher is not None:
-        # The path is relative to where training was started, so only its last part is reliable. The stages of
-        # a training lie side by side and have the same names in every training.
+        # The path is relative to the directory in which training was started, so only its last part is
+        # reliable. The stages of a training are siblings and have the same names in every training.
         found = [name for name in descriptions if Path(name).name == Path(str(teacher)).name and name != run]
         siblings = [name for name in found if Path(name).parent == Path(run).parent]
         recipes = {_recipe(name, descriptions) for name in siblings or found}

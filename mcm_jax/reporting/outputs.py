@@ -1,4 +1,4 @@
-"""The files that the program `report` writes: the page, or the paper's tables beside our results."""
+"""Writes the files of the program `report`: the page, or the paper's tables beside our results."""
 
 import sys
 from pathlib import Path
@@ -9,19 +9,20 @@ from mcm_jax.system.files import write_output
 
 
 def write_page(runs: Path, out: Path | None = None) -> str:
-    """Writes the page to `out`, its Markdown and a picture of samples beside it; returns the Markdown.
+    """Writes the page to `out`, and its Markdown and a picture of samples next to it; returns the Markdown.
 
     Args:
-      out: default report.html in `runs`.
+      runs: directory of the runs.
+      out: path of the page; None: report.html in `runs`.
 
     Raises:
       InputError: there are no results, a file is damaged, or `out` can't be written.
     """
     out = runs / "report.html" if out is None else out
     if out.suffix != ".html":
-        raise InputError(f"--out={out} must end in .html; the Markdown table is written beside it as .md")
+        raise InputError(f"--out={out} must end in .html; the Markdown table is written next to it as .md")
     collection = results.collect(runs)
-    from mcm_jax.reporting import page  # Imports matplotlib; bad input should not wait for it.
+    from mcm_jax.reporting import page  # Imports matplotlib, so only after the input has been checked.
 
     content = page.prepare(collection)
     markdown = page.markdown(content)
@@ -36,7 +37,7 @@ def write_page(runs: Path, out: Path | None = None) -> str:
 
 
 def write_paper_tables(runs: Path) -> str:
-    """Writes the paper's tables beside our results, and the plot of samplers, to `runs`; returns the tables.
+    """Writes to `runs` the paper's tables beside our results, and a plot of samplers; returns the tables.
 
     Raises:
       InputError: there are no results, a file is damaged, or `runs` can't be written.

@@ -1,4 +1,4 @@
-"""The page of results: one self-contained HTML file, and the same tables as Markdown."""
+"""Renders the results as one self-contained HTML page, and the same tables as Markdown."""
 
 import base64
 import dataclasses
@@ -13,23 +13,23 @@ from mcm_jax.reporting.tables import Bound
 
 TITLE = "Multistep consistency models: measured distances"
 MEASURED_HERE = (
-    "All numbers were measured on the runs named below. None is taken from a paper, and none can be compared "
-    "with a published number."
+    "All numbers were measured on the runs listed below. None is taken from a paper, and none can be "
+    "compared with a published number."
 )
 METRIC = (
     "The Frechet distance compares features of the samples with features of the training images, by their "
     "mean and covariance. An ImageNet classifier, named above each table, computes the features. 0 means "
-    "equal mean and covariance; lower is better. The distance orders models of one data set. Distances on "
+    "equal mean and covariance; lower is better. The distance ranks models of one data set. Distances on "
     "other features, other images or another number of samples can't be compared: fewer samples score "
-    "higher, so the number is part of the name."
+    "higher, so the number of samples is part of the name."
 )
 ERRORS = (
     "± is one standard error of the mean over n training seeds; a number without ± comes from a single "
     "training. Student steps are network calls per image."
 )
 SINGULAR = (
-    "One side has fewer images than features, so its covariance is singular: compare only distances of "
-    "equal counts."
+    "The samples or the reference have no more images than features, so their covariance is singular: "
+    "compare only distances with equal counts."
 )
 OPENMOJI = (
     "All emojis designed by OpenMoji (openmoji.org), the open-source emoji and icon project. Licence: CC "
@@ -76,7 +76,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group's distances, with that of all samples first, and its distance to the nearest training image."""
+    """A group's distances, the one over all samples first, and its distance to the nearest training image."""
 
     group: Group
     distances: tuple[Measured, ...]
@@ -85,7 +85,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Everything that the page says."""
+    """Everything that the page shows."""
 
     collection: Collection
     sections: tuple[Section, ...]
@@ -110,7 +110,7 @@ def prepare(collection: Collection) -> Content:
 
 
 def markdown(content: Content) -> str:
-    """The tables, with what a reader needs to understand them."""
+    """Renders the tables, with the explanations that a reader needs, as Markdown."""
     lines = [f"# {TITLE}", "", MEASURED_HERE, ERRORS, ""]
     for section in content.sections:
         group = section.group
@@ -128,7 +128,7 @@ def markdown(content: Content) -> str:
 
 
 def page(content: Content) -> str:
-    """The whole page. It is self-contained, and its policy forbids the browser to fetch anything."""
+    """Renders the HTML page, which is self-contained; its content policy forbids loading anything else."""
     body = [
         f"<h1>{_text(TITLE)}</h1>",
         f"<p>{_text(MEASURED_HERE)}</p>",
@@ -207,11 +207,11 @@ def _plot(group: Group, measured: Measured) -> str:
 
 
 def _all_grids(group: Group) -> str:
-    """The pictures of the first training seed side by side; those of the other seeds are folded away."""
+    """The sample grids of the first training seed side by side; those of other seeds are collapsed."""
     by_seed = averages.grids(group)
     parts = [
         "<h3>Samples from the same noise</h3>",
-        f"<p>The first samples of sampling seed {group.seeds[0]}: the image at the same place has the same "
+        f"<p>The first samples of sampling seed {group.seeds[0]}: images at the same place have the same "
         "noise and the same class in every picture.</p>",
     ]
     for n, (seed, members) in enumerate(by_seed.items()):
@@ -224,7 +224,7 @@ def _all_grids(group: Group) -> str:
 
 
 def picture(content: Content) -> bytes | None:
-    """A PNG of the samples of the first group's first training seed, side by side; None if there are none."""
+    """A PNG of the first group's samples for its first training seed, side by side; None without samples."""
     members = next(iter(averages.grids(content.sections[0].group).values()), [])
     pictures = [
         (_caption(member), png) for member in members if (png := results.read_grid(member)) is not None
@@ -252,7 +252,7 @@ def _grid(result: RunResult) -> str:
 
 
 def _data(collection: Collection) -> list[str]:
-    """The data sets: their preprocessing, their counts of images, and their attribution."""
+    """The section on data sets: preprocessing, number of images, and attribution."""
     parts = ["<h2>Data</h2>"]
     for dataset, resolution, preprocessing in dict.fromkeys(
         (result.dataset, result.resolution, result.data_preprocessing) for result in collection.results
@@ -281,7 +281,7 @@ def _notes(notes: Sequence[str]) -> list[str]:
     if not notes:
         return []
     items = "".join(f"<li>{_text(note)}</li>" for note in notes)
-    return ["<h2>Left out</h2>", f'<ul class="small">{items}</ul>']
+    return ["<h2>Notes</h2>", f'<ul class="small">{items}</ul>']
 
 
 def _shows_openmoji(collection: Collection) -> bool:

@@ -1,4 +1,4 @@
-"""The paper's numbers, from the tables of arXiv:2403.06807v3; none of them was measured here."""
+"""The paper's numbers, copied from the tables of arXiv:2403.06807v3; none was measured here."""
 
 import functools
 import importlib.resources
@@ -9,12 +9,12 @@ from mcm_jax.records import JsonObject
 
 @functools.cache
 def tables() -> JsonObject:
-    """The content of paper.json: what each table shows, its columns, rows, and remarks on contradictions."""
+    """The content of paper.json: each table's description, columns, rows, and remarks on contradictions."""
     return json.loads(importlib.resources.files("mcm_jax.reporting").joinpath("paper.json").read_text())
 
 
 def fid(table: str, column: str, steps: int) -> float:
-    """The FID in tables()[table], of the named column and the row of `steps`.
+    """The FID in tables()[table] in the given column, in the row for `steps`.
 
     Raises:
       KeyError: there is no such row or column.
@@ -28,9 +28,12 @@ def fid(table: str, column: str, steps: int) -> float:
 
 
 def imagenet_fids(resolution: int) -> dict[str, float]:
-    """The FID of each row of configs/imagenet{resolution}.py, as "small,cd,steps=8", in tables 1 to 4.
+    """The FIDs in tables 1 to 4 by row of configs/imagenet{resolution}.py, such as "small,cd,steps=8".
 
-    If two tables state it, table 1 counts. resolution: 64 or 128.
+    If two tables have a value, table 1 counts.
+
+    Args:
+      resolution: 64 or 128.
     """
     columns = {
         f"{size},{system}": ("table1", f"{size}/imagenet{resolution}/{system}")
@@ -51,9 +54,10 @@ def imagenet_fids(resolution: int) -> dict[str, float]:
 
 
 def steps_per_second(*, num_params: int, resolution: int, objective: str, num_chips: int) -> float | None:
-    """Train steps per second at batch 2048 on TPU v5e (appendix A.2), for a network with `num_params`.
+    """The paper's train steps per second at batch 2048 on TPU v5e (appendix A.2); None if not stated.
 
-    The count may differ by 5% from the paper's, which is rounded. None if the paper states no such speed.
+    Args:
+      num_params: identifies the network; may differ by 5% from the paper's rounded count.
     """
     for row in tables()["throughput"]["rows"]:
         count = tables()["parameters"].get(f"{row['model']}/{row['data']}")

@@ -1,4 +1,4 @@
-"""The paper's tables 1 to 5 beside what was measured here; cells that were not run stay empty."""
+"""The paper's tables 1 to 5 beside our measurements; cells that were not run stay empty."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ _HEAD = ("steps", "paper's FID", "ours", "ours - paper's", "samples of ours", "r
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one number of the paper was measured on."""
+    """The network, data, method and settings with which one number of the paper was measured."""
 
     size: str
     resolution: int
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One number of the paper; `cell` is None if no run of ours could be compared with it."""
+    """One number of the paper; `cell` is None if none of our runs can be compared with it."""
 
     label: str
     steps: int
@@ -78,7 +78,7 @@ def _cell(table: str, column: str, steps: int) -> Cell:
 
 
 def _of_literature(data: str, method: str, steps: int) -> Cell | None:
-    """The authors' own rows of table 5: their large networks, and progressive distillation of a small one."""
+    """The cell of an authors' row of table 5 (their large networks and the small PD network), else None."""
     systems = {"MultiStep-CT": "ct", "MultiStep-CD": "cd", "CT baseline": None}
     if systems.get(method):
         return Cell("large", int(data.removeprefix("imagenet")), systems[method], steps)
@@ -97,14 +97,14 @@ def _system(cell: Cell) -> str:
 
 
 def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
-    """Where a result of ours belongs; None if the paper has no such network, method or sampling."""
+    """The cell of one of our results; None if the paper has no such network, method or sampling."""
     c, config = result.conditions, run.config
     steps, sampler = result.sampling.steps, result.sampling.label
     model, consistency = config.get("model", {}), config.get("consistency", {})
     size = _NETWORKS.get((c.resolution, _whole(model.get("widths")), _whole(model.get("blocks"))))
     if size is None or (c.features.network, c.parameters, c.dataset) != (INCEPTION, "ema", "imagenet"):
         return None
-    # In the paper the small network on ImageNet128 is guided, with a weight that it does not state.
+    # In the paper, the small network on ImageNet128 uses guidance with an unstated weight.
     own = config.get("sampling", {}).get("guidance", 0.0) if result.objective == "diffusion" else 0.0
     if c.guidance != own:
         return None
@@ -118,7 +118,7 @@ def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
     first, last = consistency.get("teacher_steps_first", 64), consistency.get("teacher_steps_last", 1280)
     teacher_steps = f"{first:g}" if first == last else f"{first:g}->{last:g}"
     if system == "pd":
-        teacher_steps = _ANNEALED  # Has no effect on it.
+        teacher_steps = _ANNEALED  # The setting has no effect on PD.
     return Cell(size, c.resolution, system, steps, teacher_step, teacher_steps)
 
 
@@ -127,7 +127,7 @@ def _whole(values: object) -> tuple[int, ...]:
 
 
 def measured(collection: Collection) -> dict[Cell, RunResult]:
-    """Our results by cell: the one with most samples, and among equals the newest."""
+    """Our result for each cell: the one with the most samples, and among equals the newest."""
     found: dict[Cell, RunResult] = {}
     for result in sorted(collection.results, key=lambda result: (result.num_samples, result.created)):
         run = collection.descriptions.get(result.run)
@@ -138,18 +138,18 @@ def measured(collection: Collection) -> dict[Cell, RunResult]:
 
 
 def _fid(result: RunResult) -> float | None:
-    """The FID of all its samples."""
+    """The result's FID over all samples; None if there is none."""
     return result.metrics.get(with_count(DISTANCES[INCEPTION], result.num_samples))
 
 
 def markdown(collection: Collection) -> str:
-    """All five tables, with an explanation of their columns."""
+    """Renders all five tables, with an explanation of their columns, as Markdown."""
     ours = measured(collection)
     lines = [
         "# The paper's tables",
         "",
         "The paper's FIDs are from 50,000 samples (Heek, Hoogeboom, Salimans 2024, arXiv:2403.06807v3). Ours "
-        "were measured with `mcm_jax.evaluate --features=inception`; an empty cell was not run. A FID from "
+        "were measured with `mcm_jax.evaluate --features=inception`; empty cells were not run. An FID from "
         "fewer samples or against another reference can't be compared with the paper's.",
         "",
     ]
@@ -192,7 +192,7 @@ class Samplers:
 
 
 def samplers(collection: Collection) -> Samplers | None:
-    """The model with the most results under equal conditions; None if none was sampled in two ways."""
+    """The diffusion model sampled in the most ways under equal conditions; None without two such ways."""
     groups: dict[tuple[str, int, int, Conditions, str], dict[tuple[str, int], tuple[int, float]]] = {}
     for result in sorted(collection.results, key=lambda result: result.created):
         names = [name for name in result.metrics if count_of(name) == result.num_samples]

@@ -27,8 +27,8 @@ _STUDENTS = {
 }
 _TEACHER, _FLOOR, _CEILING = "#333333", "#009e73", "#999999"
 _DASHES = ("--", "-.", ":")
-# Names are not formulas. Text drawn as outlines looks the same on every machine, and the salt makes equal
-# figures equal files.
+# Names are not parsed as formulas. Text drawn as outlines looks the same on every machine, and the fixed salt
+# makes equal figures give equal files.
 _STYLE: "dict[RcKeyType, object]" = {
     "text.parse_math": False,
     "svg.fonttype": "path",
@@ -38,7 +38,7 @@ _STYLE: "dict[RcKeyType, object]" = {
 
 @matplotlib.rc_context(_STYLE)
 def samplers_plot(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: str, distance: str) -> Figure:
-    """Distance against network calls per image, with a line for each sampler."""
+    """Plots distance against network calls per image, with one line per sampler."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for label, points in lines.items():
@@ -61,9 +61,9 @@ def samplers_plot(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: st
 def distance_plot(
     estimates: Sequence[Estimate], bounds: Sequence[Bound], *, title: str, distance: str
 ) -> Figure | None:
-    """CD, CT, PD and TRACT with error bars of one standard error; the teacher and the bounds as lines.
+    """Plots CD, CT, PD and TRACT with error bars of one standard error; teacher and bounds are lines.
 
-    Only students sampled as they were trained to be are drawn. None if there are none.
+    Only students sampled as trained (`Estimate.as_trained`) are drawn. Returns None if there are none.
     """
     students = [e for e in estimates if e.as_trained and e.objective in _STUDENTS]
     if not students:
@@ -99,7 +99,7 @@ def svg(figure: Figure) -> bytes:
 
 @matplotlib.rc_context(_STYLE)
 def side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:
-    """One PNG with a column for each (caption, PNG), which shows the PNG's top half."""
+    """Returns one PNG with a column for each (caption, PNG), which shows the top half of that PNG."""
     images = [(caption, Image.open(io.BytesIO(png)).convert("RGB")) for caption, png in pictures]
     figure = Figure(figsize=(2.6 * len(images), 1.7), layout="constrained", dpi=130)
     for axes, (caption, image) in zip(figure.subplots(1, len(images), squeeze=False)[0], images, strict=True):
@@ -118,7 +118,7 @@ def _draw_students(axes: Axes, students: list[Estimate]) -> list[Artist | Errorb
         if not points:
             continue
         x = [e.steps for e in points]
-        # Several recipes with equal steps are drawn as points: a line would join unrelated trainings.
+        # Several recipes with equal steps are drawn as points, as a line would connect unrelated trainings.
         line = "-" if len(set(x)) == len(x) else "none"
         bars = axes.errorbar(
             x,
@@ -143,7 +143,7 @@ def _line(axes: Axes, value: float, half_width: float | None, colour: str, style
 
 
 def _scale(axes: Axes, steps: list[int], low: float, high: float) -> None:
-    """Logarithmic axes with plain numbers; a linear axis of distances if one is not positive."""
+    """Sets logarithmic axes with plain numbers; the distance axis stays linear if a value is not positive."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, labels=[str(step) for step in steps])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -152,6 +152,6 @@ def _scale(axes: Axes, steps: list[int], low: float, high: float) -> None:
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # Values less than a decade apart may have no power of ten between them to label.
+    # A narrow range may contain no power of ten, so label minor ticks too.
     minor = FuncFormatter(lambda value, _: f"{value:g}") if high < 20 * low else NullFormatter()
     axes.yaxis.set_minor_formatter(minor)

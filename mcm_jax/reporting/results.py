@@ -1,4 +1,4 @@
-"""Results as `mcm_jax.evaluate` writes them, and the runs they belong to: read and checked."""
+"""Reads and validates the results that `mcm_jax.evaluate` writes, and the descriptions of their runs."""
 
 import dataclasses
 import json
@@ -8,14 +8,14 @@ from mcm_jax import records
 from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
 from mcm_jax.system.errors import InputError
 
-# Sections of a config whose settings are read; the others are only compared.
+# Config sections whose settings are read; the others are only compared.
 _SECTIONS = ("data", "training")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What has to be equal, besides the sampling seeds, for two distances to be comparable."""
+    """Everything that must be equal, besides the sampling seeds, for two distances to be comparable."""
 
     dataset: str
     resolution: int
@@ -29,20 +29,20 @@ class Conditions:
 
     @property
     def distance(self) -> str:
-        """The name of the Frechet distance, without its count of samples."""
+        """The name of the Frechet distance, without the number of samples."""
         return records.DISTANCES[self.features.network]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult(Result):
-    """A result, and the run whose directory holds it."""
+    """A result and the run that it belongs to."""
 
-    run: str  # path of the run's directory below the one that holds all runs
+    run: str  # the run's directory, relative to the directory of all runs
     directory: Path
 
     @property
     def conditions(self) -> Conditions:
-        """What this result's distances may be compared under."""
+        """The conditions under which this result's distances are comparable."""
         return Conditions(
             dataset=self.dataset,
             resolution=self.resolution,
@@ -58,7 +58,7 @@ class RunResult(Result):
 
 @dataclasses.dataclass(frozen=True)
 class RunDescription:
-    """What a run's `run.json` says: the settings of its training, and its data set."""
+    """The content of a run's `run.json`: its training settings and its data set."""
 
     config: JsonObject
     dataset: JsonObject
@@ -66,7 +66,7 @@ class RunDescription:
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """Everything below one directory; `notes` tell the reader what was left out."""
+    """All results and runs in a directory; `notes` tell the reader what was omitted."""
 
     results: tuple[RunResult, ...]
     descriptions: dict[str, RunDescription]  # by run
@@ -76,13 +76,13 @@ class Collection:
 def collect(runs: Path) -> Collection:
     """Reads every results file below `runs`, and the run.json of each run.
 
-    A line that a crash cut off is skipped with a note; it stays in the file when the run is evaluated again.
+    A line truncated by a crash is skipped with a note; it stays in the file when the run is evaluated again.
 
     Raises:
-      InputError: there is no such directory, it holds no results, or a file is damaged in another way.
+      InputError: the directory does not exist or holds no results, or a file is otherwise damaged.
     """
     if not runs.is_dir():
-        raise InputError(f"--runs={runs}: there is no such directory; name the one that holds your runs")
+        raise InputError(f"--runs={runs}: there is no such directory; give the one that holds your runs")
     results: list[RunResult] = []
     descriptions: dict[str, RunDescription] = {}
     notes: list[str] = []
@@ -106,10 +106,10 @@ def collect(runs: Path) -> Collection:
 
 
 def read_file(path: Path) -> tuple[list[Result], list[str]]:
-    """The results in one file, oldest first, and a note for each line that was cut off.
+    """Returns the results in one file, oldest first, and a note for each truncated line.
 
     Raises:
-      InputError: the file can't be read, or a line is damaged in another way.
+      InputError: the file can't be read, or a line is otherwise damaged.
     """
     try:
         content = path.read_bytes()
@@ -125,11 +125,11 @@ def read_file(path: Path) -> tuple[list[Result], list[str]]:
         except RecordError as error:
             raise InputError(f"{place}: {error}; remove that line and evaluate the run again") from error
         except ValueError as error:
-            if not _is_cut_off(line):
+            if not _is_truncated(line):
                 raise InputError(
-                    f"{place} is damaged ({error}); remove that line and evaluate again"
+                    f"{place} is damaged ({error}); remove that line and evaluate the run again"
                 ) from error
-            notes.append(f"{place} is cut off and was skipped; evaluate that run again")
+            notes.append(f"{place} is truncated and was skipped; evaluate that run again")
     return results, notes
 
 
@@ -137,7 +137,7 @@ def read_run(path: Path) -> RunDescription:
     """Reads a run.json.
 
     Raises:
-      InputError: it can't be read or is damaged.
+      InputError: the file can't be read or is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def read_run(path: Path) -> RunDescription:
 
 
 def read_grid(result: RunResult) -> bytes | None:
-    """The PNG of the result's samples; None if the run's directory does not hold it."""
+    """The PNG of the result's sample grid; None if the run's directory does not hold it."""
     directory = result.directory.resolve()
     path = (directory / result.grid).resolve()
     if not path.is_relative_to(directory):
@@ -169,8 +169,8 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 
-def _is_cut_off(line: bytes) -> bool:
-    """Whether the line is the beginning of an object without its end, as a crash leaves behind."""
+def _is_truncated(line: bytes) -> bool:
+    """Whether the line is the beginning of a JSON object without its end, as after a crash."""
     text = line.decode(errors="replace").strip()
     depth, in_string, escaped = 0, False, False
     for character in text:

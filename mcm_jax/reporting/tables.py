@@ -1,4 +1,4 @@
-"""Tables of results, as Markdown and as HTML, and the sentences that explain their numbers."""
+"""Tables of results as Markdown and HTML, and the sentences that explain their numbers."""
 
 import dataclasses
 import html
@@ -34,7 +34,7 @@ _LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A cell is a tuple of lines; the first column names the row."""
+    """Column headings and rows of cells; a cell is a tuple of lines, and the first cell labels the row."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[tuple[str, ...], ...], ...]
@@ -42,7 +42,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A floor, a ceiling, or another value to compare samples with, and what it means."""
+    """A floor, a ceiling or another value to compare samples with, and its meaning."""
 
     label: str
     low: float
@@ -51,13 +51,13 @@ class Bound:
 
     @property
     def value(self) -> str:
-        """'1464' or '1464 to 1470'."""
+        """The value as text: '1464' or '1464 to 1470'."""
         low, high = number(self.low), number(self.high)
         return low if low == high else f"{low} to {high}"
 
     @property
     def sentence(self) -> str:
-        """'Floor (test images), 386.2: ...'."""
+        """The bound as a sentence: 'Floor (test images), 386.2: ...'."""
         return f"{self.label[0].upper()}{self.label[1:]}, {self.value}: {self.meaning}"
 
 
@@ -67,12 +67,12 @@ def kind(objective: str) -> str:
 
 
 def number(value: float) -> str:
-    """Four to five figures: 476.4, 25.60, 3.142."""
+    """Formats a value with about four significant digits: 476.4, 25.60, 3.142."""
     return f"{value:.{_decimals(value)}f}"
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """'476.4', or '476.4 ± 3.1 (n = 3)' over several training seeds."""
+    """Formats an estimate: '476.4', or '476.4 ± 3.1 (n = 3)' for several training seeds."""
     if estimate.standard_error is None:
         return number(estimate.mean)
     error = f"{estimate.standard_error:.{_decimals(estimate.mean)}f}"
@@ -80,9 +80,9 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def results_table(estimates: Sequence[Estimate]) -> Table:
-    """A row for each number of student steps and for each way to sample the teacher; a column per objective.
+    """A table with a row for each number of student steps or way to sample a teacher, a column per objective.
 
-    Runs that differ in more than their seed share a cell, each on a line of its own with its name.
+    Runs that differ in more than their seed get separate lines, with their names, in the same cell.
     """
     objectives = [name for name in _COLUMNS if any(e.objective == name for e in estimates)]
     students = [e for e in estimates if e.student_steps is not None]
@@ -98,7 +98,7 @@ def results_table(estimates: Sequence[Estimate]) -> Table:
 
 
 def row_label(estimate: Estimate) -> str:
-    """'4', '4, sampled with 8 steps of ddim', or 'teacher, 64 steps of addim'."""
+    """The row's label: '4', '4, sampled with 8 steps of ddim', or 'teacher, 64 steps of addim'."""
     sampling = f"{plural(estimate.steps, 'step')} of {estimate.sampler}"
     if estimate.student_steps is None:
         return f"{'teacher' if estimate.objective == 'diffusion' else 'guidance distilled'}, {sampling}"
@@ -107,7 +107,7 @@ def row_label(estimate: Estimate) -> str:
 
 
 def heading(conditions: Conditions) -> str:
-    """Data set, number of samples and kind of parameters."""
+    """A heading with data set, number of samples and kind of parameters."""
     c = conditions
     return (
         f"{c.dataset} {c.resolution}x{c.resolution}, {plural(c.num_samples, 'sample')}, "
@@ -116,7 +116,7 @@ def heading(conditions: Conditions) -> str:
 
 
 def conditions_text(group: Group) -> str:
-    """What the group's results have in common; a result that differs in any of it is in another table."""
+    """States what all results of the group share; results that differ in any of it are in another table."""
     c, side = group.conditions, group.conditions.features.input_resolution
     parts = [
         f"{plural(c.num_samples, 'sample')} each, with the {_PARAMETERS.get(c.parameters, c.parameters)}",
@@ -137,9 +137,10 @@ def _reference_text(reference: Reference) -> str:
 
 
 def distance_bounds(group: Group, metric: str) -> list[Bound]:
-    """The floors and ceilings to show with a distance; a floor only if it has as many images as the distance.
+    """The floors and ceilings to show with a distance.
 
-    Fewer images score higher, so a value from fewer images would not be a floor.
+    A floor is included only if it has as many images as the distance: fewer images score higher, so a value
+    from fewer images would not be a floor.
     """
     found, distance = [], group.conditions.distance
     for name, (low, high) in bounds(group).items():
@@ -153,7 +154,7 @@ def distance_bounds(group: Group, metric: str) -> list[Bound]:
         elif name.startswith(f"{TEST_IMAGES}_{distance}_") and count == count_of(metric):
             label = "floor (test images)"
             meaning = (
-                f"{count} test images in place of samples. They are real, and no network was trained on "
+                f"{count} test images instead of samples. They are real, and no network was trained on "
                 f"them: about the best possible value for {count} images."
             )
         else:
@@ -163,7 +164,7 @@ def distance_bounds(group: Group, metric: str) -> list[Bound]:
 
 
 def nearest_bounds(group: Group) -> list[Bound]:
-    """The distance from test images to their nearest training image."""
+    """The distance from test images to their nearest training image, as a bound."""
     meaning = (
         "the mean for images that no network was trained on. Samples near this value are as far from the "
         "training images as new images are; samples far below it are copies of training images."
@@ -176,7 +177,7 @@ def nearest_bounds(group: Group) -> list[Bound]:
 
 
 def runs_table(collection: Collection) -> Table:
-    """How each evaluated run was trained, from its run.json; a dash for what is unknown."""
+    """A table of how each evaluated run was trained, from its run.json, with dashes for unknown values."""
     rows = []
     for name in dict.fromkeys(result.run for result in collection.results):
         results = [result for result in collection.results if result.run == name]
@@ -192,7 +193,7 @@ def runs_table(collection: Collection) -> Table:
 
 
 def _training(run: RunDescription, checkpoint_step: int) -> tuple[str, ...]:
-    """Updates, batch, learning rate, EMA decay, teacher, and what only runs of this kind have."""
+    """Updates, batch size, learning rate, EMA decay, teacher, and settings specific to the kind of run."""
     training, optimizer = _settings(run, "training"), _settings(run, "optimizer")
     rate = str(optimizer.get("learning_rate", "–"))
     if optimizer.get("warmup_steps"):
@@ -231,12 +232,12 @@ def _settings(run: RunDescription, section: str) -> JsonObject:
 
 
 def _plain(value: object) -> str:
-    """'64' for 64.0."""
+    """Formats 64.0 as '64'."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def metric_text(group: Group, metric: str) -> str:
-    """One sentence on what a table's numbers are."""
+    """One sentence that explains a table's numbers."""
     if metric == NEAREST:
         return "The feature distance from each sample to its nearest training image, averaged over samples."
     count = count_of(metric)
@@ -249,7 +250,7 @@ def metric_text(group: Group, metric: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """The table as Markdown, padded so that it also reads well as plain text."""
+    """Renders the table as Markdown, padded to be readable as plain text."""
     lines = [[_markdown_cell((text,)) for text in table.head]]
     lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
@@ -262,7 +263,7 @@ def markdown_table(table: Table) -> str:
 
 
 def html_table(table: Table) -> str:
-    """The table as HTML, in a box that scrolls if the screen is too narrow."""
+    """Renders the table as HTML, in a box that scrolls on narrow screens."""
     head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.head)
     rows = []
     for label, *cells in table.rows:
@@ -275,13 +276,13 @@ def html_table(table: Table) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """The text on one line, with the special characters of Markdown and HTML escaped."""
+    """Puts text on one line and escapes special characters of Markdown and HTML."""
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*|\[\]])", r"\\\1", text)
 
 
 def plural(count: int, noun: str) -> str:
-    """'1 step', '2 steps'."""
+    """Formats a count with its noun: '1 step', '2 steps'."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

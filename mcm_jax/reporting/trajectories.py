@@ -1,4 +1,4 @@
-"""Paths from noise to data on a line, with one panel for each sampler (after MCM's first figure)."""
+"""Plots paths from noise to data in one dimension, with one panel per sampler (after MCM's first figure)."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from PIL import Image
 if TYPE_CHECKING:  # Matplotlib 3.10 has no such type.
     from matplotlib.typing import RcKeyType
 
-# Okabe and Ito's blue and vermilion, which the colour-blind can distinguish.
+# Blue and vermilion from Okabe and Ito's colour-blind-safe palette.
 _LEFT, _RIGHT = "#0072b2", "#d55e00"
 _INK, _GREY, _FILL = "#333333", "#8c8c8c", "#c4c4c4"
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#b4b4b4"])
@@ -24,7 +24,7 @@ _STYLE: "dict[RcKeyType, object]" = {"text.parse_math": False, "font.size": 12}
 
 
 class Panel(NamedTuple):
-    """What one sampler does."""
+    """The paths and samples of one sampler."""
 
     title: str
     subtitle: str
@@ -44,9 +44,9 @@ class Marginals(NamedTuple):
 
 @matplotlib.rc_context(_STYLE)
 def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption: str) -> Figure:
-    """Panels in a row, with data above (t = 0), noise below (t = 1) and the paths between them.
+    """Plots panels in a row, with data at the top (t = 0), noise at the bottom (t = 1) and paths in between.
 
-    A path has the colour of the side on which its noise lies.
+    A path is coloured by the sign of its noise.
     """
     figure = Figure(figsize=(2.75 * len(panels), 6.2), dpi=130)
     rows = figure.subplots(
@@ -66,7 +66,7 @@ def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption:
         above.stairs(heights, edges, color=_INK, linewidth=1.1)
         above.set_ylim(0, 1.05 * highest)
         _draw_paths(middle, panel, marginals)
-        # Drawn above its neighbours, which would cut off the dots at t = 0 and t = 1.
+        # Draw this axes above its neighbours, which would otherwise hide the dots at t = 0 and t = 1.
         middle.set_zorder(1)
         _draw_density(below, marginals.z, marginals.density[0])
         below.set_ylim(1.05 * np.max(marginals.density[0]), 0)
@@ -92,7 +92,7 @@ def trajectories_plot(panels: Sequence[Panel], marginals: Marginals, *, caption:
 
 @matplotlib.rc_context(_STYLE)
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of at most 256 colours, which takes a third of the space."""
+    """The figure as a PNG of at most 256 colours, a third of the usual size."""
     content, small = io.BytesIO(), io.BytesIO()
     figure.savefig(content, format="png")
     Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
@@ -103,7 +103,7 @@ def png(figure: Figure) -> bytes:
 
 def _draw_paths(axes: Axes, panel: Panel, marginals: Marginals) -> None:
     extent = (marginals.z[0], marginals.z[-1], marginals.t[0], marginals.t[-1])
-    # The square root, so that wide densities are visible beside narrow ones.
+    # The square root makes wide densities visible beside narrow ones.
     axes.imshow(
         np.sqrt(marginals.density), extent=extent, cmap=_HEAT, aspect="auto", origin="lower", zorder=0
     )
@@ -140,6 +140,6 @@ def _draw_density(axes: Axes, z: np.ndarray, density: np.ndarray) -> None:
 
 
 def _density(samples: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """A histogram normalised by all samples, including those outside of the edges."""
+    """A histogram normalised by the number of all samples, including those outside the edges."""
     heights, _ = np.histogram(samples, edges)
     return heights / (len(samples) * np.diff(edges))

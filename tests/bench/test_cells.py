@@ -39,7 +39,7 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, capsys):
     store = Store(path, PROBLEMS)
     assert store[A] == {"distance": 0.1} and store[B] == {"distance": 1.1}
     assert store.seconds[B] >= 0
-    assert "1 of 2 cells are done already" in capsys.readouterr().out
+    assert "1 of 2 cells are already done" in capsys.readouterr().out
 
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
@@ -54,7 +54,7 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
 def test_a_file_of_something_else(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"metrics": 1}) + "\n")
-    with pytest.raises(InputError, match=r"results.jsonl:1 is no result of the bench .* remove it"):
+    with pytest.raises(InputError, match=r"results.jsonl:1 is not a result of the bench .* remove it"):
         Store(path, PROBLEMS)
     with pytest.raises(InputError, match="can't be read"):
         Store(tmp_path, PROBLEMS)
@@ -69,7 +69,7 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     path = tmp_path / "results.jsonl"
     Store(path, PROBLEMS).add(A, {"distance": 1.0}, seconds=1.0)
     with pytest.raises(
-        InputError, match=r"measured with .*\[10\].* now it would be .*\[20\].* another --out"
+        InputError, match=r"measured with .*\[10\].* the problem is now .*\[20\].* another --out"
     ):
         Store(path, {"mixture": Problem((20,))})
     assert A in Store(path, {"openmoji": Problem((20,))})

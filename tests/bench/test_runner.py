@@ -65,8 +65,8 @@ def test_every_system_on_a_mixture(system, monkeypatch):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    for arguments, said in (
-        (["--problems=imagenet"], "imagenet is none of mixture, mixture2d, openmoji"),
+    for arguments, message in (
+        (["--problems=imagenet"], "imagenet is not one of mixture, mixture2d, openmoji"),
         (["--seeds=1"], "seeds"),
         (["--problems="], "--problems is empty"),
         (["--report_only", f"--out={tmp_path / 'none'}"], "has no results.jsonl to report"),
@@ -74,7 +74,7 @@ def test_bad_input_is_one_line(tmp_path):
     ):
         (tmp_path / "file").write_text("")
         result = call("findings", *arguments)
-        assert result.returncode == 2 and said in result.stderr, result.stderr
+        assert result.returncode == 2 and message in result.stderr, result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
 
 

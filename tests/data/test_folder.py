@@ -149,7 +149,7 @@ def test_fingerprint_sees_names_and_sizes(tmp_path):
         ([], "0 images found"),
         (["a.png"], "1 images found, at least 2"),
         (["a.txt", "b.txt"], r"0 images found.*\.png"),
-        (["a.png", "cats/b.png"], r"both in it \(a.png\) and in its subfolders \(cats\)"),
+        (["a.png", "cats/b.png"], r"both directly in it \(a.png\) and in its subfolders \(cats\)"),
     ],
 )
 def test_folders_that_cannot_be_split_are_refused(tmp_path, files, message):
@@ -225,7 +225,7 @@ def test_splits_are_no_classes(tmp_path, names, refused):
         class_names(tmp_path)
         return
     with pytest.raises(
-        InputError, match=r"rain\w*.*\) are splits, not classes; name one of them, --manual_dir="
+        InputError, match=r"rain\w*.*\) are splits, not classes; give one of them, --manual_dir="
     ):
         class_names(tmp_path)
 
@@ -244,8 +244,8 @@ def test_what_is_left_out_is_noted(tmp_path):
     )
     (tmp_path / "c").mkdir()
     assert folder.list_images(tmp_path, single_class="x").notes == (
-        "passed over: 3 .heic, 2 hidden, 1 without a suffix",
-        "subfolders without an image, which become no class: b, c",
+        "skipped: 3 .heic, 2 hidden, 1 without a suffix",
+        "subfolders without images, which do not become classes: b, c",
     )
 
 
@@ -294,14 +294,14 @@ def test_each_class_trains_on_an_image(tmp_path):
     assert info.num_examples == {"train": 39, "test": 1}
     untrained = info.class_names[info.class_counts["test"].index(1)]
     report = preparation.report(info, built=True, data_dir="data")
-    assert f"no training image, so never sampled: {untrained}\n" in report
+    assert f"without training images, so never sampled: {untrained}\n" in report
     assert "\n     10  c10  " in report
 
 
 def test_copies_of_one_image_are_refused(tmp_path):
     for n in range(3):
         save(tmp_path / "images" / f"{n}.png", uniform(1, 2, 3))
-    with pytest.raises(InputError, match="its 3 images are copies of one"):
+    with pytest.raises(InputError, match="its 3 images are identical"):
         prepared(tmp_path / "images", tmp_path / "data")
 
 

@@ -212,10 +212,10 @@ def test_small_images_keep_their_pixels_and_their_classes_names(resized_dir, tmp
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(48, "imagenet/resized has only 8, 16, 32, 64"), (64, "holds no prep")]
+    ("size", "message"), [(48, "imagenet/resized has only 8, 16, 32, 64"), (64, "holds no prep")]
 )
-def test_small_images_that_are_not_there(size, said, tmp_path):
-    with pytest.raises(InputError, match=said):
+def test_small_images_that_are_not_there(size, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         imagenet.open_source(str(tmp_path), resized_to=size)
 
 
@@ -247,7 +247,7 @@ def test_images_that_are_not_what_they_are_called(mode, kind):
     assert np.abs(found.astype(int) - expected.astype(int)).mean() < 12
 
 
-def test_orientation_marks_are_passed_over():
+def test_orientation_marks_are_ignored():
     image = picture(0)
     exif = Image.Exif()
     exif[0x0112] = 3  # Turned by 180 degrees.
@@ -275,7 +275,7 @@ def test_a_tar_that_is_cut_off_is_told_before_any_work(manual_dir, tmp_path, nam
     ends[2] = last.offset_data + -(-last.size // 512) * 512
     for number, end in enumerate(ends):
         directory = cut(manual_dir, tmp_path / f"{number}", name, lambda _, end=end: end)
-        with pytest.raises(InputError, match=f"{name} is .*cut off") as error:
+        with pytest.raises(InputError, match=f"{name} is .*truncated") as error:
             imagenet.open_source(str(directory))
         assert "\n" not in str(error.value)
 
@@ -290,7 +290,7 @@ def test_an_image_that_cannot_be_read_is_named(manual_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({}, "holds neither ILSVRC2012_img_train.tar nor a prepared imagenet2012"),
         ({imagenet.TRAIN_TAR: tar({})}, "has no ILSVRC2012_img_val.tar; get"),
@@ -302,13 +302,13 @@ def test_an_image_that_cannot_be_read_is_named(manual_dir, tmp_path):
             {imagenet.TRAIN_TAR: tar({}), imagenet.TEST_TAR: tar({"._ILSVRC2012_val_00000001.JPEG": b""})},
             "._ILSVRC2012_val_00000001.JPEG is not an ILSVRC2012 validation image",
         ),
-        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "is not a tar file or is cut off"),
+        ({imagenet.TRAIN_TAR: b"text" * 300, imagenet.TEST_TAR: tar({})}, "not a tar file or is truncated"),
     ],
 )
-def test_what_is_no_imagenet(files, said, tmp_path):
+def test_what_is_no_imagenet(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         imagenet.open_source(str(tmp_path))
     assert "\n" not in str(error.value)
 

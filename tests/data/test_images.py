@@ -132,13 +132,13 @@ def test_all_that_pillow_decodes_is_found_by_its_suffix(tmp_path):
     touch(tmp_path, *read, "1.heic", "2.heic", "1.txt", "1.PNG.part", "1.eps", "1.h5", "1")
     found = images.find(tmp_path)
     assert list(found.files) == sorted(read)
-    assert found.note() == "passed over: 2 .heic, 1 .eps, 1 .h5, 1 .part, 1 .txt, 1 without a suffix"
+    assert found.note() == "skipped: 2 .heic, 1 .eps, 1 .h5, 1 .part, 1 .txt, 1 without a suffix"
 
 
-def test_hidden_files_and_folders_are_passed_over(tmp_path):
+def test_hidden_files_and_folders_are_skipped(tmp_path):
     touch(tmp_path, "a/1.png", "a/._1.png", ".ipynb_checkpoints/1.png", "a/.cache/deep/1.png", "a/.txt")
     found = images.find(tmp_path)
-    assert found.files == ("a/1.png",) and found.passed_over == {"hidden": 4}
+    assert found.files == ("a/1.png",) and found.skipped == {"hidden": 4}
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -151,7 +151,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "lost").symlink_to(tmp_path / "nowhere")
     found = images.find(root)
     assert found.files == ("4.png", "a/3.png", "a/linked/2.png", "b/1.png", "b/deep/2.png")
-    assert found.passed_over == {"looping link": 1, "broken link": 1}
+    assert found.skipped == {"looping link": 1, "broken link": 1}
 
 
 def test_a_broken_link_to_an_image_is_named(tmp_path):
@@ -162,10 +162,10 @@ def test_a_broken_link_to_an_image_is_named(tmp_path):
         folder.load_image(tmp_path / "3.png", resolution=4)
 
 
-def test_what_is_no_file_is_passed_over(tmp_path):
+def test_what_is_no_file_is_skipped(tmp_path):
     """Opening a pipe would wait for ever."""
     os.mkfifo(tmp_path / "pipe.png")
-    assert images.find(tmp_path).passed_over == {".png": 1}
+    assert images.find(tmp_path).skipped == {".png": 1}
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_many_kinds_are_summed_up(tmp_path):
     touch(tmp_path, *(f"1.{n:02}" for n in range(15)), "2.03")
     listed = "".join(f"1 .{n:02}, " for n in (0, 1, 2, 4, 5, 6, 7, 8, 9))
-    assert images.find(tmp_path).note() == f"passed over: 2 .03, {listed}5 others"
+    assert images.find(tmp_path).note() == f"skipped: 2 .03, {listed}5 others"
 
 
 FORMATS = ("jpeg", "png", "webp", "avif", "gif", "bmp", "jpeg2000", "pcx", "ppm", "qoi", "sgi", "tga", "tiff")

@@ -235,7 +235,7 @@ def test_names_that_end_in_numbers_are_kept_apart(prepared, tmp_path):
 def test_no_summary_means_not_prepared(copy):
     data_dir, directory = copy
     (directory / layout.SUMMARY_FILE).unlink()
-    with pytest.raises(InputError, match="make it with"):
+    with pytest.raises(InputError, match="prepare it with"):
         open_pets(data_dir)
 
 

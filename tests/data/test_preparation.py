@@ -110,7 +110,7 @@ def test_killed_run_is_not_taken_for_complete(images, tmp_path):
     data_dir = tmp_path / "data"
     info, _ = preparation.prepare(chosen(images), data_dir=data_dir)
     info.path.parent.rename(data_dir / ".incomplete-pets_4-abc")
-    with pytest.raises(InputError, match="make it with"):
+    with pytest.raises(InputError, match="prepare it with"):
         layout.describe(data_dir=data_dir, dataset="folder/pets", resolution=4)
     assert preparation.prepare(chosen(images), data_dir=data_dir)[1]
 
@@ -138,8 +138,8 @@ def test_other_images_under_the_same_name_are_refused(images, tmp_path):
         ({"name": "x"}, "apply only to --dataset=folder"),
         ({"dataset": "folder"}, "needs --manual_dir=PATH"),
         ({"dataset": "folder", "manual_dir": "/no/where"}, "no such folder"),
-        ({"dataset": "folder", "manual_dir": "IMAGES"}, "--name=my pets: only letters"),
-        ({"dataset": "folder", "manual_dir": "IMAGES", "name": "../x"}, "--name=../x: only letters"),
+        ({"dataset": "folder", "manual_dir": "IMAGES"}, "--name=my pets: .* only letters"),
+        ({"dataset": "folder", "manual_dir": "IMAGES", "name": "../x"}, "--name=../x: .* only letters"),
     ],
 )
 def test_bad_input_is_named(images, options, message):
@@ -199,7 +199,7 @@ def test_program_reports_and_names_the_next_command(images, tmp_path):
 def test_data_is_not_prepared_among_its_images(images):
     """The preview of one resolution would be an image of the next."""
     with pytest.raises(
-        InputError, match=r"--data_dir=.*/data lies in --manual_dir=.*choose a directory outside"
+        InputError, match=r"--data_dir=.*/data lies inside --manual_dir=.*choose a directory outside"
     ):
         preparation.prepare(chosen(images), data_dir=images / "data")
     assert not (images / "data").exists()
@@ -208,7 +208,7 @@ def test_data_is_not_prepared_among_its_images(images):
 def test_program_notes_what_it_passes_over(images, tmp_path):
     (images / "class 1" / "photo.heic").touch()
     done = run("--dataset=folder", f"--manual_dir={images}", "--name=pets", "--resolution=4", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "note: passed over: 1 .heic\n")
+    assert (done.returncode, done.stderr) == (0, "note: skipped: 1 .heic\n")
 
 
 def test_many_classes_are_counted_and_their_numbering_shown(images, tmp_path):
@@ -218,7 +218,7 @@ def test_many_classes_are_counted_and_their_numbering_shown(images, tmp_path):
     many = dataclasses.replace(info, class_names=names, class_counts=counts)
     report = preparation.report(many, built=True, data_dir="data")
     assert "120 classes: 0 is c0, 1 is c1, ..., 119 is c119\n" in report
-    assert "no training image, so never sampled: c119\n" in report and "ILSVRC" not in report
+    assert "without training images, so never sampled: c119\n" in report and "ILSVRC" not in report
 
 
 def test_inceptions_weights_are_converted(tmp_path):

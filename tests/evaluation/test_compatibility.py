@@ -32,39 +32,39 @@ def test_nothing_is_known_without_a_reference_or_a_data_set(tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (8, 8), (16, 32)])
 def test_another_size_is_refused(size):
-    said = rf"x\.npz has images of {size[1]}x{size[0]} pixels and --reference images of 16x16 pixels"
-    with pytest.raises(InputError, match=said):
+    message = rf"x\.npz has images of {size[1]}x{size[0]} pixels but --reference has images of 16x16 pixels"
+    with pytest.raises(InputError, match=message):
         KNOWN.require_size(size, what="x.npz")
     KNOWN.require_size((16, 16), what="x.npz")
     ReferenceImages().require_size(size, what="x.npz")
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
-        (("cat", "eel", "dog"), "class 1 is 'eel' for runs/cd4 and 'dog' for --reference"),
-        (("cat", "dog"), "class 2 is missing for runs/cd4 and 'eel' for"),
-        (("cat", "dog", "eel", "fly"), "class 3 is 'fly' for runs/cd4 and missing for"),
+        (("cat", "eel", "dog"), "class 1 is 'eel' for runs/cd4 but 'dog' for --reference"),
+        (("cat", "dog"), "class 2 is missing for runs/cd4 but 'eel' for"),
+        (("cat", "dog", "eel", "fly"), "class 3 is 'fly' for runs/cd4 but missing for"),
     ],
 )
-def test_other_classes_are_refused(names, said):
-    with pytest.raises(InputError, match=said):
+def test_other_classes_are_refused(names, message):
+    with pytest.raises(InputError, match=message):
         KNOWN.require_class_names(names, what="runs/cd4")
     KNOWN.require_class_names(KNOWN.class_names, what="runs/cd4")
     ReferenceImages(class_counts=(1,)).require_class_names(names, what="runs/cd4")
 
 
 @pytest.mark.parametrize(
-    ("shift", "said"),
+    ("shift", "message"),
     [
-        (1, "an image of class 3, and --reference has classes 0 to 2; number the classes as"),
-        (100, "an image of class 100, and"),
-        (-1, "an image of class -1, and"),
+        (1, "an image of class 3, but --reference has only classes 0 to 2; number the classes from 0"),
+        (100, "an image of class 100, but"),
+        (-1, "an image of class -1, but"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(shift, said):
+def test_labels_that_are_no_classes_are_refused(shift, message):
     labels = np.repeat(np.arange(3), 2)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         KNOWN.require_labels(labels + shift, what="x.npz")
     KNOWN.require_labels(labels, what="x.npz")
     ReferenceImages().require_labels(labels + shift, what="x.npz")

@@ -58,7 +58,7 @@ def test_no_images_have_no_features(extractor):
 def test_features_that_are_not_finite_are_refused():
     """As damaged weights give them; their distance would be found to be none after all the work."""
     damaged = dataclasses.replace(NETWORK, params=np.full_like(PARAMS, np.nan))
-    with pytest.raises(InputError, match=r"pool features of .* not finite: its weights are damaged"):
+    with pytest.raises(InputError, match=r"pool features of .* not finite, so its weights are damaged"):
         Extractor(damaged, batch_per_device=8)(IMAGES)
 
 

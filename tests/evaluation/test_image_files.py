@@ -58,7 +58,7 @@ def test_what_is_no_image_is_noted(folder):
         Image.fromarray(IMAGES[n]).save(folder / f"{n}.{suffix}")
     found = open_images(folder)
     assert found.num == len(all_of(found)[0]) == 9
-    assert found.note == "passed over: 2 hidden, 1 .heic, 1 .txt"
+    assert found.note == "skipped: 2 hidden, 1 .heic, 1 .txt"
 
 
 def test_a_linked_folder_is_read(folder, tmp_path):
@@ -101,15 +101,15 @@ def cut_off(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda path: None, "there is no such file or folder"),
         (lambda path: path.mkdir(), "no images in that folder"),
         (lambda path: text(path / "a.png"), "a.png: not a readable image"),
-        (lambda path: path.write_bytes(b"text"), "neither a whole .npz nor a folder"),
-        (lambda path: transparent(path / "a.png"), "a.png: not a readable image .of mode RGBA; take 8-bit"),
-        (lambda path: deep(path / "a.png"), "a.png: not a readable image .of mode I;16; take 8-bit"),
-        (cut_off, "neither a whole .npz nor a folder"),
+        (lambda path: path.write_bytes(b"text"), "neither a complete .npz nor a folder"),
+        (lambda path: transparent(path / "a.png"), "a.png: not a readable image .mode RGBA; use opaque"),
+        (lambda path: deep(path / "a.png"), "a.png: not a readable image .mode I;16; use opaque"),
+        (cut_off, "neither a complete .npz nor a folder"),
         (
             lambda path: np.savez(path.open("wb"), x=IMAGES),
             "arr_0 must hold uint8 images .*, not nothing",
@@ -119,13 +119,13 @@ def cut_off(path):
             "arr_0 must hold uint8 images .* not float64",
         ),
         (lambda path: np.savez(path.open("wb"), IMAGES, np.arange(4)), "arr_1 must hold 5 labels"),
-        (lambda path: np.save(path.open("wb"), IMAGES), "neither a whole .npz nor a folder"),
+        (lambda path: np.save(path.open("wb"), IMAGES), "neither a complete .npz nor a folder"),
     ],
 )
-def test_what_is_none(make, said, tmp_path):
+def test_what_is_none(make, message, tmp_path):
     path = tmp_path / "images"
     make(path)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         open_images(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 

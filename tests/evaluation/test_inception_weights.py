@@ -201,7 +201,7 @@ def test_written_and_read_again(loaded, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is damaged: its numbers have changed since it was written"):
+    with pytest.raises(InputError, match="is damaged: its weights have changed since it was written"):
         inception_weights.load(path)
     path.write_bytes(content[:-4])
     with pytest.raises(InputError, match="or damaged"):
@@ -224,7 +224,7 @@ def test_the_network_has_them(loaded):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not the Inception network"),
         (b"not a network at all", "holds no Inception weights"),
@@ -235,10 +235,10 @@ def test_the_network_has_them(loaded):
         (pickle.dumps([1.0, None]), "is not the Inception network"),
     ],
 )
-def test_what_is_no_network(content, said, tmp_path):
+def test_what_is_no_network(content, message, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         inception_weights.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
@@ -265,7 +265,7 @@ def test_a_file_that_is_not_what_its_name_says(layers, tmp_path):
     inception_weights.load(good)
     bad = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     bad.write_bytes(content)
-    with pytest.raises(InputError, match=r"is damaged: its sha256 begins with .*, not 6726825d"):
+    with pytest.raises(InputError, match=r"is damaged: its sha256 begins with .*, not with 6726825d"):
         inception_weights.load(bad)
 
 

@@ -187,14 +187,14 @@ def test_what_there_are_too_few_samples_for_is_left_out(inception_reference):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "said"),
+    ("metrics", "message"),
     [
         (("fid",), "--metrics=fid is not one of frechet, nearest"),
-        (("frechet", "kid"), "--metrics=kid is defined on"),
+        (("frechet", "kid"), "--metrics=kid is defined only for"),
     ],
 )
-def test_metrics_of_other_features_are_refused(metrics, said):
-    with pytest.raises(InputError, match=said):
+def test_metrics_of_other_features_are_refused(metrics, message):
+    with pytest.raises(InputError, match=message):
         protocol.check_metrics(metrics, network(), num=50)
     protocol.check_metrics(tuple(protocol.METRICS), INCEPTION.network, num=31)
 
@@ -214,7 +214,7 @@ def test_a_singular_fid_has_to_be_asked_for(metric, size):
 @pytest.mark.parametrize(("metric", "fewest"), [("precision_recall", 4), ("inception_score", 10)])
 def test_too_few_samples_are_refused_beforehand(metric, fewest):
     protocol.check_metrics((metric,), INCEPTION.network, num=fewest)
-    with pytest.raises(InputError, match=f"needs at least {fewest} images, and there are {fewest - 1}"):
+    with pytest.raises(InputError, match=f"needs at least {fewest} images, but there are {fewest - 1}"):
         protocol.check_metrics((metric,), INCEPTION.network, num=fewest - 1)
 
 

@@ -111,10 +111,10 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
-        (npz(mu=MU), "holds mu, and neither mu and sigma nor ref_mu"),
-        (npz(mu=MU[:3], sigma=SIGMA[:3, :3]), "mu and sigma: moments of shapes .*, not of 5 features"),
+        (npz(mu=MU), "holds mu, but neither mu and sigma nor ref_mu"),
+        (npz(mu=MU[:3], sigma=SIGMA[:3, :3]), "mu and sigma: moments of shapes .* instead of 5 features"),
         (npz(mu=MU, sigma=SIGMA[:3]), "moments of shapes"),
         (npz(mu=np.full(5, np.nan), sigma=SIGMA), "not finite"),
         (npz(mu=MU, sigma=SIGMA + np.arange(5)), "a covariance that is not symmetric"),
@@ -123,12 +123,12 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
         (npz(ref_mu=MU, ref_sigma=-SIGMA), "ref_mu and ref_sigma: a covariance with negative"),
         (pickled({"fid": {"mu": MU, "sigma": -SIGMA}}), "a covariance with negative eigenvalues"),
         (npz(mu=MU, sigma=SIGMA, mu_s=MU[:3], sigma_s=-SIGMA[:3, :3]), "mu_s and sigma_s: a cov"),
-        (npz(mu=MU, sigma=SIGMA.astype(complex)), "a covariance of complex128 in place of real numbers"),
-        (npz(mu=MU * 1j, sigma=SIGMA), "a mean of complex128 in place of real numbers"),
-        (npz(mu=MU, sigma=SIGMA > 0), "a covariance of bool"),
-        (npz(mu=MU, sigma=SIGMA, arr_0=IMAGES / 255), "arr_0 holds float64 .* in place of uint8 images"),
+        (npz(mu=MU, sigma=SIGMA.astype(complex)), "a covariance of dtype complex128 instead of real numbers"),
+        (npz(mu=MU * 1j, sigma=SIGMA), "a mean of dtype complex128 instead of real numbers"),
+        (npz(mu=MU, sigma=SIGMA > 0), "a covariance of dtype bool"),
+        (npz(mu=MU, sigma=SIGMA, arr_0=IMAGES / 255), "arr_0 holds float64 .* instead of uint8 images"),
         (npz(mu=MU, sigma=SIGMA, arr_0=IMAGES, arr_1=np.ones(7)), "arr_1 holds float64 .* of 7 labels"),
-        (npz(arr_0=IMAGES[:1]), "arr_0 holds 1 images, and moments need 2 or more"),
+        (npz(arr_0=IMAGES[:1]), "arr_0 holds 1 images, but moments need 2 or more"),
         (npz(arr_0=IMAGES % 2), "bytes of 0 and 1 only"),
         (npz(mu=MU, sigma=SIGMA, mu_s=MU, sigma_s=SIGMA), "mu_s and sigma_s: moments of shapes"),
         (pickled([MU, SIGMA]), "holds nothing"),
@@ -138,10 +138,10 @@ def test_rounded_and_singular_covariances_are_accepted(kind, tmp_path, read):
         (lambda path: None, "can't be read"),
     ],
 )
-def test_what_is_no_reference(write, said, tmp_path, read):
+def test_what_is_no_reference(write, message, tmp_path, read):
     path = tmp_path / "reference"
     write(path)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         read(path, single_images=True)
     assert str(error.value).startswith(f"--reference={path}") and "\n" not in str(error.value)
 

@@ -49,7 +49,7 @@ def assert_equal(one: Reference, other: Reference) -> None:
 @pytest.mark.parametrize("limit", [50_000, 12])
 def test_an_interrupted_reference_goes_on_where_it_was(ask, monkeypatch, limit):
     """To the last bit, though what was seen ends within a block; with and without single images."""
-    monkeypatch.setattr(references, "MAX_KEPT_FEATURES", limit)
+    monkeypatch.setattr(references, "MAX_STORED_FEATURES", limit)
     monkeypatch.setattr(unfinished, "EVERY_SECONDS", -1.0)
     ask.block = 10
     expected = ask()
@@ -210,7 +210,7 @@ def test_numbers_that_are_no_statistics_are_damage(ask, change):
 
 
 def test_features_of_large_sets_are_not_kept(ask, monkeypatch):
-    monkeypatch.setattr(references, "MAX_KEPT_FEATURES", 29)
+    monkeypatch.setattr(references, "MAX_STORED_FEATURES", 29)
     assert ask().features is None
     assert ask().features is None and ask.loads == 1
 

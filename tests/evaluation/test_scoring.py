@@ -230,7 +230,7 @@ def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_pa
     (record,) = scoring.evaluate(chosen, load)
     # The file has no moments of spatial features.
     printed = capsys.readouterr().out
-    assert "note: sfid is left out: the reference has no moments of spatial features" in printed
+    assert "note: sfid is omitted: the reference has no moments of spatial features" in printed
     assert list(record.metrics) == ["fid_40", "inception_score_40"] and record.bounds == {}
     assert record.reference == records.Reference(
         file="reference.npz", sha256=hashlib.sha256(path.read_bytes()).hexdigest()
@@ -361,19 +361,19 @@ def test_the_table_names_each_number(options, capsys):
         ({"noise_grid": "edm"}, "--noise_grid=edm.*schedule, karras"),
         ({"rounding": "up"}, "--rounding=up.*nearest, floor"),
         ({"x_var": "none"}, "--x_var=none.*analytic, measured"),
-        ({"guidance": (-1.0,)}, "--guidance=-1.0: it must be 0, which means none, or a"),
-        ({"guidance": (float("inf"),)}, "--guidance=inf: it must be 0, which means none, or a"),
+        ({"guidance": (-1.0,)}, r"--guidance=-1.0: it must be 0 \(no guidance\) or a"),
+        ({"guidance": (float("inf"),)}, r"--guidance=inf: it must be 0 \(no guidance\) or a"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
         ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception"),
-        ({"metrics": ()}, "--metrics is empty: name some of frechet"),
+        ({"metrics": ()}, "--metrics is empty; give some of frechet"),
         ({"inception": Path("x")}, "--inception applies only to --features=inception"),
         ({"allow_singular": True}, "--allow_singular applies only to --features=inception"),
         (
             {"features": "inception", "input_resolution": 128},
             "--input_resolution applies only to --features=efficientnet",
         ),
-        ({"metrics": ("kid",)}, "--metrics=kid is defined on Inception's features only"),
+        ({"metrics": ("kid",)}, "--metrics=kid is defined only for Inception's features"),
         ({"cache_dir": Path("/dev/null/cache")}, "--cache_dir=/dev/null/cache"),
     ],
 )
@@ -561,7 +561,7 @@ def test_a_disk_that_has_no_room_for_what_is_kept(options, stop_at, monkeypatch,
     monkeypatch.setattr(unfinished, "write_whole", full)
     stop_at(None)
     (record,) = scoring.evaluate(dataclasses.replace(options, untrained_num=0), Loader())
-    assert record.metrics and "this would start from the beginning" in capsys.readouterr().err
+    assert record.metrics and "an interrupted computation would start over" in capsys.readouterr().err
 
 
 def test_a_damaged_unfinished_evaluation_begins_anew(options, workdirs, interrupt, capsys):
@@ -707,30 +707,32 @@ def test_images_against_images(inception, tmp_path, tiny_images):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda images, labels: (images.repeat(2, 1).repeat(2, 2), labels),
-            "images of 16x16 pixels and --ref",
+            "images of 16x16 pixels but --ref",
         ),
         (
             lambda images, labels: (images[:, :4, :4], labels),
-            "images of 4x4 pixels and --reference images of 8",
+            "images of 4x4 pixels but --reference has images of 8",
         ),
         (lambda images, labels: (images.repeat(2, 2), labels), "images of 16x8 pixels"),
         (lambda images, labels: (images // 128, labels), "bytes of 0 and 1 only"),
         (
             lambda images, labels: (images, labels + 1),
-            "an image of class 2, and --reference has classes 0 to 1",
+            "an image of class 2, but --reference has only classes 0 to 1",
         ),
-        (lambda images, labels: (images, labels + 100), "an image of class 10[01], and"),
+        (lambda images, labels: (images, labels + 100), "an image of class 10[01], but"),
     ],
 )
-def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path, tiny_reference, tiny_images):
+def test_images_that_do_not_fit_the_reference(
+    change, message, inception, tmp_path, tiny_reference, tiny_images
+):
     """Each was scored, or its class_fid left out, without a word."""
     np.savez(tmp_path / "samples.npz", *change(*tiny_images))
     metrics = ("frechet", "class_fid")
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         scoring.evaluate_images(
             of_images(inception, tmp_path / "samples.npz", reference=tiny_reference, metrics=metrics)
         )
@@ -738,13 +740,13 @@ def test_images_that_do_not_fit_the_reference(change, said, inception, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("resolution", "class_names", "said"),
+    ("resolution", "class_names", "message"),
     [
-        (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels and --reference images of 8x8 pixels"),
-        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher and 'even' for --reference"),
+        (SIDE, ("even", "odd"), "teacher has images of 4x4 pixels but --reference has images of 8x8 pixels"),
+        (8, ("odd", "even"), "class 0 is 'odd' for --workdir=.*teacher but 'even' for --reference"),
     ],
 )
-def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, inception, tiny_reference):
+def test_runs_that_do_not_fit_the_reference(resolution, class_names, message, inception, tiny_reference):
     load = Loader()
 
     def other(*arguments, **how):
@@ -753,29 +755,29 @@ def test_runs_that_do_not_fit_the_reference(resolution, class_names, said, incep
         return run
 
     chosen = dataclasses.replace(inception, reference=tiny_reference, metrics=("frechet", "class_fid"))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         scoring.evaluate(chosen, other)
     assert load.runs[0].asked == [] and not list(inception.cache_dir.glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"reference": None}, "needs a reference: add --reference=FILE with statistics, or DIR"),
-        ({"reference": Path("DIR")}, "is no prepared data set"),
+        ({"reference": Path("DIR")}, "is not a prepared data set"),
         ({"metrics": ("class_fid",)}, "class_fid: the reference has no features of single images"),
         ({"steps": (1,)}, "--steps applies only when runs are sampled; remove it when using --images"),
         ({"seed": 1}, "--seed applies only when"),
         ({"num": 7}, "--num applies only when"),
         (
             {"images": Path("BARE"), "metrics": ("kid",)},
-            "--metrics=kid needs at least 2 images, and there are 1",
+            "--metrics=kid needs at least 2 images, but there are 1",
         ),
         ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
         ({"images": Path("/no/where")}, "there is no such file or folder"),
     ],
 )
-def test_bad_input_for_images(inception, tmp_path, change, said):
+def test_bad_input_for_images(inception, tmp_path, change, message):
     write_npz(tmp_path / "samples.npz")
     np.savez(tmp_path / "bare.npz", write_npz(tmp_path / "other.npz")[:1])
     np.savez(tmp_path / "reference.npz", mu=np.full(30, 0.5), sigma=np.eye(30) / 12)
@@ -784,7 +786,7 @@ def test_bad_input_for_images(inception, tmp_path, change, said):
     change = {
         name: places.get(value, value) if isinstance(value, Path) else value for name, value in change.items()
     }
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         scoring.evaluate_images(of_images(inception, **(chosen | change)))
     assert "\n" not in str(error.value)
 

@@ -13,7 +13,7 @@ def test_several_sample_what_one_does(teacher, tmp_path):
     arguments = (f"--workdir={teacher}", "--num=5", f"--out={tmp_path / 'x.npz'}")
     codes, members = program("sample", *arguments, directory=tmp_path / "logs")
     assert codes == [0, 0], members.everything()
-    assert "5 images" in members.said(0) and not members.said(1)
+    assert "5 images" in members.output(0) and not members.output(1)
     images, labels = load_run(teacher).sample(5)
     with np.load(tmp_path / "x.npz") as found:
         np.testing.assert_array_equal(found["arr_1"], labels)
@@ -30,8 +30,8 @@ def test_several_evaluate_what_one_does(teacher, tmp_path):
         how = {"count": count, "directory": tmp_path / f"logs {name}"}
         codes, members = program("evaluate", *arguments, f"--cache_dir={tmp_path / name}", **how)
         assert codes == [0] * count, members.everything()
-        assert not any(members.said(index) for index in range(1, count)), members.everything()
-        return members.said(0)
+        assert not any(members.output(index) for index in range(1, count)), members.everything()
+        return members.output(0)
 
     assert "sampling 6 images" in evaluated("several", 2)
     assert "measured before" in evaluated("several again", 2)
@@ -121,8 +121,8 @@ with distributed.joined():
     with Members(code, count=2, devices=1, directory=tmp_path / "logs") as members:
         assert members.codes() == [0, 0], members.everything()
     for index in (0, 1):
-        (said,) = logged(tmp_path / "logs", "error", index)
-        assert "flags, weights and images of processes 0 and 1 differ" in said
+        (message,) = logged(tmp_path / "logs", "error", index)
+        assert "flags, weights and images of processes 0 and 1 differ" in message
 
 
 def test_a_cache_that_one_process_cannot_read_is_computed_by_all(tmp_path):
@@ -154,4 +154,4 @@ with distributed.joined():
 def test_a_mistake_in_evaluation_is_told_by_all(tmp_path):
     codes, members = program("evaluate", f"--workdir={tmp_path / 'none'}", directory=tmp_path / "logs")
     assert codes == [2, 2], members.everything()
-    assert all("there is no such directory" in members.said(index, "err") for index in (0, 1))
+    assert all("there is no such directory" in members.output(index, "err") for index in (0, 1))

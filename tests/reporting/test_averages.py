@@ -132,7 +132,7 @@ def test_the_same_training_twice_counts_once(tmp_path):
     (group,), _ = averages.group(collection)
     (estimate,), notes = averages.estimates(group, METRIC, collection.descriptions)
     assert (estimate.mean, estimate.count, estimate.runs) == (30.0, 1, ("new",))
-    assert notes == ["old is the same training as new, down to the seed: left out"]
+    assert notes == ["old is omitted: new is the same training with the same seed"]
 
 
 def test_bounds_span_the_group(tmp_path):

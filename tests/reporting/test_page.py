@@ -137,8 +137,8 @@ def test_notes_are_on_the_page_and_in_the_markdown(tmp_path):
     with open(path, "a") as file:
         file.write('{"workdir')
     made = content(tmp_path)
-    assert f"{path}:2 is cut off" in page.page(made)
-    assert f"Note: {path}:2 is cut off" in page.markdown(made)
+    assert f"{path}:2 is truncated" in page.page(made)
+    assert f"Note: {path}:2 is truncated" in page.markdown(made)
 
 
 def test_without_features_of_the_reference_there_is_no_nearest_neighbour_table(tmp_path):

@@ -57,7 +57,7 @@ def test_a_line_that_was_cut_off_is_skipped_with_a_note(tmp_path, at):
         file.write(json.dumps(record(99.0))[:at])
     collection = results.collect(tmp_path)
     assert [result.metrics[METRIC] for result in collection.results] == [10.0]
-    assert f"{path}:2 is cut off and was skipped; evaluate that run again" in collection.notes
+    assert f"{path}:2 is truncated and was skipped; evaluate that run again" in collection.notes
     # Evaluating again leaves it in place, see files.append_line.
     with open(path, "a") as file:
         file.write("\n")
@@ -71,11 +71,11 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
     path = write(tmp_path / "cd4", record(10.0))
     with open(path, "a") as file:
         file.write('{"workdir": "a\\"}}')
-    assert any("cut off" in note for note in results.collect(tmp_path).notes)
+    assert any("truncated" in note for note in results.collect(tmp_path).notes)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("what is this", "is damaged"),
         ('{"workdir": }', "is damaged"),
@@ -95,13 +95,13 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (json.dumps(record(created="yesterday")), "created is 'yesterday', not a date"),
     ],
 )
-def test_other_damage_is_named_with_file_and_line(tmp_path, line, said):
+def test_other_damage_is_named_with_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "cd4", record(10.0))
     with open(path, "a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError) as error:
         results.collect(tmp_path)
-    assert f"{path}:2" in str(error.value) and said in str(error.value)
+    assert f"{path}:2" in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -109,8 +109,8 @@ def trained(tiny_data, tmp_path_factory):
         with training(*runs, count=count, directory=directory / "logs") as members:
             assert members.codes() == [0] * count, members.everything()
         # One voice: the others are silent, and what they may not do ends them.
-        assert members.said(0).count("step 4/4") == len(runs)
-        assert not any(members.said(index) for index in range(1, count)), members.everything()
+        assert members.output(0).count("step 4/4") == len(runs)
+        assert not any(members.output(index) for index in range(1, count)), members.everything()
         return directory
 
     return run
@@ -178,7 +178,7 @@ def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
     runs = run("two", num_steps), run("at once", num_steps)
     with training(*runs, count=2, directory=tmp_path / "continued") as members:
         assert members.codes() == [0, 0], members.everything()
-        assert members.said(0).count(f"continuing at update {stopped}") == 1 and not members.said(1)
+        assert members.output(0).count(f"continuing at update {stopped}") == 1 and not members.output(1)
     with training(run("one", num_steps), count=1, directory=tmp_path / "by one") as members:
         assert members.codes() == [0], members.everything()
     whole = params_of(tmp_path / "at once")
@@ -210,7 +210,7 @@ observer.SilentObserver.metrics = fail
     run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
     with training(run, count=2, directory=tmp_path / "logs", before=code) as members:
         assert all(members.codes(timeout=120)), members.everything()
-    assert "this host is broken" in members.said(1, "err")
+    assert "this host is broken" in members.output(1, "err")
 
 
 # Without training.
