@@ -11,17 +11,23 @@ from pathlib import Path
 DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
 FLAGS = (
     f"--xla_force_host_platform_device_count={DEVICES}",
-    # LLVM's optimisations would take most of the time, for programs that run only a few times. They do not
-    # change what is computed on which device and which data are exchanged.
+    # XLA's fused kernels and LLVM's optimisations would take most of the time, for programs that run only a
+    # few times. They do not change what is computed on which device and which data are exchanged.
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+# A worker of pytest-xdist inherits the flags; given twice, they would change the keys of the cache.
+flags = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in FLAGS), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 CACHE = str(Path(__file__).parents[1] / ".xla_cache")
 os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# For plans: the TPU's compiler takes a third of the time.
+os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
 
 from jaxtyping import install_import_hook
 

@@ -235,7 +235,7 @@ def test_a_student_teaches_only_the_next_stage(tiny_data, staged, tmp_path, no_c
     with pytest.raises(InputError, match=r"is a student of 2 steps, but .* needs a teacher of 4"):
         trainer.train(config, tmp_path / "run")
     for objective in ("cd", "tract"):
-        with pytest.raises(InputError, match="is a progressive student; name the workdir of a diffusion"):
+        with pytest.raises(InputError, match="is a progressive student; use the workdir of a diffusion"):
             trainer.train(tiny.config(tiny_data, objective, staged / "steps_2"), tmp_path / "run")
 
 
