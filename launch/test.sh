@@ -28,8 +28,8 @@ mcm_run ruff format --check .
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 mcm_run pyright --pythonpath "$(command -v python)"
 mcm_run lint-imports --config setup.cfg
-# Two processes: one test compiles while another runs.
-mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile "$@"
+# Two processes: one test compiles while another runs. The longest files come first, see tests/conftest.py.
+mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
 [ -z "$fast" ] || exit 0
 # Exit code 5: none of the tests chosen by the arguments needs eight devices.
 MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]

@@ -60,32 +60,38 @@ def teacher(tiny_data, tmp_path_factory):
     return workdir
 
 
-# Tests that train, compile a whole network, or start programs; `launch/test.sh --fast` skips them, and tests
-# that are individually marked slow.
+# Tests that train, compile a whole network or start programs, the longest first, which is the order in which
+# they run. `launch/test.sh --fast` skips them, and single tests that are marked slow.
 SLOW = (
-    "bench",
-    "config/test_paper_rows.py",
-    "evaluation/test_inception.py",
-    "evaluation/test_several_processes.py",
+    "system/test_distributed.py",
+    "runs",
+    "test_commands.py",
     "models/test_uvit.py",
     "planning/test_planner.py",
-    "runs",
-    "system/test_distributed.py",
-    "test_clusters.py",
-    "test_docs.py",
-    "test_mutants.py",
+    "config/test_paper_rows.py",
     "test_programs.py",
-    "test_report.py",
+    "evaluation/test_several_processes.py",
+    "bench",
+    "test_docs.py",
     "test_theorems.py",
+    "evaluation/test_inception.py",
+    "test_mutants.py",
+    "test_clusters.py",
+    "test_report.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Marks slow tests, and skips multi-device tests without eight devices."""
+    """Marks slow tests and runs them first, and skips multi-device tests without eight devices."""
     tests = Path(__file__).parent
-    slow = [tests / name for name in SLOW]
+
+    def place(item):
+        matches = (number for number, name in enumerate(SLOW) if item.path.is_relative_to(tests / name))
+        return next(matches, len(SLOW))
+
+    items.sort(key=place)
     for item in items:
-        if any(item.path.is_relative_to(place) for place in slow):
+        if place(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("multi_device") and DEVICES != 8:
             item.add_marker(pytest.mark.skip(reason="needs MCM_TEST_DEVICES=8, see launch/test.sh"))
