@@ -40,7 +40,7 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     result.model.update(
         kinds=("resnet", "transformer"),
         widths=(8, 16),
-        blocks=(1, 2),
+        blocks=(1, 1),
         dropouts=(0.1, 0.1),
         embedding_width=16,
         head_width=8,
@@ -58,16 +58,9 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     return result
 
 
-def made_up_config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
-    """Like `config`, but faster to compile: one block of each kind."""
-    result = config(data_dir, objective, teacher)
-    result.model.blocks = (1, 1)
-    return result
-
-
 def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     """A finished teacher without training: its parameters are random, none zero as after initialisation."""
-    settings = validation.validate(made_up_config(data_dir))
+    settings = validation.validate(config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
     network = build.network(settings, num_classes=dataset.num_classes)
     rng = np.random.default_rng(0)

@@ -56,7 +56,12 @@ class Network:
 
     def init(self, key: jax.Array) -> Params:
         """Initialises float32 parameters; can be traced by jit or eval_shape."""
-        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_build(self, nnx.Rngs(params=key)), nnx.Param))
+
+    @property
+    def abstract_params(self) -> Params:
+        """The shapes and dtypes of the parameters, as jax.ShapeDtypeStruct."""
+        return nnx.to_pure_dict(_structure(self)[1])
 
     def apply(
         self,
@@ -83,20 +88,22 @@ class Network:
                         weights.set_value(weights[...].astype(layer.dtype))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def _build(self, rngs: nnx.Rngs) -> nnx.Module:
-        return self.settings.build(
-            self.shape, num_classes=self.num_classes, placement=self.placement, rngs=rngs
-        )
-
-    @functools.cached_property
-    def _abstract(self) -> tuple[Any, Any]:
-        """The module's structure and parameter shapes; built once, used by every trace of `apply`."""
-        return nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))
-
     def _module(self, params: Params) -> nnx.Module:
         """The module with these parameters, built without initialising any."""
-        graphdef, state = self._abstract
+        graphdef, state = _structure(self)
         # A variable can be set only within the trace that created it, so each trace creates its own.
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         nnx.update(model, params)
         return model
+
+
+def _build(network: Network, rngs: nnx.Rngs) -> nnx.Module:
+    return network.settings.build(
+        network.shape, num_classes=network.num_classes, placement=network.placement, rngs=rngs
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _structure(network: Network) -> tuple[Any, Any]:
+    """The module's graph and abstract parameters; built once, used by every trace of `apply`."""
+    return nnx.split(nnx.eval_shape(lambda: _build(network, nnx.Rngs(0))))

@@ -55,7 +55,7 @@ def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pr
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
     network, settings = build.network(config, num_classes=num_classes), samplers.resolve(config)
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = network.abstract_params
     x_var = jax.ShapeDtypeStruct((settings.steps,), jnp.float32) if settings.x_var == "measured" else None
     everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
     indices = jax.ShapeDtypeStruct((images,), jnp.int32)

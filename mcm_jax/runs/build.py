@@ -146,10 +146,8 @@ def training(config: Config, *, num_classes: int, mesh: Mesh) -> Training:
     """The network, optimizer and abstract state that the config describes."""
     built = network(config, num_classes=num_classes)
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
-    abstract = jax.eval_shape(
-        lambda key: step.init_state(built.init(key), adam, target_decay=config.target_decay),
-        jax.random.key(0),
-    )
+    init_state = functools.partial(step.init_state, optimizer=adam, target_decay=config.target_decay)
+    abstract = jax.eval_shape(init_state, built.abstract_params)
     return Training(
         config=config,
         mesh=mesh,

@@ -322,7 +322,7 @@ def load_run(
     # A trained run is sampled on the devices of this machine, with a copy of the parameters on each.
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     network = build.network(config, num_classes=dataset.num_classes)
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    abstract = network.abstract_params
     shardings = sharding.params_sharding(mesh, abstract)
     with Checkpoints(workdir) as saved:
         step = saved.require()[-1] if checkpoint_step is None else checkpoint_step

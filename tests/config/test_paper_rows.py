@@ -145,7 +145,7 @@ def test_the_network(resolution, size):
 def test_parameter_counts_of_the_paper(resolution, size):
     """Within 1.5%: the paper rounds. Shapes only, nothing is allocated."""
     network = build.network(load(resolution, f"{size},cd,steps=8"), num_classes=1000)
-    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
+    count = sum(leaf.size for leaf in jax.tree.leaves(network.abstract_params))
     published = paper.tables()["parameters"][f"{size}/imagenet{resolution}"]
     units = {"M": 1e6, "B": 1e9}
     np.testing.assert_allclose(count, float(published[:-1]) * units[published[-1]], rtol=0.015)
@@ -361,7 +361,7 @@ def test_an_update_of_every_program(resolution, row):
     # Away from the initial zeros, at which every network predicts the same.
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype),
-        jax.eval_shape(network.init, jax.random.key(0)),
+        network.abstract_params,
     )
     batch = {
         "image": jnp.asarray(rng.uniform(-1, 1, (4, SIDE, SIDE, 3)), jnp.float32),

@@ -77,7 +77,8 @@ def test_the_scale_of_a_stage_matters_only_where_nothing_normalises_it(norm):
 def test_parameters_are_float32():
     for dtype in ("float32", "bfloat16"):
         network = network_of(dataclasses.replace(UVIT, dtype=dtype))
-        leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+        assert network.abstract_params == jax.eval_shape(network.init, jax.random.key(0))
+        leaves = jax.tree.leaves(network.abstract_params)
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 

@@ -383,7 +383,7 @@ def test_a_whole_run_on_eight_devices(tiny_data, made_up_teacher, alone, tmp_pat
 
 
 def three_updates_config(objective, tiny_data, teacher):
-    config = tiny.made_up_config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
     # Adam's tiny epsilon would turn the rounding of a gradient that is zero (the bias of the keys' norm has
     # none, softmax is blind to it) into an update of full size.
     config.optimizer.update(learning_rate=1e-3, eps=1e-5)

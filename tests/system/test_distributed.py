@@ -49,7 +49,7 @@ with distributed.joined():
     first_only()
     for run in json.loads('''RUNS'''):
         name = Path(run["workdir"]).name
-        config = tiny.made_up_config(Path(run["data"]), *run["objective"])
+        config = tiny.config(Path(run["data"]), *run["objective"])
         config.training.update(run["training"])
         config.mesh.fsdp = run["fsdp"]
         # Where a gradient is zero but for its last bits, Adam would make an update of them.
@@ -236,11 +236,11 @@ def refused(call):
 with distributed.joined():
     mine = jax.process_index() == 1
     os.chdir(place if mine else data.parent)
-    attempt(tiny.made_up_config(data.name), place / "run")
-    config = tiny.made_up_config(data)
+    attempt(tiny.config(data.name), place / "run")
+    config = tiny.config(data)
     config.seed = jax.process_index()
     attempt(config, place / "run")
-    attempt(tiny.made_up_config(data), place / ("elsewhere" if mine else "run"))
+    attempt(tiny.config(data), place / ("elsewhere" if mine else "run"))
     config.objective = "gan" if mine else "diffusion"
     attempt(config, place / "run")
     assert not list(place.glob("*/run.json"))

@@ -147,7 +147,7 @@ def test_the_modulations_of_a_network_are_columns():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     config = rows.tiny("teacher", dataset="openmoji", resolution=16)
     network = build.network(validation.validate(config), num_classes=9)
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    abstract = network.abstract_params
     split = jax.tree.map(
         lambda leaf, sharding: (leaf.size, sharding.spec), abstract, sharding.params_sharding(mesh, abstract)
     )
