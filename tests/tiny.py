@@ -38,10 +38,10 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     result.teacher_checkpoint = None if teacher is None else str(teacher)
     result.data.update(dataset="folder/tiny", data_dir=str(data_dir), resolution=8)
     result.model.update(
-        kinds=("resnet", "transformer"),
-        widths=(8, 16),
-        blocks=(1, 1),
-        dropouts=(0.1, 0.1),
+        kinds=("transformer",),
+        widths=(16,),
+        blocks=(1,),
+        dropouts=(0.1,),
         embedding_width=16,
         head_width=8,
         mlp_factor=2,
@@ -58,9 +58,16 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     return result
 
 
+def two_stage_config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
+    """`config` with a stage of each kind, for what depends on how their parameters are split."""
+    result = config(data_dir, objective, teacher)
+    result.model.update(kinds=("resnet", "transformer"), widths=(8, 16), blocks=(1, 1), dropouts=(0.1, 0.1))
+    return result
+
+
 def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     """A finished teacher without training: its parameters are random, none zero as after initialisation."""
-    settings = validation.validate(config(data_dir))
+    settings = validation.validate(two_stage_config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
     network = build.network(settings, num_classes=dataset.num_classes)
     rng = np.random.default_rng(0)

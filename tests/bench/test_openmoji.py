@@ -41,8 +41,8 @@ def small_bench(tiny_data, tmp_path, monkeypatch):
     def tiny_config(row, *, dataset, resolution):
         system = row.partition(",")[0]
         if system == "teacher":
-            return tiny.config(tiny_data)
-        return tiny.config(tiny_data, system, "the teacher's workdir")
+            return tiny.two_stage_config(tiny_data)
+        return tiny.two_stage_config(tiny_data, system, "the teacher's workdir")
 
     monkeypatch.setattr(openmoji.rows, "tiny", tiny_config)
     monkeypatch.setattr(openmoji.preparation, "prepare", lambda plan, *, data_dir: None)

@@ -81,7 +81,7 @@ NOT_FREE = {
     "seed": 1,
     "optimizer__learning_rate": 0.5,
     "training__batch_size": 32,
-    "model__widths": (8, 24),
+    "model__widths": (24,),
     "schedule__noise_resolution_low": 4,
     "data__horizontal_flip": False,
 }

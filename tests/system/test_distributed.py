@@ -49,7 +49,7 @@ with distributed.joined():
     first_only()
     for run in json.loads('''RUNS'''):
         name = Path(run["workdir"]).name
-        config = tiny.config(Path(run["data"]), *run["objective"])
+        config = tiny.two_stage_config(Path(run["data"]), *run["objective"])
         config.training.update(run["training"])
         config.mesh.fsdp = run["fsdp"]
         # Where a gradient is zero but for its last bits, Adam would make an update of them.
