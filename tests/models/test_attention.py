@@ -48,8 +48,8 @@ def test_the_kernel_names_what_its_gradient_needs():
         _, pullback = jax.eval_shape(
             lambda *qkv: jax.vjp(jax.checkpoint(attend, policy=policy), *qkv), q, k, v
         )
-        # Arrays only: the number of scalars depends on JAX's version.
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.ndim)
+        # JAX's version decides how many scalars and arrays of one element are among them.
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size > 8)
 
     assert kept(attention.NAME) - kept() == q.size + q.size // 128
 
