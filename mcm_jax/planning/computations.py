@@ -5,13 +5,14 @@ Each comes with abstract arguments, so that it can be compiled for devices that 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from mcm_jax.config.settings import Config
+from mcm_jax.config.settings import Config, stage_configs
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
 from mcm_jax.runs import build, samplers
@@ -31,11 +32,12 @@ class Program:
 
 
 def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
-    """The train step (one update).
+    """The train step (one update), of the last stage if there are several.
 
     Raises:
       InputError: the mesh or the batch size of `config` does not match the number of devices.
     """
+    _, config = stage_configs(config, Path())[-1]
     settings = config.training
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)

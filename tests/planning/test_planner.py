@@ -1,6 +1,7 @@
 """The program: a plan for a small slice, answers where it does not fit, refusals before any compilation."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mcm_jax.config import rows
+from mcm_jax.config import rows, validation
 from mcm_jax.evaluation import inception, inception_weights
 from mcm_jax.models import attention
 from mcm_jax.planning import compilation, computations, planner, report, topologies
@@ -88,6 +89,22 @@ def test_sampling_on_four_chips():
     assert flops[3] == pytest.approx(3 * flops[1], rel=1e-3)
     rate = record["images_per_step"] / record["estimated_step_seconds"]
     assert f"{rate:.0f} per second, 50000 in {50_000 / rate:.1f} s" in text
+
+
+@pytest.mark.parametrize("system", ["tract", "progressive,steps=8"])
+def test_the_train_step_of_several_stages_is_that_of_the_last(system):
+    raw = rows.tiny(system, dataset="openmoji", resolution=16)
+    raw.teacher_checkpoint = "teacher"
+    raw.model.update(kinds=("resnet",), widths=(8,), blocks=(1,), dropouts=(0.0,), embedding_width=16)
+    config = validation.validate(raw)
+    stages = config.loss.stages
+    last = {"stages": stages[-2:]}
+    if config.objective == "progressive":
+        last["xvar_frac"] = config.loss.later_xvar_frac
+    alone = dataclasses.replace(config, **{config.objective: dataclasses.replace(config.loss, **last)})
+    found, expected = (computations.train(each, jax.devices()[:1], num_classes=7) for each in (config, alone))
+    lowered = [each.function.lower(*each.arguments).as_text() for each in (found, expected)]
+    assert len(stages) > 2 and lowered[0] == lowered[1]
 
 
 @needs_libtpu
