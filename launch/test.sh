@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test in .venv, which it creates if missing. Arguments go to pytest: bash launch/test.sh -k steps
+# Runs the linters, the type checker and all tests in .venv, which it creates if missing. Passes its arguments to pytest:
+# bash launch/test.sh -k steps
 # Compiled programs are cached in .xla_cache for the next run.
 #
 #   bash launch/test.sh --fast      skips the tests marked slow, and those on eight devices
@@ -28,19 +29,8 @@ mcm_run ruff format --check .
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 mcm_run pyright --pythonpath "$(command -v python)"
 mcm_run lint-imports --config setup.cfg
-if [ -n "$fast" ]; then
-  mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
-  exit
-fi
-# The tests on eight devices run beside the others, and report after them.
-eight=$(mktemp)
-MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" >"$eight" 2>&1 &
-beside=$!
-trap 'pkill -P $beside || true; rm -f "$eight"' EXIT
-status=0
 # Two processes: one test compiles while another runs. The longest files come first, see tests/conftest.py.
-mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@" || status=$?
+mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+[ -z "$fast" ] || exit 0
 # Exit code 5: none of the tests chosen by the arguments needs eight devices.
-wait $beside || [ $? -eq 5 ] || status=$?
-cat "$eight"
-exit "$status"
+MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]

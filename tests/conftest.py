@@ -18,10 +18,10 @@ FLAGS = (
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-# Later versions do not know this flag, and exit.
+# XLA aborts on unknown flags, and later versions do not have this one.
 if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
     FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
-# A worker of pytest-xdist inherits the flags; given twice, they would change the keys of the cache.
+# Workers of pytest-xdist inherit XLA_FLAGS; repeated flags would change the keys of the compilation cache.
 flags = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in FLAGS), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -29,7 +29,7 @@ CACHE = str(Path(__file__).parents[1] / ".xla_cache")
 os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# For plans: the TPU's compiler takes a third of the time.
+# With the lowest effort, plans for TPUs compile in a third of the time.
 os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
 
 from jaxtyping import install_import_hook
@@ -63,8 +63,8 @@ def teacher(tiny_data, tmp_path_factory):
     return workdir
 
 
-# Tests that train, compile a whole network or start programs, the longest first, which is the order in which
-# they run. `launch/test.sh --fast` skips them, and single tests that are marked slow.
+# Tests that train, compile a whole network or start programs, in the order in which they run: the longest
+# first. `launch/test.sh --fast` skips them and all other tests marked slow.
 SLOW = (
     "system/test_distributed.py",
     "runs",

@@ -2,8 +2,8 @@
 
 A config file builds a locked `ConfigDict` from `default_config`; `validation.validate` turns it into the
 frozen, typed `Config` that the rest of the program reads. Each setting is declared once, next to the code
-that uses it (see `mcm_jax.fields`). Settings that the paper leaves open are marked, with the reason for the
-default.
+that uses it (see `mcm_jax.fields`). Settings that the paper leaves open are marked '(open)', most
+with the reason for the default.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ class SamplingSettings:
         affects=Affects.SAMPLES,
     )
     x_var_eta: float = setting(
-        0.75, "eta: measured x_var = eta ||x - x_hat||^2 / d", low=0, affects=Affects.SAMPLES
+        0.75, "eta: measured x_var = eta mean(||x - x_hat||^2 / d)", low=0, affects=Affects.SAMPLES
     )
     x_var_images: int = setting(
         1024, "maximum number of training images to measure x_var on", low=1, affects=Affects.SAMPLES
@@ -130,7 +130,7 @@ class Config:
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
-        None, "workdir of the teacher: all objectives except diffusion start from it, all but ct distil it"
+        None, "workdir of the teacher; required except for diffusion (ct only starts from its parameters)"
     )
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     model: UViTSettings = dataclasses.field(default_factory=UViTSettings)

@@ -1,4 +1,4 @@
-"""Compares samples of a run, or images from elsewhere, with a reference and records the results."""
+"""Scores samples of a run, or images from other programs, against a reference."""
 
 import copy
 import dataclasses
@@ -92,7 +92,7 @@ class Evaluator:
         for line in reversed(lines):
             try:
                 result = Result.from_json(json.loads(line))
-            # The line is truncated by a crash or from an older version; its errors are all ValueErrors.
+            # A line that a crash truncated or an older version wrote raises ValueError.
             except ValueError:
                 continue
             if result.same_measurement(measurement):
@@ -304,7 +304,7 @@ def _versions() -> dict[str, str]:
 
 
 def grid_name(measurement: Measurement) -> str:
-    """The file name of the sample grid, with the settings that distinguish samples, except usual ones."""
+    """The file name of the sample grid; contains every sampling setting that differs from the usual one."""
     sampling = measurement.sampling
     words = [f"samples_step{measurement.checkpoint_step}", measurement.parameters]
     words.append(f"{sampling.sampler}{sampling.steps}")
@@ -346,7 +346,7 @@ def _sample_into(
 
 
 def _untrained_identity(run: "Run", seed: int, sampling: Sampling) -> JsonObject:
-    """Everything that samples of the untrained network depend on; equal for a teacher and its students."""
+    """Everything that samples of the untrained network depend on; runs with equal settings share results."""
     config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
     sampled = {"label_rule": run.label_rule, **sampling.to_json()}
     return {"config": config, "dataset": run.config.data.dataset, "seed": seed, **sampled}

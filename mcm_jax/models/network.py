@@ -106,4 +106,4 @@ def _build(network: Network, rngs: nnx.Rngs) -> nnx.Module:
 @functools.lru_cache(maxsize=32)
 def _structure(network: Network) -> tuple[Any, Any]:
     """The module's graph and abstract parameters; built once, used by every trace of `apply`."""
-    return nnx.split(nnx.eval_shape(lambda: _build(network, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: _build(network, nnx.Rngs(0))), nnx.Param)

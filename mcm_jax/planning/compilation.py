@@ -132,7 +132,7 @@ def _no_cache() -> Generator[None, None, None]:
     enabled = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # It caches whether it is enabled.
+        compilation_cache.reset_cache()  # Otherwise JAX remembers that it is enabled.
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)

@@ -22,7 +22,7 @@ from mcm_jax.planning.hlo import Instruction, Module, array_dims, shape_bytes, t
 Kind = Literal["estimated", "unestimated", "kernel", "collective", "copy"]
 # Assumed share of peak FLOPs that a custom kernel reaches.
 KERNEL_SHARE = 0.4
-# Attention kernels do not report FLOPs. These are their numbers of products of an L x D with a D x L' matrix.
+# For attention kernels that report no FLOPs: their number of products of an L x D and a D x L' matrix.
 FORWARD, BACKWARD = "splash_mha_fwd", "splash_mha_dkv"
 _ATTENTION_PRODUCTS = {FORWARD: 2, BACKWARD: 5}
 _COLLECTIVES = (
@@ -77,7 +77,7 @@ def operations(
     """Returns all operations of one step in order of first execution, and messages about unreadable parts.
 
     Args:
-      coordinates: coordinates in the slice of the chip of each of the module's partitions.
+      coordinates: for each partition of the module, its chip's coordinates in the slice.
       bounds: the slice's size along each axis.
       package: directory of this package's files, preferred in source lines.
     """
@@ -181,7 +181,7 @@ class _Walk:
         num_bytes = _received_bytes(inner, len(self._group(inner)))
         opcode = inner.opcode.removesuffix("-start")
         if any(name.startswith("all-reduce-scatter") for name in one.called("calls")):
-            # The compiler writes it as an all-reduce followed by a slice.
+            # The compiler writes a reduce-scatter as an all-reduce followed by a slice.
             num_bytes, opcode = num_bytes / 2, "reduce-scatter"
         seconds = self._link_seconds(inner, num_bytes)
         return _Transfer(one, opcode, "collective", num_bytes, seconds, seconds)
@@ -266,10 +266,10 @@ def instruction_flops(module: Module, one: Instruction, by_name: dict[str, Instr
 
 
 def convolution_flops(one: Instruction, image: Sequence[int], kernel: Sequence[int]) -> float:
-    """Two FLOPs per multiplication, without those whose tap falls into padding or between dilated values.
+    """Two FLOPs per multiplication; skips kernel taps that fall into padding or between dilated values.
 
     The compiler writes batched matrix products, such as those of attention, as convolutions in which nearly
-    all taps do so.
+    all taps are skipped.
     """
     image_labels, kernel_labels, result_labels = re.split(r"_|->", one.attribute("dim_labels") or "")
     (result,) = array_dims(one.shape)
@@ -350,9 +350,9 @@ def _constant(one: Instruction | None) -> int | None:
 
 
 def _advance(in_flight: dict[str, _Transfer], seconds: float, *, busy: Kind) -> None:
-    """Advances transfers by `seconds`, the oldest of each kind first, except those of the kind `busy`.
+    """Advances transfers by `seconds`, the oldest of each kind first, except those of kind `busy`.
 
-    Links and memory work at the same time.
+    Collectives and copies advance independently: they use links and memory.
     """
     for kind in ("collective", "copy"):
         budget = 0.0 if kind == busy else seconds
@@ -414,10 +414,10 @@ def _first_of_mesh(sizes: dict[str, int], over: Sequence[str]) -> list[int]:
 
 
 def _received_bytes(one: Instruction, group: int) -> float:
-    """Bytes that each of the group's n chips must receive; a ring algorithm moves no more.
+    """Bytes that each of the n chips in a group must receive, which is what a ring algorithm moves.
 
     all-gather: the other chips' parts of the result. reduce-scatter: n - 1 times its own part of the result.
-    all-reduce: both, one after the other.
+    all-reduce: a reduce-scatter, then an all-gather.
     """
     opcode = one.opcode.removesuffix("-start")
     num_bytes = float(one.num_bytes)

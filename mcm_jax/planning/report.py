@@ -26,7 +26,7 @@ def record(
     fitting: str | None = None,
     seconds_unfused: float | None = None,
 ) -> JsonObject:
-    """The record that --json writes; for a program that does not fit, it contains the memory but no times.
+    """Returns the record that --json writes; without times if the compiler rejected the program (TooLarge).
 
     For programs other than the train step, a "step" is one execution.
 
@@ -66,6 +66,7 @@ def record(
         "estimated_step_seconds": seconds,
         "estimated_steps_per_second": 1 / seconds,
         "estimated_images_per_second": result["images_per_step"] / seconds,
+        # Counts recomputed FLOPs too.
         "estimated_mfu": compiled.flops / chip.peak_flops / seconds,
         "estimated_step_seconds_attention_unfused": seconds_unfused,
         "modelled_share": modelled / seconds,

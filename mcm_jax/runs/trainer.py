@@ -37,8 +37,8 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       Whether the run is finished; False if it was interrupted, after saving a checkpoint.
 
     Raises:
-      InputError: the config, the data, the teacher or the workdir is invalid. Raised before any compilation,
-        without changing saved files.
+      InputError: the config, the data, the teacher or the workdir is invalid. Each stage raises it before it
+        compiles; later stages check data and disk space when they start.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     with distributed.fail_together():

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: parameters, averaged parameters, optimizer and data iterator as separate items.
+"""Orbax checkpoints of a run; parameters, averages, optimizer, step and data iterator are separate items.
 
 This lets sampling read only the averaged parameters. A student's checkpoint does not contain its teacher's
 parameters.

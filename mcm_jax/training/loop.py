@@ -69,7 +69,7 @@ def train(
 ) -> bool:
     """Trains until settings.num_steps updates are done, then saves a checkpoint.
 
-    Metrics are read one update late, so that the host never waits for the update that it just started.
+    Metrics are read one update late, so the host waits for the current update only to save or to sample.
     SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early. With several processes, a
     signal to one of them stops all after the same update.
 
