@@ -4,6 +4,7 @@ Programs for eight devices compile slowly, so most tests see one device. Tests m
 separate process with MCM_TEST_DEVICES=8, as in launch/test.sh.
 """
 
+import functools
 import importlib.metadata
 import os
 from pathlib import Path
@@ -88,13 +89,14 @@ def pytest_collection_modifyitems(items):
     """Marks slow tests and runs them first, and skips multi-device tests without eight devices."""
     tests = Path(__file__).parent
 
-    def place(item):
-        matches = (number for number, name in enumerate(SLOW) if item.path.is_relative_to(tests / name))
+    @functools.cache
+    def place(path):
+        matches = (number for number, name in enumerate(SLOW) if path.is_relative_to(tests / name))
         return next(matches, len(SLOW))
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item.path))
     for item in items:
-        if place(item) < len(SLOW):
+        if place(item.path) < len(SLOW):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("multi_device") and DEVICES != 8:
             item.add_marker(pytest.mark.skip(reason="needs MCM_TEST_DEVICES=8, see launch/test.sh"))

@@ -141,7 +141,7 @@ def sampler_operations(apply, params, *, sampler, num_steps):
 @pytest.fixture(scope="module")
 def uvit():
     """Abstract parameters, and the operations of one call."""
-    params = jax.eval_shape(UVIT.init, jax.random.key(0))
+    params = UVIT.abstract_params
     logsnr = jax.ShapeDtypeStruct((BATCH,), jnp.float32)
     calls = operations(lambda *arguments: UVIT.apply(*arguments, None), params, Z, logsnr, COND)
     # Twice the products: of 12.6M weights for 256 tokens in each of the middle's 16 blocks alone.

@@ -14,6 +14,14 @@ from mcm_jax.runs import build, workdirs
 from mcm_jax.training import optimizer, step
 from mcm_jax.training.checkpoints import Checkpoints
 
+# Settings of config.model: a stage of each kind.
+TWO_STAGES = {
+    "kinds": ("resnet", "transformer"),
+    "widths": (8, 16),
+    "blocks": (1, 1),
+    "dropouts": (0.1, 0.1),
+}
+
 
 def prepare_folder(directory: Path, *, resolution: int = 8, count: int = 40) -> Path:
     """Prepares folder/tiny, two classes of random images, in directory/data; returns that data_dir."""
@@ -61,7 +69,7 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
 def two_stage_config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = None):
     """`config` with a stage of each kind, for what depends on how their parameters are split."""
     result = config(data_dir, objective, teacher)
-    result.model.update(kinds=("resnet", "transformer"), widths=(8, 16), blocks=(1, 1), dropouts=(0.1, 0.1))
+    result.model.update(TWO_STAGES)
     return result
 
 

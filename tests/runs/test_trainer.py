@@ -610,12 +610,7 @@ def changed(config, **fields):
     return config
 
 
-TWO_STAGES = {
-    "model__kinds": ("resnet", "transformer"),
-    "model__widths": (8, 16),
-    "model__blocks": (1, 1),
-    "model__dropouts": (0.1, 0.1),
-}
+TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()}
 
 
 @pytest.mark.parametrize(
