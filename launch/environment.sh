@@ -32,8 +32,7 @@ mcm_require_run() {
   done
 }
 
-# mcm_supports PYTHON: whether the version is supported. TensorFlow, which reads and writes data sets, has no builds
-# for others.
+# mcm_supports PYTHON: whether the version is one that the tests have run on.
 mcm_supports() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
 }

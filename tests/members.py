@@ -32,7 +32,7 @@ def refuse(*_, **__):
 def first_only():
     if jax.process_index() > 0:
         files.write_whole = files.append_line = observer.save_png = refuse
-        observer.EventFileWriter = refuse
+        observer.RecordWriter = refuse
 
 def log(name, record):
     with open(Path(sys.argv[1]) / f"{name}.{INDEX}.jsonl", "a") as file:

@@ -117,7 +117,6 @@ def make_python(path, code):
 
 @pytest.mark.parametrize(("version", "code"), [((3, 10), 2), ((3, 11), 0), ((3, 13), 0), ((3, 14), 2)])
 def test_versions_of_python(version, code, tmp_path):
-    """TensorFlow, which is required, has no build for 3.14."""
     python = make_python(tmp_path / "python", f"sys.version_info = {(*version, 0)}")
     result = dry_run("smoke.sh", PYTHON=python)
     assert result.returncode == code

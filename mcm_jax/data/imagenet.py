@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import importlib.util
 import io
 import itertools
 import re
@@ -222,6 +223,11 @@ class Prepared(Source):
             wanted = f"neither {TRAIN_TAR} nor a" if name == "imagenet2012" else "no"
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--manual_dir={data_dir} holds {wanted} prepared {name} ({reason})") from error
+        if not self._is_array_record and importlib.util.find_spec("tensorflow") is None:
+            raise InputError(
+                f"--manual_dir={data_dir}: its {name} is stored as TFRecord, which TFDS reads with "
+                "TensorFlow; install it: pip install tensorflow"
+            )
         self._names = {"train": "train", "test": "validation"}
         missing = [name for name in self._names.values() if name not in self._builder.info.splits]
         if missing:
@@ -233,6 +239,10 @@ class Prepared(Source):
         self._labels = [class_names().index(one) for one in names]
         lengths = {name: self._builder.info.splits[name].shard_lengths for name in self._names.values()}
         self.fingerprint = f"{name} {self._builder.version} {lengths}"
+
+    @property
+    def _is_array_record(self) -> bool:
+        return self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
 
     def units(self) -> list[Unit]:
         """One unit per shard of the prepared data set."""
@@ -248,7 +258,7 @@ class Prepared(Source):
         """Yields the images of a unit, still encoded as stored."""
         raw = {"image": tfds.decode.SkipDecoding()}
         name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
-        if self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        if self._is_array_record:
             stored = layout.stored_records(self._builder, name, decoders=raw)
             examples = (stored[index] for index in range(first, last))
         else:

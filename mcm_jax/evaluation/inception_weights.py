@@ -209,10 +209,11 @@ def _numbered(name: str, number: int) -> str:
 
 def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
     """The constants of a frozen graph by name."""
-    import tensorflow as tf  # Slow to import.
     from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto import graph_pb2
+    from tensorboard.util.tensor_util import make_ndarray
 
-    graph = tf.compat.v1.GraphDef()
+    graph = graph_pb2.GraphDef()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         graph.ParseFromString(content)
     except DecodeError as error:
@@ -220,7 +221,7 @@ def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
             f"{path} holds no Inception weights: no .pth, frozen graph, pickle or .safetensors; {SOURCE}"
         ) from error
     constants = [node for node in graph.node if node.op == "Const"]
-    return {node.name: tf.make_ndarray(node.attr["value"].tensor) for node in constants}
+    return {node.name: make_ndarray(node.attr["value"].tensor) for node in constants}
 
 
 def _of_safetensors(path: Path, content: bytes) -> Weights:

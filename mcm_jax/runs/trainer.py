@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from clu.parameter_overview import count_parameters
 
 from mcm_jax import fields
 from mcm_jax.config import validation
@@ -21,7 +22,7 @@ from mcm_jax.runs.run import Run
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.pictures import image_grid
-from mcm_jax.training import loop
+from mcm_jax.training import loop, observer
 from mcm_jax.training.checkpoints import Batches, Checkpoints
 from mcm_jax.training.state import Params, TrainState
 
@@ -94,9 +95,11 @@ def _train_run(config: Config, workdir: Path) -> bool:
         state, teacher_params = _start(training, checkpoints, batches)
         train_step = training.train_step()
         preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
+        count = count_parameters(training.abstract.params)
+        distributed.say(f"training {count:,} parameters")
         with _observer(
             config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
-        ) as observer:
+        ) as run_observer:
             return loop.train(
                 state,
                 teacher_params,
@@ -105,7 +108,7 @@ def _train_run(config: Config, workdir: Path) -> bool:
                 mesh=mesh,
                 settings=config.training,
                 checkpoints=checkpoints,
-                observer=observer,
+                observer=run_observer,
             )
 
 
@@ -134,8 +137,9 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
         )
     if done < teacher_config.training.num_steps:
         raise InputError(
-            f"config.teacher_checkpoint={path} has done {done} of its {teacher_config.training.num_steps} "
-            "updates; finish the teacher first, since every start of the student must use the same one"
+            f"config.teacher_checkpoint={path} has completed {done} of its "
+            f"{teacher_config.training.num_steps} updates; finish its training first, because every start of "
+            "the student must load the same teacher"
         )
     if teacher_data.class_names != dataset.class_names:
         raise InputError(
@@ -147,8 +151,8 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
     for name, ours in fields.flat(config, Affects.NETWORK).items():
         if its[name] != ours:
             raise InputError(
-                f"config.teacher_checkpoint={path} does not match: its {name} is {its[name]}, this run's is "
-                f"{ours}; make them equal or choose another teacher"
+                f"config.teacher_checkpoint={path} has another network: its {name} is {its[name]}, this "
+                f"run's is {ours}; make them equal or choose another teacher"
             )
 
 
@@ -229,8 +233,6 @@ def _observer(
     config: Config, workdir: Path, *, first_step: int, draw: Callable[[Params], np.ndarray]
 ) -> contextlib.AbstractContextManager[loop.Observer]:
     """The observer of this process; only the first process reports progress."""
-    from mcm_jax.training import observer  # Slow: imports TensorFlow.
-
     if not distributed.is_first():
         return observer.SilentObserver(draw=draw)
     return observer.RunObserver(

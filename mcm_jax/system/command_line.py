@@ -35,8 +35,7 @@ def run(main: Callable[[], None]) -> None:
     """
     _escape_unencodable()
     host.tune()
-    # Set before anything imports TensorFlow, which writes TensorBoard's files, because it otherwise prints
-    # start-up messages on stderr.
+    # TFDS imports TensorFlow to read TFRecord files; without this it prints start-up messages on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:

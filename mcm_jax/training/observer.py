@@ -1,22 +1,24 @@
 """Reports the progress of a run: a progress bar or plain lines, TensorBoard, and grids of samples."""
 
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from clu import metric_writers
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboard.compat.proto import event_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mcm_jax.system.pictures import save_png
+from mcm_jax.system.pictures import png_bytes, save_png
 from mcm_jax.training.state import Params
 
 # protobuf creates these classes at import time.
 _Event, _SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+_Summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"]]
 
@@ -138,27 +140,36 @@ class SilentObserver:
 
 
 class _EventFile:
-    """TensorBoard event files of one start of a run."""
+    """The TensorBoard event file of one start of a run.
+
+    It is written with TensorBoard's record format alone: clu.metric_writers and TensorBoard's EventFileWriter
+    import TensorFlow, which would delay every start by several seconds.
+    """
 
     def __init__(self, workdir: Path, *, first_step: int):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((workdir / name).open("ab"))
+        self._write(file_version="brain.Event:2")
         # Makes TensorBoard drop what an earlier start logged after first_step, as this start logs it again.
-        # The event needs its own file, since clu's writer lacks it; its name sorts before clu's file.
-        restart = _SessionLog(status=_SessionLog.START)
-        marker = EventFileWriter(str(workdir))
-        marker.add_event(_Event(wall_time=time.time(), step=first_step + 1, session_log=restart))
-        marker.close()
-        self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
+        self._write(step=first_step + 1, session_log=_SessionLog(status=_SessionLog.START))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._writer.write_scalars(step, values)
+        found = [_Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=_Summary(value=found))
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "height width 3"]) -> None:
-        self._writer.write_images(step, {name: image[None]})
+        height, width, channels = image.shape
+        encoded = _Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png_bytes(image)
+        )
+        self._write(step=step, summary=_Summary(value=[_Summary.Value(tag=name, image=encoded)]))
 
     def close(self) -> None:
-        """Blocks until everything is written."""
-        self._writer.flush()
-        self._writer.close()
+        self._records.close()
+
+    def _write(self, **fields: object) -> None:
+        self._records.write(_Event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 def _duration(seconds: float) -> str:

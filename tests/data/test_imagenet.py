@@ -95,6 +95,15 @@ def test_the_tars_are_read_as_tfds_reads_them(manual_dir, tfds_dir):
     assert read(imagenet.open_source(str(tfds_dir))) == found
 
 
+def test_only_tfrecord_files_need_tensorflow(tfds_dir, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if tfds_dir.name.startswith("array_record"):
+        assert read(imagenet.open_source(str(tfds_dir)))
+        return
+    with pytest.raises(InputError, match=r"stored as TFRecord.*pip install tensorflow"):
+        imagenet.open_source(str(tfds_dir))
+
+
 def test_classes_are_numbered_as_everyone_numbers_them():
     names = imagenet.class_names()
     assert len(names) == 1000 and list(names) == sorted(names)

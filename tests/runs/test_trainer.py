@@ -96,7 +96,7 @@ def test_an_unfinished_teacher_is_none(tiny_data, teacher, tmp_path, no_compilat
     content = json.loads(file.read_text())
     content["config"]["training"]["num_steps"] = 9
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has done 4 of its 9 updates; finish the teacher first"):
+    with pytest.raises(InputError, match="has completed 4 of its 9 updates; finish its training first"):
         trainer.train(tiny.config(tiny_data, "cd", tmp_path / "teacher"), tmp_path / "run")
 
 

@@ -207,7 +207,7 @@ def start(workdir, *, first_step, last_step, loss):
             if step % 10 == 0:
                 run.pictures(step, "params")
     # The names of event files have whole seconds; a new start takes longer than one.
-    for path in workdir.glob("events.out.tfevents.*"):
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
         events, out, tfevents, seconds, rest = path.name.split(".", 4)
         path.rename(path.with_name(f"{events}.{out}.{tfevents}.{int(seconds) - 100}.{rest}"))
 
