@@ -33,4 +33,4 @@ mcm_run lint-imports --config setup.cfg
 mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
 [ -z "$fast" ] || exit 0
 # Exit code 5: none of the tests chosen by the arguments needs eight devices.
-MCM_TEST_DEVICES=8 mcm_run python -m pytest -m multi_device "$@" || [ $? -eq 5 ]
+MCM_TEST_DEVICES=8 mcm_run python -m pytest -n "${MCM_TEST_PROCESSES:-2}" -m multi_device "$@" || [ $? -eq 5 ]

@@ -1,6 +1,6 @@
 """Processes that start quickly: forks of a process that has already imported the libraries.
 
-In a new interpreter, importing JAX, Orbax and TensorFlow takes longer than most tests. There are two parents
+In a new interpreter, importing JAX and Orbax takes longer than most tests. There are two parents
 with different hash seeds, so that the processes of one program iterate over sets in different orders, as they
 would on two hosts.
 """
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # The parent imports the libraries, then forks a child for every request, with the request's environment,
 # working directory and files. The child runs the request's code and exits like any interpreter.
 _PARENT = """
-import json, os, sys, warnings
-import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy, tensorflow
+import gc, json, os, sys, warnings
+import jax, numpy, scipy.linalg, matplotlib.figure, PIL.Image, safetensors.numpy
 import mcm_jax.runs.trainer, mcm_jax.training.observer, mcm_jax.evaluation.evaluator, mcm_jax.data.preparation
 import tests.tiny
 
@@ -50,6 +50,9 @@ def serve():
         return request["code"]
     os._exit(0)
 
+# Otherwise a child that exits searches all objects of the libraries for garbage, and so copies their memory.
+gc.collect()
+gc.freeze()
 print("ready", flush=True)
 exec(compile(serve(), "<string>", "exec"), {"__name__": "__main__"})
 """

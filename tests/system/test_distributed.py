@@ -49,18 +49,20 @@ with distributed.joined():
     first_only()
     for run in json.loads('''RUNS'''):
         name = Path(run["workdir"]).name
-        config = tiny.two_stage_config(Path(run["data"]), *run["objective"])
+        make = tiny.two_stage_config if run["two_stages"] else tiny.config
+        config = make(Path(run["data"]), *run["objective"])
         config.training.update(run["training"])
         config.mesh.fsdp = run["fsdp"]
         # Where a gradient is zero but for its last bits, Adam would make an update of them.
         config.optimizer.eps = 1e-3
         finished &= trainer.train(config, Path(run["workdir"]))
+assert "tensorflow" not in sys.modules  # It would delay every start by seconds.
 sys.exit(0 if finished else 130)
 """
 
 
-def a_run(data, workdir, *, fsdp=1, objective=(), **settings):
-    """The description of one run of TRAIN."""
+def a_run(data, workdir, *, fsdp=1, objective=(), two_stages=False, **settings):
+    """The description of one run of TRAIN; `settings` are of config.training."""
     settings = {"num_steps": 4, "checkpoint_every_steps": 2, "log_every_steps": 1, **settings}
     objective = [str(argument) for argument in objective]
     return {
@@ -69,6 +71,7 @@ def a_run(data, workdir, *, fsdp=1, objective=(), **settings):
         "fsdp": fsdp,
         "training": settings,
         "objective": objective,
+        "two_stages": two_stages,
     }
 
 
@@ -102,7 +105,8 @@ def trained(tiny_data, tmp_path_factory):
                 directory / f"{objective}-{fsdp}",
                 fsdp=fsdp,
                 objective=objectives[objective],
-                sample_every_steps=4,
+                two_stages=True,
+                sample_every_steps=4 if objective == "diffusion" else 0,
             )
             for objective, fsdp in cases
         ]
@@ -151,12 +155,12 @@ def test_several_processes_are_one(objective, count, fsdp, trained):
 
     names = [sorted(path.name for path in place.iterdir()) for place in places]
     events = [[name for name in found if "tfevents" in name] for found in names]
-    # The start of the run, and its metrics.
-    assert len(events[0]) == len(events[1]) == 2
+    assert len(events[0]) == len(events[1]) == 1
     assert set(names[0]) - set(events[0]) == set(names[1]) - set(events[1])
-    pictures = [np.asarray(Image.open(place / "samples/step_0000004.png"), int) for place in places]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 2
     assert workdirs.read(directory / of_several).config.mesh.fsdp == fsdp
+    if objective == "diffusion":
+        pictures = [np.asarray(Image.open(place / "samples/step_0000004.png"), int) for place in places]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
 def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
