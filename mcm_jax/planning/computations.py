@@ -49,7 +49,7 @@ def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pro
     }
     teacher = training.abstract.params if config.distils else None
     arguments = (training.abstract, teacher, batch)
-    num_params = count_parameters(training.abstract.params)
+    num_params = int(count_parameters(training.abstract.params))
     return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 
 
@@ -67,7 +67,7 @@ def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pr
         *_placed((indices, indices), sharding.batch_sharding(mesh)),
     )
     function = samplers.make_sampler(config, network, settings, mesh=mesh)
-    return Program(function, arguments, mesh, count_parameters(params), images)
+    return Program(function, arguments, mesh, int(count_parameters(params)), images)
 
 
 def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
@@ -80,7 +80,7 @@ def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> 
         _placed(network.params, sharding.replicated(mesh)),
         _placed(batch, sharding.batch_sharding(mesh)),
     )
-    return Program(program(network, mesh), arguments, mesh, count_parameters(network.params), images)
+    return Program(program(network, mesh), arguments, mesh, int(count_parameters(network.params)), images)
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample, "features": features}
