@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from clu.parameter_overview import count_parameters
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -49,7 +48,7 @@ def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pro
     }
     teacher = training.abstract.params if config.distils else None
     arguments = (training.abstract, teacher, batch)
-    num_params = int(count_parameters(training.abstract.params))
+    num_params = _count(training.abstract.params)
     return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 
 
@@ -67,7 +66,7 @@ def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pr
         *_placed((indices, indices), sharding.batch_sharding(mesh)),
     )
     function = samplers.make_sampler(config, network, settings, mesh=mesh)
-    return Program(function, arguments, mesh, int(count_parameters(params)), images)
+    return Program(function, arguments, mesh, _count(params), images)
 
 
 def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
@@ -80,7 +79,7 @@ def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> 
         _placed(network.params, sharding.replicated(mesh)),
         _placed(batch, sharding.batch_sharding(mesh)),
     )
-    return Program(program(network, mesh), arguments, mesh, int(count_parameters(network.params)), images)
+    return Program(program(network, mesh), arguments, mesh, _count(network.params), images)
 
 
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample, "features": features}
@@ -88,3 +87,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train, "sample": sample,
 
 def _placed(tree: PyTree, over: jax.sharding.Sharding) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=over), tree)
+
+
+def _count(params: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
