@@ -122,6 +122,7 @@ class Run:
 
         Raises:
           InputError: wrong number of labels, labels out of range, or options that the run does not support.
+          samplers.NonFiniteError: a sample is not finite.
         """
         settings = self.sampling(**options)
         if self.student_steps not in (None, settings.steps):
@@ -154,7 +155,13 @@ class Run:
                 _padded(labels[part], batch),
             )
             on_mesh = [sharding.split(self.mesh, a) for a in padded]
-            images[part] = sharding.gather(run(self.params, key, x_var, *on_mesh))[: part.stop - start]
+            drawn, finite = map(sharding.gather, run(self.params, key, x_var, *on_mesh))
+            if not finite[: part.stop - start].all():
+                raise samplers.NonFiniteError(
+                    f"samples of checkpoint {self.checkpoint_step} with guidance={settings.guidance} contain "
+                    "NaN or infinity; choose another checkpoint or a smaller guidance weight"
+                )
+            images[part] = drawn[: part.stop - start]
             if progress is not None:
                 progress(part.stop - start)
         return images, labels

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -95,6 +96,10 @@ def _known(name: str, value: str, choices: Sequence[T]) -> T:
     raise InputError(f"{name}={value} is not one of {', '.join(map(str, choices))}")
 
 
+class NonFiniteError(InputError):
+    """Samples contain NaN or infinity."""
+
+
 def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
     """The log-SNRs at which the network is called."""
     if settings.noise_grid == "karras":
@@ -103,7 +108,8 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
 
 
 def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns jitted (params, key, x_var, image indices, labels) -> uint8 images, sharded over the mesh.
+    """Returns jitted (params, key, x_var, image indices, labels) -> (uint8 images, whether each is
+    finite), sharded over the mesh.
 
     Image n depends only on (key, n), its label, the parameters and `settings`. For x_var, see
     `sampling.sample`.
@@ -114,7 +120,7 @@ def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: 
 
     def sample(
         params: Params, key: Array, x_var: Float[Array, " N"] | None, indices: Array, labels: Array
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         keys = sampling.image_keys(key, indices)
         # The parameters are rounded once for all steps.
         model_fn = functools.partial(network.apply, network.rounded(params))
@@ -130,6 +136,8 @@ def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: 
             x_var=x_var,
             clip=clip,
         )
-        return to_uint8(x, rounding=rounding)
+        # NaN would become an arbitrary gray level.
+        finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        return to_uint8(x, rounding=rounding), finite
 
     return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))

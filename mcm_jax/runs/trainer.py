@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ from mcm_jax.fields import Affects
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.runs import build, workdirs
 from mcm_jax.runs.run import Run
+from mcm_jax.runs.samplers import NonFiniteError
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.pictures import image_grid
@@ -230,7 +230,7 @@ def _teacher_workdir(config: Config) -> Path:
 
 
 def _observer(
-    config: Config, workdir: Path, *, first_step: int, draw: Callable[[Params], np.ndarray]
+    config: Config, workdir: Path, *, first_step: int, draw: observer.Draw
 ) -> contextlib.AbstractContextManager[loop.Observer]:
     """The observer of this process; only the first process reports progress."""
     if not distributed.is_first():
@@ -245,10 +245,13 @@ def _observer(
     )
 
 
-def _draw_grid(preview: Run, params: Params) -> np.ndarray:
-    """Draws a grid of samples from `params`, reusing the compiled sampler of `preview`."""
-    with jax.transfer_guard("allow"):
-        images, _ = preview.with_params(params).sample(_GRID_IMAGES)
+def _draw_grid(preview: Run, params: Params) -> np.ndarray | None:
+    """Draws a grid of samples from `params`, with the compiled sampler of `preview`; None if not finite."""
+    try:
+        with jax.transfer_guard("allow"):
+            images, _ = preview.with_params(params).sample(_GRID_IMAGES)
+    except NonFiniteError:
+        return None
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
 
 

@@ -20,7 +20,8 @@ from mcm_jax.training.state import Params
 _Event, _SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 _Summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"]]
+# Maps parameters to a grid of samples, or to None if they are not finite.
+Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"] | None]
 
 
 class RunObserver:
@@ -44,7 +45,6 @@ class RunObserver:
 
         Args:
           first_step: number of updates done before this start.
-          draw: maps parameters to a grid of samples.
         """
         self._samples = workdir / "samples"
         self._num_steps, self._batch_size, self._draw = num_steps, batch_size, draw
@@ -103,6 +103,9 @@ class RunObserver:
         """Draws a grid of samples; the reported steps per second exclude the time for drawing."""
         start = time.monotonic()
         grid = self._draw(params)
+        if grid is None:
+            self._say(f"no samples are drawn at step {step}: they contain NaN or infinity")
+            return
         save_png(grid, self._samples / f"step_{step:07d}.png")
         self._events.image(step, "samples", grid)
         if self._timed is not None:
@@ -119,7 +122,6 @@ class SilentObserver:
     """Observer for all processes except the first: takes part in drawing samples and reports nothing."""
 
     def __init__(self, *, draw: Draw):
-        """draw: maps parameters to a grid of samples."""
         self._draw = draw
 
     def __enter__(self) -> "SilentObserver":

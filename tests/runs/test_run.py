@@ -18,6 +18,7 @@ from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
+from mcm_jax.runs.samplers import NonFiniteError
 from mcm_jax.system.errors import InputError
 from tests import tiny
 
@@ -72,6 +73,16 @@ def test_an_image_depends_on_its_number_only(run):
     part, part_labels = run.sample(11, first=29)
     assert_nearly_equal(whole[29:], part)
     np.testing.assert_array_equal(labels[29:], part_labels)
+
+
+def test_samples_that_are_not_finite_are_refused(run):
+    """One of them suffices; without a check it would be gray."""
+    params = jax.tree.map(np.array, jax.device_get(run.params))
+    params["conditioning"]["classes"]["embedding"][1] = np.nan
+    broken = run.with_params(params)
+    broken.sample(3, labels=np.array([0, 0, 0]))
+    with pytest.raises(NonFiniteError, match="contain NaN or infinity"):
+        broken.sample(3, labels=np.array([0, 0, 1]))
 
 
 @pytest.mark.parametrize("batch_per_device", [1, 3, 16])

@@ -235,3 +235,10 @@ def test_tensorboard_has_metrics_and_pictures(tmp_path, capsys):
     width, height, encoded = make_ndarray(image.tensor_proto)
     assert (int(width), int(height)) == (6, 4)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), GRID)
+
+
+def test_a_run_goes_on_without_a_picture(tmp_path, capsys):
+    with observe(tmp_path, draw=lambda params: None) as run:
+        run.pictures(10, "params")
+    assert "no samples are drawn at step 10: they contain NaN or infinity" in capsys.readouterr().out
+    assert not list(tmp_path.glob("samples/*"))
