@@ -18,6 +18,7 @@ JAX compilation cache, so most of what a mutant runs is already compiled.
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -137,12 +138,17 @@ def run(
 
 
 def warm_up(cache: str) -> None:
-    """Imports the libraries, after setting the environment variables that JAX reads on import."""
+    """Imports the libraries, after setting the environment variables that JAX reads on import.
+
+    Children do not search the libraries' objects for garbage, which would also copy their memory.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.collect()
+    gc.freeze()
 
 
 def equivalents(root: Path) -> set[Mutant]:
