@@ -88,12 +88,11 @@ def _train_run(config: Config, workdir: Path) -> bool:
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     workdirs.claim(workdir, run, existing=existing, needed_bytes=room)
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
-        done = checkpoints.latest_step() or 0
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         with distributed.fail_together():
             batches = train_batches(config)
         state, teacher_params = _start(training, checkpoints, batches)
-        train_step = training.train_step()
+        done, train_step = int(state.step), training.train_step()
         preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
         count = count_parameters(training.abstract.params)
         distributed.say(f"training {count:,} parameters")
@@ -207,7 +206,7 @@ def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches)
     starts with the teacher's averaged parameters.
     """
     config, abstract, shardings = training.config, training.abstract, training.shardings
-    continuing = checkpoints.latest_step() is not None
+    continuing = checkpoints.any()
     teacher_params = None
     if config.distils or (config.objective == "ct" and not continuing):
         with Checkpoints(_teacher_workdir(config)) as teacher:

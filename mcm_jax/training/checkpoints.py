@@ -2,11 +2,16 @@
 
 This lets sampling read only the averaged parameters. A student's checkpoint does not contain its teacher's
 parameters.
+
+The item "step" also contains a checksum of every other item, because Orbax does not verify what it reads: one
+flipped bit in a file would be trained on. Checkpoints of older versions have none and are not verified.
 """
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import jax
@@ -14,15 +19,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
+from mcm_jax.training.checksums import checksums
 from mcm_jax.training.state import Params, TrainState
 
 CHECKPOINTS = "checkpoints"  # subdirectory of a run's directory
+DAMAGED = "damaged_checkpoints"  # the same, for checkpoints that were set aside
 # Iterator over this process's batches, each a dictionary of arrays.
 Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
 _TREES = ("params", "ema_params", "target_params", "opt_state")
+
+
+class DamagedError(InputError):
+    """A checkpoint is not what was saved."""
 
 
 class Checkpoints:
@@ -51,8 +63,17 @@ class Checkpoints:
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Number of updates at the newest complete checkpoint; None if there is no checkpoint."""
-        return self._manager.latest_step()
+        """Number of updates at the newest complete checkpoint; None if there is no checkpoint.
+
+        Leaves out directories whose checkpoint was saved under another number.
+        """
+        return next(
+            (step for step in reversed(self.all_steps()) if self._record(step).get("step") == step), None
+        )
+
+    def any(self) -> bool:
+        """Whether the directory contains anything named like a checkpoint, even a damaged one."""
+        return bool(self._entries())
 
     def all_steps(self) -> list[int]:
         """Number of updates at each complete checkpoint, in ascending order."""
@@ -71,10 +92,12 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
+        trees = _trees(state)
+        record = {"step": step, "checksums": {"data": _data_checksum(data.get_state()), **checksums(trees)}}
         items: dict[str, ocp.args.CheckpointArgs] = {
-            name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()
+            name: ocp.args.StandardSave(tree) for name, tree in trees.items()
         }
-        items["step"] = ocp.args.JsonSave({"step": step})
+        items["step"] = ocp.args.JsonSave(record)
         items["data"] = grain.checkpoint.CheckpointSave(data)
         # Orbax's copies to the host would be rejected by the training loop's transfer guard.
         with jax.transfer_guard("allow"):
@@ -85,25 +108,92 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: Batches) -> TrainState:
-        """Restores the newest state with `shardings`, and `data` to its position at that step.
+        """Restores the newest undamaged state with `shardings`, and `data` to its position at that step.
 
-        The number of processes may differ from the number that saved the checkpoint.
+        Damaged checkpoints that are newer are moved to workdir/damaged_checkpoints, and reported. The number
+        of processes may differ from the number that saved the checkpoint.
+
+        Raises:
+          InputError: no checkpoint can be restored; all stay where they are.
         """
-        targets = _with_shardings(abstract, shardings)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _trees(targets).items()}
-        latest = self.require()[-1]
-        restored = self._manager.restore(latest, args=ocp.args.Composite(**items))
-        self._restore_data(data, latest)
-        trees = {name: restored[name] for name in _trees(targets)}
-        return targets._replace(step=jax.device_put(np.int32(latest), targets.step.sharding), **trees)
+        damaged: dict[str, str] = {}
+        for name in self._entries():
+            try:
+                with distributed.fail_together():
+                    state = self._restore(name, _with_shardings(abstract, shardings), data)
+            except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # Orbax raises almost any kind for a damaged file.
+                damaged[name] = _line(error)
+                continue
+            self._set_aside(damaged, continuing=name)
+            return state
+        if not damaged:
+            self.require()
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+        raise InputError(
+            f"no checkpoint under {self.directory} can be restored ({reasons}); replace one by a copy, or "
+            "train in another directory"
+        )
 
-    def _restore_data(self, data: Batches, step: int) -> None:
+    def _entries(self) -> list[str]:
+        """Everything in the directory that is named like a checkpoint, complete or not, the newest first."""
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(filter(str.isdecimal, names), key=int, reverse=True)
+
+    def _restore(self, name: str, targets: TrainState, data: Batches) -> TrainState:
+        """Restores one checkpoint; raises any kind of exception if it is damaged."""
+        step = int(name)
+        record = self._require_record(step)
+        items = {item: ocp.args.StandardRestore(tree) for item, tree in _trees(targets).items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        trees = {item: restored[item] for item in items}
+        _verify(record, trees)
+        self._restore_data(record, data, step)
+        return targets._replace(step=jax.device_put(np.int32(step), targets.step.sharding), **trees)
+
+    def _set_aside(self, damaged: dict[str, str], *, continuing: str) -> None:
+        """Moves damaged checkpoints out of the way; they are never deleted."""
+        with distributed.fail_together():
+            for name, reason in damaged.items():
+                place = self.directory.parent / DAMAGED / name
+                while place.exists():
+                    place = place.with_name(f"{place.name}_again")
+                if distributed.is_first():
+                    place.parent.mkdir(exist_ok=True)
+                    (self.directory / name).rename(place)
+                distributed.say(
+                    f"checkpoint {name} is damaged ({reason}) and was moved to {place}; using checkpoint "
+                    f"{continuing}"
+                )
+        if damaged:
+            self._manager.reload()
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The content of the item "step"; empty if it cannot be read."""
+        try:
+            record = json.loads((self.directory / str(step) / "step" / "metadata").read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _require_record(self, step: int) -> dict[str, Any]:
+        record = self._record(step)
+        if record.get("step") != step:
+            was = f"it was saved as {record['step']}" if "step" in record else "its step is missing"
+            raise DamagedError(was)
+        return record
+
+    def _restore_data(self, record: Mapping[str, Any], data: Batches, step: int) -> None:
         """Restores the iterator from any process's file: all processes were at the same batch.
 
         Grain's own handler requires a file of this process and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
-        data.set_state(json.loads(path.read_text()))
+        state = json.loads(path.read_text())
+        if "checksums" in record and record["checksums"]["data"] != _data_checksum(state):
+            raise DamagedError("its position in the data differs from what was saved")
+        data.set_state(state)
         data.start_prefetch()
 
     def restore_params(
@@ -112,7 +202,7 @@ class Checkpoints:
         """Restores averaged ("ema") or raw ("raw") parameters at `step`, by default the newest checkpoint.
 
         Raises:
-          InputError: there is no checkpoint at all, or none at `step`.
+          InputError: there is no checkpoint at all, none at `step`, or it is damaged.
         """
         steps = self.require()
         if step is not None and step not in steps:
@@ -120,7 +210,18 @@ class Checkpoints:
         target = ocp.args.StandardRestore(_with_shardings(abstract, shardings))
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
+        try:
+            record = self._require_record(step)
+            params = self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
+            _verify(record, {item: params})
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # Orbax raises almost any kind for a damaged file.
+            raise DamagedError(
+                f"checkpoint {step} under {self.directory} is damaged ({_line(error)}); choose another one "
+                f"of {steps}"
+            ) from error
+        return params
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -145,3 +246,22 @@ def _with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
         abstract,
         shardings,
     )
+
+
+def _verify(record: Mapping[str, Any], trees: Mapping[str, PyTree]) -> None:
+    """Raises DamagedError if a restored tree differs from what was saved."""
+    if "checksums" not in record:
+        return
+    for item, value in checksums(trees).items():
+        if record["checksums"][item] != value:
+            raise DamagedError(f"its {item} differ from what was saved")
+
+
+def _data_checksum(state: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _line(error: Exception) -> str:
+    """The start of an exception's message, in one line."""
+    text = " ".join(str(error).split())[:100] or type(error).__name__
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

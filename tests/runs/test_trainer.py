@@ -721,3 +721,28 @@ def test_a_full_workdir(tiny_data, tmp_path, monkeypatch, no_compilation):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(InputError, match="its checkpoints need"):
         trainer.train(tiny.config(tiny_data), tmp_path / "run")
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_had_not_been(tiny_data, tmp_path, capsys):
+    """It goes on from the one before, although the damaged one claims that the run is finished."""
+    config = tiny.config(tiny_data)
+    assert trainer.train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    (tmp_path / "damaged/checkpoints/4").rename(tmp_path / "damaged/checkpoints/7")
+    capsys.readouterr()
+    assert trainer.train(config, tmp_path / "damaged")
+    output = capsys.readouterr().out
+    assert "checkpoint 7 is damaged (it was saved as 4)" in output and "continuing at update 2" in output
+    assert checkpoint_steps(tmp_path / "damaged") == [2, 4]
+    for parameters in ("raw", "ema"):
+        assert_equal_trees(*(params_of(tmp_path / name, parameters) for name in ("whole", "damaged")))
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew(tiny_data, tmp_path):
+    config = tiny.config(tiny_data)
+    config.training.checkpoint_every_steps = 10
+    assert trainer.train(config, tmp_path)
+    (tmp_path / "checkpoints/4/step/metadata").write_text("")
+    with pytest.raises(InputError, match=r"no checkpoint under .* can be restored"):
+        trainer.train(config, tmp_path)
+    assert checkpoint_steps(tmp_path) == [4]

@@ -1,5 +1,8 @@
 """What is saved comes back as it was, the newest unless another is asked for."""
 
+import re
+import shutil
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jax.sharding import AxisType
 
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
-from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.checkpoints import Checkpoints, DamagedError
 from mcm_jax.training.state import TrainState
 
 ADAM = optax.adam(0.1)
@@ -134,3 +137,158 @@ def test_a_checkpoint_of_one_device_is_split_over_eight(tmp_path, monkeypatch):
     for tree in (state.params, state.ema_params, state.opt_state[0].mu, params):
         assert tree["w"].addressable_shards[0].data.shape == (1, 3)
     assert len(state.step.sharding.device_set) == 8
+
+
+# Damage.
+
+
+def flip_a_bit(checkpoint, rng):
+    """In one of the files, weighted by size; returns its path."""
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = np.array([path.stat().st_size for path in found])
+    path = found[rng.choice(len(found), p=sizes / sizes.sum())]
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("two"), 3, 20)
+
+
+def test_no_flipped_bit_is_trained_on(two_checkpoints, tmp_path, capsys):
+    """The state is that of the newest checkpoint or, with a message, that of the one before."""
+    used = []
+    for seed in range(60):
+        workdir = tmp_path / str(seed)
+        shutil.copytree(two_checkpoints, workdir)
+        flip_a_bit(workdir / "checkpoints/20", np.random.default_rng(seed))
+        data = batches()
+        with Checkpoints(workdir, keep=9) as checkpoints:
+            state = checkpoints.restore(*targets(), data)
+        step = int(state.step)
+        assert_equal(state, state_at(step))
+        assert next(data) == step
+        told = "checkpoint 20 is damaged" in capsys.readouterr().out
+        assert told == (step == 3) == (workdir / "damaged_checkpoints/20").exists()
+        used.append(step)
+    # Some bits change nothing.
+    assert set(used) == {3, 20} and used.count(3) >= 10
+
+
+def test_no_flipped_bit_is_sampled_from(two_checkpoints, tmp_path):
+    messages = []
+    abstract, shardings = targets()
+    for seed in range(60):
+        workdir = tmp_path / str(seed)
+        shutil.copytree(two_checkpoints, workdir)
+        flip_a_bit(workdir / "checkpoints/20/ema_params", np.random.default_rng(seed))
+        with Checkpoints(workdir) as checkpoints:
+            try:
+                found = checkpoints.restore_params(abstract.params, shardings.params, parameters="ema")
+            except DamagedError as error:
+                messages.append(str(error))
+                continue
+        assert_equal(found, state_at(20).ema_params)
+    assert 0 < len(messages) < 60
+    for message in messages:
+        assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); .* one of \[3, 20\]", message)
+
+
+@pytest.mark.parametrize("item", ["params", "ema_params"])
+def test_arrays_of_another_step_are_no_parameters(item, two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/20"
+    shutil.rmtree(newest / item)
+    shutil.copytree(newest.with_name("3") / item, newest / item)
+    abstract, shardings = targets()
+    parameters = {"params": "raw", "ema_params": "ema"}[item]
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(DamagedError, match=f"its {item} differ from what was saved"):
+            checkpoints.restore_params(abstract.params, shardings.params, parameters=parameters)
+
+
+def replace_by_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+DAMAGE = {
+    "empty": lambda newest: [path.write_bytes(b"") for path in newest.rglob("*") if path.is_file()],
+    "emptied": lambda newest: (shutil.rmtree(newest), newest.mkdir()),
+    "half deleted": lambda newest: shutil.rmtree(newest / "opt_state"),
+    "a file": replace_by_file,
+    "another number": lambda newest: newest.rename(newest.with_name("25")),
+    "a great number": lambda newest: newest.rename(newest.with_name(str(10**30))),
+    "no position in the data": lambda newest: shutil.rmtree(newest / "data"),
+    "moments of another step": lambda newest: (
+        shutil.rmtree(newest / "opt_state"),
+        shutil.copytree(newest.with_name("3") / "opt_state", newest / "opt_state"),
+    ),
+    "another position": lambda newest: shutil.copytree(
+        newest.with_name("3") / "data", newest / "data", dirs_exist_ok=True
+    ),
+    "no JSON": lambda newest: (newest / "step/metadata").write_bytes(b"\xff["),
+    "nested JSON": lambda newest: (newest / "step/metadata").write_text("[" * 100_000),
+    "no record": lambda newest: (newest / "step/metadata").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_used(kind, two_checkpoints, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    DAMAGE[kind](workdir / "checkpoints/20")
+    (moved,) = (path for path in (workdir / "checkpoints").iterdir() if path.name != "3")
+    data = batches()
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        assert checkpoints.any()
+        assert_equal(checkpoints.restore(*targets(), data), state_at(3))
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"checkpoint {moved.name} is damaged (")
+        assert line.endswith(f"was moved to {workdir}/damaged_checkpoints/{moved.name}; using checkpoint 3")
+        assert checkpoints.all_steps() == [3] and checkpoints.latest_step() == 3
+        checkpoints.save(state_at(20), batches(taken=20), step=20)
+    # Damaged once more, it does not replace what was set aside before.
+    DAMAGE[kind](workdir / "checkpoints/20")
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        assert_equal(checkpoints.restore(*targets(), batches()), state_at(3))
+    assert {path.name for path in (workdir / "damaged_checkpoints").iterdir()} == {
+        moved.name,
+        f"{moved.name}_again",
+    }
+
+
+def test_if_all_are_damaged_they_stay(two_checkpoints, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    for step in (3, 20):
+        (workdir / f"checkpoints/{step}/step/metadata").write_text("")
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        with pytest.raises(InputError, match=r"no checkpoint .* can be restored \(20: .*; 3: .*\); replace"):
+            checkpoints.restore(*targets(), batches())
+        assert checkpoints.all_steps() == [3, 20]
+        assert checkpoints.any() and checkpoints.latest_step() is None
+
+
+def test_a_failure_of_the_machine_is_no_damage(two_checkpoints, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        monkeypatch.setattr(checkpoints, "_require_record", fail)
+        with pytest.raises(PermissionError):
+            checkpoints.restore(*targets(), batches())
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def test_checkpoints_of_older_versions_have_no_checksums(two_checkpoints, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    (workdir / "checkpoints/20/step/metadata").write_text('{"step": 20}')
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        assert_equal(checkpoints.restore(*targets(), batches()), state_at(20))
