@@ -82,7 +82,8 @@ def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     start = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
     params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), start)
     run = workdirs.RunRecord(config=settings, dataset=dataset)
-    workdirs.claim(workdir, run, existing=None, needed_bytes=0)
+    with workdirs.claim(workdir, run, existing=None, needed_bytes=0):
+        pass
     state = step.init_state(params, optimizer.adam(settings.optimizer, num_steps=settings.training.num_steps))
     data = grain.MapDataset.range(1).to_iter_dataset()
     with Checkpoints(workdir, keep=1) as checkpoints:

@@ -38,8 +38,8 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
       Whether the run is finished; False if it was interrupted, after saving a checkpoint.
 
     Raises:
-      InputError: the config, the data, the teacher or the workdir is invalid. Each stage raises it before it
-        compiles; later stages check data and disk space when they start.
+      InputError: the config, the data, the teacher or the workdir is invalid. Each stage raises it before its
+        first update; later stages check data and disk space when they start.
       loop.NonFiniteError: the loss or gradient is not finite.
     """
     with distributed.fail_together():
@@ -86,7 +86,13 @@ def _train_run(config: Config, workdir: Path) -> bool:
         run = workdirs.RunRecord(config=config, dataset=dataset, teacher=teacher)
     distributed.require_same((dataset, run.teacher), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
-    workdirs.claim(workdir, run, existing=existing, needed_bytes=room)
+    with workdirs.claim(workdir, run, existing=existing, needed_bytes=room):
+        return _train_from_newest(training, dataset, workdir)
+
+
+def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: Path) -> bool:
+    """Trains from the newest checkpoint, if there is one; returns as `train`."""
+    config, mesh = training.config, training.mesh
     with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         with distributed.fail_together():

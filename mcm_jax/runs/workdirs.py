@@ -1,18 +1,21 @@
 """The directory of a run: identifies the run in it and checks whether another run may use it.
 
 run.json      config, data set and the teacher's identity, written when the run starts or continues
-checkpoints/  see training.checkpoints
+lock          locked while a process trains here; names that process
+checkpoints/  see training.checkpoints; damaged ones are moved to damaged_checkpoints/
 samples/      grids of samples drawn during training
 x_var/        measured variances for sampling
 evaluation/   results and their grids
 xla_cache/    compiled programs, for a fast restart
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 from mcm_jax import fields
@@ -28,6 +31,7 @@ from mcm_jax.system.paths import local_path
 from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
 _METADATA = "_CHECKPOINT_METADATA"
+LOCK = "lock"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,26 +83,38 @@ def existing_run(workdir: Path, config: Config) -> RunRecord | None:
     return saved
 
 
-def claim(workdir: Path, run: RunRecord, *, existing: RunRecord | None, needed_bytes: int) -> None:
+@contextlib.contextmanager
+def claim(
+    workdir: Path, run: RunRecord, *, existing: RunRecord | None, needed_bytes: int
+) -> Generator[None, None, None]:
     """Makes `workdir` the directory of `run`, or checks that the run there continues on the same images.
 
-    Settings that may change (location of the data, sampling) are recorded with their current values. All
-    processes call this together; the first one writes.
+    Within the context, no other process can train there (if the file system supports locks). Settings that
+    may change (location of the data, sampling) are recorded with their current values. All processes call
+    this together; the first one writes.
 
     Args:
       existing: the result of `existing_run`.
       needed_bytes: upper bound on the size of the checkpoints.
 
     Raises:
-      InputError: the directory is not writable, has too little space, contains a run on other images, or is
-        not shared by all processes.
+      InputError: the directory is not writable, has too little space, contains a run on other images, is not
+        shared by all processes, or another process trains there.
     """
     with distributed.fail_together():
         _check_place(workdir, run.dataset, existing=existing, needed_bytes=needed_bytes)
     distributed.require_shared(workdir, "--workdir")
-    with distributed.fail_together():
-        if distributed.is_first():
-            _write(workdir, run)
+    with contextlib.ExitStack() as lock:
+        with distributed.fail_together():
+            if distributed.is_first():
+                lock.enter_context(files.locked(workdir / LOCK, f"--workdir={workdir}"))
+                if existing is None and (workdir / RUN_FILE).exists():
+                    raise InputError(
+                        f"--workdir={workdir}: another process has just started a run there; choose another "
+                        "directory, or run the same command again to continue it"
+                    )
+                _write(workdir, run)
+        yield
 
 
 def _check_place(

@@ -1,10 +1,13 @@
-"""Writes files atomically, and checks early whether a directory is writable."""
+"""Writes files atomically, locks them, and checks early whether a directory is writable."""
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -91,6 +94,46 @@ def require_writable(directory: Path, name: str) -> None:
         raise InputError(
             f"{name}={directory}: cannot write there ({_reason(error)}); choose another directory"
         ) from error
+
+
+def require_output(path: Path, flag: str) -> None:
+    """Raises InputError unless a file can be written at `path`; creates its directory if missing."""
+    if path.is_dir():
+        raise InputError(f"{flag}={path} is a directory; specify a file")
+    require_writable(path.absolute().parent, f"the directory of {flag}")
+
+
+@contextlib.contextmanager
+def locked(path: Path, name: str) -> Generator[None, None, None]:
+    """Locks a file against other processes, and other calls in this one; the file says who holds it.
+
+    The operating system releases the lock when the process ends, even if it is killed. On file systems
+    without locks this does nothing.
+
+    Args:
+      name: the directory that the lock protects, for the message.
+
+    Raises:
+      InputError: another process holds the lock, or the file cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = path.read_text()[:200].strip() or "another process"
+            raise InputError(
+                f"{name} is in use by {holder}; stop that one or choose another directory; if it no longer "
+                f"exists, delete {path}"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise InputError(f"{path} cannot be locked ({_reason(error)}); delete it") from error
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager

@@ -292,17 +292,20 @@ def test_a_grid_is_drawn_for_people(tiny_data, tmp_path):
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
-def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tmp_path):
+def test_a_non_finite_run_stops_and_keeps_its_last_good_checkpoint(tiny_data, tmp_path, monkeypatch):
     config = tiny.config(tiny_data)
     config.training.num_steps = 2
     assert trainer.train(config, tmp_path / "run")
-    # Not the same run any more: written into its file, as only a mistake in the code could do it.
     config.training.num_steps = 20
-    config.optimizer.learning_rate = 1e30
-    file = tmp_path / "run/run.json"
-    content = json.loads(file.read_text())
-    content["config"]["optimizer"]["learning_rate"] = 1e30
-    file.write_text(json.dumps(content))
+    adam = build.optimizer.adam
+    # No config may have this learning rate.
+    monkeypatch.setattr(
+        build.optimizer,
+        "adam",
+        lambda settings, num_steps: adam(
+            dataclasses.replace(settings, learning_rate=1e30), num_steps=num_steps
+        ),
+    )
     with pytest.raises(NonFiniteError, match=r"update \d+ is not finite.*the last good checkpoint is \d+"):
         trainer.train(config, tmp_path / "run")
     for parameters in ("raw", "ema"):
@@ -428,7 +431,7 @@ class Handed(dict):
 
     def claim(self, *arguments, needed_bytes, **others):
         self.update(needed_bytes=needed_bytes)
-        claim(*arguments, needed_bytes=needed_bytes, **others)
+        return claim(*arguments, needed_bytes=needed_bytes, **others)
 
 
 claim = workdirs.claim
@@ -623,7 +626,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8, 16)}, "config.model.widths=(8, 16) must have one entry"),
         ({"model__head_width": 5}, "config.model.head_width=5 does not divide"),
-        ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+        ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"data__resolution": 7, **TWO_STAGES}, "config.data.resolution=7 can't be halved 1 times"),
         ({"data__resolution": 16}, "folder/tiny at resolution 16 is not in"),
         ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
@@ -746,3 +749,31 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew(tiny_data, t
     with pytest.raises(InputError, match=r"no checkpoint under .* can be restored"):
         trainer.train(config, tmp_path)
     assert checkpoint_steps(tmp_path) == [4]
+
+
+def test_a_directory_in_use_is_refused(tiny_data, tmp_path):
+    """Until that training ends, even by SIGKILL; the message says which it is."""
+    process, output = start_training(tiny_data, tmp_path / "run", 100_000)
+    wait_for(r"^step \d+/", process, output)
+    record = (tmp_path / "run/run.json").read_text()
+    config = tiny.config(tiny_data)
+    config.training.update(num_steps=100_000, checkpoint_every_steps=10)
+    with pytest.raises(InputError, match=rf"run is in use by process {process.pid} on .* since 20.*; stop"):
+        trainer.train(config, tmp_path / "run")
+    assert process.poll() is None and (tmp_path / "run/run.json").read_text() == record
+    process.kill()
+    process.wait()
+    run = workdirs.read(tmp_path / "run")
+    with workdirs.claim(tmp_path / "run", run, existing=run, needed_bytes=0):
+        pass
+
+
+def test_of_two_that_start_at_once_the_later_is_refused(tiny_data, tmp_path):
+    """Even if it looked for a run before the other one wrote its own."""
+    dataset = pipeline.describe(data_dir=tiny_data, dataset="folder/tiny", resolution=8)
+    run = workdirs.RunRecord(config=validation.validate(tiny.config(tiny_data)), dataset=dataset)
+    with workdirs.claim(tmp_path, run, existing=None, needed_bytes=0):
+        with pytest.raises(InputError, match="is in use by process"):
+            workdirs.claim(tmp_path, run, existing=None, needed_bytes=0).__enter__()
+    with pytest.raises(InputError, match="another process has just started a run there"):
+        workdirs.claim(tmp_path, run, existing=None, needed_bytes=0).__enter__()

@@ -41,14 +41,14 @@ def start(workdir, settings=None, dataset=DATASET, needed_bytes=0):
     settings = settings or config()
     existing = workdirs.existing_run(workdir, settings)
     run = RunRecord(config=settings, dataset=dataset, teacher=workdirs.teacher_identity(settings))
-    workdirs.claim(workdir, run, existing=existing, needed_bytes=needed_bytes)
-    return existing
+    with workdirs.claim(workdir, run, existing=existing, needed_bytes=needed_bytes):
+        return existing
 
 
 def test_it_reads_what_it_wrote(tmp_path):
     assert start(tmp_path / "new" / "run") is None
     assert workdirs.read(tmp_path / "new" / "run") == RunRecord(config=config(), dataset=DATASET)
-    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "new" / "run").iterdir()} == {"run.json", "lock"}
     assert start(tmp_path / "new" / "run") == RunRecord(config=config(), dataset=DATASET)
 
 
