@@ -157,9 +157,10 @@ class Run:
             on_mesh = [sharding.split(self.mesh, a) for a in padded]
             drawn, finite = map(sharding.gather, run(self.params, key, x_var, *on_mesh))
             if not finite[: part.stop - start].all():
+                remedy = " or a smaller guidance weight" if settings.guidance > 0 else ""
                 raise samplers.NonFiniteError(
-                    f"samples of checkpoint {self.checkpoint_step} with guidance={settings.guidance} contain "
-                    "NaN or infinity; choose another checkpoint or a smaller guidance weight"
+                    f"samples of checkpoint {self.checkpoint_step} contain NaN or infinity; choose another "
+                    f"checkpoint{remedy}"
                 )
             images[part] = drawn[: part.stop - start]
             if progress is not None:

@@ -3,8 +3,8 @@
 This lets sampling read only the averaged parameters. A student's checkpoint does not contain its teacher's
 parameters.
 
-The item "step" also contains a checksum of every other item, because Orbax does not verify what it reads: one
-flipped bit in a file would be trained on. Checkpoints of older versions have none and are not verified.
+The item "step" also contains a checksum of every other item. Orbax does not verify what it reads, so training
+would silently use a flipped bit. Checkpoints of older versions have no checksums and are not verified.
 """
 
 import json
@@ -25,16 +25,18 @@ from mcm_jax.training.checksums import checksums
 from mcm_jax.training.state import Params, TrainState
 
 CHECKPOINTS = "checkpoints"  # subdirectory of a run's directory
-DAMAGED = "damaged_checkpoints"  # the same, for checkpoints that were set aside
+DAMAGED = "damaged_checkpoints"  # subdirectory for checkpoints that were set aside
 # Iterator over this process's batches, each a dictionary of arrays.
 Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
+# In messages of TensorStore, which reads the arrays.
+_STORAGE_FAILURES = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _TREES = ("params", "ema_params", "target_params", "opt_state")
 
 
 class DamagedError(InputError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint cannot be read, or differs from what was saved."""
 
 
 class Checkpoints:
@@ -65,7 +67,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Number of updates at the newest complete checkpoint; None if there is no checkpoint.
 
-        Leaves out directories whose checkpoint was saved under another number.
+        Omits checkpoints that were saved under another number, or whose number cannot be read.
         """
         return next(
             (step for step in reversed(self.all_steps()) if self._record(step).get("step") == step), None
@@ -116,24 +118,23 @@ class Checkpoints:
         Raises:
           InputError: no checkpoint can be restored; all stay where they are.
         """
+        entries = self._entries()
+        distributed.require_same(entries, f"the checkpoints under {self.directory}, as")
         damaged: dict[str, str] = {}
-        for name in self._entries():
+        for name in entries:
             try:
-                with distributed.fail_together():
-                    state = self._restore(name, _with_shardings(abstract, shardings), data)
-            except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-                raise
+                state = self._restore(name, _with_shardings(abstract, shardings), data)
             except Exception as error:  # Orbax raises almost any kind for a damaged file.
+                if not _is_damage(error):
+                    raise
                 damaged[name] = _line(error)
                 continue
             self._set_aside(damaged, continuing=name)
             return state
-        if not damaged:
-            self.require()
         reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
         raise InputError(
-            f"no checkpoint under {self.directory} can be restored ({reasons}); replace one by a copy, or "
-            "train in another directory"
+            f"no checkpoint under {self.directory} can be restored ({reasons or 'there is none'}); restore "
+            "one from a backup, or train in another directory"
         )
 
     def _entries(self) -> list[str]:
@@ -152,35 +153,49 @@ class Checkpoints:
         self._restore_data(record, data, step)
         return targets._replace(step=jax.device_put(np.int32(step), targets.step.sharding), **trees)
 
-    def _set_aside(self, damaged: dict[str, str], *, continuing: str) -> None:
+    def _set_aside(self, damaged: Mapping[str, str], *, continuing: str) -> None:
         """Moves damaged checkpoints out of the way; they are never deleted."""
+        if not damaged:
+            return
         with distributed.fail_together():
-            for name, reason in damaged.items():
-                place = self.directory.parent / DAMAGED / name
-                while place.exists():
-                    place = place.with_name(f"{place.name}_again")
-                if distributed.is_first():
-                    place.parent.mkdir(exist_ok=True)
-                    (self.directory / name).rename(place)
-                distributed.say(
-                    f"checkpoint {name} is damaged ({reason}) and was moved to {place}; using checkpoint "
-                    f"{continuing}"
-                )
-        if damaged:
-            self._manager.reload()
+            if distributed.is_first():
+                for name, reason in damaged.items():
+                    place = self._move(name)
+                    print(
+                        f"checkpoint {name} is damaged ({reason}) and was moved to {place}; using checkpoint "
+                        f"{continuing}",
+                        flush=True,
+                    )
+        self._manager.reload()
+
+    def _move(self, name: str) -> Path:
+        place = self.directory.parent / DAMAGED / name
+        while place.exists():
+            place = place.with_name(f"{place.name}_again")
+        try:
+            place.parent.mkdir(exist_ok=True)
+            return (self.directory / name).rename(place)
+        except OSError as error:
+            raise InputError(
+                f"{self.directory / name} is damaged, but cannot be moved to {place} ({error.strerror}); "
+                "move it away and run the same command again"
+            ) from error
 
     def _record(self, step: int) -> dict[str, Any]:
-        """The content of the item "step"; empty if it cannot be read."""
+        """The content of the item "step"; empty if it is missing or damaged."""
+        path = self.directory / str(step) / "step" / "metadata"
         try:
-            record = json.loads((self.directory / str(step) / "step" / "metadata").read_text())
-        except (OSError, ValueError, RecursionError):
+            record = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
             return {}
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
         return record if isinstance(record, dict) else {}
 
     def _require_record(self, step: int) -> dict[str, Any]:
         record = self._record(step)
         if record.get("step") != step:
-            was = f"it was saved as {record['step']}" if "step" in record else "its step is missing"
+            was = f"it was saved as {record['step']}" if "step" in record else "its step cannot be read"
             raise DamagedError(was)
         return record
 
@@ -214,12 +229,15 @@ class Checkpoints:
             record = self._require_record(step)
             params = self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
             _verify(record, {item: params})
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise
         except Exception as error:  # Orbax raises almost any kind for a damaged file.
+            if not (self.directory / str(step)).exists():
+                raise InputError(f"checkpoint {step} under {self.directory} was deleted meanwhile") from error
+            if not _is_damage(error):
+                raise
+            others = [other for other in steps if other != step]
             raise DamagedError(
-                f"checkpoint {step} under {self.directory} is damaged ({_line(error)}); choose another one "
-                f"of {steps}"
+                f"checkpoint {step} under {self.directory} is damaged ({_line(error)}); the others there: "
+                f"{others}"
             ) from error
         return params
 
@@ -255,6 +273,19 @@ def _verify(record: Mapping[str, Any], trees: Mapping[str, PyTree]) -> None:
     for item, value in checksums(trees).items():
         if record["checksums"][item] != value:
             raise DamagedError(f"its {item} differ from what was saved")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the files of a checkpoint are damaged, and it is not the machine or the storage that failed."""
+    if isinstance(error, InputError):
+        return isinstance(error, DamagedError)
+    if distributed.is_multi_process():
+        return False  # It may concern this process alone, while the others wait for it.
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        return False
+    return not any(status in str(error) for status in _STORAGE_FAILURES)
 
 
 def _data_checksum(state: Mapping[str, Any]) -> int:

@@ -13,9 +13,9 @@ from jaxtyping import Array, PyTree, Shaped, UInt32
 def checksums(trees: Mapping[str, PyTree]) -> dict[str, int]:
     """For each tree, a 32-bit checksum of all its arrays.
 
-    It depends on the bits, the order of the leaves and the place of each element, but not on the sharding.
-    Two arrays that differ in one element have different sums; other changes go unnoticed with probability
-    2^-32. If the arrays are sharded over several processes, all of them call this together.
+    It ignores shapes, dtypes and sharding. A change of one element always changes it; any other change is
+    missed with a probability of about 2^-32. If the arrays are sharded over several processes, all of them
+    call this together.
     """
     sums = jax.device_get(_all_sums({name: jax.tree.leaves(tree) for name, tree in trees.items()}))
     return {name: zlib.crc32(np.array(each, "<u4").tobytes()) for name, each in sums.items()}

@@ -42,7 +42,7 @@ class TrainingSettings:
     """Number of updates, batch size, and how often to save and report."""
 
     num_steps: int = setting(200_000, "total number of updates", low=1)
-    batch_size: int = setting(2048, "images per update, over all devices", low=1)
+    batch_size: int = setting(2048, "images per update, over all devices", low=1, high=2**20)
     accumulation_steps: int = setting(
         1, "parts of the batch whose gradients are computed one after the other, to save memory", low=1
     )

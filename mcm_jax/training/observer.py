@@ -104,10 +104,10 @@ class RunObserver:
         start = time.monotonic()
         grid = self._draw(params)
         if grid is None:
-            self._say(f"no samples are drawn at step {step}: they contain NaN or infinity")
-            return
-        save_png(grid, self._samples / f"step_{step:07d}.png")
-        self._events.image(step, "samples", grid)
+            self._say(f"the samples of step {step} contain NaN or infinity and are not saved")
+        else:
+            save_png(grid, self._samples / f"step_{step:07d}.png")
+            self._events.image(step, "samples", grid)
         if self._timed is not None:
             self._timed = (self._timed[0], self._timed[1] + time.monotonic() - start)
 

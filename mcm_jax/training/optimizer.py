@@ -12,7 +12,7 @@ from mcm_jax.fields import setting
 class OptimizerSettings:
     """Settings of Adam, its learning rate schedule, and the averaged parameters."""
 
-    learning_rate: float = setting(1e-4, "peak learning rate of Adam (open)", low=0)
+    learning_rate: float = setting(1e-4, "peak learning rate of Adam (open)", low=0, high=10)
     warmup_steps: int = setting(0, "updates of linear warm-up, starting at peak / warmup_steps", low=0)
     decay: Literal["constant", "linear"] = setting("constant", "schedule after the warm-up; linear ends at 0")
     b1: float = setting(0.9, "Adam's b1 (open)", low=0, high=0.999999)

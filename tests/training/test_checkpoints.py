@@ -1,7 +1,9 @@
 """What is saved comes back as it was, the newest unless another is asked for."""
 
+import errno
 import re
 import shutil
+from pathlib import Path
 
 import grain
 import jax
@@ -193,7 +195,7 @@ def test_no_flipped_bit_is_sampled_from(two_checkpoints, tmp_path):
         assert_equal(found, state_at(20).ema_params)
     assert 0 < len(messages) < 60
     for message in messages:
-        assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); .* one of \[3, 20\]", message)
+        assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); the others there: \[3\]", message)
 
 
 @pytest.mark.parametrize("item", ["params", "ema_params"])
@@ -266,22 +268,48 @@ def test_if_all_are_damaged_they_stay(two_checkpoints, tmp_path):
     for step in (3, 20):
         (workdir / f"checkpoints/{step}/step/metadata").write_text("")
     with Checkpoints(workdir, keep=9) as checkpoints:
-        with pytest.raises(InputError, match=r"no checkpoint .* can be restored \(20: .*; 3: .*\); replace"):
+        with pytest.raises(InputError, match=r"no checkpoint .* can be restored \(20: .*; 3: .*\); restore"):
             checkpoints.restore(*targets(), batches())
         assert checkpoints.all_steps() == [3, 20]
         assert checkpoints.any() and checkpoints.latest_step() is None
 
 
-def test_a_failure_of_the_machine_is_no_damage(two_checkpoints, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(13, "Permission denied"), InputError),
+        (OSError(errno.EIO, "Input/output error"), InputError),
+        (MemoryError(), MemoryError),
+    ],
+)
+def test_a_failure_of_the_machine_is_no_damage(error, expected, two_checkpoints, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    read_text = Path.read_text
+
+    def fail(path, *arguments, **named):
+        if path == workdir / "checkpoints/20/step/metadata":
+            raise error
+        return read_text(path, *arguments, **named)
+
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        monkeypatch.setattr(Path, "read_text", fail)
+        with pytest.raises(expected) as raised:
+            checkpoints.restore(*targets(), batches())
+        assert not isinstance(raised.value, DamagedError)
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def test_storage_that_fails_is_no_damage(two_checkpoints, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
 
-    def fail(*_):
-        raise PermissionError(13, "Permission denied")
+    def fail(*_, **__):
+        raise ValueError("UNAVAILABLE: Error reading object")
 
     with Checkpoints(workdir, keep=9) as checkpoints:
-        monkeypatch.setattr(checkpoints, "_require_record", fail)
-        with pytest.raises(PermissionError):
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(ValueError, match="UNAVAILABLE"):
             checkpoints.restore(*targets(), batches())
     assert not (workdir / "damaged_checkpoints").exists()
 

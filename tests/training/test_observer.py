@@ -240,5 +240,5 @@ def test_tensorboard_has_metrics_and_pictures(tmp_path, capsys):
 def test_a_run_goes_on_without_a_picture(tmp_path, capsys):
     with observe(tmp_path, draw=lambda params: None) as run:
         run.pictures(10, "params")
-    assert "no samples are drawn at step 10: they contain NaN or infinity" in capsys.readouterr().out
+    assert "the samples of step 10 contain NaN or infinity and are not saved" in capsys.readouterr().out
     assert not list(tmp_path.glob("samples/*"))
