@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs everything on a small scale: prepares 16x16 OpenMoji, trains a diffusion teacher, makes CD and CT students of 1
-# and 4 steps from it, evaluates all five, and writes one table and one page. Takes about 13 minutes on 2 cores,
+# and 4 steps from it, evaluates all five, and writes one table and one page. Takes about 10 minutes on 2 cores,
 # including the installation.
 #
 #   bash launch/smoke.sh                          writes to runs/smoke, training seed 0

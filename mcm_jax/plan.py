@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mcm_jax.planning.planner import PROGRAMS, plan, scaling, table
 from mcm_jax.records import JsonObject
 from mcm_jax.system import command_line, config_files, paths, versions
-from mcm_jax.system.files import write_output
+from mcm_jax.system.files import require_output, write_output
 
 
 def _provenance(holder: flags.FlagHolder[ConfigDict] | flags.Flag[ConfigDict]) -> JsonObject:
@@ -73,6 +73,9 @@ def main() -> None:
     if values.scaling is not None:
         print(scaling(values.scaling), end="")
         return
+    for flag, path in (("--json", values.json), ("--hlo", values.hlo)):
+        if path is not None:
+            require_output(path, flag)
     holder = values["config"]
     provenance = _provenance(holder)
     record, report, text = plan(

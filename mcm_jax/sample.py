@@ -6,7 +6,6 @@ python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz --form
 The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --images`.
 """
 
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,7 +16,7 @@ from absl import flags
 from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import write_output
+from mcm_jax.system.files import require_output, write_output
 from mcm_jax.system.pictures import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -85,10 +84,7 @@ def main() -> None:
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
         raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out={out}: there is no directory {out.parent}; create it first")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise InputError(f"--out={out}: {out.parent} is not writable; choose another directory")
+    require_output(out, "--out")
     from mcm_jax.system import distributed  # Slow to import; --help and bad flags should not wait for it.
 
     with distributed.joined():

@@ -42,7 +42,13 @@ def call(program, *arguments):
         ("train", ["--config=configs/openmoji.py:teacher", "--workdir=/none", "extra"], "'extra'"),
         ("sample", ["--workdir=/none", "--out=x.png"], "/none is not a run"),
         ("sample", ["--workdir=/none", "--out=x.gif"], "must end in .png"),
-        ("sample", ["--workdir=/none", "--out=/no/where/x.png"], "there is no directory /no/where"),
+        (
+            "sample",
+            ["--workdir=/none", "--out=/dev/null/x.png"],
+            "the directory of --out=/dev/null: cannot write",
+        ),
+        ("train", ["--config=openmoji:teacher", f"--workdir=/tmp/{'x' * 300}"], "of more than 255 bytes"),
+        ("train", ["--config=openmoji:teacher", "--workdir="], "--workdir is empty"),
         ("sample", ["--out=x.png"], "workdir"),
     ],
 )
@@ -70,6 +76,23 @@ def test_sample_writes_a_grid_and_arrays(teacher, tmp_path):
     assert grid.returncode == 0, grid.stderr
     assert Image.open(tmp_path / "grid.png").size[0] > 3 * 8
     assert "4 steps of addim, seed 0, rounding nearest" in grid.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("sample", ["--workdir=/none", "--out"]),
+        ("plan", ["--config=openmoji:teacher", "--topology=v5e:2x2", "--json"]),
+        ("plan", ["--config=openmoji:teacher", "--topology=v5e:2x2", "--hlo"]),
+        ("report", ["--figure=trajectories", "--out"]),
+    ],
+)
+def test_a_directory_is_no_output_file(program, arguments, tmp_path):
+    """Found before anything is computed."""
+    (tmp_path / "x.png").mkdir()
+    result = call(program, *arguments[:-1], f"{arguments[-1]}={tmp_path}/x.png")
+    assert result.returncode == 2
+    assert result.stderr == f"error: {arguments[-1]}={tmp_path}/x.png is a directory; specify a file\n"
 
 
 def test_sample_takes_data_that_has_moved(teacher, tiny_data, tmp_path):

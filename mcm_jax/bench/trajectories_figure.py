@@ -9,7 +9,7 @@ import numpy as np
 from mcm_jax.reporting import averages
 from mcm_jax.reporting.tables import plural
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import require_writable, write_output
+from mcm_jax.system.files import require_output, write_output
 
 FIGURE_STEPS = (1, 2, 4)
 # Number of sets of exact samples; their distance varies with the number of samples in each mode.
@@ -33,9 +33,7 @@ def trajectories_figure(
     """
     if out.suffix != ".png":
         raise InputError(f"--out={out} must end in .png")
-    if out.is_dir():
-        raise InputError(f"--out={out} is a directory; choose another path")
-    require_writable(out.parent, "the directory of --out")
+    require_output(out, "--out")
     # Slow to import, so only after the flags have been checked.
     from mcm_jax.bench import trajectories
     from mcm_jax.diffusion import mixtures

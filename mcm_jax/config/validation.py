@@ -1,6 +1,7 @@
 """Checks a config before any long work: every field, then combinations of fields."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -194,10 +195,11 @@ def _checked(value: object, hint: Any, metadata: Mapping[str, Any], name: str) -
         value = float(value)
     if type(value) is not hint:
         raise InputError(f"config.{name}={value!r} must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"config.{name}={value!r} must be finite")
     low, high = metadata["low"], metadata["high"]
-    # Written so that NaN fails too.
-    if low is not None and not value >= low:
+    if low is not None and value < low:
         raise InputError(f"config.{name}={value!r} must be at least {low}")
-    if high is not None and not value <= high:
+    if high is not None and value > high:
         raise InputError(f"config.{name}={value!r} must be at most {high}")
     return value

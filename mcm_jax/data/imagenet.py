@@ -215,6 +215,8 @@ class Prepared(Source):
         Raises:
           InputError: the directory holds no such data set.
         """
+        if "://" in data_dir and importlib.util.find_spec("tensorflow") is None:
+            raise InputError(f"--manual_dir={data_dir} needs TensorFlow; install it: pip install tensorflow")
         try:
             self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
             if not self._builder.info.splits:

@@ -30,7 +30,7 @@ from mcm_jax.records import (
 )
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import append_line, require_writable
+from mcm_jax.system.files import append_line, require_output, require_writable
 from mcm_jax.training.checkpoints import Parameters
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def evaluate_images(options: Options) -> ImagesResult:
         reference = reference_images(options.reference, split=options.reference_split)
         images = _compatible(images, reference, options)
         if options.results is not None:
-            require_writable(options.results.absolute().parent, "--results, its directory")
+            require_output(options.results, "--results")
     distributed.require_same((options, network.description, images.description), "flags, weights and images")
     evaluator = _evaluator(options, network)
     result = evaluator.score_images(images)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Sequence
 from typing import TypeVar
@@ -49,8 +50,8 @@ def resolve(
     samples are rounded to the nearest byte.
 
     Raises:
-      InputError: a name is not one of the choices, guidance is used with a network that was trained without
-        label dropout, or x_var with a sampler that uses no variance.
+      InputError: a name is not one of the choices, guidance is negative, not finite or used with a network
+        that was trained without label dropout, or x_var is used with a sampler that uses no variance.
     """
     settings = config.sampling
     if config.student_steps is not None:
@@ -63,6 +64,8 @@ def resolve(
         )
     chosen = _known("sampler", sampler or settings.sampler, SAMPLERS)
     guidance = settings.guidance if guidance is None else guidance
+    if not 0 <= guidance < math.inf:
+        raise InputError(f"guidance={guidance} must be a finite number of at least 0")
     if guidance > 0 and not config.supports_guidance:
         raise InputError(
             f"guidance {guidance} needs a diffusion model trained with config.diffusion.label_dropout above "

@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
     """
     _escape_unencodable()
     host.tune()
-    # TFDS imports TensorFlow to read TFRecord files; without this it prints start-up messages on stderr.
+    # TensorFlow, which TFDS imports to read TFRecord files, prints start-up messages on stderr otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:

@@ -1,5 +1,6 @@
 """Local paths given by a user in a flag or setting, where `~` is the home directory."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from mcm_jax.system.errors import InputError
 # gs://bucket/run, or gs:/bucket/run after pathlib has normalized it. ./gs:/x is a local path.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
+_LONGEST_NAME = 255  # bytes, on all common file systems
+
 
 def local_path(text: str | Path, name: str) -> Path:
     """Converts `text` to a path and expands `~`.
@@ -20,10 +23,12 @@ def local_path(text: str | Path, name: str) -> Path:
       name: the flag or setting that contains the text, as the user writes it, for example `--workdir`.
 
     Raises:
-      InputError: the text is empty or a URL, or refers to the home directory of an unknown user.
+      InputError: the text is empty, too long or a URL, or refers to the home directory of an unknown user.
     """
     if not str(text):
         raise InputError(f"{name} is empty; specify a file or directory, or . for the current directory")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
+        raise InputError(f"{name}={text} contains a name of more than {_LONGEST_NAME} bytes; shorten it")
     if _URL.match(str(text)):
         raise InputError(f"{name}={text} is a URL; only local paths work, such as a mounted bucket")
     try:

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def test_every_setting_is_documented():
         ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim"),
         ("consistency", "huber_epsilon", 0.0, "must be at least 1e-30"),
         ("optimizer", "b1", 1.5, "must be at most 0.999999"),
+        ("optimizer", "learning_rate", 1e30, "must be at most 10"),
+        ("optimizer", "learning_rate", math.inf, "must be finite"),
+        ("optimizer", "learning_rate", math.nan, "must be finite"),
+        ("consistency", "teacher_steps_first", math.inf, "must be finite"),
+        ("training", "batch_size", 10**9, "must be at most 1048576"),
         ("model", "kinds", ("resnet", "resnet", "mlp"), "'mlp' must be one of resnet, transformer"),
         ("model", "dtype", "float16", "must be one of float32, bfloat16"),
         ("model", "embedding_width", 31, "must be even"),

@@ -773,7 +773,7 @@ def test_runs_that_do_not_fit_the_reference(resolution, class_names, message, in
             {"images": Path("BARE"), "metrics": ("kid",)},
             "--metrics=kid needs at least 2 images, but there are 1",
         ),
-        ({"results": Path("/dev/null/x")}, "--results, its directory=/dev/null: cannot write there"),
+        ({"results": Path("/dev/null/x")}, "the directory of --results=/dev/null: cannot write there"),
         ({"images": Path("/no/where")}, "there is no such file or folder"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import typing
 import warnings
@@ -345,6 +346,12 @@ def test_guidance(run, student):
     for other in (run, student):
         with pytest.raises(InputError, match=r"guidance 1\.0 needs a diffusion model trained with"):
             other.sample(1, guidance=1.0)
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -1.0])
+def test_guidance_that_is_no_weight(guidance, run):
+    with pytest.raises(InputError, match="must be a finite number of at least 0"):
+        run.sample(1, guidance=guidance)
 
 
 def test_samples_are_rounded_as_adm_does_on_request(run):
