@@ -57,12 +57,17 @@ class Place:
 
 
 def places(node: ast.AST, ancestors: tuple[ast.AST, ...] = ()) -> Iterator[Place]:
-    """Yields every expression below `node`, except in annotations, imports and raise statements."""
+    """Yields every expression below `node`, except in annotations, imports, raise statements and declarations.
+
+    Declarations are `setting(...)` and `dataclass(...)`: defaults and ranges of settings are no mathematics.
+    """
     for field, value in ast.iter_fields(node):
         for n, child in enumerate(value if isinstance(value, list) else [value]):
             if field in ("annotation", "returns") or not isinstance(child, ast.AST):
                 continue
             if isinstance(child, ast.Import | ast.ImportFrom | ast.Raise):
+                continue
+            if called(child) in ("setting", "dataclass"):
                 continue
             around, slots = (*ancestors, node), ((node, field, n if isinstance(value, list) else None),)
             if field in ("defaults", "kw_defaults"):  # printed as name=default, like a keyword

@@ -36,6 +36,7 @@ def mutated(source, kind):
             "f(0, 1, 2)",
             ["f(-1, 1, 2)", "f(0, 0, 2)", "f(0, 1, 3)", "f(0, 1, 4)", "f(0, 2, 2)", "f(1, 1, 2)"],
         ),
+        ("constant", "x: float = setting(1.0, 'doc', low=0)", []),
         ("constant", "0.5", ["0.25", "1.5"]),
         ("constant", "f(True, 'a', None)", ["f(False, 'a', None)"]),
         ("choice", "a if kind == 'x' else b", ["a if kind != 'x' else b"]),
