@@ -57,7 +57,7 @@ class Place:
 
 
 def places(node: ast.AST, ancestors: tuple[ast.AST, ...] = ()) -> Iterator[Place]:
-    """Yields every expression below `node`, except in annotations, imports, raise statements and declarations.
+    """Yields each expression below `node`, except in annotations, imports, raise statements and declarations.
 
     Declarations are `setting(...)` and `dataclass(...)`: defaults and ranges of settings are no mathematics.
     """
