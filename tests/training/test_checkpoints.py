@@ -162,7 +162,7 @@ def two_checkpoints(tmp_path_factory):
 def test_no_flipped_bit_is_trained_on(two_checkpoints, tmp_path, capsys):
     """The state is that of the newest checkpoint or, with a message, that of the one before."""
     used = []
-    for seed in range(60):
+    for seed in range(30):
         workdir = tmp_path / str(seed)
         shutil.copytree(two_checkpoints, workdir)
         flip_a_bit(workdir / "checkpoints/20", np.random.default_rng(seed))
@@ -176,13 +176,13 @@ def test_no_flipped_bit_is_trained_on(two_checkpoints, tmp_path, capsys):
         assert told == (step == 3) == (workdir / "damaged_checkpoints/20").exists()
         used.append(step)
     # Some bits change nothing.
-    assert set(used) == {3, 20} and used.count(3) >= 10
+    assert set(used) == {3, 20} and used.count(3) >= 5
 
 
 def test_no_flipped_bit_is_sampled_from(two_checkpoints, tmp_path):
     messages = []
     abstract, shardings = targets()
-    for seed in range(60):
+    for seed in range(30):
         workdir = tmp_path / str(seed)
         shutil.copytree(two_checkpoints, workdir)
         flip_a_bit(workdir / "checkpoints/20/ema_params", np.random.default_rng(seed))
@@ -193,7 +193,7 @@ def test_no_flipped_bit_is_sampled_from(two_checkpoints, tmp_path):
                 messages.append(str(error))
                 continue
         assert_equal(found, state_at(20).ema_params)
-    assert 0 < len(messages) < 60
+    assert 0 < len(messages) < 30
     for message in messages:
         assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); the others there: \[3\]", message)
 
