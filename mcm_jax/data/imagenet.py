@@ -215,8 +215,8 @@ class Prepared(Source):
         Raises:
           InputError: the directory holds no such data set.
         """
-        if "://" in data_dir and importlib.util.find_spec("tensorflow") is None:
-            raise InputError(f"--manual_dir={data_dir} needs TensorFlow; install it: pip install tensorflow")
+        if "://" in data_dir:
+            _require_tensorflow(f"--manual_dir={data_dir} is a URL")
         try:
             self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
             if not self._builder.info.splits:
@@ -225,11 +225,8 @@ class Prepared(Source):
             wanted = f"neither {TRAIN_TAR} nor a" if name == "imagenet2012" else "no"
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--manual_dir={data_dir} holds {wanted} prepared {name} ({reason})") from error
-        if not self._is_array_record and importlib.util.find_spec("tensorflow") is None:
-            raise InputError(
-                f"--manual_dir={data_dir}: its {name} is stored as TFRecord, which TFDS reads with "
-                "TensorFlow; install it: pip install tensorflow"
-            )
+        if not self._is_array_record:
+            _require_tensorflow(f"--manual_dir={data_dir}: its {name} is stored as TFRecord")
         self._names = {"train": "train", "test": "validation"}
         missing = [name for name in self._names.values() if name not in self._builder.info.splits]
         if missing:
@@ -269,6 +266,12 @@ class Prepared(Source):
         for index, example in enumerate(examples, first):
             file = example["file_name"].decode() if "file_name" in example else f"{name}_{index:07d}"
             yield Encoded(file, example["image"], self._labels[int(example["label"])])
+
+
+def _require_tensorflow(reason: str) -> None:
+    """Raises InputError if TensorFlow, which is an extra, is not installed."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise InputError(f"{reason}, which TFDS reads with TensorFlow; install it: pip install tensorflow")
 
 
 def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:

@@ -107,7 +107,7 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
       The results, including those measured before.
 
     Raises:
-      InputError: the input must be corrected; raised before anything is sampled.
+      InputError: the input must be corrected (raised before anything is sampled), or samples are not finite.
     """
     with distributed.fail_together():
         _check(options)

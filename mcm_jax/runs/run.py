@@ -122,7 +122,7 @@ class Run:
 
         Raises:
           InputError: wrong number of labels, labels out of range, or options that the run does not support.
-          samplers.NonFiniteError: a sample is not finite.
+          samplers.NonFiniteSamplesError: a sample is not finite.
         """
         settings = self.sampling(**options)
         if self.student_steps not in (None, settings.steps):
@@ -158,7 +158,7 @@ class Run:
             drawn, finite = map(sharding.gather, run(self.params, key, x_var, *on_mesh))
             if not finite[: part.stop - start].all():
                 remedy = " or a smaller guidance weight" if settings.guidance > 0 else ""
-                raise samplers.NonFiniteError(
+                raise samplers.NonFiniteSamplesError(
                     f"samples of checkpoint {self.checkpoint_step} contain NaN or infinity; choose another "
                     f"checkpoint{remedy}"
                 )
@@ -317,7 +317,7 @@ def load_run(
       data_dir: the directory of prepared data; None for the one used in training.
 
     Raises:
-      InputError: there is no run or no such checkpoint.
+      InputError: there is no run or no such checkpoint, or it is damaged.
     """
     workdir = local_path(workdir, "workdir")
     if data_dir is not None:

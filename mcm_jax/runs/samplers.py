@@ -34,6 +34,10 @@ ROUNDINGS: tuple[Rounding, ...] = typing.get_args(Rounding)
 T = TypeVar("T")
 
 
+class NonFiniteSamplesError(InputError):
+    """Samples contain NaN or infinity."""
+
+
 def resolve(
     config: Config,
     *,
@@ -99,10 +103,6 @@ def _known(name: str, value: str, choices: Sequence[T]) -> T:
     raise InputError(f"{name}={value} is not one of {', '.join(map(str, choices))}")
 
 
-class NonFiniteError(InputError):
-    """Samples contain NaN or infinity."""
-
-
 def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
     """The log-SNRs at which the network is called."""
     if settings.noise_grid == "karras":
@@ -111,11 +111,10 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
 
 
 def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns jitted (params, key, x_var, image indices, labels) -> (uint8 images, whether each is
-    finite), sharded over the mesh.
+    """Returns jitted (params, key, x_var, image indices, labels) -> (images, finite), sharded over the mesh.
 
-    Image n depends only on (key, n), its label, the parameters and `settings`. For x_var, see
-    `sampling.sample`.
+    The images are uint8; `finite` states for each whether it was finite before rounding. Image n depends only
+    on (key, n), its label, the parameters and `settings`. For x_var, see `sampling.sample`.
     """
     network, logsnr = build.placed(config, network, mesh=mesh), grid(config, settings)
     sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)

@@ -18,7 +18,7 @@ from mcm_jax.fields import Affects
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.runs import build, workdirs
 from mcm_jax.runs.run import Run
-from mcm_jax.runs.samplers import NonFiniteError
+from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.pictures import image_grid
@@ -255,7 +255,7 @@ def _draw_grid(preview: Run, params: Params) -> np.ndarray | None:
     try:
         with jax.transfer_guard("allow"):
             images, _ = preview.with_params(params).sample(_GRID_IMAGES)
-    except NonFiniteError:
+    except NonFiniteSamplesError:
         return None
     return image_grid(images, _GRID_COLUMNS, scale=max(1, 48 // images.shape[1]))
 

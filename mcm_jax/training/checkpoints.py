@@ -119,7 +119,7 @@ class Checkpoints:
           InputError: no checkpoint can be restored; all stay where they are.
         """
         entries = self._entries()
-        distributed.require_same(entries, f"the checkpoints under {self.directory}, as")
+        distributed.require_same(entries, "the lists of checkpoints")
         damaged: dict[str, str] = {}
         for name in entries:
             try:

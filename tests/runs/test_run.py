@@ -19,7 +19,7 @@ from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
-from mcm_jax.runs.samplers import NonFiniteError
+from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system.errors import InputError
 from tests import tiny
 
@@ -82,7 +82,7 @@ def test_samples_that_are_not_finite_are_refused(run):
     params["conditioning"]["classes"]["embedding"][1] = np.nan
     broken = run.with_params(params)
     broken.sample(3, labels=np.array([0, 0, 0]))
-    with pytest.raises(NonFiniteError, match="contain NaN or infinity"):
+    with pytest.raises(NonFiniteSamplesError, match="contain NaN or infinity"):
         broken.sample(3, labels=np.array([0, 0, 1]))
 
 

@@ -145,7 +145,7 @@ def test_a_checkpoint_of_one_device_is_split_over_eight(tmp_path, monkeypatch):
 
 
 def flip_a_bit(checkpoint, rng):
-    """In one of the files, weighted by size; returns its path."""
+    """In one of the files, weighted by size."""
     found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = np.array([path.stat().st_size for path in found])
     path = found[rng.choice(len(found), p=sizes / sizes.sum())]
