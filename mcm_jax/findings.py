@@ -9,12 +9,11 @@ continues after an interruption. OUT/findings.md and OUT/findings.png are writte
 writes them from the results so far.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from mcm_jax.bench.runner import PROBLEMS, run
 from mcm_jax.system import command_line, paths
+from mcm_jax.system.paths import as_path
 
 
 def define_flags() -> None:
@@ -36,7 +35,7 @@ def define_flags() -> None:
 def main() -> None:
     """Measures the findings that the flags specify."""
     values = flags.FLAGS
-    out = values.out or Path("runs/findings_quick" if values.quick else "runs/findings")
+    out = values.out or as_path("runs/findings_quick" if values.quick else "runs/findings")
     markdown = run(
         out,
         problems=values.problems,

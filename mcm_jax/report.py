@@ -19,13 +19,13 @@ seeds.
 """
 
 import time
-from pathlib import Path
 
 from absl import flags
 
 from mcm_jax.bench.trajectories_figure import trajectories_figure
 from mcm_jax.reporting.outputs import write_page, write_paper_tables
 from mcm_jax.system import command_line, paths
+from mcm_jax.system.paths import as_path
 
 
 def define_flags() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     """Writes the page, tables or figure that the flags specify."""
     if flags.FLAGS.figure:
         began = time.monotonic()
-        out = flags.FLAGS.out or Path(f"{flags.FLAGS.figure}.png")
+        out = flags.FLAGS.out or as_path(f"{flags.FLAGS.figure}.png")
         print(trajectories_figure(out, seeds=flags.FLAGS.seeds))
         print(f"Drawn in {time.monotonic() - began:.0f} s: {out}")
         return

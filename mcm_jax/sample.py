@@ -7,7 +7,6 @@ The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --imag
 """
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_output, write_output
+from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import image_grid, save_png
 
 if TYPE_CHECKING:

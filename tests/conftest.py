@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("fixed")
 
 import pytest
 
-from tests import tiny
+from tests import buckets, tiny
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,19 @@ def teacher(tiny_data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "teacher"
     assert trainer.train(tiny.config(tiny_data), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def _bucket():
+    with buckets.Bucket() as bucket, bucket.environment(proxy=True):
+        yield bucket
+
+
+@pytest.fixture
+def bucket(_bucket):
+    """A bucket for this and all later tests: clients remember the server's address."""
+    yield _bucket
+    _bucket.proxy.recover()
 
 
 # Tests that train, compile a whole network or start programs, in the order in which they run: the longest

@@ -5,7 +5,6 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -15,7 +14,8 @@ from mcm_jax.fields import Settings
 from mcm_jax.records import JsonObject
 from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import append_line
+from mcm_jax.system.files import append_line, read_lines, reason
+from mcm_jax.system.paths import Path
 
 Values = dict[str, float]
 # Config fields and values, such as ("consistency.xvar_frac", 0.0).
@@ -101,9 +101,9 @@ class Store:
         if not path.exists():
             return
         try:
-            lines = path.read_text().splitlines()
+            lines = read_lines(path)
         except OSError as error:
-            raise InputError(f"{path} can't be read ({error.strerror}); choose another --out") from error
+            raise InputError(f"{path} can't be read ({reason(error)}); choose another --out") from error
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)

@@ -7,7 +7,6 @@ The distance is fd_effnet_lite0_1024, as reported by `evaluate`: a proxy, not FI
 import contextlib
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax.numpy as jnp
 import ml_collections
@@ -24,8 +23,11 @@ from mcm_jax.data.pixels import to_float
 from mcm_jax.evaluation import scoring
 from mcm_jax.runs import build, trainer
 from mcm_jax.runs.run import load_run
+from mcm_jax.system.files import appending
+from mcm_jax.system.paths import Path, as_path
 
 RESOLUTION = 16
+_DATA_DIR = as_path("data")
 NUM_SAMPLES = 1024
 METRIC = records.with_count(records.DISTANCES[records.EFFICIENTNET], NUM_SAMPLES)
 
@@ -78,7 +80,7 @@ QUICK = Problem(
 class Bench:
     """Measures cells of one problem by training runs in `directory`."""
 
-    def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = Path("data")):
+    def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = _DATA_DIR):
         """Prepares the data set if it does not exist. The programs' output goes to directory/log.txt."""
         self.problem, self.directory, self.data_dir = problem, directory, data_dir
         plan = preparation.plan(dataset="openmoji", resolution=RESOLUTION)
@@ -87,7 +89,7 @@ class Bench:
 
     def __call__(self, cell: Cell) -> Values:
         """Trains unless already done, and evaluates; for CT also measures the difference from its teacher."""
-        with open(self.directory / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        with appending(self.directory / "log.txt") as log, contextlib.redirect_stdout(log):
             return self._measure(cell)
 
     def _measure(self, cell: Cell) -> Values:

@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,6 +10,7 @@ import jax
 from mcm_jax.bench.cells import RESULTS
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
+from mcm_jax.system.paths import Path, absolute
 
 if TYPE_CHECKING:  # Slow to import.
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def run(
     from mcm_jax.bench import choices as open_choices
 
     # All cells share a cache of compiled programs, which makes later starts fast.
-    cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str((out / "xla_cache").absolute()))
+    cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str(absolute(out / "xla_cache")))
     jax.config.update("jax_compilation_cache_dir", cache)
     benches = {name: _bench(name, out, quick=quick) for name in problems}
     chosen = {name: problem for name, (problem, _) in benches.items()}

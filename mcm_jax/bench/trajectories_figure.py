@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from mcm_jax.reporting import averages
 from mcm_jax.reporting.tables import plural
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_output, write_output
+from mcm_jax.system.paths import Path
 
 FIGURE_STEPS = (1, 2, 4)
 # Number of sets of exact samples; their distance varies with the number of samples in each mode.

@@ -8,7 +8,6 @@ with the reason for the default.
 
 import dataclasses
 import typing
-from pathlib import Path
 from typing import Literal
 
 import ml_collections
@@ -24,6 +23,7 @@ from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.objectives.tract import Tract
 from mcm_jax.records import Objective
+from mcm_jax.system.paths import Path
 from mcm_jax.system.sharding import MeshSettings
 from mcm_jax.training.loop import TrainingSettings
 from mcm_jax.training.optimizer import OptimizerSettings

@@ -12,7 +12,7 @@ import ml_collections
 from mcm_jax import fields
 from mcm_jax.config.settings import SECTIONS, Config, Staged, without_none
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.paths import local_path
+from mcm_jax.system.paths import checked_path
 
 _Settings = TypeVar("_Settings")
 
@@ -24,7 +24,7 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
       InputError: names the field, its value and the allowed values.
     """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    result = _with_local_paths(_read(Config, raw, prefix=""))
+    result = _with_checked_paths(_read(Config, raw, prefix=""))
     _check_model(result)
     _check_objective(result)
     _check_unused(result)
@@ -40,12 +40,12 @@ def read_saved(raw: Mapping[str, Any]) -> Config:
     return _read(Config, raw, prefix="")
 
 
-def _with_local_paths(config: Config) -> Config:
+def _with_checked_paths(config: Config) -> Config:
     """Expands `~` in the config's paths; raises InputError for paths that are not local."""
     teacher, data_dir = config.teacher_checkpoint, config.data.data_dir
     if teacher is not None:
-        teacher = str(local_path(teacher, "config.teacher_checkpoint"))
-    data = dataclasses.replace(config.data, data_dir=str(local_path(data_dir, "config.data.data_dir")))
+        teacher = str(checked_path(teacher, "config.teacher_checkpoint"))
+    data = dataclasses.replace(config.data, data_dir=str(checked_path(data_dir, "config.data.data_dir")))
     return dataclasses.replace(config, teacher_checkpoint=teacher, data=data)
 
 

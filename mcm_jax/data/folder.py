@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,6 +18,8 @@ from mcm_jax.data import images, layout, splits
 from mcm_jax.data.resizing import square_area
 from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import read_bytes, size
+from mcm_jax.system.paths import Path
 
 # Folder names that denote splits of a data set, not classes.
 _TRAIN_NAMES = frozenset({"train", "training"})
@@ -52,8 +54,8 @@ class Listing:
         """SHA-256 of file names, labels and sizes; detects a changed folder without reading its images."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name, label in self.files.items():
-            size = (self.root / name).stat().st_size
-            digest.update(f"\0{name}\0{label}\0{size}".encode("utf-8", "surrogateescape"))
+            identity = f"\0{name}\0{label}\0{size(self.root / name)}"
+            digest.update(identity.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -162,7 +164,10 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     Raises:
       InputError: Pillow cannot decode the file completely.
     """
-    with images.naming(path), Image.open(path, formats=images.FORMATS) as image:
+    with (
+        images.naming(path),
+        Image.open(io.BytesIO(read_bytes(path)), formats=images.FORMATS) as image,
+    ):
         rgb = _to_rgb(images.upright(image))
     return square_area(rgb, resolution)
 

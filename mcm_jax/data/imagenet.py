@@ -20,8 +20,7 @@ import itertools
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -33,6 +32,7 @@ from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, checked_path
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 # Number of images in the complete ILSVRC2012.
@@ -186,7 +186,7 @@ class _Member:
 
 def _members(path: Path) -> list[_Member]:
     with path.open("rb") as file:
-        return _members_of(file, str(path))
+        return _members_of(cast(io.BufferedIOBase, file), str(path))
 
 
 def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
@@ -283,8 +283,8 @@ def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:
     Raises:
       InputError: neither exists, the source is damaged, or there is no `imagenet_resized` of this size.
     """
-    directory = Path(manual_dir).expanduser()
-    data_dir = manual_dir if "://" in manual_dir else str(directory)
+    directory = checked_path(manual_dir, "--manual_dir")
+    data_dir = str(directory)
     if resized_to is not None:
         if resized_to not in RESIZED_TO:
             sizes = ", ".join(map(str, RESIZED_TO))

@@ -5,14 +5,17 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import pathlib
 import struct
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from pathlib import Path
 
+from etils import epath
 from PIL import ExifTags, Image
 
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import names_below, read_bytes
+from mcm_jax.system.paths import Path
 
 # Image formats that Pillow decodes by itself. Others are excluded: icons and textures hold several sizes, and
 # EPS would run Ghostscript.
@@ -85,7 +88,8 @@ def find(root: Path) -> Found:
     """
     files, skipped = [], collections.Counter()
     try:
-        for name, kind in _walk(root, "", frozenset()):
+        names = _in_bucket(root) if isinstance(root, epath.Path) else _walk(root, "", frozenset())
+        for name, kind in names:
             if kind:
                 skipped[kind] += 1
             else:
@@ -95,7 +99,19 @@ def find(root: Path) -> Found:
     return Found(tuple(sorted(files)), skipped)
 
 
-def _walk(directory: Path, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+def _in_bucket(root: epath.Path) -> Iterator[tuple[str, str]]:
+    """Yields the same as `_walk`."""
+    for name in names_below(root):
+        suffix = pathlib.PurePosixPath(name).suffix.lower()
+        if "/." in name:
+            yield name[1:], "hidden"
+        else:
+            yield name[1:], "" if suffix in SUFFIXES else printable(suffix) or "without a suffix"
+
+
+def _walk(
+    directory: pathlib.Path, inside: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, str]]:
     """Yields (path, reason for skipping it) for each file in `directory`; the reason is empty for an image.
 
     Args:
@@ -113,13 +129,13 @@ def _walk(directory: Path, inside: str, above: frozenset[tuple[int, int]]) -> It
             if entry.name.startswith("."):
                 yield name, "hidden"
             elif entry.is_dir():
-                yield from _walk(Path(entry.path), f"{name}/", above | {identity})
+                yield from _walk(pathlib.Path(entry.path), f"{name}/", above | {identity})
             else:
                 yield name, _why_not(entry)
 
 
 def _why_not(entry: os.DirEntry[str]) -> str:
-    suffix = Path(entry.name).suffix.lower()
+    suffix = pathlib.Path(entry.name).suffix.lower()
     broken = entry.is_symlink() and not os.path.exists(entry.path)
     # A broken link with an image suffix counts as a damaged image: reading it fails with its name.
     if suffix in SUFFIXES and (entry.is_file() or broken):
@@ -168,5 +184,5 @@ def upright(image: Image.Image) -> Image.Image:
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file; raises InputError if it cannot be read."""
-    with naming(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with naming(path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()

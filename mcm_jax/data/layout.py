@@ -12,13 +12,14 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mcm_jax.system import files
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, as_path
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test")
@@ -120,7 +121,7 @@ def config_name(dataset: str, resolution: int) -> str:
 def dataset_dir(data_dir: str | Path, *, dataset: str, resolution: int) -> Path:
     """The directory of a data set at one resolution; it need not exist."""
     builder = dataset.partition("/")[0]
-    return Path(data_dir) / builder / config_name(dataset, resolution) / VERSION
+    return as_path(data_dir) / builder / config_name(dataset, resolution) / VERSION
 
 
 def prepared_resolutions(data_dir: str | Path, *, dataset: str) -> list[int]:
@@ -152,7 +153,7 @@ def write_summary(info: DatasetInfo, directory: Path) -> None:
     """Writes the summary of `info` into `directory`; omits the path, so that the data can be moved."""
     fields = dataclasses.asdict(info)
     del fields["path"]
-    (directory / SUMMARY_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    files.write_whole(directory / SUMMARY_FILE, json.dumps(fields, indent=2) + "\n")
 
 
 def read_summary(directory: Path) -> DatasetInfo:
@@ -163,7 +164,7 @@ def read_summary(directory: Path) -> DatasetInfo:
       ValueError: the file is damaged.
     """
     try:
-        text = (directory / SUMMARY_FILE).read_text(encoding="utf-8")
+        text = files.read_bytes(directory / SUMMARY_FILE)
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     try:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
 import grain
 import numpy as np
@@ -14,8 +13,10 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from mcm_jax.data import layout
 from mcm_jax.data.layout import DatasetInfo, Example, Records, describe, stored_records
+from mcm_jax.data.local_copy import local_copy
 from mcm_jax.data.pixels import to_float, to_uint8
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path
 
 __all__ = [
     "ArraySource",
@@ -123,7 +124,7 @@ def _open_records(info: DatasetInfo, split: str) -> Records:
     The reads detect damaged files early: TFDS opens files only on the first read and trusts its own metadata
     for their lengths.
     """
-    builder = tfds.builder_from_directory(info.path)
+    builder = tfds.builder_from_directory(local_copy(info.path))
     records = stored_records(builder, split)
     if len(records) != info.num_examples[split]:
         raise ValueError(f"{len(records)} records of {info.num_examples[split]}")

@@ -6,19 +6,21 @@ import errno
 import hashlib
 import io
 import math
+import pathlib
 import shlex
-import shutil
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Generator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from mcm_jax.data import folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
+from mcm_jax.data.local_copy import local_copy
 from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path
 
 MAX_RESOLUTION = 2048
 PREVIEW_FILE = "preview.png"
@@ -104,8 +106,8 @@ def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None)
 def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
     if not manual_dir:
         raise InputError("--dataset=folder needs --manual_dir=PATH, the folder that holds the images")
-    root = paths.local_path(manual_dir, "--manual_dir")
-    name = name or root.resolve().name
+    root = paths.checked_path(manual_dir, "--manual_dir")
+    name = name or paths.resolved(root).name
     if not layout.FOLDER_NAME.fullmatch(name):
         raise InputError(
             f"--name={name}: a name may contain only letters, digits, _ and -; choose one with --name=NAME"
@@ -172,11 +174,14 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
     as a data set. If the plan resumes, the same command continues there; otherwise the directory may be
     deleted. The description is None while other hosts have not written their part.
 
+    In a bucket, which can't rename, the complete data set is copied to the target, with its summary last.
+    Plans that don't resume are written locally first.
+
     Raises:
       InputError: data_dir is not writable or lies inside the folder of images; a source image cannot be
         read; or the existing complete data set was made from other files.
     """
-    if chosen.reads is not None and data_dir.resolve().is_relative_to(chosen.reads.resolve()):
+    if chosen.reads is not None and paths.resolved(data_dir).is_relative_to(paths.resolved(chosen.reads)):
         raise InputError(
             f"--data_dir={data_dir} lies inside --manual_dir={chosen.reads}, so preview pictures of prepared "
             "data would count as images; choose a directory outside it"
@@ -184,9 +189,9 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
     target = layout.dataset_dir(data_dir, dataset=chosen.dataset, resolution=chosen.resolution)
     if not overwrite and (existing := _existing(target, chosen)):
         return existing, False
-    with _make_staging(data_dir, chosen) as staging:
+    with _staging(data_dir, chosen) as staging:
         with files.writing_to(data_dir, "--data_dir", *_NO_PLACE):
-            written = chosen.write(Path(staging))
+            written = chosen.write(staging)
             if written is None:
                 return None, False
             _describe(chosen, written)
@@ -194,9 +199,9 @@ def prepare(chosen: Plan, *, data_dir: Path, overwrite: bool = False) -> tuple[D
                 existing := _existing(target, chosen)
             ):  # Another process made it meanwhile.
                 return existing, False
-            _publish(written, target, retired=Path(staging) / "retired")
+            _publish(written, target, retired=staging / "retired")
     if chosen.resumes:
-        shutil.rmtree(staging, ignore_errors=True)
+        files.remove_tree(staging)
     return layout.read_summary(target), True
 
 
@@ -220,17 +225,24 @@ def _existing(target: Path, chosen: Plan) -> DatasetInfo | None:
     return existing
 
 
-def _make_staging(data_dir: Path, chosen: Plan) -> contextlib.AbstractContextManager[str]:
+@contextlib.contextmanager
+def _staging(data_dir: Path, chosen: Plan) -> Generator[Path, None, None]:
+    """Yields the directory to write to; it is deleted afterwards unless the plan resumes."""
     prefix = f".incomplete-{chosen.dataset.replace('/', '-')}-"
-    with files.writing_to(data_dir, "--data_dir"):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        if not chosen.resumes:
-            return tempfile.TemporaryDirectory(dir=data_dir, prefix=prefix, ignore_cleanup_errors=True)
-        # Only the same command maps to the same directory.
-        inputs = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
-        staging = data_dir / f"{prefix}{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
-        staging.mkdir(exist_ok=True)
-        return contextlib.nullcontext(str(staging))
+    with contextlib.ExitStack() as stack:
+        with files.writing_to(data_dir, "--data_dir"):
+            if chosen.resumes:
+                # Only the same command maps to the same directory.
+                inputs = f"{chosen.source}\n{chosen.preprocessing}\n{chosen.resolution}"
+                staging = data_dir / f"{prefix}{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
+                staging.mkdir(parents=True, exist_ok=True)
+            else:
+                place = None if isinstance(data_dir, epath.Path) else data_dir
+                if place is not None:
+                    place.mkdir(parents=True, exist_ok=True)
+                temporary = tempfile.TemporaryDirectory(dir=place, prefix=prefix, ignore_cleanup_errors=True)
+                staging = pathlib.Path(stack.enter_context(temporary))
+        yield staging
 
 
 def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
@@ -242,12 +254,12 @@ def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             download_dir=staging / "downloads",
         )
-    return Path(builder.data_dir)
+    return paths.as_path(builder.data_dir)
 
 
 def _describe(chosen: Plan, directory: Path) -> None:
     """Reads all records back, then writes a preview and, last, the summary."""
-    builder = tfds.builder_from_directory(directory)
+    builder = tfds.builder_from_directory(local_copy(directory))
     class_names = tuple(layout.class_names_of(builder.info))
     splits = {split: layout.stored_records(builder, split) for split in layout.SPLITS}
     surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
@@ -285,7 +297,10 @@ def _write_preview(records: Records, path: Path) -> None:
 
 
 def _publish(built: Path, target: Path, *, retired: Path) -> None:
-    """Replaces `target` with `built`; restores `target` on failure."""
+    """Replaces `target` with `built`; restores `target` on failure, except in a bucket."""
+    if isinstance(target, epath.Path):
+        files.publish_tree(built, target, last=layout.SUMMARY_FILE)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if target.exists():

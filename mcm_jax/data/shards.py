@@ -1,8 +1,9 @@
 """Writes a TFDS data set shard by shard, in parallel over processes and hosts, and resumes if interrupted.
 
-Each shard is written under a temporary name and then renamed. A note in another directory, which records the
-shard's size and count, then marks it as complete. All hosts share both directories. Each of n hosts writes
-every n-th shard, and the first host completes the data set once all shards exist.
+Each shard is written under a temporary name and then renamed, or uploaded to a bucket. A note in another
+directory, which records the shard's size and count, then marks it as complete. All hosts share both
+directories. Each of n hosts writes every n-th shard, and the first host completes the data set once all
+shards exist.
 """
 
 import concurrent.futures
@@ -12,18 +13,21 @@ import functools
 import json
 import multiprocessing
 import os
+import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from mcm_jax.data.layout import Example
 from mcm_jax.system import progress
-from mcm_jax.system.files import write_whole
+from mcm_jax.system.files import move_into, read_bytes, size, write_whole
 from mcm_jax.system.host import keep_freed_pages
+from mcm_jax.system.paths import Path
 
 # One record per group, as in TFDS, because single records are read in random order.
 _OPTIONS = "group_size:1"
@@ -60,7 +64,8 @@ class Place:
     def is_whole(self, shard: Shard) -> bool:
         """Whether a shard was written completely and its size has not changed since."""
         try:
-            return self.path(shard).stat().st_size == json.loads(self.note(shard).read_text())["bytes"]
+            note = json.loads(read_bytes(self.note(shard)))
+            return size(self.path(shard)) == note["bytes"]
         except (OSError, ValueError, KeyError):
             return False
 
@@ -106,7 +111,7 @@ def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
-        notes.setdefault(shard.split, []).append(json.loads(place.note(shard).read_text()))
+        notes.setdefault(shard.split, []).append(json.loads(read_bytes(place.note(shard))))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [
         tfds.core.SplitInfo(
@@ -135,7 +140,9 @@ def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
 
 def _write_one(shard: Shard, *, place: Place) -> None:
     path = place.path(shard)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # ArrayRecord's writer can't write to a bucket.
+    directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, epath.Path) else path.parent
+    temporary = directory / f".{path.name}.{os.getpid()}.tmp"
     count = 0
     try:
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)
@@ -148,13 +155,12 @@ def _write_one(shard: Shard, *, place: Place) -> None:
         # The writer does not report a full disk, so check the file.
         if ArrayRecordReader(str(temporary)).num_records() != count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        bytes_written = temporary.stat().st_size
+        move_into(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    write_whole(place.note(shard), json.dumps({"examples": count, "bytes": path.stat().st_size}))
+    write_whole(place.note(shard), json.dumps({"examples": count, "bytes": bytes_written}))
 
 
 def _in_parallel(work: Callable[[Shard], None], shards: Sequence[Shard], workers: int) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -10,6 +9,7 @@ from jaxtyping import Int
 from mcm_jax.data import layout
 from mcm_jax.evaluation import published
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path
 
 # Each side needs enough images of a class for a covariance.
 _MIN_CLASS_IMAGES = 2

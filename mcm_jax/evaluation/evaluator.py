@@ -6,7 +6,6 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,8 @@ from mcm_jax.records import RESULTS, ImagesResult, JsonObject, Measurement, Resu
 from mcm_jax.runs import workdirs
 from mcm_jax.system import distributed, progress, versions
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import append_line
+from mcm_jax.system.files import append_line, read_lines
+from mcm_jax.system.paths import Path, as_path, resolved
 from mcm_jax.system.pictures import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Evaluator:
     def stored(self, run: "Run", measurement: Measurement) -> Result | None:
         """The newest result of this measurement in the run's file; None if there is none."""
         try:
-            lines = (workdir_of(run) / RESULTS).read_bytes().split(b"\n")
+            lines = read_lines(workdir_of(run) / RESULTS)
         except FileNotFoundError:
             return None
         for line in reversed(lines):
@@ -109,7 +109,7 @@ class Evaluator:
         self.require(reference)
         return Measurement(
             version=VERSION,
-            workdir=workdir_of(run).resolve().name,
+            workdir=resolved(workdir_of(run)).name,
             objective=run.objective,
             dataset=run.dataset.dataset,
             resolution=run.dataset.resolution,
@@ -237,10 +237,9 @@ class Evaluator:
                 f"holds {layout.SUMMARY_FILE}"
             ) from error
         place = {"dataset": info.dataset, "resolution": info.resolution}
-        data_dir = directory.resolve().parents[2] if len(directory.resolve().parents) > 2 else directory
-        if not layout.dataset_dir(data_dir, **place).is_dir() or not directory.samefile(
-            layout.dataset_dir(data_dir, **place)
-        ):
+        parents = resolved(directory).parents
+        data_dir = parents[2] if len(parents) > 2 else directory
+        if resolved(layout.dataset_dir(data_dir, **place)) != resolved(directory):
             raise InputError(
                 f"--reference={directory}: {info.dataset} at {info.resolution} must lie in "
                 f"DIR/{layout.dataset_dir('', **place)}; move it back there"
@@ -284,7 +283,7 @@ def workdir_of(run: "Run") -> Path:
     """The directory that holds the run's results; raises ValueError for a run without a directory."""
     if run.workdir is None:
         raise ValueError("a run without a directory has no place for results")
-    return Path(run.workdir)
+    return as_path(run.workdir)
 
 
 def _outcome(scores: protocol.Scores, bounds: dict[str, float]) -> JsonObject:

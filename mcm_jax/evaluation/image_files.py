@@ -5,7 +5,6 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,6 +13,8 @@ from mcm_jax.data.images import FORMATS, find, naming, printable, turn, upright
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import read_bytes
+from mcm_jax.system.paths import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def open_images(path: Path) -> ImageFiles:
     if path.is_dir():
         return _folder(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
     except FileNotFoundError:
         raise InputError(f"--images={path}: there is no such file or folder") from None
@@ -77,7 +78,7 @@ def _folder(path: Path) -> ImageFiles:
     sizes, digest = [], hashlib.sha256()
     for file in files:
         with naming(file):
-            content = file.read_bytes()
+            content = read_bytes(file)
             sizes.append(_size(content))
         digest.update(content)
         if sizes[-1] != sizes[0]:
@@ -85,7 +86,7 @@ def _folder(path: Path) -> ImageFiles:
     size = sizes[0]
 
     def read(file: Path) -> np.ndarray:
-        with naming(file), Image.open(file, formats=FORMATS) as image:
+        with naming(file), Image.open(io.BytesIO(read_bytes(file)), formats=FORMATS) as image:
             pixels = np.asarray(upright(image).convert("RGB"))
         if (
             here := pixels.shape[1::-1]

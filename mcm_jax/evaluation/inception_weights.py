@@ -18,7 +18,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -32,6 +31,7 @@ from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.evaluation.inception import Inception
 from mcm_jax.system import files
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, as_path
 
 SOURCE = (
     "get pt_inception-2015-12-05-6726825d.pth from the release fid_weights of "
@@ -40,7 +40,7 @@ SOURCE = (
     "python -m mcm_jax.prepare --inception=FILE"
 )
 FILE = "inception-2015-12-05.safetensors"
-DEFAULT_PATH = Path(layout.DEFAULT_DATA_DIR) / FILE
+DEFAULT_PATH = as_path(layout.DEFAULT_DATA_DIR) / FILE
 _EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"
 # Arrays of a convolution and its batch norm, or of the classifier, under our names; kernels [h, w, in, out].
@@ -83,11 +83,11 @@ def load(path: Path) -> Weights:
       InputError: the file does not exist, has none of the formats, is damaged, or holds another network.
     """
     try:
-        content = path.read_bytes()
+        content = files.read_bytes(path)
     except FileNotFoundError:
         raise InputError(f"{path}: there are no Inception weights; {SOURCE}") from None
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from error
+        raise InputError(f"{path}: can't be read ({files.reason(error)})") from error
     _check_name(path, content)
     if pth.recognises(content):
         return _folded(path, _of_pth(pth.read(content, name=str(path))))

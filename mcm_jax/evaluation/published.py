@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -25,6 +24,8 @@ from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.system import distributed, progress
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import read_bytes, reason
+from mcm_jax.system.paths import Path
 
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 _BLOCK = 1024
@@ -85,9 +86,9 @@ def load_arrays(path: Path) -> dict[str, pickles.Plain]:
 
 def _load(path: Path) -> tuple[bytes, dict[str, pickles.Plain]]:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
-        raise InputError(f"--reference={path}: can't be read ({error.strerror})") from error
+        raise InputError(f"--reference={path}: can't be read ({reason(error)})") from error
     if content.startswith(b"PK"):
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:

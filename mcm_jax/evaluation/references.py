@@ -3,9 +3,9 @@
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
@@ -17,7 +17,8 @@ from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read
 from mcm_jax.records import JsonObject
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import require_writable, write_whole
+from mcm_jax.system.files import read_bytes, require_writable, write_whole
+from mcm_jax.system.paths import Path, as_path
 
 # Part of every cache key: increment it whenever the numbers computed here or by a network change.
 VERSION = 3
@@ -76,7 +77,7 @@ class Cache:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = as_path(directory)
         with distributed.fail_together():
             require_writable(self.directory, "--cache_dir")
         distributed.require_shared(self.directory, "--cache_dir")
@@ -134,7 +135,7 @@ def content_hash(fields: Mapping[str, object]) -> str:
 
 
 def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
         arrays = dict(file)
     sizes, features, labels = extractor.network.dimensions, arrays.get("features"), arrays.get("labels")
     moments = {
@@ -166,7 +167,7 @@ def _description(split: str, count: int, key: str) -> JsonObject:
 
 
 def _load_numbers(path: Path) -> dict[str, float]:
-    content = json.loads(path.read_text())
+    content = json.loads(read_bytes(path))
     if content["sha256"] != content_hash(content["numbers"]):
         raise ValueError("its checksum is wrong")
     return content["numbers"]

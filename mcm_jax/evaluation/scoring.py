@@ -5,7 +5,6 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +30,7 @@ from mcm_jax.records import (
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_output, require_writable
+from mcm_jax.system.paths import Path, as_path
 from mcm_jax.training.checkpoints import Parameters
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Options:
     metrics: tuple[str, ...] | None = None
     reference: Path | None = None
     reference_split: str = "train"
-    cache_dir: Path = Path("data") / "reference_cache"
+    cache_dir: Path = as_path("data") / "reference_cache"
     untrained_num: int = 512
     again: bool = False
     allow_singular: bool = False

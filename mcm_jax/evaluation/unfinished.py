@@ -1,16 +1,17 @@
 """Saves the state of a long computation, so that it can resume after an interruption."""
 
+import io
 import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from mcm_jax.system import distributed
-from mcm_jax.system.files import write_whole
+from mcm_jax.system.files import read_bytes, write_whole
+from mcm_jax.system.paths import Path
 
 # Time between two saves: an interruption loses at most this much work plus the step in progress.
 EVERY_SECONDS = 60.0
@@ -29,7 +30,7 @@ class Unfinished:
         """Returns the saved arrays, or None if there are none; `check` must raise if something is missing."""
 
         def load() -> Arrays:
-            with np.load(self._path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(read_bytes(self._path)), allow_pickle=False) as file:
                 arrays = dict(file)
             check(arrays)
             return arrays

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ml_collections
 
 from mcm_jax.records import JsonObject
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import read_bytes
+from mcm_jax.system.paths import Path
 
 if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.config.settings import Config
@@ -112,7 +114,7 @@ def _compile(
     from mcm_jax.planning import compilation, computations
 
     built = computations.PROGRAMS[program](config, topology.devices, num_classes=num_classes)
-    package = Path(__file__).parents[1]
+    package = pathlib.Path(__file__).parents[1]
     return built, compilation.plan(
         built.function, built.arguments, topology, mesh=built.mesh, package=package
     )
@@ -186,7 +188,7 @@ def _records(directory: Path, flag: str, show: Callable[[Sequence[JsonObject]], 
     records = []
     for file in files:
         try:
-            records.append(json.loads(file.read_text()))
+            records.append(json.loads(read_bytes(file)))
             show(records[-1:])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

@@ -1,11 +1,11 @@
 """Writes the files of the program `report`: the page, or the paper's tables beside our results."""
 
 import sys
-from pathlib import Path
 
 from mcm_jax.reporting import results
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_output
+from mcm_jax.system.paths import Path
 
 
 def write_page(runs: Path, out: Path | None = None) -> str:

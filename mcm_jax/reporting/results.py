@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 from mcm_jax import records
 from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
+from mcm_jax.system import files
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, resolved
 
 # Config sections whose settings are read; the others are only compared.
 _SECTIONS = ("data", "training")
@@ -86,10 +87,10 @@ def collect(runs: Path) -> Collection:
     results: list[RunResult] = []
     descriptions: dict[str, RunDescription] = {}
     notes: list[str] = []
-    for path in sorted(runs.glob(f"**/{RESULTS}")):
+    for path in files.find(runs, RESULTS):
         directory = path.parent.parent
         name = " ".join(str(directory.relative_to(runs)).split())
-        name = runs.resolve().name if name == "." else name
+        name = resolved(runs).name if name == "." else name
         found, skipped = read_file(path)
         results += [RunResult(**vars(result), run=name, directory=directory) for result in found]
         notes += skipped
@@ -112,11 +113,11 @@ def read_file(path: Path) -> tuple[list[Result], list[str]]:
       InputError: the file can't be read, or a line is otherwise damaged.
     """
     try:
-        content = path.read_bytes()
+        lines = files.read_lines(path)
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from error
+        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
     results, notes = [], []
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         place = f"{path}:{number}"
         if not line.strip():
             continue
@@ -140,13 +141,13 @@ def read_run(path: Path) -> RunDescription:
       InputError: the file can't be read or is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read_bytes(path))
         config, dataset = content["config"], content["dataset"]
         sections = [config, dataset, *(config.get(name, {}) for name in _SECTIONS)]
         if not all(isinstance(section, dict) for section in sections):
             raise TypeError("config and dataset must be objects")
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from error
+        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it") from error
     return RunDescription(config, dataset)
@@ -154,12 +155,12 @@ def read_run(path: Path) -> RunDescription:
 
 def read_grid(result: RunResult) -> bytes | None:
     """The PNG of the result's sample grid; None if the run's directory does not hold it."""
-    directory = result.directory.resolve()
-    path = (directory / result.grid).resolve()
+    directory = resolved(result.directory)
+    path = resolved(directory / result.grid)
     if not path.is_relative_to(directory):
         return None
     try:
-        content = path.read_bytes()
+        content = files.read_bytes(path)
     except OSError:
         return None
     return content if content.startswith(_PNG_SIGNATURE) else None

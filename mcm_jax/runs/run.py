@@ -6,7 +6,6 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Unpack
 
 import jax
@@ -24,7 +23,7 @@ from mcm_jax.records import Objective, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, sharding
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.paths import local_path
+from mcm_jax.system.paths import Path, checked_path
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 from mcm_jax.training.state import Params
 
@@ -254,7 +253,7 @@ class Run:
 
     def _x_var_path(self, workdir: Path, settings: Sampling) -> Path:
         what = f"step{self.checkpoint_step}_{self.parameters}_{settings.noise_grid}{settings.steps}"
-        return Path(workdir) / "x_var" / f"{what}_images{settings.x_var_images}.json"
+        return workdir / "x_var" / f"{what}_images{settings.x_var_images}.json"
 
     def _stored_mean_square_error(self, settings: Sampling) -> list[float] | None:
         """The stored measurement for this checkpoint; None if there is none."""
@@ -319,9 +318,9 @@ def load_run(
     Raises:
       InputError: there is no run or no such checkpoint, or it is damaged.
     """
-    workdir = local_path(workdir, "workdir")
+    workdir = checked_path(workdir, "workdir")
     if data_dir is not None:
-        data_dir = local_path(data_dir, "data_dir")
+        data_dir = checked_path(data_dir, "data_dir")
     record = workdirs.read(workdir)
     config, dataset = record.config, record.dataset
     if data_dir is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from pathlib import Path
 
 import jax
 import ml_collections
@@ -21,6 +20,7 @@ from mcm_jax.runs.run import Run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, as_path
 from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop, observer
 from mcm_jax.training.checkpoints import Batches, Checkpoints
@@ -231,7 +231,7 @@ def _teacher_workdir(config: Config) -> Path:
     """The teacher's directory; all objectives except diffusion have one."""
     if config.teacher_checkpoint is None:
         raise ValueError(f"{config.objective} has no teacher_checkpoint")
-    return Path(config.teacher_checkpoint)
+    return as_path(config.teacher_checkpoint)
 
 
 def _observer(

@@ -14,9 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Generator
-from pathlib import Path
 
 from mcm_jax import fields
 from mcm_jax.config import validation
@@ -25,9 +23,9 @@ from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.records import RUN_FILE
-from mcm_jax.system import distributed, files
+from mcm_jax.system import distributed, files, locks
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.paths import local_path
+from mcm_jax.system.paths import Path, absolute, as_path, checked_path, resolved
 from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -55,7 +53,7 @@ def checkpoint_identity(workdir: Path, step: int) -> str | None:
     the directory does not change the identity. None if there are no metadata.
     """
     try:
-        return hashlib.sha256((workdir / CHECKPOINTS / str(step) / _METADATA).read_bytes()).hexdigest()
+        return hashlib.sha256(files.read_bytes(workdir / CHECKPOINTS / str(step) / _METADATA)).hexdigest()
     except OSError:
         return None
 
@@ -64,7 +62,7 @@ def teacher_identity(config: Config) -> str | None:
     """`checkpoint_identity` of the newest checkpoint at config.teacher_checkpoint; None if there is none."""
     if config.teacher_checkpoint is None:
         return None
-    workdir = Path(config.teacher_checkpoint)
+    workdir = as_path(config.teacher_checkpoint)
     step = newest_step(workdir)
     return None if step is None else checkpoint_identity(workdir, step)
 
@@ -107,7 +105,7 @@ def claim(
     with contextlib.ExitStack() as lock:
         with distributed.fail_together():
             if distributed.is_first():
-                lock.enter_context(files.locked(workdir / LOCK, f"--workdir={workdir}"))
+                lock.enter_context(locks.locked(workdir / LOCK, f"--workdir={workdir}"))
                 if existing is None and (workdir / RUN_FILE).exists():
                     raise InputError(
                         f"--workdir={workdir}: another process has just started a run there; choose another "
@@ -122,8 +120,8 @@ def _check_place(
 ) -> None:
     """Raises InputError as `claim` does."""
     files.require_writable(workdir, "--workdir")
-    free = shutil.disk_usage(workdir).free
-    if free < needed_bytes:
+    free = files.free_bytes(workdir)
+    if free is not None and free < needed_bytes:
         raise InputError(
             f"--workdir={workdir} has {free / 1e9:.3f} GB free, but its checkpoints need "
             f"{needed_bytes / 1e9:.3f} GB; free some space or choose another directory"
@@ -145,10 +143,10 @@ def read(workdir: Path) -> RunRecord:
     """
     path = workdir / RUN_FILE
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(files.read_bytes(path))
         return RunRecord(
             config=validation.read_saved(upgraded(content["config"])),
-            dataset=DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"])),
+            dataset=DatasetInfo.from_json(content["dataset"], path=as_path(content["dataset"]["path"])),
             teacher=content.get("teacher"),
         )
     except FileNotFoundError:
@@ -157,7 +155,7 @@ def read(workdir: Path) -> RunRecord:
             raise InputError(f"{workdir} contains the stages {stages} of a run; choose one of them") from None
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from error
+        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -167,8 +165,8 @@ def read(workdir: Path) -> RunRecord:
 def compilation_cache(workdir: Path) -> Path:
     """The directory for compiled programs; MCM_COMPILATION_CACHE sets one to share between runs."""
     shared = os.environ.get("MCM_COMPILATION_CACHE")
-    cache = workdir / "xla_cache" if shared is None else local_path(shared, "MCM_COMPILATION_CACHE")
-    return cache.absolute()
+    cache = workdir / "xla_cache" if shared is None else checked_path(shared, "MCM_COMPILATION_CACHE")
+    return absolute(cache)
 
 
 def _write(workdir: Path, run: RunRecord) -> None:
@@ -209,7 +207,7 @@ def _check_same_teacher(workdir: Path, config: Config, saved: RunRecord) -> None
 
 
 def _resolved(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().resolve()
+    return None if path is None else resolved(path)
 
 
 def _other_setting(workdir: Path, name: str, before: object, now: object) -> InputError:

@@ -32,7 +32,10 @@ def locate(value: str) -> str:
     Raises:
       InputError: there is no config with this name, or no such file.
     """
-    file, colon, row = str(paths.local_path(value, "--config")).partition(":")
+    if paths.is_in_bucket(value):
+        raise InputError(f"--config={value} is in a bucket; copy the file to this machine")
+    file, colon, row = value.partition(":")
+    file = str(paths.checked_path(file, "--config"))
     remedy = f"use a path to a .py file, or a name: {', '.join(names())}"
     if file.isidentifier():
         if file not in names():

@@ -14,7 +14,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Generator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from mcm_jax.system import software
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path
 
 COORDINATOR, COUNT, INDEX = "MCM_COORDINATOR", "MCM_NUM_PROCESSES", "MCM_PROCESS_ID"
 

@@ -1,18 +1,30 @@
-"""Writes files atomically, locks them, and checks early whether a directory is writable."""
+"""Reads, lists and writes files, on local file systems and in buckets.
+
+A file is written atomically. A bucket supports neither renaming nor appending, and needs neither: an object
+appears only once it is complete, and each appended line is an object of its own, so that no process rewrites
+the lines of another one.
+"""
 
 import contextlib
 import errno
-import fcntl
+import io
 import json
 import os
-import socket
+import pathlib
+import re
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
-from typing import BinaryIO
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import BinaryIO, TextIO
+
+import fsspec.core
+from etils import epath
 
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, absolute, as_path
 
 Content = bytes | str | Callable[[BinaryIO], object]
 
@@ -28,7 +40,12 @@ def write_whole(path: str | Path, content: Content) -> None:
     Raises:
       OSError: writing failed; the error names `path`, whose content is unchanged.
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, epath.Path):
+        whole = _as_bytes(content)
+        with storage_errors(path):
+            path.write_bytes(whole)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +53,7 @@ def write_whole(path: str | Path, content: Content) -> None:
             if callable(content):
                 content(file)
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(_as_bytes(content))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -47,6 +64,14 @@ def write_whole(path: str | Path, content: Content) -> None:
             # The error of a failed write does not contain the file name.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _as_bytes(content: Content) -> bytes:
+    if callable(content):
+        buffer = io.BytesIO()
+        content(buffer)
+        return buffer.getvalue()
+    return content.encode() if isinstance(content, str) else content
 
 
 def write_output(path: str | Path, content: Content) -> None:
@@ -61,15 +86,19 @@ def write_output(path: str | Path, content: Content) -> None:
     except OSError as error:
         if is_full(error):
             raise
-        raise InputError(f"{path}: cannot write there ({_reason(error)}); choose another path") from error
+        raise InputError(f"{path}: cannot write there ({reason(error)}); choose another path") from error
 
 
 def append_line(path: Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line in a single write, so that lines of concurrent processes do not interleave.
 
-    If a crash truncated the last line of the file, the new line starts on a line of its own.
+    If a crash truncated the last line of the file, the new line starts on a line of its own. In a bucket,
+    `path` is a directory with one object for each line, whose names sort by time; see `read_lines`.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    if isinstance(path, epath.Path) or path.is_dir():
+        write_whole(_new_part(path), line)
+        return
     with open(path, "a+b", buffering=0) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -80,6 +109,153 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
         raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written", str(path))
 
 
+@contextlib.contextmanager
+def appending(path: Path) -> Generator[TextIO, None, None]:
+    """Opens a text file for appending; in a bucket, adds an object to the directory `path` at the end."""
+    if not isinstance(path, epath.Path):
+        with path.open("a") as file:
+            yield file
+        return
+    buffer = io.StringIO()
+    try:
+        yield buffer
+    finally:
+        write_whole(_new_part(path), buffer.getvalue())
+
+
+def _new_part(path: Path) -> Path:
+    """A new object for `path`; the names sort by time."""
+    return path / f"{time.time_ns()}_{uuid.uuid4().hex[:8]}{path.suffix}"
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines that `append_line` wrote, in order.
+
+    Raises:
+      OSError: reading failed; FileNotFoundError if there are none.
+    """
+    with storage_errors(path):
+        parts = sorted(path.iterdir(), key=lambda part: part.name) if path.is_dir() else [path]
+        content = b"".join(part.read_bytes() for part in parts)
+    return content.split(b"\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; raises only OSErrors, also for a bucket."""
+    with storage_errors(path):
+        return path.read_bytes()
+
+
+def read_if_exists(path: Path) -> bytes | None:
+    """The content of a file; None if it does not exist."""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return None
+
+
+def find(directory: Path, ending: str | Path) -> list[Path]:
+    """Every path below `directory`, at any depth, that ends in `ending`; sorted."""
+    if not isinstance(directory, epath.Path):
+        return sorted(directory.glob(f"**/{ending}"))
+    found = re.compile(rf"(.*/{re.escape(str(ending))})(/.*)?")
+    matches = (found.fullmatch(name) for name in names_below(directory))
+    return [directory / name for name in sorted({match[1][1:] for match in matches if match})]
+
+
+def names_below(directory: epath.Path) -> list[str]:
+    """The names of all objects below a directory in a bucket, each with a leading slash; sorted."""
+    with storage_errors(directory):
+        system, path = fsspec.core.url_to_fs(str(directory))
+        return sorted(name.removeprefix(path) for name in system.find(path))
+
+
+def size(path: Path) -> int:
+    """Size of a file in bytes."""
+    with storage_errors(path):
+        return path.stat().length if isinstance(path, epath.Path) else path.stat().st_size
+
+
+def move_into(temporary: pathlib.Path, path: Path) -> None:
+    """Moves a complete local file to `path`, on the same file system or in a bucket, atomically."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    if not isinstance(path, epath.Path):
+        temporary.rename(path)
+        return
+    with storage_errors(path):
+        system, target = fsspec.core.url_to_fs(str(path))
+        system.put_file(str(temporary), target)
+    temporary.unlink()
+
+
+def publish_tree(source: Path, target: epath.Path, *, last: str) -> None:
+    """Replaces the directory `target` in a bucket by a copy of `source`, which may be local.
+
+    The file `last` marks the directory as complete: it is the first to be deleted and the last to be written.
+    """
+    names = [str(path.relative_to(source)) for path in _files_below(source)]
+    with storage_errors(target):
+        if (target / last).exists():
+            (target / last).unlink()
+        remove_tree(target)
+        _copy([name for name in names if name != last], source, target)
+        _copy([last], source, target)
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Moves a directory within its file system or bucket; `target` must not exist."""
+    if isinstance(source, epath.Path) and isinstance(target, epath.Path):
+        with storage_errors(target):
+            _copy([name[1:] for name in names_below(source)], source, target)
+        remove_tree(source)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def _copy(names: Sequence[str], source: Path, target: epath.Path) -> None:
+    """Copies files with these names to a bucket, concurrently."""
+    system, _ = fsspec.core.url_to_fs(str(target))
+    copy = system.copy if isinstance(source, epath.Path) else system.put
+    if names:
+        copy([str(source / name) for name in names], [str(target / name) for name in names])
+
+
+def _files_below(directory: Path) -> list[Path]:
+    if isinstance(directory, epath.Path):
+        return [directory / name[1:] for name in names_below(directory)]
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def remove_tree(directory: Path) -> None:
+    """Deletes a directory and everything in it, if it exists."""
+    if isinstance(directory, epath.Path):
+        with storage_errors(directory):
+            directory.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def free_bytes(directory: Path) -> int | None:
+    """Free space on the file system of a directory; None for a bucket, which has no limit."""
+    return None if isinstance(directory, epath.Path) else shutil.disk_usage(directory).free
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Generator[None, None, None]:
+    """Turns any error of a bucket's client into an OSError with a number, a description and `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(path, epath.Path) or isinstance(error, InputError):
+            raise
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        numbers = {FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST}
+        number = numbers.get(type(error), errno.EACCES if words.startswith("Forbidden") else errno.EIO)
+        raise OSError(number, words if number == errno.EIO else os.strerror(number), str(path)) from error
+
+
 def require_writable(directory: Path, name: str) -> None:
     """Creates the directory if missing; raises InputError unless a file can be written there.
 
@@ -87,12 +263,22 @@ def require_writable(directory: Path, name: str) -> None:
       name: name of the directory in the message, such as a flag.
     """
     try:
+        if isinstance(directory, epath.Path):
+            # Processes that start together need objects of their own.
+            probe = directory / f".writable.{uuid.uuid4().hex[:8]}"
+            write_whole(probe, b"\0")
+            with storage_errors(probe):
+                probe.unlink()
+            return
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"\0")
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\0")
     except OSError as error:
+        why = reason(error)
+        if isinstance(error, FileNotFoundError) and isinstance(directory, epath.Path):
+            why = "there is no such bucket"  # Its client reports only the address of the request.
         raise InputError(
-            f"{name}={directory}: cannot write there ({_reason(error)}); choose another directory"
+            f"{name}={directory}: cannot write there ({why}); choose another directory"
         ) from error
 
 
@@ -100,40 +286,7 @@ def require_output(path: Path, flag: str) -> None:
     """Raises InputError unless a file can be written at `path`; creates its directory if missing."""
     if path.is_dir():
         raise InputError(f"{flag}={path} is a directory; specify a file")
-    require_writable(path.absolute().parent, f"the directory of {flag}")
-
-
-@contextlib.contextmanager
-def locked(path: Path, name: str) -> Generator[None, None, None]:
-    """Locks a file against other processes, and other calls in this one; the file says who holds it.
-
-    The operating system releases the lock when the process ends, even if it is killed. On file systems
-    without locks this does nothing.
-
-    Args:
-      name: the directory that the lock protects, for the message.
-
-    Raises:
-      InputError: another process holds the lock, or the file cannot be opened.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "a+"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = path.read_text()[:200].strip() or "another process"
-            raise InputError(
-                f"{name} is in use by {holder}; stop that one or choose another directory; if it no longer "
-                f"exists, delete {path}"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise InputError(f"{path} cannot be locked ({_reason(error)}); delete it") from error
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-        file.flush()
-        yield
+    require_writable(absolute(path).parent, f"the directory of {flag}")
 
 
 @contextlib.contextmanager
@@ -169,5 +322,34 @@ def full_disk_within(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """The error's description, without its number and file."""
     return error.strerror or str(error)
+
+
+class GrowingObject(io.BytesIO):
+    """A binary file in a bucket for a log: uploaded as a whole, at most every UPLOAD_SECONDS and on close."""
+
+    UPLOAD_SECONDS = 30.0
+
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self._path, self._due = path, time.monotonic()
+
+    def flush(self) -> None:
+        """Uploads the content if it is due; a failure is reported, and the next upload repeats it."""
+        if time.monotonic() >= self._due:
+            self._upload()
+
+    def close(self) -> None:
+        """Uploads the content."""
+        if not self.closed:
+            self._upload()
+        super().close()
+
+    def _upload(self) -> None:
+        try:
+            write_whole(self._path, self.getvalue())
+        except OSError as error:
+            print(f"note: {self._path} could not be written ({reason(error)})", file=sys.stderr, flush=True)
+        self._due = time.monotonic() + self.UPLOAD_SECONDS

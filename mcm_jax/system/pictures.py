@@ -1,7 +1,6 @@
 """Grids of images, as arrays and as PNG files."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,6 +8,7 @@ from PIL import Image
 
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import write_output
+from mcm_jax.system.paths import Path
 
 _WHITE = 255
 

@@ -10,7 +10,6 @@ would silently use a flipped bit. Checkpoints of older versions have no checksum
 import json
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import grain
@@ -19,8 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from mcm_jax.system import distributed
+from mcm_jax.system import distributed, files
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path, absolute, is_in_bucket
 from mcm_jax.training.checksums import checksums
 from mcm_jax.training.state import Params, TrainState
 
@@ -48,7 +48,7 @@ class Checkpoints:
         Args:
           keep: number of newest checkpoints to keep; None opens the directory read-only.
         """
-        self.directory = Path(workdir).absolute() / CHECKPOINTS
+        self.directory = absolute(workdir) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, read_only=keep is None, enable_async_checkpointing=True
         )
@@ -138,9 +138,16 @@ class Checkpoints:
         )
 
     def _entries(self) -> list[str]:
-        """Everything in the directory that is named like a checkpoint, complete or not, the newest first."""
-        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sorted(filter(str.isdecimal, names), key=int, reverse=True)
+        """Everything in the directory that is named like a checkpoint, even a damaged one, the newest first.
+
+        Omits interrupted saves. On local file systems they have other names; in a bucket they lack a mark.
+        """
+        with files.storage_errors(self.directory):
+            found = list(self.directory.iterdir()) if self.directory.is_dir() else []
+            found = [path for path in found if path.name.isdecimal()]
+            if is_in_bucket(self.directory):
+                found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
+            return sorted((path.name for path in found), key=int, reverse=True)
 
     def _restore(self, name: str, targets: TrainState, data: Batches) -> TrainState:
         """Restores one checkpoint; raises any kind of exception if it is damaged."""
@@ -173,23 +180,23 @@ class Checkpoints:
         while place.exists():
             place = place.with_name(f"{place.name}_again")
         try:
-            place.parent.mkdir(exist_ok=True)
-            return (self.directory / name).rename(place)
+            files.move_directory(self.directory / name, place)
         except OSError as error:
             raise InputError(
-                f"{self.directory / name} is damaged, but cannot be moved to {place} ({error.strerror}); "
-                "move it away and run the same command again"
+                f"{self.directory / name} is damaged, but cannot be moved to {place} "
+                f"({files.reason(error)}); move it away and run the same command again"
             ) from error
+        return place
 
     def _record(self, step: int) -> dict[str, Any]:
         """The content of the item "step"; empty if it is missing or damaged."""
         path = self.directory / str(step) / "step" / "metadata"
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(files.read_bytes(path))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
             return {}
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror})") from error
+            raise InputError(f"{path} cannot be read ({files.reason(error)})") from error
         return record if isinstance(record, dict) else {}
 
     def _require_record(self, step: int) -> dict[str, Any]:
@@ -205,7 +212,7 @@ class Checkpoints:
         Grain's own handler requires a file of this process and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
-        state = json.loads(path.read_text())
+        state = json.loads(files.read_bytes(path))
         if "checksums" in record and record["checksums"]["data"] != _data_checksum(state):
             raise DamagedError("its position in the data differs from what was saved")
         data.set_state(state)

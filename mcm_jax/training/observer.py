@@ -5,14 +5,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mcm_jax.system import files
+from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import png_bytes, save_png
 from mcm_jax.training.state import Params
 
@@ -150,7 +152,9 @@ class _EventFile:
 
     def __init__(self, workdir: Path, *, first_step: int):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter((workdir / name).open("ab"))
+        path = workdir / name
+        file = files.GrowingObject(path) if isinstance(path, epath.Path) else path.open("ab")
+        self._records = RecordWriter(file)
         self._write(file_version="brain.Event:2")
         # Makes TensorBoard drop what an earlier start logged after first_step, as this start logs it again.
         self._write(step=first_step + 1, session_log=_SessionLog(status=_SessionLog.START))

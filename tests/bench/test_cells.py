@@ -56,8 +56,9 @@ def test_a_file_of_something_else(tmp_path):
     path.write_text(json.dumps({"metrics": 1}) + "\n")
     with pytest.raises(InputError, match=r"results.jsonl:1 is not a result of the bench .* remove it"):
         Store(path, PROBLEMS)
+    (tmp_path / "directory" / "directory").mkdir(parents=True)
     with pytest.raises(InputError, match="can't be read"):
-        Store(tmp_path, PROBLEMS)
+        Store(tmp_path / "directory", PROBLEMS)
 
 
 def test_labels_tell_cells_apart():

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -92,14 +93,14 @@ def test_failed_rename_brings_the_old_data_back(images, tmp_path, monkeypatch):
     data_dir = tmp_path / "data"
     preparation.prepare(chosen(images), data_dir=data_dir)
     before = everything_in(data_dir)
-    rename = preparation.Path.rename
+    rename = pathlib.Path.rename
 
     def failing(self, target):
         if self.name == layout.VERSION and ".incomplete" in str(self) and "retired" not in str(target):
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(preparation.Path, "rename", failing)
+    monkeypatch.setattr(pathlib.Path, "rename", failing)
     with pytest.raises(KeyboardInterrupt):
         preparation.prepare(chosen(images), data_dir=data_dir, overwrite=True)
     assert everything_in(data_dir) == before

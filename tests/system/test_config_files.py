@@ -44,7 +44,7 @@ def test_a_path_is_any_file(tmp_path, monkeypatch):
             "configs/none.py:teacher",
             "--config=configs/none.py:teacher: there is no file configs/none.py; use ",
         ),
-        ("gs://b/x.py:teacher", "--config=gs://b/x.py:teacher is a URL"),
+        ("gs://b/x.py:teacher", "--config=gs://b/x.py:teacher is in a bucket; copy the file"),
         ("", "--config is empty"),
     ],
 )

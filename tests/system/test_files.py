@@ -137,23 +137,3 @@ def test_a_number_that_is_none_is_not_added(tmp_path):
     with pytest.raises(ValueError):
         files.append_line(path, {"metrics": {"fd": float("nan")}})
     assert not path.exists()
-
-
-def test_a_lock_is_held_once_and_says_by_whom(tmp_path):
-    with files.locked(tmp_path / "lock", "--workdir=run"):
-        expected = rf"--workdir=run is in use by process {os.getpid()} on \S+ since 20.*; stop that one"
-        with pytest.raises(InputError, match=expected), files.locked(tmp_path / "lock", "--workdir=run"):
-            pass
-        with files.locked(tmp_path / "another", "--workdir=run"):
-            pass
-    with files.locked(tmp_path / "lock", "--workdir=run"):
-        assert len((tmp_path / "lock").read_text().splitlines()) == 1
-
-
-def test_where_there_are_no_locks_none_is_needed(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr(files.fcntl, "flock", fail)
-    with files.locked(tmp_path / "lock", "x"), files.locked(tmp_path / "lock", "x"):
-        pass

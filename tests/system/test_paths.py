@@ -1,4 +1,4 @@
-"""Paths that users name: `~` is expanded, URLs are refused, and no flag or setting is forgotten."""
+"""Paths that users name: `~` is expanded, other URLs than gs:// are refused, and no flag is forgotten."""
 
 import ast
 import dataclasses
@@ -18,10 +18,10 @@ from mcm_jax.system.errors import InputError
 
 PACKAGE = Path(paths.__file__).parents[1]
 PROGRAMS = ("train", "sample", "evaluate", "prepare", "plan", "report", "findings")
-URLS = ("gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "gs:/bucket/run")
+# gs:/ is what pathlib makes of gs://.
+URLS = ("s3://bucket/run", "file:///tmp/run", "gs:/bucket/run", "gs://")
 
-# Flags with text that names no local path. Only prepare's manual_dir may be a URL: TFDS reads imagenet2012
-# from a bucket.
+# Flags with text that names no path. prepare checks its manual_dir itself.
 TEXTS = {
     "evaluate": {"steps", "guidance", "checkpoint_step", "metrics"},
     "prepare": {"dataset", "host", "name", "manual_dir"},
@@ -90,19 +90,21 @@ def test_a_flag_refuses_a_url_in_one_line(url, values):
         with pytest.raises(flags.Error) as error:
             values(["program", argument])
         refused = command_line._input_error_within(error.value)
-        assert str(refused) == f"{flag}={url} is a URL; only local paths work, such as a mounted bucket"
+        assert str(refused) == (
+            f"{flag}={url} is a URL that can't be opened; use a local path or gs://BUCKET/PATH"
+        )
 
 
 @pytest.mark.parametrize("local", ["runs/a:b", "./gs:/x", "C:/runs", "/gs://x", "2024-01-01T10:/x"])
 def test_other_colons_are_local(local):
-    assert paths.local_path(local, "--out") == Path(local)
+    assert paths.checked_path(local, "--out") == Path(local)
 
 
 def test_a_path_that_is_none():
     with pytest.raises(InputError, match=r"^--workdir is empty; specify a file or directory"):
-        paths.local_path("", "--workdir")
+        paths.checked_path("", "--workdir")
     with pytest.raises(InputError, match=r"^--out=~nobody-has-this-name/x: there is no such user's home"):
-        paths.local_path("~nobody-has-this-name/x", "--out")
+        paths.checked_path("~nobody-has-this-name/x", "--out")
 
 
 # Settings with text.
@@ -133,7 +135,7 @@ def configured(name, value):
 
 
 @pytest.mark.parametrize("name", sorted(PATH_SETTINGS))
-def test_a_setting_is_a_local_path(name, monkeypatch):
+def test_a_setting_is_a_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     assert configured(name, "~/x") == "/home/ada/x"
     for url in URLS:
@@ -142,12 +144,44 @@ def test_a_setting_is_a_local_path(name, monkeypatch):
 
 
 def test_what_else_takes_a_path(monkeypatch):
-    with pytest.raises(InputError, match=r"^workdir=gs://b/r is a URL"):
-        load_run("gs://b/r")
+    with pytest.raises(InputError, match=r"^workdir=s3://b/r is a URL"):
+        load_run("s3://b/r")
     with pytest.raises(InputError, match=r"^data_dir=s3://b/d is a URL"):
         load_run("run", data_dir="s3://b/d")
-    with pytest.raises(InputError, match=r"^--manual_dir=gs://b/images is a URL"):
-        preparation.plan(dataset="folder", resolution=8, manual_dir="gs://b/images")
-    monkeypatch.setenv("MCM_COMPILATION_CACHE", "gs://b/cache")
-    with pytest.raises(InputError, match=r"^MCM_COMPILATION_CACHE=gs://b/cache is a URL"):
+    with pytest.raises(InputError, match=r"^--manual_dir=s3://b/images is a URL"):
+        preparation.plan(dataset="folder", resolution=8, manual_dir="s3://b/images")
+    with pytest.raises(InputError, match=r"^--manual_dir=s3://b/images is a URL"):
+        preparation.plan(dataset="imagenet", resolution=8, manual_dir="s3://b/images")
+    monkeypatch.setenv("MCM_COMPILATION_CACHE", "s3://b/cache")
+    with pytest.raises(InputError, match=r"^MCM_COMPILATION_CACHE=s3://b/cache is a URL"):
         workdirs.compilation_cache(Path("run"))
+
+
+@pytest.mark.parametrize("name", ["gs://bucket", "gs://bucket/", "gs://bucket/a b/c.npz"])
+def test_a_path_in_a_bucket(name, values):
+    paths.define_path("out", None, "")
+    paths.define_paths("workdir", None, "")
+    values(["program", f"--out={name}", f"--workdir=a,{name}"])
+    assert str(values.out) == name.rstrip("/") and paths.is_in_bucket(values.out)
+    assert values.workdir == [Path("a"), values.out]
+    assert values["out"].serialize() == f"--out={name.rstrip('/')}"
+    assert configured("data.data_dir", name) == name.rstrip("/")
+
+
+def test_a_bucket_needs_its_client(monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        paths.checked_path("gs://bucket/run", "--workdir")
+    assert str(error.value) == (
+        "--workdir=gs://bucket/run needs the package gcsfs; install it: pip install 'mcm_jax[gcs]'"
+    )
+
+
+def test_no_current_directory_enters_a_path_in_a_bucket():
+    """epath's own methods would make /current/directory/gs:/bucket/run of it."""
+    path = paths.as_path("gs://bucket/a/b")
+    assert paths.absolute(path) == path and paths.as_path(path) is path
+    assert str(paths.resolved(path / ".." / "c")) == "gs://bucket/a/c"
+    assert str(paths.resolved("gs://bucket/../../x")) == "gs://x"
+    assert str(paths.resolved("gs://bucket")) == "gs://bucket"
+    assert paths.resolved("/a/../b") == paths.absolute("/b") == Path("/b")
