@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator
 from typing import Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from mcm_jax.fields import Affects, setting
 from mcm_jax.system import sharding
 from mcm_jax.training.checkpoints import Batches, Checkpoints
 from mcm_jax.training.state import Params, TrainState
+from mcm_jax.training.watch import Watch
 
 
 class NonFiniteError(RuntimeError):
@@ -71,7 +73,7 @@ def train(
 
     Metrics are read one update late, so the host waits for the current update only to save or to sample.
     SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early. With several processes, a
-    signal to one of them stops all after the same update.
+    signal to one of them stops all after the same update. A `Watch` reports unusual updates.
 
     Returns:
       Whether all updates are done; False after a signal.
@@ -81,27 +83,30 @@ def train(
     """
     step, saved = int(state.step), checkpoints.latest_step()
     pending: tuple[int, dict[str, jax.Array]] | None = None
+    watch = Watch()
     with _stop_signals() as signalled, jax.transfer_guard("disallow"):
         stops = _stop_condition(mesh, signalled)
         while step < settings.num_steps and not stops():
-            batch = sharding.global_batch(mesh, next(data))
+            batch = sharding.global_batch(mesh, watch.read(data))
             state, metrics = train_step(state, teacher_params, batch)
             step += 1
-            _report(pending, observer, saved)
-            pending = (step, metrics)
+            _report(pending, observer, watch, saved)
+            waited, pending = pending is not None, (step, metrics)
             observer.update(step)
             save_now = _is_due(step, settings.checkpoint_every_steps)
             draw_now = _is_due(step, settings.sample_every_steps)
             if save_now or draw_now:
                 # Only save or sample a state whose metrics are known to be finite.
-                _report(pending, observer, saved)
+                _report(pending, observer, watch, saved)
                 pending = None
             if save_now:
                 checkpoints.save(state, data, step=step)
                 saved = step
             if draw_now:
                 observer.pictures(step, state.ema_params)
-        _report(pending, observer, saved)
+            # Only if it waited for the update before did the host take the time of one update.
+            watch.updated(step, usual=waited and not (save_now or draw_now))
+        _report(pending, observer, watch, saved)
         checkpoints.save(state, data, step=step)
     checkpoints.wait()
     return step >= settings.num_steps
@@ -114,14 +119,17 @@ def _is_due(step: int, every: int) -> bool:
 def _report(
     pending: tuple[int, dict[str, jax.Array]] | None,
     observer: Observer,
+    watch: Watch,
     saved: int | None,
 ) -> None:
     if pending is None:
         return
     step, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
+    last_good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is {saved}"
     if not all(math.isfinite(value) for value in values.values()):
-        last_good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is {saved}"
-        raise NonFiniteError(f"update {step} is not finite: {values}; {last_good}")
+        host = socket.gethostname()
+        raise NonFiniteError(f"update {step} is not finite on {host}: {values}; {last_good}")
+    watch.gradient(step, values["gradient_norm"], last_good=last_good)
     observer.metrics(step, values)
 
 

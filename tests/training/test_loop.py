@@ -1,7 +1,9 @@
 """The loop with a made-up update: what happens, in which order, and what ends it."""
 
 import os
+import re
 import signal
+import socket
 import threading
 
 import grain
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from mcm_jax.system import sharding
-from mcm_jax.training import loop
+from mcm_jax.training import loop, watch
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 
@@ -63,9 +65,12 @@ class Story(Checkpoints):
         assert params[0] == "ema" and int(jax.device_get(params[1])) == step
         self.tell("picture", step)
 
+    def example(self, number):
+        return {"image": np.full(1, number, np.float32)}
+
     def train(self, num_steps, *, first=0, checkpoint_every=2, sample_every=3):
         self.first = first
-        data = grain.MapDataset.range(1000).map(lambda n: {"image": np.full(1, n, np.float32)})
+        data = grain.MapDataset.range(1000).map(self.example)
         return loop.train(
             TrainState(jnp.int32(first), None, None, None),
             "teacher",
@@ -130,7 +135,8 @@ def test_a_run_that_is_done_does_nothing_more():
 )
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(name, value, update, first, last_good):
     story = Story(saved=first or None, metrics={update: {name: value}})
-    message = rf"update {update} is not finite: .*'{name}': {value}.*; {last_good}$"
+    host = re.escape(socket.gethostname())
+    message = rf"update {update} is not finite on {host}: .*'{name}': {value}.*; {last_good}$"
     with pytest.raises(loop.NonFiniteError, match=message):
         story.train(7, first=first, sample_every=2)
     late = {f"{what} {n}" for what in ("save", "picture", "metrics") for n in range(update, 8)}
@@ -177,3 +183,57 @@ def test_transfers_that_nobody_asked_for_are_mistakes():
     story = Story(do={2: lambda: jnp.ones(3) + np.ones(3, np.float32)})
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         story.train(3)
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(watch, "time", found)
+    return found
+
+
+def test_what_is_unusual_is_told_but_not_compiling_saving_or_drawing(clock, capsys):
+    seconds = {1: 60.0, 50: 1.0, 51: 60.0}
+
+    class Slow(Story):
+        def example(self, number):
+            clock.passes(2.0 if number == 49 else 0.0)
+            return super().example(number)
+
+        def save(self, state, data, *, step):
+            clock.passes(60.0)
+
+        def pictures(self, step, params):
+            clock.passes(60.0)
+
+    do = {n: lambda n=n: clock.passes(seconds.get(n, 0.125)) for n in range(1, 61)}
+    story = Slow(do=do, metrics={46: {"gradient_norm": 500.0}})
+    assert story.train(60, checkpoint_every=15, sample_every=17) is True
+    host = socket.gethostname()
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: the gradient of update 46 has norm 500 on {host}, usually 1; the last good checkpoint is 45",
+        f"note: update 50 took 3.0 s on {host} (2.0 s of them to wait for data), usually 0.12 s",
+    ]
+
+
+def test_an_update_that_only_starts_the_device_is_not_taken_for_usual(clock, capsys):
+    """As after each checkpoint, when there are no metrics to wait for."""
+
+    class Waiting(Story):
+        def metrics(self, step, values):
+            clock.passes(2.0)
+
+    assert Waiting().train(60, checkpoint_every=3, sample_every=0) is True
+    assert capsys.readouterr().err == ""
