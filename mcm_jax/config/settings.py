@@ -55,6 +55,12 @@ class DataSettings:
     horizontal_flip: bool = setting(
         True, "flip half of the training images (open for the consistency stages; ours: as the teacher)"
     )
+    max_corrupt_records: int = setting(
+        10,
+        "corrupt records of the training split that each process skips; more of them end the run",
+        low=0,
+        affects=Affects.NOTHING,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,5 +195,13 @@ def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetI
     return info
 
 
+def damage_error(info: DatasetInfo, reason: object) -> InputError:
+    """The error for a complete data set whose files were damaged after preparation."""
+    data_dir = info.path.parents[2]
+    command = prepare_command(data_dir, dataset=info.dataset, resolution=info.resolution, overwrite=True)
+    line = " ".join(str(reason).split())
+    return InputError(f"{info.path} is damaged ({line}); remake the data set with: {command}")
+
+
 def _and(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from mcm_jax.data import layout
+from mcm_jax.data.corruption import ReadableRecords
 from mcm_jax.data.layout import DatasetInfo, Example, Records, describe, stored_records
 from mcm_jax.data.local_copy import local_copy
 from mcm_jax.data.pixels import to_float, to_uint8
@@ -96,12 +97,17 @@ def open_split(
     resolution: int,
     split: str,
     in_memory_limit_bytes: int = 2**30,
+    max_corrupt_records: int = 0,
 ) -> ArraySource | RecordSource:
     """Opens one split of a prepared data set.
 
     A split of at most `in_memory_limit_bytes` is decoded once and held as arrays, because decoding an
     example (70 us) costs more than its share of a small network's train step. A larger split is read on
     demand.
+
+    Args:
+      max_corrupt_records: number of corrupt records that are skipped (see `ReadableRecords`). Reading one
+        more, now or later, raises InputError. Statistics need all images, so the default is 0.
 
     Raises:
       InputError: the data set is missing, incomplete or damaged, or the split does not exist or is empty.
@@ -112,13 +118,13 @@ def open_split(
     if not info.num_examples[split]:
         raise InputError(f"data set {dataset}: split {split!r} is empty; prepare it from more images")
     with _reporting_damage(info):
-        source = RecordSource(_open_records(info, split))
+        source = RecordSource(_open_records(info, split, max_corrupt_records))
         if len(source) * resolution**2 * 3 > in_memory_limit_bytes:
             return source
         return ArraySource(*load_arrays(source))
 
 
-def _open_records(info: DatasetInfo, split: str) -> Records:
+def _open_records(info: DatasetInfo, split: str, max_corrupt_records: int) -> ReadableRecords:
     """Opens TFDS's data source of a split and reads the first record of every shard.
 
     The reads detect damaged files early: TFDS opens files only on the first read and trusts its own metadata
@@ -128,9 +134,17 @@ def _open_records(info: DatasetInfo, split: str) -> Records:
     records = stored_records(builder, split)
     if len(records) != info.num_examples[split]:
         raise ValueError(f"{len(records)} records of {info.num_examples[split]}")
-    lengths = builder.info.splits[split].shard_lengths
-    records.__getitems__([sum(lengths[:shard]) for shard, length in enumerate(lengths) if length])
-    return records
+    shards = builder.info.splits[split]
+    lengths = shards.shard_lengths
+    readable = ReadableRecords(
+        records,
+        info,
+        split=split,
+        shard_lengths={path.name: length for path, length in zip(shards.filepaths, lengths, strict=True)},
+        max_corrupt_records=max_corrupt_records,
+    )
+    readable.__getitems__([sum(lengths[:shard]) for shard, length in enumerate(lengths) if length])
+    return readable
 
 
 @contextlib.contextmanager
@@ -138,13 +152,10 @@ def _reporting_damage(info: DatasetInfo) -> Generator[None, None, None]:
     """Reports a failure to open a complete data set as damage to its files after preparation."""
     try:
         yield
+    except InputError:
+        raise
     except (OSError, LookupError, ValueError, RuntimeError) as error:
-        data_dir = info.path.parents[2]
-        command = layout.prepare_command(
-            data_dir, dataset=info.dataset, resolution=info.resolution, overwrite=True
-        )
-        reason = " ".join(str(error).split())
-        raise InputError(f"{info.path} is damaged ({reason}); remake the data set with: {command}") from error
+        raise layout.damage_error(info, error) from error
 
 
 def blocks(

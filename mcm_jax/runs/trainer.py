@@ -193,7 +193,11 @@ def train_batches(config: Config) -> Batches:
     """Returns an iterator over this process's batches of training images, from the first batch on."""
     data = config.data
     source = pipeline.open_split(
-        data_dir=data.data_dir, dataset=data.dataset, resolution=data.resolution, split="train"
+        data_dir=data.data_dir,
+        dataset=data.dataset,
+        resolution=data.resolution,
+        split="train",
+        max_corrupt_records=data.max_corrupt_records,
     )
     return pipeline.train_batches(
         source,

@@ -490,6 +490,22 @@ def test_the_batches_are_those_of_the_training_images_and_the_seed(flip, handed,
         assert_equal_trees(next(handed["data"]), next(expected))
 
 
+def test_corrupt_training_images_are_skipped_up_to_the_budget(tiny_data, tmp_path, capsys):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    (shard,) = (tmp_path / "data").rglob("folder-train*")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1  # The first 5000 bytes are those of the records.
+    shard.write_bytes(content)
+    config = tiny.config(tmp_path / "data")
+    assert next(trainer.train_batches(validation.validate(config)))["image"].shape == (16, 8, 8, 3)
+    assert "(1 of at most 10)" in capsys.readouterr().err
+    config.data.max_corrupt_records = 0
+    with pytest.raises(
+        InputError, match=r"is corrupt: .* remake the data set with: python -m mcm_jax.prepare"
+    ):
+        trainer.train_batches(validation.validate(config))
+
+
 @pytest.mark.parametrize("objective", ["cd", "ct"])
 def test_a_teacher_stays_with_its_student_only_where_it_teaches(
     objective, handed, tiny_data, teacher, tmp_path

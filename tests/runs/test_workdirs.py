@@ -54,6 +54,7 @@ def test_it_reads_what_it_wrote(tmp_path):
 
 FREE = {
     "data__data_dir": "elsewhere",
+    "data__max_corrupt_records": 0,
     "mesh__fsdp": 2,
     "mesh__data": 4,
     "sampling__sampler": "ddim",
