@@ -7,7 +7,10 @@ The item "step" also contains a checksum of every other item. Orbax does not ver
 would silently use a flipped bit. Checkpoints of older versions have no checksums and are not verified.
 """
 
+import contextlib
 import json
+import sys
+import time
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -33,6 +36,8 @@ _ITEMS = {"ema": "ema_params", "raw": "params"}
 # In messages of TensorStore, which reads the arrays.
 _STORAGE_FAILURES = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _TREES = ("params", "ema_params", "target_params", "opt_state")
+# Pauses before a failed save is repeated: during training, and each time at its end.
+_RETRY_SECONDS, _FINAL_RETRY_SECONDS = 60.0, (5.0, 20.0)
 
 
 class DamagedError(InputError):
@@ -40,7 +45,12 @@ class DamagedError(InputError):
 
 
 class Checkpoints:
-    """The checkpoints in workdir/checkpoints; a context manager that waits for the last save on exit."""
+    """The checkpoints in workdir/checkpoints; a context manager that waits for the last save on exit.
+
+    Attributes:
+      saved: number of updates at the newest checkpoint that was restored or is known to be saved; None if
+        there is none.
+    """
 
     def __init__(self, workdir: Path, *, keep: int | None = None):
         """Opens the directory.
@@ -57,6 +67,9 @@ class Checkpoints:
             options=options,
             item_names=("step", *_TREES, "data"),
         )
+        self.saved: int | None = None
+        self._saving: int | None = None
+        self._retry_at: float | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -90,8 +103,60 @@ class Checkpoints:
     def save(self, state: TrainState, data: Batches, *, step: int) -> None:
         """Starts saving in the background, unless this step is already saved.
 
-        An interrupted save leaves no partial checkpoint.
+        An interrupted save leaves no partial checkpoint. A failure is reported and makes `retry_is_due` true
+        after a minute; with several processes, of which others may have succeeded, it is raised.
         """
+        try:
+            self._start_saving(state, data, step)
+        except Exception as error:  # Orbax raises almost any kind if the storage fails.
+            self._report_failure(error)
+
+    def retry_is_due(self) -> bool:
+        """Whether a save has failed and should be repeated now, with the state at that time."""
+        if distributed.is_multi_process():
+            return False
+        if self._retry_at is None:
+            try:
+                self._manager.check_for_errors()
+            except Exception as error:
+                self._report_failure(error)
+        return self._retry_at is not None and time.monotonic() >= self._retry_at
+
+    def finish(self, state: TrainState, data: Batches, *, step: int) -> None:
+        """Saves and waits until the state is on disk; repeats a failed save twice, then raises its error."""
+        for pause in (*_FINAL_RETRY_SECONDS, None):
+            try:
+                self._start_saving(state, data, step)
+                self._wait()
+                return
+            except Exception as error:
+                if pause is None or distributed.is_multi_process():
+                    raise
+                self._report_failure(error)
+                time.sleep(pause)
+
+    def _report_failure(self, error: Exception) -> None:
+        if distributed.is_multi_process():
+            raise error
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()  # Otherwise the next save would raise the same error.
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        full = files.full_disk_within(error)
+        reason = _line(error) if full is None else full.strerror
+        print(
+            f"note: a checkpoint could not be saved ({reason}); the save will be repeated",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _wait(self) -> None:
+        """Blocks until the last save is on disk; if it failed, raises its error."""
+        self._manager.wait_until_finished()
+        if self._saving is not None:
+            self.saved = self._saving
+
+    def _start_saving(self, state: TrainState, data: Batches, step: int) -> None:
+        self._wait()
         if step == self._manager.latest_step():
             return
         trees = _trees(state)
@@ -104,10 +169,7 @@ class Checkpoints:
         # Orbax's copies to the host would be rejected by the training loop's transfer guard.
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-
-    def wait(self) -> None:
-        """Blocks until the last save is on disk; if it failed, raises its error."""
-        self._manager.wait_until_finished()
+        self._saving, self._retry_at = step, None
 
     def restore(self, abstract: TrainState, shardings: TrainState, data: Batches) -> TrainState:
         """Restores the newest undamaged state with `shardings`, and `data` to its position at that step.
@@ -130,6 +192,7 @@ class Checkpoints:
                 damaged[name] = _line(error)
                 continue
             self._set_aside(damaged, continuing=name)
+            self.saved = int(name)
             return state
         reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
         raise InputError(

@@ -81,7 +81,7 @@ def train(
     Raises:
       NonFiniteError: the loss or the gradient is not finite; this state is not saved.
     """
-    step, saved = int(state.step), checkpoints.latest_step()
+    step = int(state.step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     watch = Watch()
     with _stop_signals() as signalled, jax.transfer_guard("disallow"):
@@ -90,25 +90,23 @@ def train(
             batch = sharding.global_batch(mesh, watch.read(data))
             state, metrics = train_step(state, teacher_params, batch)
             step += 1
-            _report(pending, observer, watch, saved)
+            _report(pending, observer, watch, checkpoints.saved)
             waited, pending = pending is not None, (step, metrics)
             observer.update(step)
-            save_now = _is_due(step, settings.checkpoint_every_steps)
+            save_now = _is_due(step, settings.checkpoint_every_steps) or checkpoints.retry_is_due()
             draw_now = _is_due(step, settings.sample_every_steps)
             if save_now or draw_now:
                 # Only save or sample a state whose metrics are known to be finite.
-                _report(pending, observer, watch, saved)
+                _report(pending, observer, watch, checkpoints.saved)
                 pending = None
             if save_now:
                 checkpoints.save(state, data, step=step)
-                saved = step
             if draw_now:
                 observer.pictures(step, state.ema_params)
             # Only if it waited for the update before did the host take the time of one update.
             watch.updated(step, usual=waited and not (save_now or draw_now))
-        _report(pending, observer, watch, saved)
-        checkpoints.save(state, data, step=step)
-    checkpoints.wait()
+        _report(pending, observer, watch, checkpoints.saved)
+        checkpoints.finish(state, data, step=step)
     return step >= settings.num_steps
 
 

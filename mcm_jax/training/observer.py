@@ -1,10 +1,11 @@
 """Reports the progress of a run: a progress bar or plain lines, TensorBoard, and grids of samples."""
 
+import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 from etils import epath
@@ -14,6 +15,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mcm_jax.system import files
+from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import png_bytes, save_png
 from mcm_jax.training.state import Params
@@ -108,7 +110,8 @@ class RunObserver:
         if grid is None:
             self._say(f"the samples of step {step} contain NaN or infinity and are not saved")
         else:
-            save_png(grid, self._samples / f"step_{step:07d}.png")
+            with _reporting_failure(self._samples):
+                save_png(grid, self._samples / f"step_{step:07d}.png")
             self._events.image(step, "samples", grid)
         if self._timed is not None:
             self._timed = (self._timed[0], self._timed[1] + time.monotonic() - start)
@@ -152,7 +155,7 @@ class _EventFile:
 
     def __init__(self, workdir: Path, *, first_step: int):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        path = workdir / name
+        self._path = path = workdir / name
         file = files.GrowingObject(path) if isinstance(path, epath.Path) else path.open("ab")
         self._records = RecordWriter(file)
         self._write(file_version="brain.Event:2")
@@ -171,11 +174,22 @@ class _EventFile:
         self._write(step=step, summary=_Summary(value=[_Summary.Value(tag=name, image=encoded)]))
 
     def close(self) -> None:
-        self._records.close()
+        with _reporting_failure(self._path):
+            self._records.close()
 
     def _write(self, **fields: object) -> None:
-        self._records.write(_Event(wall_time=time.time(), **fields).SerializeToString())
-        self._records.flush()
+        with _reporting_failure(self._path):
+            self._records.write(_Event(wall_time=time.time(), **fields).SerializeToString())
+            self._records.flush()
+
+
+@contextlib.contextmanager
+def _reporting_failure(path: Path) -> Generator[None, None, None]:
+    """Reports that the storage has failed; training goes on without what could not be written."""
+    try:
+        yield
+    except (OSError, InputError) as error:
+        print(f"note: {path} could not be written ({error})", file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -1,8 +1,12 @@
 """What is saved comes back as it was, the newest unless another is asked for."""
 
+import contextlib
 import errno
 import re
+import resource
 import shutil
+import signal
+import time
 
 import grain
 import jax
@@ -14,6 +18,7 @@ from jax.sharding import AxisType
 
 from mcm_jax.system import files, sharding
 from mcm_jax.system.errors import InputError
+from mcm_jax.training import checkpoints as module
 from mcm_jax.training.checkpoints import Checkpoints, DamagedError
 from mcm_jax.training.state import TrainState
 
@@ -112,18 +117,61 @@ def test_a_step_is_saved_once(tmp_path):
 def test_saving_is_no_transfer_by_mistake(tmp_path):
     state, data = state_at(3), batches()
     with Checkpoints(tmp_path, keep=9) as checkpoints, jax.transfer_guard("disallow"):
-        checkpoints.save(state, data, step=3)
-        checkpoints.wait()
+        checkpoints.finish(state, data, step=3)
         assert checkpoints.all_steps() == [3]
 
 
-@pytest.mark.parametrize("end", [Checkpoints.wait, lambda checkpoints: checkpoints.__exit__()])
-def test_it_waits_for_the_last_save(end, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=9)
-    checkpoints.save(state_at(3), batches(), step=3)
-    end(checkpoints)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    checkpoints.__exit__()
+def test_it_waits_for_the_last_save(tmp_path):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        checkpoints.finish(state_at(2), batches(), step=2)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+        checkpoints.save(state_at(3), batches(), step=3)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
+
+
+@contextlib.contextmanager
+def no_room():
+    """Every file that grows beyond 50 bytes is refused, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_failed_save_is_reported_and_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.2)
+    with Checkpoints(saved(tmp_path, 3), keep=9) as checkpoints:
+        checkpoints.restore(*targets(), batches())
+        assert checkpoints.saved == 3 and not checkpoints.retry_is_due()
+        with no_room():
+            checkpoints.save(state_at(5), batches(taken=5), step=5)
+            until = time.monotonic() + 20
+            while not checkpoints.retry_is_due() and time.monotonic() < until:
+                time.sleep(0.01)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        assert re.fullmatch(r"note: a checkpoint could not be saved \(.+\); the save will be repeated", line)
+        assert checkpoints.saved == 3 and checkpoints.retry_is_due()
+        checkpoints.save(state_at(6), batches(taken=6), step=6)
+        assert not checkpoints.retry_is_due()
+        checkpoints.finish(state_at(7), batches(taken=7), step=7)
+        assert checkpoints.saved == 7 and checkpoints.all_steps() == [3, 6, 7]
+        state, data = checkpoints.restore(*targets(), data := batches()), data
+    assert_equal(state, state_at(7))
+
+
+def test_the_last_save_is_repeated_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_FINAL_RETRY_SECONDS", (0.0, 0.0))
+    with Checkpoints(saved(tmp_path, 3), keep=9) as checkpoints:
+        with no_room(), pytest.raises((OSError, ValueError), match="File too large"):
+            checkpoints.finish(state_at(5), batches(taken=5), step=5)
+        assert capsys.readouterr().err.count("note: a checkpoint could not be saved") == 2
+        assert checkpoints.all_steps() == [3]
+        checkpoints.finish(state_at(5), batches(taken=5), step=5)
+        assert checkpoints.all_steps() == [3, 5]
 
 
 @pytest.mark.multi_device

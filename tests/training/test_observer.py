@@ -1,5 +1,6 @@
 """Progress on a terminal, in a log, in TensorBoard and as pictures, by a clock of our own."""
 
+import errno
 import io
 import sys
 
@@ -52,6 +53,26 @@ def clock(monkeypatch):
     found = Clock()
     monkeypatch.setattr(observer, "time", found)
     return found
+
+
+def test_training_goes_on_if_nothing_can_be_written(tmp_path, capsys):
+    """Neither pictures nor metrics are worth a run."""
+    with observe(tmp_path) as found:
+        (tmp_path / "samples").write_text("a file in the place of the directory")
+        found._events._records.close()
+        found._events._records = Refusing()
+        found.metrics(2, {"loss": 1.0})
+        found.pictures(2, None)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert any("samples could not be written" in note for note in notes)
+    assert any("No space left on device" in note for note in notes)
+
+
+class Refusing:
+    def write(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = flush = lambda self: None
 
 
 GRID = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
