@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import shlex
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -18,7 +19,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mcm_jax.system.errors import InputError
+from mcm_jax import records
+from mcm_jax.system import json_text
+from mcm_jax.system.errors import InputError, reason
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test")
@@ -67,11 +70,12 @@ class DatasetInfo:
         """Builds the object from JSON fields, the inverse of `dataclasses.asdict`; `path` is the data's path.
 
         Raises:
-          AttributeError, KeyError, TypeError: `fields` do not describe a data set.
+          AttributeError, KeyError, TypeError, ValueError: `fields` do not describe a data set.
         """
-        counts = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
-        changed = {"class_names": tuple(fields["class_names"]), "class_counts": counts, "path": path}
-        return cls(**{**fields, **changed})
+        types = typing.get_type_hints(cls)
+        given = {name: value for name, value in fields.items() if name != "path"}
+        checked = {name: records.checked(types[name], value, name) for name, value in given.items()}
+        return cls(**checked, path=path)
 
     @property
     def num_classes(self) -> int:
@@ -163,13 +167,13 @@ def read_summary(directory: Path) -> DatasetInfo:
       ValueError: the file is damaged.
     """
     try:
-        text = (directory / SUMMARY_FILE).read_text(encoding="utf-8")
+        text = (directory / SUMMARY_FILE).read_bytes()
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     try:
-        return DatasetInfo.from_json(json.loads(text), path=directory)
+        return DatasetInfo.from_json(json_text.loads(text), path=directory)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {error}") from error
+        raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {reason(error)}") from error
 
 
 def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetInfo:

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mcm_jax.data.layout import Example
-from mcm_jax.system import progress
+from mcm_jax.system import json_text, progress
 from mcm_jax.system.files import write_whole
 from mcm_jax.system.host import keep_freed_pages
 
@@ -60,8 +60,8 @@ class Place:
     def is_whole(self, shard: Shard) -> bool:
         """Whether a shard was written completely and its size has not changed since."""
         try:
-            return self.path(shard).stat().st_size == json.loads(self.note(shard).read_text())["bytes"]
-        except (OSError, ValueError, KeyError):
+            return self.path(shard).stat().st_size == json_text.loads(self.note(shard).read_bytes())["bytes"]
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 
@@ -106,7 +106,7 @@ def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
-        notes.setdefault(shard.split, []).append(json.loads(place.note(shard).read_text()))
+        notes.setdefault(shard.split, []).append(json_text.loads(place.note(shard).read_bytes()))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [
         tfds.core.SplitInfo(

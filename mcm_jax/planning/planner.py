@@ -1,7 +1,6 @@
 """Compiles a config's program for a TPU slice and formats plans; used by the command `plan`."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 import ml_collections
 
 from mcm_jax.records import JsonObject
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import json_text
+from mcm_jax.system.errors import InputError, reason
 
 if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.config.settings import Config
@@ -186,10 +186,11 @@ def _records(directory: Path, flag: str, show: Callable[[Sequence[JsonObject]], 
     records = []
     for file in files:
         try:
-            records.append(json.loads(file.read_text()))
+            records.append(json_text.loads(file.read_bytes()))
             show(records[-1:])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {reason(error)}"
             raise InputError(
-                f"{file} is not the record of a plan ({error!r}); remove it or write it again"
+                f"{file} is not the record of a plan ({why}); remove it or write it again"
             ) from error
     return records

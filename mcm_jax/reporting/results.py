@@ -1,16 +1,19 @@
 """Reads and validates the results that `mcm_jax.evaluate` writes, and the descriptions of their runs."""
 
 import dataclasses
-import json
+import io
 from pathlib import Path
 
+from PIL import Image
+
 from mcm_jax import records
+from mcm_jax.data import images
 from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import json_text
+from mcm_jax.system.errors import InputError, printable, reason
 
 # Config sections whose settings are read; the others are only compared.
 _SECTIONS = ("data", "training")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,17 +120,19 @@ def read_file(path: Path) -> tuple[list[Result], list[str]]:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
     results, notes = [], []
     for number, line in enumerate(content.split(b"\n"), start=1):
-        place = f"{path}:{number}"
+        place = f"{printable(path)}:{number}"
         if not line.strip():
             continue
         try:
-            results.append(Result.from_json(json.loads(line.decode(), parse_constant=_refuse_constant)))
+            results.append(Result.from_json(json_text.loads(line.decode())))
         except RecordError as error:
-            raise InputError(f"{place}: {error}; remove that line and evaluate the run again") from error
+            raise InputError(
+                f"{place}: {reason(error)}; remove that line and evaluate the run again"
+            ) from error
         except ValueError as error:
             if not _is_truncated(line):
                 raise InputError(
-                    f"{place} is damaged ({error}); remove that line and evaluate the run again"
+                    f"{place} is damaged ({reason(error)}); remove that line and evaluate the run again"
                 ) from error
             notes.append(f"{place} is truncated and was skipped; evaluate that run again")
     return results, notes
@@ -140,33 +145,33 @@ def read_run(path: Path) -> RunDescription:
       InputError: the file can't be read or is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_text.loads(path.read_bytes())
         config, dataset = content["config"], content["dataset"]
         sections = [config, dataset, *(config.get(name, {}) for name in _SECTIONS)]
         if not all(isinstance(section, dict) for section in sections):
             raise TypeError("config and dataset must be objects")
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{printable(path)} is damaged ({reason(error)}); restore it") from error
     return RunDescription(config, dataset)
 
 
 def read_grid(result: RunResult) -> bytes | None:
     """The PNG of the result's sample grid; None if the run's directory does not hold it."""
     directory = result.directory.resolve()
-    path = (directory / result.grid).resolve()
-    if not path.is_relative_to(directory):
-        return None
     try:
+        path = (directory / result.grid).resolve()
+        # A pipe in place of the file would never end.
+        if not (path.is_relative_to(directory) and path.is_file()):
+            return None
         content = path.read_bytes()
-    except OSError:
+        with images.naming(path), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+    # ValueError: a path with a NUL, or an InputError of `naming`; RuntimeError: links in a circle.
+    except (OSError, ValueError, RuntimeError):
         return None
-    return content if content.startswith(_PNG_SIGNATURE) else None
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
+    return content
 
 
 def _is_truncated(line: bytes) -> bool:

@@ -25,8 +25,8 @@ from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.records import RUN_FILE
-from mcm_jax.system import distributed, files
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import distributed, files, json_text
+from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import local_path
 from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
@@ -145,7 +145,7 @@ def read(workdir: Path) -> RunRecord:
     """
     path = workdir / RUN_FILE
     try:
-        content = json.loads(path.read_text())
+        content = json_text.loads(path.read_bytes())
         return RunRecord(
             config=validation.read_saved(upgraded(content["config"])),
             dataset=DatasetInfo.from_json(content["dataset"], path=Path(content["dataset"]["path"])),
@@ -158,10 +158,12 @@ def read(workdir: Path) -> RunRecord:
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {shortened(str(error))}; restore it") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it or train in another directory") from error
+        raise InputError(
+            f"{path} is damaged ({reason(error)}); restore it or train in another directory"
+        ) from error
 
 
 def compilation_cache(workdir: Path) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from mcm_jax.system import distributed
+from mcm_jax.system import distributed, json_text
 from mcm_jax.system.errors import InputError
 from mcm_jax.training.checksums import checksums
 from mcm_jax.training.state import Params, TrainState
@@ -185,8 +185,8 @@ class Checkpoints:
         """The content of the item "step"; empty if it is missing or damaged."""
         path = self.directory / str(step) / "step" / "metadata"
         try:
-            record = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+            record = json_text.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             return {}
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror})") from error
@@ -205,7 +205,7 @@ class Checkpoints:
         Grain's own handler requires a file of this process and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
-        state = json.loads(path.read_text())
+        state = json_text.loads(path.read_bytes())
         if "checksums" in record and record["checksums"]["data"] != _data_checksum(state):
             raise DamagedError("its position in the data differs from what was saved")
         data.set_state(state)
