@@ -3,17 +3,17 @@
 import dataclasses
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mcm_jax.data.images import FORMATS, find, naming, printable, turn, upright
+from mcm_jax.data.images import FORMATS, find, naming, turn, upright
+from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, printable, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,14 @@ def open_images(path: Path) -> ImageFiles:
     if path.is_dir():
         return _folder(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
+        with path.open("rb") as file:
+            arrays = archives.read_npz(file, ("arr_0", "arr_1"))
     except FileNotFoundError:
         raise InputError(f"--images={path}: there is no such file or folder") from None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--images={path}: neither a complete .npz nor a folder ({reason})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--images={path}: neither a complete .npz nor a folder ({reason(error)}); give one of the two"
+        ) from error
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = "nothing" if images is None else f"{images.dtype} {images.shape}"

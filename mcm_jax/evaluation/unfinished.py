@@ -9,7 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from mcm_jax.evaluation import archives
 from mcm_jax.system import distributed
+from mcm_jax.system.errors import reason
 from mcm_jax.system.files import write_whole
 
 # Time between two saves: an interruption loses at most this much work plus the step in progress.
@@ -29,8 +31,8 @@ class Unfinished:
         """Returns the saved arrays, or None if there are none; `check` must raise if something is missing."""
 
         def load() -> Arrays:
-            with np.load(self._path, allow_pickle=False) as file:
-                arrays = dict(file)
+            with self._path.open("rb") as file:
+                arrays = archives.read_npz(file)
             check(arrays)
             return arrays
 
@@ -98,7 +100,6 @@ def read_saved(path: Path, load: Callable[[], T]) -> T | None:
         saved = load()
     # A damaged file can raise any exception of the zip, npy and JSON readers; all mean the same.
     except Exception as error:
-        reason = " ".join(str(error).split())
-        print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
+        print(f"note: {path} is damaged ({reason(error)}); computing it again", file=sys.stderr)
     # If one process has to compute it, all do.
     return saved if distributed.all_true(saved is not None) else None
