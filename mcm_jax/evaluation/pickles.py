@@ -27,6 +27,7 @@ _MAX_DEPTH = 50
 # functions, this many times the bytes of the file.
 _MAX_COPIES = 10
 _MAX_INTEGER_BITS = 64
+_MAX_KEY_CHARACTERS = 1000
 # NumPy's own limit.
 _MAX_DIMENSIONS = 64
 
@@ -170,8 +171,9 @@ class _Machine:
         value.set_state(state)
 
     def _pay_for(self, arguments: tuple[object, ...]) -> None:
-        """Counts the bytes that a function may copy."""
+        """Counts what a function may copy: bytes, characters and values."""
         sized = (str, bytes, bytearray, tuple, list, dict)
+        self._bytes_left -= len(arguments)
         self._bytes_left -= sum(len(one) for one in arguments if isinstance(one, sized))
         if self._bytes_left < 0:
             raise pickle.UnpicklingError(f"its data are copied more than {_MAX_COPIES} times")
@@ -184,13 +186,20 @@ def _require(value: Any, kind: type) -> Any:
 
 
 def _dictionary(items: list[Any]) -> dict[str, Any]:
-    """Of alternating keys and values. A key must be text: to hash a nested tuple can take any time."""
-    return {_require(key, str): value for key, value in zip(items[::2], items[1::2], strict=True)}
+    """The dictionary of alternating keys and values."""
+    return {_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
+
+
+def _key(value: Any) -> str:
+    """Refuses keys other than short text: to hash or compare others can take any time."""
+    if len(_require(value, str)) > _MAX_KEY_CHARACTERS:
+        raise pickle.UnpicklingError(f"a key of more than {_MAX_KEY_CHARACTERS:,} characters")
+    return value
 
 
 def dictionary_of_pairs(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[str, Any]:
     """Replaces collections.OrderedDict."""
-    return {_require(key, str): value for key, value in pairs}
+    return {_key(key): value for key, value in pairs}
 
 
 class _Dtype:

@@ -99,6 +99,11 @@ BOMBS = {
         b"\x80\x02](" + ENCODED + b"h\x01h\x02h\x03\x86R" * 30_000 + b"e.", "copied more than 10"
     ),
     "one array many times": (pickle.dumps([np.zeros(10**6)] * 1000), "10 copies"),
+    "arguments many times": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01("
+        + b"N" * 40_000 + b"tq\x02](" + b"h\x01h\x02R" * 15_000 + b"e.", "copied more than 10"
+    ),
+    "a long key": (b"\x80\x02}" + LONG_TEXT + b"K\x01s.", "a key of more than 1,000"),
     "a memo of gigabytes": (b"\x80\x02Nr\xff\xff\xff\x7f.", None),
     "bytes of terabytes": (b"\x80\x04\x8e" + (10**13).to_bytes(8, "little") + b"ab.", "expected"),
     "a frame of terabytes": (b"\x80\x04\x95" + (10**13).to_bytes(8, "little") + b"N.", None),
