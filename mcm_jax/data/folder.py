@@ -162,7 +162,7 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     Raises:
       InputError: Pillow cannot decode the file completely.
     """
-    with images.naming(path), Image.open(path, formats=images.FORMATS) as image:
+    with images.naming(path), images.opened(path.read_bytes()) as image:
         rgb = _to_rgb(images.upright(image))
     return square_area(rgb, resolution)
 

@@ -347,7 +347,7 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
     """
     with (
         images.naming(image.name, remedy="download the tar again"),
-        Image.open(io.BytesIO(image.content), formats=images.FORMATS) as opened,
+        images.opened(image.content) as opened,
     ):
         opened.load()
         rgb = opened if opened.mode == "RGB" else opened.convert("RGB")

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import struct
 import warnings
@@ -141,6 +142,11 @@ def naming(path: str | Path, *, remedy: str = "replace or remove the file") -> G
             yield
     except DAMAGE as error:
         raise InputError(f"{printable(path)}: not a readable image ({reason(error)}); {remedy}") from error
+
+
+def opened(content: bytes) -> Image.Image:
+    """Opens an image by its content; from a file, Pillow reads as many bytes at once as a header declares."""
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def turn(image: Image.Image) -> Image.Transpose | None:

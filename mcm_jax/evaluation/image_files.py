@@ -2,14 +2,12 @@
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mcm_jax.data.images import FORMATS, find, naming, turn, upright
+from mcm_jax.data.images import find, naming, opened, turn, upright
 from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
@@ -86,7 +84,7 @@ def _folder(path: Path) -> ImageFiles:
     size = sizes[0]
 
     def read(file: Path) -> np.ndarray:
-        with naming(file), Image.open(file, formats=FORMATS) as image:
+        with naming(file), opened(file.read_bytes()) as image:
             pixels = np.asarray(upright(image).convert("RGB"))
         if (
             here := pixels.shape[1::-1]
@@ -105,7 +103,7 @@ def _folder(path: Path) -> ImageFiles:
 
 def _size(content: bytes) -> tuple[int, int]:
     """Width and height of the upright image; decodes the pixels only if they must be rotated."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with opened(content) as image:
         if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
             raise ValueError(f"mode {image.mode}; use opaque 8-bit RGB, grey or palette images")
         return image.size if turn(image) is None else upright(image).size

@@ -239,3 +239,15 @@ def test_an_image_of_too_many_pixels_is_one_line(tmp_path, side):
     ):
         found = refusal(read)
         assert found is not None and "bomb.png: not a readable image (Image size" in found
+
+
+def test_a_part_of_gigabytes_is_one_line_or_skipped(tmp_path):
+    """The length of a PNG's pixels says that they fill 4 GB; the pixels themselves are whole."""
+    content = encoded("png")
+    place = content.index(b"IDAT") - 4
+    (tmp_path / "bomb.png").write_bytes(content[:place] + b"\x7f\xff\xff\xff" + content[place + 4 :])
+    for read in (
+        lambda: folder.load_image(tmp_path / "bomb.png", resolution=4),
+        lambda: list(open_images(tmp_path).blocks(1)),
+    ):
+        refusal(read)
