@@ -150,6 +150,10 @@ class Sampling(Record):
     rounding: str = _usual("nearest", otherwise="{rounding} rounding")  # of pixels to bytes
     network_calls: int  # for one image
 
+    def __post_init__(self) -> None:
+        if self.x_var not in (None, "analytic") and None in (self.x_var_eta, self.x_var_images):
+            raise RecordError(f"x_var is {self.x_var!r}, but x_var_eta or x_var_images is missing")
+
     @property
     def unusual(self) -> dict[str, str]:
         """Phrases that describe the settings with unusual values, by setting."""

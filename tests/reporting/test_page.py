@@ -151,3 +151,8 @@ def test_without_features_of_the_reference_there_is_no_nearest_neighbour_table(t
     made = content(tmp_path)
     assert made.sections[0].nearest is None
     assert "copies" not in page.page(made)
+
+
+def test_a_section_that_is_none_is_as_one_without_settings(tmp_path):
+    write(tmp_path / "cd4", record(), config=config(model=None, optimizer=None, consistency=None))
+    assert "widths" not in page.page(content(tmp_path))

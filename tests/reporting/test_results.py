@@ -107,6 +107,10 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (json.dumps(record(reference={"count": 3})), "reference.sha256 is missing"),
         (json.dumps(record(features=[])), "features is [], not an object"),
         (json.dumps(record(created="yesterday")), "created is 'yesterday', not a date"),
+        (
+            json.dumps(record(x_var="measured")),
+            "x_var is 'measured', but x_var_eta or x_var_images",
+        ),
     ],
 )
 def test_other_damage_is_named_with_file_and_line(tmp_path, line, message):
