@@ -285,15 +285,15 @@ def test_if_all_are_damaged_they_stay(two_checkpoints, tmp_path):
 def test_a_failure_of_the_machine_is_no_damage(error, expected, two_checkpoints, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
     def fail(path, *arguments, **named):
         if path == workdir / "checkpoints/20/step/metadata":
             raise error
-        return read_text(path, *arguments, **named)
+        return read_bytes(path, *arguments, **named)
 
     with Checkpoints(workdir, keep=9) as checkpoints:
-        monkeypatch.setattr(Path, "read_text", fail)
+        monkeypatch.setattr(Path, "read_bytes", fail)
         with pytest.raises(expected) as raised:
             checkpoints.restore(*targets(), batches())
         assert not isinstance(raised.value, DamagedError)
