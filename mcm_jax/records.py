@@ -43,7 +43,7 @@ NEAREST = "nearest_neighbour_distance"
 TEST_IMAGES, MEAN_IMAGE, UNTRAINED_NETWORK = "test_images", "mean_image", "untrained_network"
 
 _DISTANCE_WITH_COUNT = re.compile(
-    rf"(({TEST_IMAGES}|{UNTRAINED_NETWORK})_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]+)"
+    rf"(({TEST_IMAGES}|{UNTRAINED_NETWORK})_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]{{1,18}})"
 )
 
 
@@ -103,7 +103,7 @@ class Record:
             if field.metadata.get("flat") and _is_record(kind):
                 values[field.name] = kind.from_json(content, prefix=prefix)
             elif field.name in content:
-                values[field.name] = _checked(kind, content[field.name], prefix + field.name)
+                values[field.name] = checked(kind, content[field.name], prefix + field.name)
             elif field.default is dataclasses.MISSING:
                 raise RecordError(f"{prefix}{field.name} is missing")
         try:
@@ -149,6 +149,10 @@ class Sampling(Record):
     clip: str = _usual("last", otherwise="clipped in {clip} step")
     rounding: str = _usual("nearest", otherwise="{rounding} rounding")  # of pixels to bytes
     network_calls: int  # for one image
+
+    def __post_init__(self) -> None:
+        if self.x_var not in (None, "analytic") and None in (self.x_var_eta, self.x_var_images):
+            raise RecordError(f"x_var is {self.x_var!r}, but x_var_eta or x_var_images is missing")
 
     @property
     def unusual(self) -> dict[str, str]:
@@ -297,7 +301,7 @@ def _plain(value: object) -> object:
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _checked(kind: object, value: object, name: str) -> object:
+def checked(kind: object, value: object, name: str) -> Any:
     """Converts a JSON value to the type `kind` of the field `name`.
 
     Raises:
@@ -306,7 +310,7 @@ def _checked(kind: object, value: object, name: str) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         (kind,) = (one for one in arguments if one is not types.NoneType)
-        return None if value is None else _checked(kind, value, name)
+        return None if value is None else checked(kind, value, name)
     if origin is Literal:
         if value not in arguments:
             raise RecordError(f"{name} is {value!r}, not one of {', '.join(arguments)}")
@@ -314,13 +318,13 @@ def _checked(kind: object, value: object, name: str) -> object:
     if origin is tuple:
         if not isinstance(value, list):
             raise RecordError(f"{name} is {value!r}, not a list")
-        return tuple(_checked(arguments[0], one, name) for one in value)
+        return tuple(checked(arguments[0], one, name) for one in value)
     if origin is dict or _is_record(kind):
         if not isinstance(value, dict):
             raise RecordError(f"{name} is {value!r}, not an object")
         if _is_record(kind):
             return kind.from_json(value, prefix=f"{name}.")
-        return {key: _checked(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
+        return {key: checked(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
     if kind is datetime.datetime:
         return _date(value, name)
     assert isinstance(kind, type)

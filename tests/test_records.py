@@ -54,7 +54,7 @@ def test_every_input_identifies_a_measurement_and_no_outcome_does():
         **{"version": 1, "workdir": "x", "objective": "ct", "dataset": "x", "resolution": 1, "seed": 1},
         **{"data_preprocessing": "x", "training_seed": 1, "student_steps": 1, "checkpoint_step": 1},
         **{"checkpoint": "x", "parameters": "raw", "label_rule": "x", "steps": 1, "sampler": "x"},
-        **{"noise_grid": "x", "x_var": "x", "x_var_eta": 1.0, "x_var_images": 1, "guidance": 1.0},
+        **{"noise_grid": "x", "x_var": "analytic", "x_var_eta": 1.0, "x_var_images": 1, "guidance": 1.0},
         **{"clip": "x", "rounding": "x", "network_calls": 1, "num_samples": 1, "untrained_num": 1},
         **{"asked": [], "features": {"network": "inception-2015-12-05", "sha256": "x"}},
         "reference": {"file": "x", "sha256": "x"},

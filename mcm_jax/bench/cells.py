@@ -12,9 +12,9 @@ import ml_collections
 from mcm_jax.diffusion.sampling import Sampler
 from mcm_jax.fields import Settings
 from mcm_jax.records import JsonObject
-from mcm_jax.system import versions
-from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import append_line, read_lines, reason
+from mcm_jax.system import json_text, versions
+from mcm_jax.system.errors import InputError, reason, shortened
+from mcm_jax.system.files import append_line, read_lines
 from mcm_jax.system.paths import Path
 
 Values = dict[str, float]
@@ -106,8 +106,8 @@ class Store:
             raise InputError(f"{path} can't be read ({reason(error)}); choose another --out") from error
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = json_text.loads(line)
+            except ValueError:
                 continue  # Truncated by a crash; the cell will be measured again.
             self._read(record, place=f"{path}:{number}")
 
@@ -120,11 +120,12 @@ class Store:
             )
             values = {name: float(value) for name, value in record["values"].items()}
             values["distance"]  # Every cell must have one.
+            hash(cell)  # Fails if a field is a list.
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{place} is not a result of the bench ({error}); remove it") from error
+            raise InputError(f"{place} is not a result of the bench ({reason(error)}); remove it") from error
         if problem != self._problems.get(cell.problem, problem):
             raise InputError(
-                f"{place} was measured with {problem}, but the problem is now "
+                f"{place} was measured with {shortened(str(problem))}, but the problem is now "
                 f"{self._problems[cell.problem]}; choose another --out"
             )
         self._values[cell], self.seconds[cell] = values, seconds

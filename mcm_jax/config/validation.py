@@ -163,8 +163,10 @@ def _check_model(config: Config) -> None:
         raise InputError("config.mesh.data=0: use a positive number, or -1 for all remaining devices")
 
 
-def _read(kind: type[_Settings], raw: Mapping[str, Any], *, prefix: str) -> _Settings:
+def _read(kind: type[_Settings], raw: Any, *, prefix: str) -> _Settings:
     assert dataclasses.is_dataclass(kind)
+    if not isinstance(raw, Mapping):
+        raise InputError(f"config.{prefix.rstrip('.')}={raw!r} must be a section of settings")
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in raw:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 import re
 import sys
@@ -164,10 +163,7 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     Raises:
       InputError: Pillow cannot decode the file completely.
     """
-    with (
-        images.naming(path),
-        Image.open(io.BytesIO(read_bytes(path)), formats=images.FORMATS) as image,
-    ):
+    with images.naming(path), images.opened(read_bytes(path)) as image:
         rgb = _to_rgb(images.upright(image))
     return square_area(rgb, resolution)
 

@@ -31,7 +31,7 @@ from mcm_jax.data import images, layout
 from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, checked_path
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -39,6 +39,17 @@ TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 COUNTS = {"train": 1_281_167, "test": 50_000}
 _TEST_UNIT = 1000
 _BLOCK = 512  # bytes in a block of a tar
+_MAX_MEMBERS = 60_000  # The largest tar of ILSVRC2012 has 50,000 files.
+# Types of entries in a tar: links, devices and folders; files, and attributes of the following file.
+_WITHOUT_CONTENT = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+_WITH_CONTENT = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 # area: central square crop, then the mean over areas (SPEC 7).
 # adm: as for ADM's published references (Dhariwal & Nichol, arXiv:2105.05233): halve with a box filter while
@@ -190,17 +201,43 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
-    """Lists every file in a tar; InputError if it is truncated, also (unlike tarfile) between files."""
+    """Lists every file in a tar by its headers; InputError if it is truncated, damaged or exceeds a limit.
+
+    Python's own reader trusts headers: with damaged ones it can loop, recurse or read any number of bytes.
+    """
+    end, offset, members = file.seek(0, io.SEEK_END), 0, []
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [_Member(one.name, one.offset_data, one.size) for one in tar if one.isfile()]
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise InputError(f"{name} is not a tar file or is truncated ({error}); download it again") from error
-    file.seek(end)
-    if file.read(_BLOCK) != bytes(_BLOCK):  # An archive ends in empty blocks.
-        raise InputError(f"{name} is truncated; download it again")
+        while (entry := _header_at(file, offset)) is not None:
+            if len(members) >= _MAX_MEMBERS:
+                raise ValueError(f"more than {_MAX_MEMBERS:,} files")
+            offset += _BLOCK
+            size = entry.size if entry.type not in _WITHOUT_CONTENT else 0
+            if not 0 <= size <= end - offset:
+                raise ValueError(f"a file of {size:,} bytes where {end - offset:,} follow")
+            if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                members.append(_Member(images.printable(entry.name), offset, size))
+            offset += -(-size // _BLOCK) * _BLOCK
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(
+            f"{name} is not a tar file or is truncated ({reason(error)}); download it again"
+        ) from error
     return members
+
+
+def _header_at(file: io.BufferedIOBase, offset: int) -> tarfile.TarInfo | None:
+    """The header at an offset; None for the empty block that ends an archive.
+
+    Raises:
+      tarfile.TarError, ValueError: there is no header, or one of a kind that no tar of ILSVRC2012 has.
+    """
+    file.seek(offset)
+    try:
+        entry = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    if entry.type not in (*_WITHOUT_CONTENT, *_WITH_CONTENT):
+        raise ValueError(f"an entry of type {entry.type.decode(errors='replace')!r}")
+    return entry
 
 
 class Prepared(Source):
@@ -264,7 +301,11 @@ class Prepared(Source):
             stretch = tfds.core.ReadInstruction(name, from_=first, to=last, unit="abs")
             examples = tfds.as_numpy(layout.stored_dataset(self._builder, stretch, decoders=raw))
         for index, example in enumerate(examples, first):
-            file = example["file_name"].decode() if "file_name" in example else f"{name}_{index:07d}"
+            file = (
+                example["file_name"].decode(errors="backslashreplace")
+                if "file_name" in example
+                else f"{name}_{index:07d}"
+            )
             yield Encoded(file, example["image"], self._labels[int(example["label"])])
 
 
@@ -306,7 +347,7 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
     """
     with (
         images.naming(image.name, remedy="download the tar again"),
-        Image.open(io.BytesIO(image.content), formats=images.FORMATS) as opened,
+        images.opened(image.content) as opened,
     ):
         opened.load()
         rgb = opened if opened.mode == "RGB" else opened.convert("RGB")

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 import struct
@@ -13,7 +14,7 @@ from collections.abc import Generator, Iterator, Mapping
 from etils import epath
 from PIL import ExifTags, Image
 
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, printable, reason
 from mcm_jax.system.files import names_below, read_bytes
 from mcm_jax.system.paths import Path
 
@@ -33,6 +34,7 @@ DAMAGE = (
     AttributeError,
     EOFError,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
     LookupError,
     MemoryError,
     OSError,
@@ -143,24 +145,24 @@ def _why_not(entry: os.DirEntry[str]) -> str:
     return "broken link" if broken else printable(suffix) or "without a suffix"
 
 
-def printable(name: str | Path) -> str:
-    """Formats a name for a message: on one line, with non-printable characters escaped."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-    return "".join(escaped)
-
-
 @contextlib.contextmanager
 def naming(path: str | Path, *, remedy: str = "replace or remove the file") -> Generator[None, None, None]:
     """Converts any exception that Pillow raises on a damaged file into a one-line error that names the file.
 
-    Pillow's warnings about odd metadata are dropped, as they do not name the file.
+    Pillow's warnings about odd metadata are dropped, as they do not name the file. Its warning about images
+    of more than `Image.MAX_IMAGE_PIXELS` is an error here: a few kilobytes can declare them.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{printable(path)}: not a readable image ({reason}); {remedy}") from error
+        raise InputError(f"{printable(path)}: not a readable image ({reason(error)}); {remedy}") from error
+
+
+def opened(content: bytes) -> Image.Image:
+    """Opens an image by its content; from a file, Pillow reads as many bytes at once as a header declares."""
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def turn(image: Image.Image) -> Image.Transpose | None:

@@ -11,14 +11,16 @@ import dataclasses
 import json
 import re
 import shlex
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mcm_jax.system import files
-from mcm_jax.system.errors import InputError
+from mcm_jax import records
+from mcm_jax.system import files, json_text
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, as_path
 
 VERSION = "1.0.0"
@@ -68,11 +70,12 @@ class DatasetInfo:
         """Builds the object from JSON fields, the inverse of `dataclasses.asdict`; `path` is the data's path.
 
         Raises:
-          AttributeError, KeyError, TypeError: `fields` do not describe a data set.
+          AttributeError, KeyError, TypeError, ValueError: `fields` do not describe a data set.
         """
-        counts = {split: tuple(counts) for split, counts in fields["class_counts"].items()}
-        changed = {"class_names": tuple(fields["class_names"]), "class_counts": counts, "path": path}
-        return cls(**{**fields, **changed})
+        types = typing.get_type_hints(cls)
+        given = {name: value for name, value in fields.items() if name != "path"}
+        checked = {name: records.checked(types[name], value, name) for name, value in given.items()}
+        return cls(**checked, path=path)
 
     @property
     def num_classes(self) -> int:
@@ -168,9 +171,9 @@ def read_summary(directory: Path) -> DatasetInfo:
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     try:
-        return DatasetInfo.from_json(json.loads(text), path=directory)
+        return DatasetInfo.from_json(json_text.loads(text), path=directory)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {error}") from error
+        raise ValueError(f"{directory / SUMMARY_FILE} is damaged: {reason(error)}") from error
 
 
 def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetInfo:

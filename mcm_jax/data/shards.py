@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from mcm_jax.data.layout import Example
-from mcm_jax.system import progress
+from mcm_jax.system import json_text, progress
 from mcm_jax.system.files import move_into, read_bytes, size, write_whole
 from mcm_jax.system.host import keep_freed_pages
 from mcm_jax.system.paths import Path
@@ -64,9 +64,9 @@ class Place:
     def is_whole(self, shard: Shard) -> bool:
         """Whether a shard was written completely and its size has not changed since."""
         try:
-            note = json.loads(read_bytes(self.note(shard)))
+            note = json_text.loads(read_bytes(self.note(shard)))
             return size(self.path(shard)) == note["bytes"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 
@@ -111,7 +111,7 @@ def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
     """
     notes: dict[str, list[dict[str, int]]] = {}
     for shard in shards:
-        notes.setdefault(shard.split, []).append(json.loads(read_bytes(place.note(shard))))
+        notes.setdefault(shard.split, []).append(json_text.loads(read_bytes(place.note(shard))))
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     splits = [
         tfds.core.SplitInfo(

@@ -13,6 +13,8 @@ from mcm_jax.system.paths import Path
 
 # Each side needs enough images of a class for a covariance.
 _MIN_CLASS_IMAGES = 2
+# Images are counted per class up to the highest label.
+_MAX_CLASSES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,11 @@ def reference_images(path: Path | None, *, split: str = "train") -> ReferenceIma
     images, labels = (np.asarray(arrays.get(name, ())) for name in ("arr_0", "arr_1"))
     counts = None
     if labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size and labels.min() >= 0:
+        if labels.max() >= _MAX_CLASSES:
+            raise InputError(
+                f"--reference={path}: arr_1 has the label {labels.max()}, but at most {_MAX_CLASSES:,} "
+                "classes are supported; number the classes from 0"
+            )
         counts = tuple(np.bincount(labels).tolist())
     return ReferenceImages(size=images.shape[1:3] if images.ndim == 4 else None, class_counts=counts)
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.fields import Affects
 from mcm_jax.records import RESULTS, ImagesResult, JsonObject, Measurement, Result, Sampling, SamplingOptions
 from mcm_jax.runs import workdirs
-from mcm_jax.system import distributed, progress, versions
+from mcm_jax.system import distributed, json_text, progress, versions
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, read_lines
 from mcm_jax.system.paths import Path, as_path, resolved
@@ -91,7 +90,7 @@ class Evaluator:
             return None
         for line in reversed(lines):
             try:
-                result = Result.from_json(json.loads(line))
+                result = Result.from_json(json_text.loads(line))
             # A line that a crash truncated or an older version wrote raises ValueError.
             except ValueError:
                 continue

@@ -2,18 +2,16 @@
 
 import dataclasses
 import hashlib
-import io
-import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image
 
-from mcm_jax.data.images import FORMATS, find, naming, printable, turn, upright
+from mcm_jax.data.images import find, naming, opened, turn, upright
+from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
-from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import read_bytes
+from mcm_jax.system.errors import InputError, printable, reason
+from mcm_jax.system.files import read_bytes, reading
 from mcm_jax.system.paths import Path
 
 
@@ -42,13 +40,14 @@ def open_images(path: Path) -> ImageFiles:
     if path.is_dir():
         return _folder(path)
     try:
-        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
+        with reading(path) as file:
+            arrays = archives.read_npz(file, ("arr_0", "arr_1"))
     except FileNotFoundError:
         raise InputError(f"--images={path}: there is no such file or folder") from None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--images={path}: neither a complete .npz nor a folder ({reason})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--images={path}: neither a complete .npz nor a folder ({reason(error)}); give one of the two"
+        ) from error
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = "nothing" if images is None else f"{images.dtype} {images.shape}"
@@ -86,7 +85,7 @@ def _folder(path: Path) -> ImageFiles:
     size = sizes[0]
 
     def read(file: Path) -> np.ndarray:
-        with naming(file), Image.open(io.BytesIO(read_bytes(file)), formats=FORMATS) as image:
+        with naming(file), opened(read_bytes(file)) as image:
             pixels = np.asarray(upright(image).convert("RGB"))
         if (
             here := pixels.shape[1::-1]
@@ -105,7 +104,7 @@ def _folder(path: Path) -> ImageFiles:
 
 def _size(content: bytes) -> tuple[int, int]:
     """Width and height of the upright image; decodes the pixels only if they must be rotated."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with opened(content) as image:
         if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
             raise ValueError(f"mode {image.mode}; use opaque 8-bit RGB, grey or palette images")
         return image.size if turn(image) is None else upright(image).size

@@ -14,7 +14,6 @@ formats of the same weights give the same numbers and the same hash.
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -26,11 +25,11 @@ from flax import nnx
 
 from mcm_jax import records
 from mcm_jax.data import layout
-from mcm_jax.evaluation import inception, pickles, pth
+from mcm_jax.evaluation import frozen_graph, inception, pickles, pth
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.evaluation.inception import Inception
-from mcm_jax.system import files
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import files, json_text
+from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import Path, as_path
 
 SOURCE = (
@@ -42,6 +41,7 @@ SOURCE = (
 FILE = "inception-2015-12-05.safetensors"
 DEFAULT_PATH = as_path(layout.DEFAULT_DATA_DIR) / FILE
 _EPSILON = 1e-3  # of the batch norms
+_MAX_HEADER_BYTES = 2**20  # of a .safetensors; ours takes 20 KB
 _FORMAT = "inception-2015-12-05, batch norms folded in"
 # Arrays of a convolution and its batch norm, or of the classifier, under our names; kernels [h, w, in, out].
 _Layer = Mapping[str, np.ndarray]
@@ -87,7 +87,7 @@ def load(path: Path) -> Weights:
     except FileNotFoundError:
         raise InputError(f"{path}: there are no Inception weights; {SOURCE}") from None
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({files.reason(error)})") from error
+        raise InputError(f"{path}: can't be read ({reason(error)})") from error
     _check_name(path, content)
     if pth.recognises(content):
         return _folded(path, _of_pth(pth.read(content, name=str(path))))
@@ -157,16 +157,16 @@ def _capitalised(name: str) -> str:
     return name.replace("conv2d", "Conv2d").replace("mixed", "Mixed")
 
 
-def _of_graph(constants: dict[str, np.ndarray]) -> Callable[[str], _Layer]:
+def _of_graph(constants: Mapping[str, frozen_graph.Constant]) -> Callable[[str], _Layer]:
     def layer(name: str) -> _Layer:
         if name == "fc":
-            return {"kernel": constants["softmax/weights"], "bias": constants["softmax/biases"]}
-        names = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "variance": "moving_variance"}
-        scope = _scope(name)
-        return {
-            "kernel": constants[f"{scope}/conv2d_params"],
-            **{ours: constants[f"{scope}/batchnorm/{theirs}"] for ours, theirs in names.items()},
-        }
+            theirs = {"kernel": "softmax/weights", "bias": "softmax/biases"}
+        else:
+            scope = _scope(name)
+            norm = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "variance": "moving_variance"}
+            theirs = {ours: f"{scope}/batchnorm/{their}" for ours, their in norm.items()}
+            theirs["kernel"] = f"{scope}/conv2d_params"
+        return {ours: constants[their].array() for ours, their in theirs.items()}
 
     return layer
 
@@ -207,32 +207,29 @@ def _numbered(name: str, number: int) -> str:
     return f"{name}_{number}" if number else name
 
 
-def _constants(path: Path, content: bytes) -> dict[str, np.ndarray]:
+def _constants(path: Path, content: bytes) -> dict[str, frozen_graph.Constant]:
     """The constants of a frozen graph by name."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto import graph_pb2
-    from tensorboard.util.tensor_util import make_ndarray
-
-    graph = graph_pb2.GraphDef()  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        graph.ParseFromString(content)
-    except DecodeError as error:
+        return frozen_graph.constants(content)
+    except ValueError as error:
         raise InputError(
-            f"{path} holds no Inception weights: no .pth, frozen graph, pickle or .safetensors; {SOURCE}"
+            f"{path} holds no Inception weights: no .pth, frozen graph ({reason(error)}), pickle or "
+            f".safetensors; {SOURCE}"
         ) from error
-    constants = [node for node in graph.node if node.op == "Const"]
-    return {node.name: make_ndarray(node.attr["value"].tensor) for node in constants}
 
 
 def _of_safetensors(path: Path, content: bytes) -> Weights:
     """Reads weights written by `write`; other .safetensors files are rejected."""
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        size = int.from_bytes(content[:8], "little")
+        if size > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes, more than {_MAX_HEADER_BYTES:,}")
+        header = json_text.loads(content[8 : 8 + size])
         params, metadata = safetensors.numpy.load(content), header["__metadata__"]
         given_format, sha256 = metadata["format"], metadata["sha256"]
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: not Inception weights in .safetensors, or damaged ({error}); {SOURCE}"
+            f"{path}: not Inception weights in .safetensors, or damaged ({reason(error)}); {SOURCE}"
         ) from error
     weights = _checked(path, params)
     if (given_format, sha256) != (_FORMAT, weights.sha256):
@@ -250,10 +247,17 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
     params: dict[str, np.ndarray] = {}
     for name in {full.rpartition(".")[0]: None for full in _shapes()}:
         try:
-            found = {key: np.asarray(value, np.float64) for key, value in layer(name).items()}
-        except (KeyError, TypeError, ValueError) as error:
+            given = layer(name)
+            # Before any arithmetic: arrays of other shapes can have a product of any size.
+            for key in sorted(given):
+                _check_shape(path, f"{name}.{key}", given[key])
+            found = {key: np.asarray(value, np.float64) for key, value in given.items()}
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"{type(error).__name__}: {reason(error)}"
             raise InputError(
-                f"{path} is not the Inception network of 2015-12-05: no {name} ({error!r}); {SOURCE}"
+                f"{path} is not the Inception network of 2015-12-05: no {name} ({why}); {SOURCE}"
             ) from error
         kernel, bias = found["kernel"], found["bias"]
         if name != "fc":
@@ -264,6 +268,21 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
     return _checked(path, params)
 
 
+def _check_shape(path: Path, name: str, value: np.ndarray) -> None:
+    """Raises InputError unless `value` has the shape of the array of that name before folding."""
+    layer, _, key = name.rpartition(".")
+    expected, shape = _shapes()[f"{layer}.{'kernel' if key == 'kernel' else 'bias'}"], value.shape
+    if shape != expected:
+        raise _of_another_shape(path, name, shape, expected)
+
+
+def _of_another_shape(path: Path, name: str, found: object, expected: object) -> InputError:
+    return InputError(
+        f"{path} is not the Inception network of 2015-12-05: {shortened(name)} is {found} and should be "
+        f"{expected}; {SOURCE}"
+    )
+
+
 def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
     """Checks names, shapes and finiteness, and returns the weights with their hash."""
     shapes = _shapes()
@@ -271,10 +290,7 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
     if found != shapes:
         wrong = sorted(name for name in shapes.keys() | found if shapes.get(name) != found.get(name))
         name = wrong[0]
-        raise InputError(
-            f"{path} is not the Inception network of 2015-12-05: {name} is {found.get(name, 'missing')} and "
-            f"should be {shapes.get(name, 'absent')}; {SOURCE}"
-        )
+        raise _of_another_shape(path, name, found.get(name, "missing"), shapes.get(name, "absent"))
     digest = hashlib.sha256()
     for name in sorted(params):
         if not np.isfinite(params[name]).all():

@@ -3,23 +3,26 @@
 There are two layouts. Since torch 1.6 a .pth is a zip archive with the state dict in ARCHIVE/data.pkl and
 the raw numbers of each storage in ARCHIVE/data/KEY. Before that it was a sequence of five pickles (magic
 number, protocol version, system info, state dict, storage keys), followed for each key by a little-endian
-int64 count and the raw numbers. A pickle may call any function that it names; this unpickler resolves only
-the names that a state dict needs.
+int64 count and the raw numbers. `pickles` executes the pickles; of all names it knows only those that a state
+dict needs.
 """
 
+import dataclasses
 import io
 import math
 import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from mcm_jax.system.errors import InputError
+from mcm_jax.evaluation import archives, pickles
+from mcm_jax.system.errors import InputError, reason
 
-_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# Tensors may share storages. Together they may take this many times the bytes of the storages.
+_MAX_COPIES = 10
 _STORAGES = {
     "FloatStorage": "<f4",
     "DoubleStorage": "<f8",
@@ -29,13 +32,16 @@ _STORAGES = {
 }
 
 
-class _Storage(NamedTuple):
+# These have no equality of their own: comparing nested tuples can take any time.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Storage:
     key: str
     dtype: np.dtype
     length: int
 
 
-class _Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensor:
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -44,7 +50,7 @@ class _Tensor(NamedTuple):
 
 def recognises(content: bytes) -> bool:
     """Whether `content` begins like one of the two layouts."""
-    return content.startswith((b"PK\x03\x04", pickle.dumps(_MAGIC, protocol=2)))
+    return content.startswith((b"PK\x03\x04", _MAGIC))
 
 
 def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
@@ -54,23 +60,26 @@ def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
       name: the file's name, for the error message.
 
     Raises:
-      InputError: the content is not a plain state dict, whether malicious or merely damaged.
+      InputError: the content is not a plain state dict or exceeds a limit, whether malicious or merely
+        damaged.
     """
     file = io.BytesIO(content)
     try:
         return _read_archive(file) if zipfile.is_zipfile(file) else _read_legacy(file)
-    # A malicious or truncated pickle can raise any exception; in every case the file is unusable.
+    # A malicious or truncated file can raise any exception; in every case it is unusable.
     except Exception as error:
-        raise InputError(f"{name}: not a .pth of plain tensors ({' '.join(str(error).split())})") from error
+        raise InputError(
+            f"{name}: not a .pth of plain tensors ({reason(error)}); get the file from its source again"
+        ) from error
 
 
 def _read_archive(file: io.BytesIO) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(file) as archive:
+    with archives.open_zip(file) as archive:
         (pickled,) = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("big-endian numbers are not supported")
-        tensors = _tensors(_Unpickler(io.BytesIO(archive.read(pickled))).load())
+        tensors = _tensors(_unpickled(io.BytesIO(archive.read(pickled))))
         storages = {
             key: _numbers(archive.read(f"{folder}data/{key}"), storage)
             for key, storage in _storages(tensors).items()
@@ -80,14 +89,16 @@ def _read_archive(file: io.BytesIO) -> dict[str, np.ndarray]:
 
 def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     file.seek(0)
-    if _Unpickler(file).load() != _MAGIC:
+    if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("wrong magic number")
     for _ in ("protocol version", "system info"):
-        _Unpickler(file).load()
-    tensors, keys = _tensors(_Unpickler(file).load()), _Unpickler(file).load()
+        _unpickled(file)
+    tensors, keys = _tensors(_unpickled(file)), _unpickled(file)
     wanted = _storages(tensors)
     storages = {}
     for key in keys:
+        if not isinstance(key, str):
+            raise ValueError("the key of a storage is not text")
         count = int.from_bytes(file.read(8), "little", signed=True)
         if count != wanted[key].length:
             raise ValueError("truncated")
@@ -110,37 +121,44 @@ def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
 
 
 def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: _as_array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+    views = {name: _view(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+    stored = sum(numbers.nbytes for numbers in storages.values())
+    if sum(view.nbytes for view in views.values()) > _MAX_COPIES * stored:
+        raise ValueError(f"its tensors take more than {_MAX_COPIES} times the memory of their storages")
+    return {name: view.copy() for name, view in views.items()}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves OrderedDict, torch's tensor rebuilding and its storage classes; refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state dict needs")
-
-    def persistent_load(self, reference: tuple[Any, ...]) -> _Storage:
-        # The legacy layout has a sixth entry, which describes a view.
-        kind, dtype, key, _, count, *view = reference
-        if kind != "storage" or view not in ([], [None]):
-            raise pickle.UnpicklingError("storage views are not supported")
-        return _Storage(key, dtype, count)
+def _unpickled(file: io.BytesIO) -> Any:
+    return pickles.run(file, _KNOWN, _storage)
 
 
-def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: Iterable[int], strides: Iterable[int], *_: object
-) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+def _storage(reference: tuple[Any, ...]) -> _Storage:
+    # The legacy layout has a sixth entry, which describes a view.
+    kind, dtype, key, _, count, *view = reference
+    if kind != "storage" or view not in ([], [None]):
+        raise pickle.UnpicklingError("storage views are not supported")
+    if not (isinstance(dtype, np.dtype) and isinstance(key, str) and isinstance(count, int)):
+        raise pickle.UnpicklingError("the description of a storage is damaged")
+    return _Storage(key, dtype, count)
 
 
-def _as_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
-    """Copies a strided view of the storage; raises ValueError if the view would leave the storage."""
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: object) -> _Tensor:
+    """Replaces torch._utils._rebuild_tensor_v2."""
+    if not (isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
+        raise pickle.UnpicklingError("the description of a tensor is damaged")
+    if not all(isinstance(one, int) for one in (offset, *shape, *strides)) or len(shape) > 64:
+        raise pickle.UnpicklingError("the description of a tensor is damaged")
+    return _Tensor(storage, offset, shape, strides)
+
+
+_KNOWN = {
+    ("collections", "OrderedDict"): pickles.dictionary_of_pairs,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+} | {("torch", name): np.dtype(code) for name, code in _STORAGES.items()}
+
+
+def _view(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
+    """A strided view of the storage; raises ValueError if the view would leave the storage."""
     sizes = (tensor.offset, *tensor.shape, *tensor.strides)
     last = tensor.offset + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -148,4 +166,4 @@ def _as_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
     if min(sizes) < 0 or 0 in tensor.shape or last >= len(numbers) or math.prod(tensor.shape) > len(numbers):
         raise ValueError("a tensor reaches outside its storage")
     steps = [stride * numbers.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, steps).copy()
+    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, steps)

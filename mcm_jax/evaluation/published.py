@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from mcm_jax.data.pixels import lacks_scaling
-from mcm_jax.evaluation import pickles
+from mcm_jax.evaluation import archives, pickles
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.system import distributed, progress
-from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import read_bytes, reason
+from mcm_jax.system.errors import InputError, reason, shortened
+from mcm_jax.system.files import read_bytes
 from mcm_jax.system.paths import Path
 
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
@@ -47,9 +47,10 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
     distributed.require_same(sha256, "references")
     names = [pair for pair in _MOMENTS if set(pair) <= set(arrays)]
     if not names and "arr_0" not in arrays:
+        found = shortened(", ".join(sorted(arrays))) or "nothing"
         raise InputError(
-            f"--reference={path} holds {', '.join(sorted(arrays)) or 'nothing'}, but neither mu and sigma "
-            "nor ref_mu and ref_sigma nor images (arr_0); give a file of reference statistics"
+            f"--reference={path} holds {found}, but neither mu and sigma nor ref_mu and ref_sigma nor images "
+            "(arr_0); give a file of reference statistics"
         )
     with_images = "arr_0" in arrays and (single_images or not names)
     try:
@@ -57,7 +58,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
         images, labels = _labelled_images(arrays) if with_images else (None, None)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"--reference={path} can't be used with these features ({' '.join(str(error).split())}); give a "
+            f"--reference={path} can't be used with these features ({reason(error)}); give a "
             "file that was made with Inception"
         ) from error
     if moments or images is None:
@@ -75,7 +76,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
     return dataclasses.replace(reference, sha256=sha256, description=description, labels=labels)
 
 
-def load_arrays(path: Path) -> dict[str, pickles.Plain]:
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a reference file by name.
 
     Raises:
@@ -84,28 +85,26 @@ def load_arrays(path: Path) -> dict[str, pickles.Plain]:
     return _load(path)[1]
 
 
-def _load(path: Path) -> tuple[bytes, dict[str, pickles.Plain]]:
+def _load(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     try:
         content = read_bytes(path)
     except OSError as error:
         raise InputError(f"--reference={path}: can't be read ({reason(error)})") from error
     if content.startswith(b"PK"):
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                return content, dict(file)
-        # A damaged archive can raise any exception of the zip and npy readers; all mean the same.
-        except Exception as error:
-            raise InputError(
-                f"--reference={path} is damaged ({' '.join(str(error).split())}); download it again"
-            ) from error
+            return content, archives.read_npz(io.BytesIO(content))
+        except ValueError as error:
+            raise InputError(f"--reference={path} is damaged ({error}); download it again") from error
     tree = pickles.read(content, name=f"--reference={path}")
     if isinstance(tree, Mapping) and isinstance(tree.get("fid"), Mapping):
         tree = tree["fid"]
-    return content, dict(tree) if isinstance(tree, Mapping) else {}
+    # A list could need any memory as an array.
+    arrays = tree.items() if isinstance(tree, Mapping) else ()
+    return content, {name: value for name, value in arrays if isinstance(value, np.ndarray)}
 
 
 def _all_moments(
-    arrays: Mapping[str, pickles.Plain], mean: str, cov: str, extractor: Extractor
+    arrays: Mapping[str, np.ndarray], mean: str, cov: str, extractor: Extractor
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     sources = {"pool": (mean, cov)}
     if {"mu_s", "sigma_s"} <= set(arrays):
@@ -121,7 +120,7 @@ def _all_moments(
 
 
 def _labelled_images(
-    arrays: Mapping[str, pickles.Plain],
+    arrays: Mapping[str, np.ndarray],
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], Int[np.ndarray, " N"] | None]:
     """Validates and returns arr_0, and arr_1 if present."""
     images, labels = np.asarray(arrays["arr_0"]), arrays.get("arr_1")

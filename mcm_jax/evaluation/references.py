@@ -3,21 +3,21 @@
 import copy
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
+from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_saved
 from mcm_jax.records import JsonObject
-from mcm_jax.system import distributed
+from mcm_jax.system import distributed, json_text
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import read_bytes, require_writable, write_whole
+from mcm_jax.system.files import read_bytes, reading, require_writable, write_whole
 from mcm_jax.system.paths import Path, as_path
 
 # Part of every cache key: increment it whenever the numbers computed here or by a network change.
@@ -135,8 +135,8 @@ def content_hash(fields: Mapping[str, object]) -> str:
 
 
 def _load_reference(path: Path, extractor: Extractor, *, split: str, key: str) -> Reference:
-    with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
-        arrays = dict(file)
+    with reading(path) as file:
+        arrays = archives.read_npz(file)
     sizes, features, labels = extractor.network.dimensions, arrays.get("features"), arrays.get("labels")
     moments = {
         name: checked_moments(arrays[f"mean_{name}"], arrays[f"cov_{name}"], size=sizes[name])
@@ -167,7 +167,7 @@ def _description(split: str, count: int, key: str) -> JsonObject:
 
 
 def _load_numbers(path: Path) -> dict[str, float]:
-    content = json.loads(read_bytes(path))
+    content = json_text.loads(read_bytes(path))
     if content["sha256"] != content_hash(content["numbers"]):
         raise ValueError("its checksum is wrong")
     return content["numbers"]

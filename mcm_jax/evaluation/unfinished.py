@@ -1,6 +1,5 @@
 """Saves the state of a long computation, so that it can resume after an interruption."""
 
-import io
 import sys
 import time
 import zlib
@@ -9,8 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from mcm_jax.evaluation import archives
 from mcm_jax.system import distributed
-from mcm_jax.system.files import read_bytes, write_whole
+from mcm_jax.system.errors import reason
+from mcm_jax.system.files import reading, write_whole
 from mcm_jax.system.paths import Path
 
 # Time between two saves: an interruption loses at most this much work plus the step in progress.
@@ -30,8 +31,8 @@ class Unfinished:
         """Returns the saved arrays, or None if there are none; `check` must raise if something is missing."""
 
         def load() -> Arrays:
-            with np.load(io.BytesIO(read_bytes(self._path)), allow_pickle=False) as file:
-                arrays = dict(file)
+            with reading(self._path) as file:
+                arrays = archives.read_npz(file)
             check(arrays)
             return arrays
 
@@ -99,7 +100,6 @@ def read_saved(path: Path, load: Callable[[], T]) -> T | None:
         saved = load()
     # A damaged file can raise any exception of the zip, npy and JSON readers; all mean the same.
     except Exception as error:
-        reason = " ".join(str(error).split())
-        print(f"note: {path} is damaged ({reason}); computing it again", file=sys.stderr)
+        print(f"note: {path} is damaged ({reason(error)}); computing it again", file=sys.stderr)
     # If one process has to compute it, all do.
     return saved if distributed.all_true(saved is not None) else None

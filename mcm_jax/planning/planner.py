@@ -1,7 +1,6 @@
 """Compiles a config's program for a TPU slice and formats plans; used by the command `plan`."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 import ml_collections
 
 from mcm_jax.records import JsonObject
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import json_text
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.files import read_bytes
 from mcm_jax.system.paths import Path
 
@@ -188,10 +188,11 @@ def _records(directory: Path, flag: str, show: Callable[[Sequence[JsonObject]], 
     records = []
     for file in files:
         try:
-            records.append(json.loads(read_bytes(file)))
+            records.append(json_text.loads(read_bytes(file)))
             show(records[-1:])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {reason(error)}"
             raise InputError(
-                f"{file} is not the record of a plan ({error!r}); remove it or write it again"
+                f"{file} is not the record of a plan ({why}); remove it or write it again"
             ) from error
     return records

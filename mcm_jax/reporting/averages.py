@@ -216,6 +216,6 @@ def _recipe(run: str, descriptions: Mapping[str, RunDescription]) -> str:
 def _settings(run: RunDescription) -> str:
     config = {name: value for name, value in run.config.items() if name not in _NOT_LEARNED[""]}
     for section, names in _NOT_LEARNED.items():
-        if section in config:
+        if isinstance(config.get(section), dict):
             config[section] = {k: v for k, v in config[section].items() if k not in names}
     return json.dumps([config, run.dataset.get("fingerprints")], sort_keys=True)

@@ -1,17 +1,19 @@
 """Reads and validates the results that `mcm_jax.evaluate` writes, and the descriptions of their runs."""
 
 import dataclasses
-import json
+import io
+
+from PIL import Image
 
 from mcm_jax import records
+from mcm_jax.data import images
 from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
-from mcm_jax.system import files
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import files, json_text
+from mcm_jax.system.errors import InputError, printable, reason
 from mcm_jax.system.paths import Path, resolved
 
 # Config sections whose settings are read; the others are only compared.
 _SECTIONS = ("data", "training")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,20 +117,22 @@ def read_file(path: Path) -> tuple[list[Result], list[str]]:
     try:
         lines = files.read_lines(path)
     except OSError as error:
-        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
+        raise InputError(f"{path} can't be read ({reason(error)})") from error
     results, notes = [], []
     for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
+        place = f"{printable(path)}:{number}"
         if not line.strip():
             continue
         try:
-            results.append(Result.from_json(json.loads(line.decode(), parse_constant=_refuse_constant)))
+            results.append(Result.from_json(json_text.loads(line.decode())))
         except RecordError as error:
-            raise InputError(f"{place}: {error}; remove that line and evaluate the run again") from error
+            raise InputError(
+                f"{place}: {reason(error)}; remove that line and evaluate the run again"
+            ) from error
         except ValueError as error:
             if not _is_truncated(line):
                 raise InputError(
-                    f"{place} is damaged ({error}); remove that line and evaluate the run again"
+                    f"{place} is damaged ({reason(error)}); remove that line and evaluate the run again"
                 ) from error
             notes.append(f"{place} is truncated and was skipped; evaluate that run again")
     return results, notes
@@ -141,33 +145,33 @@ def read_run(path: Path) -> RunDescription:
       InputError: the file can't be read or is damaged.
     """
     try:
-        content = json.loads(files.read_bytes(path))
+        content = json_text.loads(files.read_bytes(path))
         config, dataset = content["config"], content["dataset"]
         sections = [config, dataset, *(config.get(name, {}) for name in _SECTIONS)]
         if not all(isinstance(section, dict) for section in sections):
             raise TypeError("config and dataset must be objects")
     except OSError as error:
-        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it") from error
+        raise InputError(f"{path} can't be read ({reason(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{printable(path)} is damaged ({reason(error)}); restore it") from error
     return RunDescription(config, dataset)
 
 
 def read_grid(result: RunResult) -> bytes | None:
     """The PNG of the result's sample grid; None if the run's directory does not hold it."""
     directory = resolved(result.directory)
-    path = resolved(directory / result.grid)
-    if not path.is_relative_to(directory):
-        return None
     try:
+        path = resolved(directory / result.grid)
+        # A pipe in place of the file would never end.
+        if not (path.is_relative_to(directory) and path.is_file()):
+            return None
         content = files.read_bytes(path)
-    except OSError:
+        with images.naming(path), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+    # ValueError: a path with a NUL, or an InputError of `naming`; RuntimeError: links in a circle.
+    except (OSError, ValueError, RuntimeError):
         return None
-    return content if content.startswith(_PNG_SIGNATURE) else None
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
+    return content
 
 
 def _is_truncated(line: bytes) -> bool:

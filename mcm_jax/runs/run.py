@@ -21,7 +21,7 @@ from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
 from mcm_jax.records import Objective, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
-from mcm_jax.system import distributed, files, sharding
+from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path, checked_path
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
@@ -260,11 +260,14 @@ class Run:
         if self.workdir is None or self.checkpoint is None:
             return None
         try:
-            record = json.loads(self._x_var_path(self.workdir, settings).read_text())
+            record = json_text.loads(self._x_var_path(self.workdir, settings).read_bytes())
             # Files of an older version have no checkpoint, and their images were not a random sample.
-            return record["mean_square_error"] if record["checkpoint"] == self.checkpoint else None
+            if record["checkpoint"] != self.checkpoint:
+                return None
+            mean = [float(value) for value in record["mean_square_error"]]
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        return mean if len(mean) == settings.steps else None
 
     def _store_mean_square_error(self, settings: Sampling, mean: list[float]) -> None:
         """Stores the measurement; only warns on failure, so that read-only runs can be sampled too."""

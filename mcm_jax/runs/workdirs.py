@@ -23,8 +23,8 @@ from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.records import RUN_FILE
-from mcm_jax.system import distributed, files, locks
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import distributed, files, json_text, locks
+from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import Path, absolute, as_path, checked_path, resolved
 from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
 
@@ -143,7 +143,7 @@ def read(workdir: Path) -> RunRecord:
     """
     path = workdir / RUN_FILE
     try:
-        content = json.loads(files.read_bytes(path))
+        content = json_text.loads(files.read_bytes(path))
         return RunRecord(
             config=validation.read_saved(upgraded(content["config"])),
             dataset=DatasetInfo.from_json(content["dataset"], path=as_path(content["dataset"]["path"])),
@@ -155,11 +155,13 @@ def read(workdir: Path) -> RunRecord:
             raise InputError(f"{workdir} contains the stages {stages} of a run; choose one of them") from None
         raise InputError(f"{workdir} is not a run ({RUN_FILE} is missing); train there first") from None
     except OSError as error:
-        raise InputError(f"{path} can't be read ({files.reason(error)})") from error
-    except InputError:
-        raise
+        raise InputError(f"{path} can't be read ({reason(error)})") from error
+    except InputError as error:
+        raise InputError(f"{path}: {shortened(str(error))}; restore it") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it or train in another directory") from error
+        raise InputError(
+            f"{path} is damaged ({reason(error)}); restore it or train in another directory"
+        ) from error
 
 
 def compilation_cache(workdir: Path) -> Path:

@@ -18,12 +18,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, TextIO, cast
 
 import fsspec.core
 from etils import epath
 
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, absolute, as_path
 
 Content = bytes | str | Callable[[BinaryIO], object]
@@ -144,6 +144,14 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file; raises only OSErrors, also for a bucket."""
     with storage_errors(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Generator[io.BufferedIOBase, None, None]:
+    """Opens a binary file that can be read in parts."""
+    with storage_errors(path), path.open("rb") as file:
+        # The objects of fsspec are raw files.
+        yield file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(cast(io.RawIOBase, file))
 
 
 def read_if_exists(path: Path) -> bytes | None:
@@ -320,11 +328,6 @@ def full_disk_within(error: BaseException | None) -> OSError | None:
             return OSError(errno.ENOSPC, words)
         error = error.__cause__ or error.__context__
     return None
-
-
-def reason(error: OSError) -> str:
-    """The error's description, without its number and file."""
-    return error.strerror or str(error)
 
 
 class GrowingObject(io.BytesIO):

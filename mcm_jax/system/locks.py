@@ -15,7 +15,7 @@ from collections.abc import Generator
 import fsspec.core
 
 from mcm_jax.system import files, paths
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 
 # A lease that was not renewed for LEASE_SECONDS belongs to a process that no longer exists.
@@ -50,7 +50,7 @@ def _file_locked(path: Path, name: str) -> Generator[None, None, None]:
             raise _in_use(path, name, path.read_text()[:200].strip()) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise InputError(f"{path} cannot be locked ({files.reason(error)}); delete it") from error
+                raise InputError(f"{path} cannot be locked ({reason(error)}); delete it") from error
         file.truncate(0)
         file.write(f"{_this_process()}\n")
         file.flush()

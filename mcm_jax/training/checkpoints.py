@@ -21,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from mcm_jax.system import distributed, files
-from mcm_jax.system.errors import InputError
+from mcm_jax.system import distributed, files, json_text
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, absolute, is_in_bucket
 from mcm_jax.training.checksums import checksums
 from mcm_jax.training.state import Params, TrainState
@@ -247,7 +247,7 @@ class Checkpoints:
         except OSError as error:
             raise InputError(
                 f"{self.directory / name} is damaged, but cannot be moved to {place} "
-                f"({files.reason(error)}); move it away and run the same command again"
+                f"({reason(error)}); move it away and run the same command again"
             ) from error
         return place
 
@@ -255,11 +255,11 @@ class Checkpoints:
         """The content of the item "step"; empty if it is missing or damaged."""
         path = self.directory / str(step) / "step" / "metadata"
         try:
-            record = json.loads(files.read_bytes(path))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+            record = json_text.loads(files.read_bytes(path))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             return {}
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({files.reason(error)})") from error
+            raise InputError(f"{path} cannot be read ({reason(error)})") from error
         return record if isinstance(record, dict) else {}
 
     def _require_record(self, step: int) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Checkpoints:
         Grain's own handler requires a file of this process and an unchanged number of processes.
         """
         path = min((self.directory / str(step) / "data").glob("process_*-of-*.json"))
-        state = json.loads(files.read_bytes(path))
+        state = json_text.loads(files.read_bytes(path))
         if "checksums" in record and record["checksums"]["data"] != _data_checksum(state):
             raise DamagedError("its position in the data differs from what was saved")
         data.set_state(state)

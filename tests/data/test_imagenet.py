@@ -1,6 +1,7 @@
 """Tiny tars of ILSVRC2012's layout: what is read equals what TFDS's own builder reads, and damage is told."""
 
 import io
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from mcm_jax import prepare
 from mcm_jax.data import imagenet, layout, pipeline, preparation, resizing, shards
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
 from tests.tars import tar
 
 # Out of order, as tars may be.
@@ -437,3 +439,49 @@ def test_hosts_are_numbered_from_one(host):
     with pytest.raises(InputError, match=f"--host={host}: must be K/N"):
         prepare._host(host)
     assert prepare._host("2/4") == (1, 4)
+
+
+def entry(name="n01440764.tar", size=0, kind=tarfile.REGTYPE):
+    made = tarfile.TarInfo(name)
+    made.size, made.type = size, kind
+    return made.tobuf(tarfile.GNU_FORMAT)
+
+
+def negative():
+    """An entry of minus 512 bytes, so that the next one is itself."""
+    header = bytearray(entry())
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+DAMAGED_TARS = {
+    "a file of terabytes": (entry(size=10**13), "a file of 10,000,000,000,000 bytes where"),
+    "a negative size": (negative(), "a file of -512 bytes"),
+    "long names of long names": (entry(kind=tarfile.GNUTYPE_LONGNAME) * 5000, "type 'L'"),
+    "attributes of terabytes": (entry(size=10**13, kind=tarfile.XHDTYPE), "a file of 10,000,000,000,000"),
+    "a sparse file": (entry(kind=tarfile.GNUTYPE_SPARSE), "type 'S'"),
+    "more files than ImageNet": (entry() * 60_001, "60,000 files"),
+    "a name of two lines": (entry("a\nb.tar"), r"a\\nb\.tar is not the tar of an ILSVRC2012 class"),
+    "a name outside": (entry("../../n01440764.tar"), "is not the tar of an ILSVRC2012 class"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_TARS)
+def test_a_damaged_tar_is_one_line(kind, tmp_path):
+    content, message = DAMAGED_TARS[kind]
+    (tmp_path / imagenet.TRAIN_TAR).write_bytes(content + bytes(1024))
+    (tmp_path / imagenet.TEST_TAR).write_bytes(tar({}))
+    found = refusal(lambda: imagenet.Tars(tmp_path))
+    assert found is not None and imagenet.TRAIN_TAR in found and re.search(message, found), found
+
+
+def test_links_folders_and_attributes_are_skipped():
+    """Their headers may declare a size, but only attributes have content."""
+    kinds = (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+    content = b"".join(entry("x", 700, kind) for kind in kinds)
+    content += entry("x", 700, tarfile.XHDTYPE) + bytes(1024) + entry("file", 3) + b"abc" + bytes(509)
+    (member,) = imagenet._members_of(io.BytesIO(content + bytes(1024)), "x")
+    assert (member.name, member.size) == ("file", 3)
+    assert content[member.offset : member.offset + 3] == b"abc"

@@ -2,14 +2,16 @@ import io
 import os
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mcm_jax.data import folder, images
+from mcm_jax.data import folder, imagenet, images
 from mcm_jax.evaluation.image_files import open_images
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
 
 # A white top edge: every orientation puts it, and the corner, elsewhere.
 STORED = np.zeros((6, 4, 3), np.uint8)
@@ -212,3 +214,40 @@ def test_a_damaged_file_is_an_input_error_and_nothing_else(tmp_path, name):
             refusals.append(str(error))
     assert 0 < len(refusals) < 100
     assert all(f"a.{name}: not a readable image" in line and "\n" not in line for line in refusals)
+
+
+def png_of_zeros(side):
+    """A PNG of side^2 grey pixels, whose file is 1/1,000 of that."""
+    content = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    content.seek(8)
+    PngImagePlugin.putchunk(content, b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    PngImagePlugin.putchunk(content, b"IDAT", zlib.compress(bytes(side * (side + 1)), 1))
+    PngImagePlugin.putchunk(content, b"IEND", b"")
+    return content.getvalue()
+
+
+# Pillow only warns at the first size, and raises its error at the second.
+@pytest.mark.parametrize("side", [9_500, 14_000])
+def test_an_image_of_too_many_pixels_is_one_line(tmp_path, side):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_of_zeros(side))
+    encoded = imagenet.Encoded("bomb.png", path.read_bytes(), 0)
+    for read in (
+        lambda: folder.load_image(path, resolution=4),
+        lambda: open_images(tmp_path),
+        lambda: imagenet.load(encoded, resolution=4, preparation="area"),
+    ):
+        found = refusal(read)
+        assert found is not None and "bomb.png: not a readable image (Image size" in found
+
+
+def test_a_part_of_gigabytes_is_one_line_or_skipped(tmp_path):
+    """The length of a PNG's pixels says that they fill 4 GB; the pixels themselves are whole."""
+    content = encoded("png")
+    place = content.index(b"IDAT") - 4
+    (tmp_path / "bomb.png").write_bytes(content[:place] + b"\x7f\xff\xff\xff" + content[place + 4 :])
+    for read in (
+        lambda: folder.load_image(tmp_path / "bomb.png", resolution=4),
+        lambda: list(open_images(tmp_path).blocks(1)),
+    ):
+        refusal(read)

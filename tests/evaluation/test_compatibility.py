@@ -6,6 +6,7 @@ import pytest
 from mcm_jax.data import layout
 from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
 
 KNOWN = ReferenceImages(size=(16, 16), class_names=("cat", "dog", "eel"), class_counts=(5, 5, 5))
 
@@ -74,3 +75,10 @@ def test_classes_of_single_images_are_refused():
     with pytest.raises(InputError, match=r"no class has 2 images or more both in x\.npz and in --reference"):
         KNOWN.require_labels(np.arange(3), what="x.npz")
     KNOWN.require_labels(np.array([0, 1, 1]), what="x.npz")
+
+
+def test_a_label_of_billions_of_classes_is_one_line(tmp_path):
+    path = tmp_path / "reference.npz"
+    np.savez(path, arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.array([0, 10**10]))
+    found = refusal(lambda: reference_images(path))
+    assert found is not None and "arr_1 has the label 10000000000" in found

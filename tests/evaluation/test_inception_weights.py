@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 from collections import OrderedDict
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.system.errors import InputError
 from tests.evaluation import test_pth
+from tests.limits import refusal
 
 
 def capitalised(name):
@@ -293,3 +295,50 @@ def test_the_evil_pickle_is_refused(tmp_path):
     assert not marker.exists()
     pickle.loads(file.getvalue())
     assert marker.exists()
+
+
+def outer_product():
+    """A convolution whose product with its batch norm has 10^12 numbers."""
+    norm = {name: np.ones(10**6, np.float32) for name in ("scale", "bias", "mean", "var")}
+    layer = {"conv": {"kernel": np.ones((10**6, 1), np.float32)}, "bn": norm}
+    return pickle.dumps({"Conv2d_1a_3x3": layer})
+
+
+def repeating_graph():
+    """Each constant repeats one number to a shape of a terabyte."""
+    import tensorflow as tf
+
+    graph = tf.compat.v1.GraphDef()
+    for name in ("conv2d_params", "batchnorm/gamma", "batchnorm/beta"):
+        tensor = graph.node.add(name=f"conv/{name}", op="Const").attr["value"].tensor
+        tensor.dtype = 1
+        tensor.float_val.append(1.0)
+        tensor.tensor_shape.dim.add(size=10**12)
+    for name in ("moving_mean", "moving_variance"):
+        graph.node.add(name=f"conv/batchnorm/{name}", op="Const").CopyFrom(graph.node[-1])
+        graph.node[-1].name = f"conv/batchnorm/{name}"
+    return graph.SerializeToString()
+
+
+BOMBS = {
+    "an outer product": (outer_product, r"conv2d_1a_3x3\.bias is \(1000000,\) and should be"),
+    "repeated numbers": (repeating_graph, "is not the Inception network"),
+    "a graph of empty nodes": (lambda: b"\x0a\x00" * 10**7, "200,000 fields"),
+    "a deep header": (lambda: (10**5).to_bytes(8, "little") + b'{"a":' + b"[" * 10**5, "levels"),
+    "a long header": (lambda: (10**8).to_bytes(8, "little") + b"{" + b" " * 10**8, "a header of 100,000,000"),
+    "a header of terabytes": (lambda: (10**13).to_bytes(8, "little") + b"{", "a header of 10,000,000"),
+    "metadata that are a list": (
+        lambda: (19).to_bytes(8, "little") + b'{"__metadata__":[]}',
+        "in .safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_one_line(bomb, tmp_path):
+    make, message = BOMBS[bomb]
+    path = tmp_path / "weights"
+    path.write_bytes(make())
+    inception_weights._shapes()  # Takes a second at first.
+    found = refusal(lambda: inception_weights.load(path))
+    assert found is not None and str(path) in found and re.search(message, found), found

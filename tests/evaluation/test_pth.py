@@ -11,6 +11,7 @@ import pytest
 
 from mcm_jax.evaluation import pth
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
 
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -187,3 +188,52 @@ def test_refuses_numbers_in_another_order():
 @pytest.mark.parametrize("content", [b"", b"\x80\x02K\x01.", pickle.dumps({"a": 1}), b"8 bytes {}"])
 def test_knows_a_pth_by_its_beginning(content):
     assert not pth.recognises(content)
+
+
+def test_a_zip_bomb_is_one_line():
+    """The pickle inflates to gigabytes of instructions, or a storage to zeros."""
+    state = OrderedDict(w=tensor(_Storage("7", 10**9), 0, (12,), (1,)))
+    pickled = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Storage, "view", ())
+        _Writer(pickled, protocol=2).dump(state)
+    for members, message in (
+        ({"a/data.pkl": b"\x80\x02](" + b"N" * 15 * 10**7}, "inflate to 150,000,004"),
+        ({"a/data.pkl": b"\x80\x02](" + b"N" * 2 * 10**7}, "100,000 instructions"),
+        ({"a/data.pkl": pickled.getvalue(), "a/data/7": bytes(15 * 10**7)}, "inflate to 150,000,"),
+    ):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+            for name, content in members.items():
+                made.writestr(name, content)
+        found = refusal(lambda file=file: pth.read(file.getvalue(), name="x.pth"))
+        assert found is not None and "x.pth: not a .pth" in found and message in found
+
+
+@LAYOUTS
+def test_storages_cannot_be_copied_any_number_of_times(layout):
+    storage = _Storage("7", 10**6)
+    state = OrderedDict((str(n), tensor(storage, 0, (10**6,), (1,))) for n in range(1000))
+    content = layout(state, {"7": np.zeros(10**6, np.float32)})
+    found = refusal(lambda: pth.read(content, name="x.pth"))
+    assert found is not None and "10 times the memory of their storages" in found
+
+
+@LAYOUTS
+def test_names_and_keys_are_text(layout):
+    """Nested tuples would take exponential time to hash or compare."""
+    nested: tuple = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    key = _Storage("7", 12)
+    key._parts = ("storage", _Global("torch", "FloatStorage"), nested, "cpu", 12)
+    kind = _Storage("7", 12)
+    kind._parts = (nested, _Global("torch", "FloatStorage"), "7", "cpu", 12)
+    for state in ({"w": tensor(key, 0, (12,), (1,))}, {"w": tensor(kind, 0, (12,), (1,))}, {"w": nested}):
+        found = refusal(lambda state=state: pth.read(layout(state, {}), name="x.pth"))
+        assert found is None if state["w"] is nested else "damaged" in found or "views" in found
+    content = legacy_file({"w": tensor(_Storage("7", 12), 0, (12,), (1,))}, {"7": NUMBERS})
+    keys = pickle.dumps(["7"], 2)
+    damaged = content.replace(keys, pickle.dumps([nested], 2))
+    found = refusal(lambda: pth.read(damaged, name="x.pth"))
+    assert damaged != content and found is not None and "not text" in found

@@ -21,6 +21,8 @@ from mcm_jax.planning import compilation, computations, planner, report, topolog
 from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
+from tests.planning.test_table import RECORD
 from tests.test_programs import call
 
 needs_libtpu = pytest.mark.skipif(
@@ -238,6 +240,13 @@ def test_a_table_of_what_is_no_plan(tmp_path, text, said):
     for show in (planner.table, planner.scaling):
         with pytest.raises(InputError, match=said):
             show(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"chips": 0}, {"images_per_step": 10**400}])
+def test_a_plan_of_impossible_numbers(tmp_path, change):
+    (tmp_path / "plan.json").write_text(json.dumps({**RECORD, **change}))
+    found = refusal(lambda: planner.scaling(tmp_path))
+    assert found is not None and "plan.json is not the record of a plan" in found
 
 
 @pytest.mark.parametrize("flags", [(), ("--table=runs/plan", *SMALL)])

@@ -9,6 +9,8 @@ import pytest
 from mcm_jax.reporting import page, results
 from tests.reporting.made_up import RECORD, TEACHER, config, record, write
 
+METRIC = "fd_effnet_lite0_1024"
+
 
 class Elements(html.parser.HTMLParser):
     """Every start tag with its attributes, and the text outside of styles."""
@@ -98,8 +100,11 @@ def test_names_are_escaped(tmp_path):
     path = tmp_path / f"{name}x"
     write(path, record(dataset=name, sampler=name, versions={name: name}, data_preprocessing=name))
     write(path, record(grid=f"{name}.png", seed=1, dataset=name, sampler=name))
+    texts = ("workdir", "parameters", "label_rule", "noise_grid", "clip", "rounding", "checkpoint")
+    files = {"reference__file": name, "reference__sha256": name, "features__sha256": name}
+    write(path, record(**dict.fromkeys(texts, name), **files, metrics={METRIC: 1.0, name: 2.0}))
     (path / "run.json").write_text(
-        '{"config": {"optimizer": {"learning_rate": "<script>"}}, '
+        '{"config": {"optimizer": {"learning_rate": "<script>"}, "teacher_checkpoint": "<script>"}, '
         '"dataset": {"num_examples": {"<script>": 1}}}'
     )
     made = content(tmp_path)
@@ -146,3 +151,8 @@ def test_without_features_of_the_reference_there_is_no_nearest_neighbour_table(t
     made = content(tmp_path)
     assert made.sections[0].nearest is None
     assert "copies" not in page.page(made)
+
+
+def test_a_section_that_is_none_is_as_one_without_settings(tmp_path):
+    write(tmp_path / "cd4", record(), config=config(model=None, optimizer=None, consistency=None))
+    assert "widths" not in page.page(content(tmp_path))

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 
 from mcm_jax.reporting import averages, results, tables
 from mcm_jax.system.errors import InputError
+from tests.limits import refusal
 from tests.reporting.made_up import RECORD, record, write
 
 METRIC = "fd_effnet_lite0_1024"
@@ -36,10 +38,22 @@ def test_a_fid_against_a_published_file(tmp_path):
     assert estimate.mean == 1.5
 
 
-@pytest.mark.parametrize("grid", ["../secret.png", "missing.png", "evaluation/results.jsonl"])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *("../secret.png", "missing.png", "evaluation/results.jsonl", "evaluation", "link.png", "pipe.png"),
+        *("damaged.png", "a\0b.png", "a/" * 5000, "x" * 300, "circle/a.png", ""),
+    ],
+)
 def test_a_picture_is_a_png_inside_its_run(tmp_path, grid):
-    write(tmp_path / "cd4", record(grid=grid))
-    (tmp_path / "secret.png").write_bytes((tmp_path / "cd4" / RECORD["grid"]).read_bytes())
+    run = tmp_path / "cd4"
+    write(run, record(grid=grid))
+    picture = (run / RECORD["grid"]).read_bytes()
+    (tmp_path / "secret.png").write_bytes(picture)
+    (run / "link.png").symlink_to(tmp_path / "secret.png")
+    (run / "circle").symlink_to("circle")
+    (run / "damaged.png").write_bytes(picture[:50])
+    os.mkfifo(run / "pipe.png")
     (result,) = results.collect(tmp_path).results
     assert results.read_grid(result) is None
     assert results.read_grid(dataclasses.replace(result, grid=RECORD["grid"])) is not None
@@ -93,6 +107,10 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (json.dumps(record(reference={"count": 3})), "reference.sha256 is missing"),
         (json.dumps(record(features=[])), "features is [], not an object"),
         (json.dumps(record(created="yesterday")), "created is 'yesterday', not a date"),
+        (
+            json.dumps(record(x_var="measured")),
+            "x_var is 'measured', but x_var_eta or x_var_images",
+        ),
     ],
 )
 def test_other_damage_is_named_with_file_and_line(tmp_path, line, message):
@@ -147,3 +165,26 @@ def test_every_objective_is_read(objective, steps, tmp_path):
     write(tmp_path / "run", record(objective=objective, student_steps=steps))
     (result,) = results.collect(tmp_path).results
     assert (result.objective, result.student_steps) == (objective, steps)
+
+
+@pytest.mark.parametrize("name", ["run.json", "evaluation/results.jsonl"])
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, "1" * 10**5, "[" * 60 + "]" * 60, '{"config": "text", "dataset": {}}']
+)
+def test_odd_json_is_one_line(tmp_path, name, text):
+    write(tmp_path / "a\nb", record(), config={})
+    (tmp_path / "a\nb" / name).write_text(text)
+    found = refusal(lambda: results.collect(tmp_path))
+    assert found is not None and r"a\nb" in found and name in found
+
+
+def test_a_name_of_two_lines_in_a_record_is_one_line(tmp_path):
+    write(tmp_path / "cd4", record(metrics={"a\nb": "text"}))
+    found = refusal(lambda: results.collect(tmp_path))
+    assert found is not None and r"metrics.a" in found
+
+
+def test_a_count_of_many_digits_is_no_count(tmp_path):
+    write(tmp_path / "cd4", record(metrics={METRIC: 1.0, "fid_" + "9" * 5000: 2.0}))
+    (group,), _ = averages.group(results.collect(tmp_path))
+    assert METRIC in group.distances and len(group.distances) == 1

@@ -225,6 +225,8 @@ def test_a_variance_is_never_that_of_another_checkpoint(teacher, tmp_path, monke
     for other in (
         json.dumps(stored | {"checkpoint": "0" * 64, "mean_square_error": [9.0, 9.0]}),
         json.dumps({"mean_square_error": [9.0, 9.0]}),  # An older version's, which names no checkpoint.
+        json.dumps(stored | {"mean_square_error": [9.0]}),
+        json.dumps(stored | {"mean_square_error": ["text", None]}),
         "[]",
         content[:-9],
     ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 
 from mcm_jax.config import validation
 from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.records import RUN_FILE
 from mcm_jax.runs import workdirs
 from mcm_jax.runs.workdirs import RunRecord
 from mcm_jax.system.errors import InputError
 from tests import tiny
+from tests.limits import refusal
 
 DATASET = DatasetInfo(
     dataset="folder/tiny",
@@ -254,3 +257,22 @@ def test_compiled_programs_are_kept_in_the_run_or_where_the_user_says(tmp_path, 
     assert workdirs.compilation_cache(Path("run")) == tmp_path / "run" / "xla_cache"
     monkeypatch.setenv("MCM_COMPILATION_CACHE", "shared")
     assert workdirs.compilation_cache(Path("run")) == tmp_path / "shared"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("config", "data"), "text", r"config\.data='text' must be a section"),
+        (("config", "a\nb"), 1, r"config\.a\\nb|config\.a b"),
+        (("dataset", "num_examples"), 5, "num_examples is 5, not an object"),
+        (("dataset", "class_counts"), {"train": [1, "2"]}, r"class_counts\.train is '2', not a whole number"),
+        (("dataset", "class_names"), "ab", "class_names is 'ab', not a list"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(tmp_path, place, value, message):
+    start(tmp_path)
+    content = json.loads((tmp_path / RUN_FILE).read_text())
+    content[place[0]][place[1]] = value
+    (tmp_path / RUN_FILE).write_text(json.dumps(content))
+    found = refusal(lambda: workdirs.read(tmp_path))
+    assert found is not None and RUN_FILE in found and re.search(message, found), found
