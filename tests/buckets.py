@@ -140,14 +140,9 @@ class Proxy:
         with self._lock:
             self._cuts = number
 
-    @contextlib.contextmanager
-    def delay(self, seconds):
+    def slow(self, seconds):
         """Delays every answer."""
         self._delay = seconds
-        try:
-            yield
-        finally:
-            self._delay = 0.0
 
     def _answer(self, request):
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))

@@ -122,10 +122,8 @@ def test_the_whole_thread_in_a_bucket(place, config, local_data, tmp_path):
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/samples.npz")
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/grid.png")
     prepared = f"--reference={place}/data/folder/tiny_8/1.0.0"
-    for images in ("samples.npz", "images"):
-        scored = [f"--images={place}/{images}", f"--results={place}/scores.jsonl"]
-        if images == "samples.npz":
-            succeed("evaluate", *scored, prepared, cache)
+    scored = [f"--images={place}/samples.npz", f"--results={place}/scores.jsonl"]
+    succeed("evaluate", *scored, prepared, cache)
     assert len(list(paths.as_path(f"{place}/scores.jsonl").iterdir())) == 1
     succeed("report", f"--runs={place}/runs")
     succeed("report", f"--runs={place}/runs", "--tables")

@@ -20,8 +20,8 @@ class _CorruptError(Exception):
 class ReadableRecords:
     """The records of a split, where the next readable one stands in for a corrupt one.
 
-    A record is corrupt if its checksum is wrong, or if it contains no image and label of the data set. Which
-    record stands in depends only on the files: all processes, and a run that continues, read the same. Every
+    A record is corrupt if its checksum is wrong, or if it contains no image and label of the data set. Its
+    replacement depends only on the files: all processes, and a run that continues, read the same. Every
     corrupt record is counted once and named on stderr.
     """
 

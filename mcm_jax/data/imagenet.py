@@ -20,7 +20,7 @@ import itertools
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,6 +32,7 @@ from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError, reason
+from mcm_jax.system.files import reading
 from mcm_jax.system.paths import Path, checked_path
 
 TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -165,7 +166,7 @@ class Tars(Source):
           InputError: the class's tar is truncated.
         """
         path = self._paths[unit.split]
-        with path.open("rb") as file:
+        with reading(path) as file:
             if unit.split == "train":
                 offset, size, name = unit.place
                 file.seek(offset)
@@ -196,8 +197,8 @@ class _Member:
 
 
 def _members(path: Path) -> list[_Member]:
-    with path.open("rb") as file:
-        return _members_of(cast(io.BufferedIOBase, file), str(path))
+    with reading(path) as file:
+        return _members_of(file, str(path))
 
 
 def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:

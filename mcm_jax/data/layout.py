@@ -3,8 +3,9 @@
 A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' or 'imagenet/resized' (two other
 preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts it into
 <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/,
-imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary last and renames the
-finished directory into place in one step: a directory is complete if and only if it has a summary.
+imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary last and, on a local
+disk, renames the finished directory into place in one step: a directory is complete if and only if it has a
+summary.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mcm_jax import records
-from mcm_jax.system import files, json_text
+from mcm_jax.system import files, json_text, paths
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, as_path
 
@@ -27,6 +28,7 @@ VERSION = "1.0.0"
 SPLITS = ("train", "test")
 SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
+LOCAL_DATA = "MCM_LOCAL_DATA"  # environment variable: directory for copies of data sets in buckets
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -193,7 +195,9 @@ def describe(*, data_dir: str | Path, dataset: str, resolution: int) -> DatasetI
             f"data set {dataset} at resolution {resolution} is not in {data_dir}{there}; "
             f"prepare it with: {command}"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"data set {dataset}: {directory} can't be read ({reason(error)})") from error
+    except ValueError as error:
         raise InputError(f"data set {dataset}: {error}; remake it with: {command} --overwrite") from error
     return info
 
@@ -203,7 +207,8 @@ def damage_error(info: DatasetInfo, reason: object) -> InputError:
     data_dir = info.path.parents[2]
     command = prepare_command(data_dir, dataset=info.dataset, resolution=info.resolution, overwrite=True)
     line = " ".join(str(reason).split())
-    return InputError(f"{info.path} is damaged ({line}); remake the data set with: {command}")
+    copy = f"delete its local copy (see {LOCAL_DATA}), or " if paths.is_in_bucket(info.path) else ""
+    return InputError(f"{info.path} is damaged ({line}); {copy}remake the data set with: {command}")
 
 
 def _and(numbers: Iterable[int]) -> str:

@@ -117,20 +117,21 @@ def open_split(
         raise InputError(f"data set {dataset} has no split {split!r}, only {', '.join(info.num_examples)}")
     if not info.num_examples[split]:
         raise InputError(f"data set {dataset}: split {split!r} is empty; prepare it from more images")
+    place = local_copy(info.path)
     with _reporting_damage(info):
-        source = RecordSource(_open_records(info, split, max_corrupt_records))
+        source = RecordSource(_open_records(info, split, place, max_corrupt_records))
         if len(source) * resolution**2 * 3 > in_memory_limit_bytes:
             return source
         return ArraySource(*load_arrays(source))
 
 
-def _open_records(info: DatasetInfo, split: str, max_corrupt_records: int) -> ReadableRecords:
-    """Opens TFDS's data source of a split and reads the first record of every shard.
+def _open_records(info: DatasetInfo, split: str, place: Path, max_corrupt_records: int) -> ReadableRecords:
+    """Opens TFDS's data source of a split in `place` and reads the first record of every shard.
 
     The reads detect damaged files early: TFDS opens files only on the first read and trusts its own metadata
     for their lengths.
     """
-    builder = tfds.builder_from_directory(local_copy(info.path))
+    builder = tfds.builder_from_directory(place)
     records = stored_records(builder, split)
     if len(records) != info.num_examples[split]:
         raise ValueError(f"{len(records)} records of {info.num_examples[split]}")

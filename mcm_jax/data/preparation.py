@@ -17,7 +17,7 @@ from etils import epath
 
 from mcm_jax.data import folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
-from mcm_jax.data.local_copy import local_copy
+from mcm_jax.data.local_copy import local_copy, place
 from mcm_jax.system import files, paths, pictures
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path
@@ -237,10 +237,11 @@ def _staging(data_dir: Path, chosen: Plan) -> Generator[Path, None, None]:
                 staging = data_dir / f"{prefix}{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
                 staging.mkdir(parents=True, exist_ok=True)
             else:
-                place = None if isinstance(data_dir, epath.Path) else data_dir
-                if place is not None:
-                    place.mkdir(parents=True, exist_ok=True)
-                temporary = tempfile.TemporaryDirectory(dir=place, prefix=prefix, ignore_cleanup_errors=True)
+                data_dir = place() if isinstance(data_dir, epath.Path) else data_dir
+                data_dir.mkdir(parents=True, exist_ok=True)
+                temporary = tempfile.TemporaryDirectory(
+                    dir=data_dir, prefix=prefix, ignore_cleanup_errors=True
+                )
                 staging = pathlib.Path(stack.enter_context(temporary))
         yield staging
 
@@ -259,7 +260,8 @@ def _by_builder(builder: tfds.core.DatasetBuilder, staging: Path) -> Path:
 
 def _describe(chosen: Plan, directory: Path) -> None:
     """Reads all records back, then writes a preview and, last, the summary."""
-    builder = tfds.builder_from_directory(local_copy(directory))
+    copy = local_copy(directory)
+    builder = tfds.builder_from_directory(copy)
     class_names = tuple(layout.class_names_of(builder.info))
     splits = {split: layout.stored_records(builder, split) for split in layout.SPLITS}
     surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
@@ -276,6 +278,8 @@ def _describe(chosen: Plan, directory: Path) -> None:
         path=directory,
     )
     layout.write_summary(info, directory)
+    if copy != directory:
+        files.remove_tree(copy)
 
 
 def _survey(records: Records, *, num_classes: int) -> tuple[tuple[int, ...], str]:

@@ -13,9 +13,7 @@ import functools
 import json
 import multiprocessing
 import os
-import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,6 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from mcm_jax.data import local_copy
 from mcm_jax.data.layout import Example
 from mcm_jax.system import json_text, progress
 from mcm_jax.system.files import move_into, read_bytes, size, write_whole
@@ -66,7 +65,7 @@ class Place:
         try:
             note = json_text.loads(read_bytes(self.note(shard)))
             return size(self.path(shard)) == note["bytes"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
 
@@ -141,7 +140,7 @@ def complete(shards: Sequence[Shard], place: Place, **info: str) -> None:
 def _write_one(shard: Shard, *, place: Place) -> None:
     path = place.path(shard)
     # ArrayRecord's writer can't write to a bucket.
-    directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, epath.Path) else path.parent
+    directory = local_copy.place() if isinstance(path, epath.Path) else path.parent
     temporary = directory / f".{path.name}.{os.getpid()}.tmp"
     count = 0
     try:

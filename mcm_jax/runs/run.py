@@ -260,7 +260,7 @@ class Run:
         if self.workdir is None or self.checkpoint is None:
             return None
         try:
-            record = json_text.loads(self._x_var_path(self.workdir, settings).read_bytes())
+            record = json_text.loads(files.read_bytes(self._x_var_path(self.workdir, settings)))
             # Files of an older version have no checkpoint, and their images were not a random sample.
             if record["checkpoint"] != self.checkpoint:
                 return None

@@ -54,7 +54,7 @@ def checkpoint_identity(workdir: Path, step: int) -> str | None:
     """
     try:
         return hashlib.sha256(files.read_bytes(workdir / CHECKPOINTS / str(step) / _METADATA)).hexdigest()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

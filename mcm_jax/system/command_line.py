@@ -1,9 +1,11 @@
 """The entry point of all programs: parses flags, calls one function, and sets the exit code."""
 
 import io
+import logging as python_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -30,10 +32,11 @@ _OUTPUT_FLAGS = ("out", "workdir")
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main()`; every program starts here.
 
-    Exit codes: 0 success; 1 failure while running (a traceback for a bug, one line for a full disk); 2 bad
+    Exit codes: 0 success; 1 failure while running (a traceback for a bug, one line for the storage); 2 bad
     input, reported in one line on stderr; 130 interrupted by Ctrl-C.
     """
     _escape_unencodable()
+    _drop_late_callbacks()
     host.tune()
     # TensorFlow, which TFDS imports to read TFRecord files, prints start-up messages on stderr otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -70,10 +73,27 @@ def _escape_unencodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _drop_late_callbacks() -> None:
+    """Keeps "Event loop is closed" off stderr, which Python would print with a traceback.
+
+    If a checkpoint is damaged, Orbax raises the first error and closes its event loop, although other reads
+    of TensorStore still report to it.
+    """
+    show = sys.unraisablehook
+
+    def hook(late: Any) -> None:
+        if not (isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"):
+            show(late)
+
+    sys.unraisablehook = hook
+
+
 def _guarded(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
-        # Orbax logs dozens of lines per checkpoint, and every error that it raises. --verbosity=0 shows them.
+        # Orbax logs dozens of lines per checkpoint, and every error that it raises. asyncio logs the errors
+        # that Orbax leaves behind after the first. --verbosity=0 shows them.
         logging.set_verbosity(logging.FATAL)
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     try:
         main()
     except InputError as error:
@@ -82,12 +102,16 @@ def _guarded(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        full = files.full_disk_within(error)
-        if full is None:
+        full, failed = files.full_disk_within(error), files.failed_storage_within(error)
+        if full is not None:
+            failed = f"{full.strerror}: {full.filename or _target()}; free some space and"
+        elif failed is not None:
+            failed = f"the storage has failed ({failed});"
+        else:
             raise
         print(
-            f"error: {full.strerror}: {full.filename or _target()}; free some space and run the same command "
-            "again (everything written so far is intact, checkpoints included)",
+            f"error: {failed} run the same command again (everything written so far is intact, checkpoints "
+            "included)",
             file=sys.stderr,
         )
         sys.exit(1)

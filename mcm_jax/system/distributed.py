@@ -167,11 +167,12 @@ def require_shared(directory: Path, name: str) -> None:
             if not _appears(probe):
                 raise InputError(
                     f"{name}={directory} is another directory in process {jax.process_index()} than in "
-                    "process 0; use one that all processes share, for example on NFS"
+                    "process 0; use one that all processes share, for example in a bucket or on NFS"
                 )
     finally:
         if is_first():
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # The storage may fail; the probe is empty.
+                probe.unlink(missing_ok=True)
 
 
 def _appears(path: Path) -> bool:

@@ -26,6 +26,17 @@ from etils import epath
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, absolute, as_path
 
+# In messages of TensorStore, which reads and writes arrays: the storage has failed, no file is damaged.
+STORAGE_FAILURES = (
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)
+_DISK_FAILURES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+# Packages with the errors of a bucket's client.
+_CLIENTS = ("aiohttp", "gcsfs", "google")
 Content = bytes | str | Callable[[BinaryIO], object]
 
 
@@ -134,10 +145,31 @@ def read_lines(path: Path) -> list[bytes]:
     Raises:
       OSError: reading failed; FileNotFoundError if there are none.
     """
-    with storage_errors(path):
-        parts = sorted(path.iterdir(), key=lambda part: part.name) if path.is_dir() else [path]
-        content = b"".join(part.read_bytes() for part in parts)
-    return content.split(b"\n")
+    parts = [read_bytes(part) for part in sorted(entries(path), key=lambda part: part.name)]
+    # A file that was copied to a bucket stays an object beside the directory of newer lines.
+    if isinstance(path, epath.Path) and (first := read_if_exists(path)) is not None:
+        parts.insert(0, first)
+    elif not parts:
+        parts = [read_bytes(path)]
+    return b"".join(parts).split(b"\n")
+
+
+def entries(directory: Path) -> list[Path]:
+    """Everything in a directory; nothing if it does not exist or is a file.
+
+    Raises:
+      OSError: reading failed. `is_dir` of a bucket would be False then.
+    """
+    try:
+        if not isinstance(directory, epath.Path):
+            return list(directory.iterdir())
+        with storage_errors(directory):
+            system, root = fsspec.core.url_to_fs(str(directory))
+            # It lists an object as its own content, and also objects such as "name/" that mark directories.
+            names = {name.removeprefix(root).strip("/") for name in system.ls(root, detail=False)}
+            return [directory / name for name in names if name]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def read_bytes(path: Path) -> bytes:
@@ -175,7 +207,14 @@ def names_below(directory: epath.Path) -> list[str]:
     """The names of all objects below a directory in a bucket, each with a leading slash; sorted."""
     with storage_errors(directory):
         system, path = fsspec.core.url_to_fs(str(directory))
-        return sorted(name.removeprefix(path) for name in system.find(path))
+        # Other programs create objects such as "name/" to mark directories.
+        return sorted(name.removeprefix(path) for name in system.find(path) if not name.endswith("/"))
+
+
+def unlink(path: Path) -> None:
+    """Deletes a file if it exists; raises only OSErrors, also for a bucket."""
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
 
 
 def size(path: Path) -> int:
@@ -204,8 +243,7 @@ def publish_tree(source: Path, target: epath.Path, *, last: str) -> None:
     """
     names = [str(path.relative_to(source)) for path in _files_below(source)]
     with storage_errors(target):
-        if (target / last).exists():
-            (target / last).unlink()
+        (target / last).unlink(missing_ok=True)
         remove_tree(target)
         _copy([name for name in names if name != last], source, target)
         _copy([last], source, target)
@@ -320,14 +358,34 @@ def is_full(error: OSError) -> bool:
 
 def full_disk_within(error: BaseException | None) -> OSError | None:
     """The first error that means a full disk among `error` and its causes; None if there is none."""
-    while error is not None:
-        if isinstance(error, OSError) and is_full(error):
-            return error
+    for one in _chain(error):
+        if isinstance(one, OSError) and is_full(one):
+            return one
         # C++ libraries (Orbax's TensorStore, TensorFlow) only mention it in the text of their own errors.
-        if (words := os.strerror(errno.ENOSPC)) in str(error):
+        if (words := os.strerror(errno.ENOSPC)) in str(one):
             return OSError(errno.ENOSPC, words)
-        error = error.__cause__ or error.__context__
     return None
+
+
+def failed_storage_within(error: BaseException | None) -> str | None:
+    """Describes the first failure of a disk or bucket among `error` and its causes; None if there is none."""
+    for one in _chain(error):
+        if isinstance(one, OSError) and (
+            str(one.filename).startswith("gs://") or (one.filename and one.errno in _DISK_FAILURES)
+        ):
+            return f"{one.filename}: {reason(one)}"
+        if type(one).__module__.partition(".")[0] in _CLIENTS:
+            return reason(one)
+        # TensorStore raises ValueError for everything.
+        if "gs://" in str(one) and any(status in str(one) for status in STORAGE_FAILURES):
+            return reason(one)
+    return None
+
+
+def _chain(error: BaseException | None) -> Generator[BaseException, None, None]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class GrowingObject(io.BytesIO):

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ from mcm_jax.system import files, paths
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 
-# A lease that was not renewed for LEASE_SECONDS belongs to a process that no longer exists.
+# A lease that was not renewed for LEASE_SECONDS is taken over: its process no longer exists, or hangs.
 LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0
 _POLL_SECONDS = 1.0
@@ -70,13 +71,14 @@ def _leased(path: Path, name: str) -> Generator[None, None, None]:
         ended.set()
         renewal.join()
         with contextlib.suppress(OSError):
-            path.unlink()
+            lease.release()
 
 
 class _Lease:
     """An object in a bucket that says who uses a directory, with a counter that its holder increases.
 
-    Waiting processes compare contents, not times: clocks of several machines differ.
+    Waiting processes compare contents, not times: clocks of several machines differ. If two take over the
+    same lease at once, one of them loses it, notices that at its next renewal and exits.
     """
 
     def __init__(self, path: Path, name: str):
@@ -96,15 +98,24 @@ class _Lease:
             holder = _content(found)
             if not _has_ended(holder):
                 self._wait_for_end(found, str(holder.get("holder", "another process")))
-            self._path.unlink(missing_ok=True)
+            if files.read_if_exists(self._path) == found:
+                files.unlink(self._path)
+
+    def release(self) -> None:
+        """Deletes the object, unless another process has taken it over."""
+        if self._is_own(files.read_if_exists(self._path)):
+            files.unlink(self._path)
+
+    def _is_own(self, found: bytes | None) -> bool:
+        return found is not None and _content(found).get("token") == self._token
 
     def keep(self, ended: threading.Event) -> None:
         """Renews the lease until `ended`; exits the process if another one has taken it over."""
         while not ended.wait(_RENEWAL_SECONDS):
-            # The storage may fail for a while; whether the lease is lost shows once it answers again.
+            # The storage may fail for a while. Its next answer shows whether the lease is lost.
             with contextlib.suppress(OSError):
                 found = files.read_if_exists(self._path)
-                if found is None or _content(found).get("token") != self._token:
+                if not self._is_own(found):
                     holder = "" if found is None else f" by {_content(found).get('holder')}"
                     print(f"error: {self._name} was taken over{holder}", file=sys.stderr, flush=True)
                     os._exit(2)  # Anything that this process still saved would mix with the other's files.
@@ -117,12 +128,13 @@ class _Lease:
             try:
                 system.pipe_file(path, self._text().encode(), mode="create")
             except FileExistsError:
-                return False
+                # The answer to an earlier request may have been lost.
+                return self._is_own(files.read_if_exists(self._path))
         return True
 
     def _wait_for_end(self, found: bytes, holder: str) -> None:
         """Waits LEASE_SECONDS; raises InputError as soon as the lease changes."""
-        print(f"waiting whether {holder} still uses {self._name}", file=sys.stderr, flush=True)
+        print(f"waiting to see whether {holder} still uses {self._name}", file=sys.stderr, flush=True)
         until = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
@@ -136,8 +148,7 @@ class _Lease:
         return json.dumps(
             {
                 "holder": self._holder,
-                "host": socket.gethostname(),
-                "process": os.getpid(),
+                "process": _identity(os.getpid()),
                 "token": self._token,
                 "renewals": self._renewals,
             }
@@ -153,17 +164,28 @@ def _content(text: bytes) -> dict[str, object]:
 
 
 def _has_ended(holder: dict[str, object]) -> bool:
-    """Whether the holder was a process of this machine that no longer exists."""
-    process = holder.get("process")
-    if holder.get("host") != socket.gethostname() or not isinstance(process, int):
+    """Whether the holder was a process of this machine, and of this container, that no longer exists."""
+    process, own = holder.get("process"), _identity(os.getpid())
+    if not isinstance(process, dict) or own is None or not isinstance(process.get("number"), int):
         return False
+    here = process.get("machine") == own["machine"] and process.get("container") == own["container"]
+    return here and _identity(process["number"]) != process
+
+
+def _identity(process: int) -> dict[str, object] | None:
+    """What tells a process from all others, on Linux; None if it does not exist, or on another system.
+
+    Containers may share the name of their host, and reuse the numbers of processes.
+    """
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
+        return {
+            "number": process,
+            "machine": pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "container": os.readlink("/proc/self/ns/pid"),
+            "started": pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19],
+        }
     except OSError:
-        return False
-    return False
+        return None
 
 
 def _this_process() -> str:

@@ -86,6 +86,8 @@ def checked_path(text: str | Path, name: str) -> Path:
 def _checked_url(text: str, name: str) -> epath.Path:
     if not _BUCKET.match(text):
         raise InputError(f"{name}={text} is a URL that can't be opened; use a local path or gs://BUCKET/PATH")
+    if any(character in text for character in "*?["):
+        raise InputError(f"{name}={text} contains one of *?[, which stand for several objects; rename it")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{name}={text} needs the package gcsfs; install it: pip install 'mcm_jax[gcs]'")
     return epath.Path(text)

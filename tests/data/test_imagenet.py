@@ -14,6 +14,7 @@ from PIL import Image
 
 from mcm_jax import prepare
 from mcm_jax.data import imagenet, layout, pipeline, preparation, resizing, shards
+from mcm_jax.system import files
 from mcm_jax.system.errors import InputError
 from tests.limits import refusal
 from tests.tars import tar
@@ -376,6 +377,30 @@ def test_hosts_share_the_work(manual_dir, tmp_path, monkeypatch):
     assert built and info.fingerprints == whole.fingerprints
     for host in range(3):
         assert prepared(manual_dir, data_dir, host=(host, 3)) == (info, False)
+
+
+def test_hosts_share_only_a_bucket(manual_dir, bucket, tmp_path, monkeypatch):
+    """Shard by shard, resumable; the tars come from a bucket too."""
+    monkeypatch.setenv(layout.LOCAL_DATA, str(tmp_path / "copies"))
+    whole, _ = prepared(manual_dir, tmp_path / "whole")
+    place = bucket.path / "imagenet_of_two_hosts"
+    for file in manual_dir.iterdir():
+        files.write_whole(place / "tars" / file.name, file.read_bytes())
+    tars, data_dir, real = str(place / "tars"), place / "data", shards._write_one
+    assert prepared(tars, data_dir, host=(1, 2)) == (None, False)
+
+    def again(*_, **__):
+        raise AssertionError("this shard is whole")
+
+    monkeypatch.setattr(shards, "_write_one", again)
+    assert prepared(tars, data_dir, host=(1, 2)) == (None, False)
+    monkeypatch.setattr(shards, "_write_one", real)
+    info, built = prepared(tars, data_dir, host=(0, 2))
+    assert built and info.fingerprints == whole.fingerprints and info.path == data_dir / "imagenet/16/1.0.0"
+    assert prepared(tars, data_dir) == (info, False)
+    assert [path.name for path in data_dir.iterdir()] == ["imagenet"]
+    source = pipeline.open_split(data_dir=data_dir, dataset="imagenet", resolution=RESOLUTION, split="test")
+    assert len(source) == 5
 
 
 def test_an_interruption_after_the_last_shard_makes_none_again(manual_dir, tmp_path, monkeypatch):

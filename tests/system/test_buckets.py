@@ -6,6 +6,7 @@ import json
 import threading
 import time
 
+import fsspec
 import pytest
 
 from mcm_jax.system import files, locks, paths
@@ -64,6 +65,27 @@ def test_lines_that_were_copied_from_a_bucket_are_read_and_continued(place, tmp_
         (tmp_path / "r.jsonl" / part.name).write_bytes(part.read_bytes())
     files.append_line(tmp_path / "r.jsonl", {"n": 2})
     assert b"".join(files.read_lines(tmp_path / "r.jsonl")) == b'{"n": 0}{"n": 1}{"n": 2}'
+
+
+def test_lines_of_a_file_that_was_copied_to_a_bucket_come_first(place):
+    files.write_whole(place / "r.jsonl", '{"n": 0}\n')
+    files.append_line(place / "r.jsonl", {"n": 1})
+    assert b"".join(files.read_lines(place / "r.jsonl")) == b'{"n": 0}{"n": 1}'
+
+
+def test_objects_that_mark_directories_are_no_files(place, bucket):
+    files.write_whole(place / "a" / "x", "x")
+    for name in ("", "a/", "empty/"):
+        fsspec.filesystem("gcs").pipe_file(f"{place}/{name}", b"")
+    assert {path.name for path in files.entries(place)} == {"a", "empty"}
+    assert files.names_below(place) == ["/a/x"] and files.entries(place / "a" / "x") == []
+
+
+def test_a_directory_that_cannot_be_listed_is_not_empty(place, bucket):
+    files.append_line(place / "r.jsonl", {"n": 0})
+    for read in (files.entries, files.read_lines):
+        with bucket.proxy.refusing("GET"), pytest.raises(PermissionError):
+            read(place / "r.jsonl")
 
 
 def test_what_is_missing_is_not_found(place):
@@ -159,22 +181,22 @@ def test_a_lease_is_held_once_and_its_process_is_named(place, monkeypatch):
     assert not (place / "lock").exists()
 
 
-@pytest.mark.parametrize("host", ["", "another"])
-def test_the_lease_of_a_killed_process_is_taken_over(host, place, monkeypatch):
+@pytest.mark.parametrize("elsewhere", ["", "machine", "container"])
+def test_the_lease_of_a_killed_process_is_taken_over(elsewhere, place, monkeypatch):
     """At once if it ran on this machine, after a while otherwise."""
     monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
     monkeypatch.setattr(locks, "_POLL_SECONDS", 0.05)
-    ended = forks.run("import os; print(os.getpid())").stdout
-    content = {
-        "host": host or locks.socket.gethostname(),
-        "process": int(ended),
-        "holder": "it",
-        "token": "t",
-    }
+    code = (
+        "import json, os; from mcm_jax.system import locks; print(json.dumps(locks._identity(os.getpid())))"
+    )
+    ended = json.loads(forks.run(code).stdout)
+    if elsewhere:
+        ended[elsewhere] = "another"
+    content = {"process": ended, "holder": "it", "token": "t"}
     files.write_whole(place / "lock", json.dumps(content))
     start = time.monotonic()
     with locks.locked(place / "lock", "--workdir=run"):
-        assert (time.monotonic() - start > 1.0) == bool(host)
+        assert (time.monotonic() - start > 1.0) == bool(elsewhere)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"process": "x"}'])
@@ -182,6 +204,15 @@ def test_a_damaged_lease_is_taken_over(content, place, monkeypatch):
     monkeypatch.setattr(locks, "LEASE_SECONDS", 0.2)
     monkeypatch.setattr(locks, "_POLL_SECONDS", 0.05)
     files.write_whole(place / "lock", content)
+    with locks.locked(place / "lock", "--workdir=run"):
+        pass
+
+
+def test_a_process_with_the_number_of_a_killed_one_is_another(place, monkeypatch):
+    """As in a container that was started again."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 100.0)
+    killed = locks._identity(locks.os.getpid()) | {"started": "1"}
+    files.write_whole(place / "lock", json.dumps({"process": killed, "holder": "it", "token": "t"}))
     with locks.locked(place / "lock", "--workdir=run"):
         pass
 

@@ -64,6 +64,19 @@ def test_our_mistake_has_a_traceback():
     assert "Traceback" in done.stderr and "ValueError: a bug" in done.stderr
 
 
+def test_callbacks_that_come_too_late_are_not_shown():
+    """TensorStore's threads call Orbax's event loop, which is closed after the first error."""
+    late = """
+class Raises:
+    def __init__(self, words): self.words = words
+    def __del__(self): raise RuntimeError(self.words)
+Raises("Event loop is closed")
+Raises("a bug")
+"""
+    done = program(late)
+    assert done.returncode == 0 and "a bug" in done.stderr and "Event loop" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("encoding", "printed"),
     [("ascii", b"r\\xe9sum\\xe9 \\udcff\n"), ("utf-8", b"r\xc3\xa9sum\xc3\xa9 \\udcff\n")],
@@ -222,8 +235,16 @@ except OSError as error:
     assert error_of(program(main), 2) == "error: --data_dir=/data: choose another"
 
 
+def test_failed_storage_is_one_line():
+    line = error_of(program(f"raise OSError({errno.EIO}, 'Input/output error', '/runs/x')"), 1)
+    assert line == (
+        "error: the storage has failed (/runs/x: Input/output error); run the same command again (everything "
+        "written so far is intact, checkpoints included)"
+    )
+
+
 def test_another_failure_of_the_file_system_is_ours():
-    done = program(f"raise OSError({errno.EIO}, 'Input/output error', '/runs/x')")
+    done = program(f"raise OSError({errno.ENOENT}, 'No such file or directory', '/runs/x')")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 

@@ -132,6 +132,21 @@ def test_a_full_disk_is_found_in_what_led_to_an_error():
     assert files.full_disk_within(None) is None
 
 
+def test_failed_storage_is_found_in_what_led_to_an_error():
+    failed = OSError(errno.EIO, "the server is busy", "gs://bucket/x")
+    assert files.failed_storage_within(chain(failed, ValueError("x"))) == "gs://bucket/x: the server is busy"
+    client = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503: busy")
+    assert files.failed_storage_within(chain(client, ValueError("x"))) == "503: busy"
+    tensorstore = ValueError("UNAVAILABLE: Error reading gs://bucket/x: CURL error")
+    assert files.failed_storage_within(tensorstore) == str(tensorstore)
+    assert (
+        files.failed_storage_within(OSError(errno.EIO, "Input/output error", "/x"))
+        == "/x: Input/output error"
+    )
+    for other in (ValueError("NOT_FOUND: gs://bucket/x"), OSError(errno.ENOENT, "x", "/local"), None):
+        assert files.failed_storage_within(other) is None
+
+
 def test_a_number_that_is_none_is_not_added(tmp_path):
     path = tmp_path / "results.jsonl"
     with pytest.raises(ValueError):

@@ -168,6 +168,14 @@ def test_a_path_in_a_bucket(name, values):
     assert configured("data.data_dir", name) == name.rstrip("/")
 
 
+@pytest.mark.parametrize("character", "*?[")
+def test_a_path_in_a_bucket_stands_for_one_object(character):
+    with pytest.raises(
+        InputError, match=r"contains one of \*\?\[, which stand for several objects; rename it"
+    ):
+        paths.checked_path(f"gs://bucket/a{character}b", "--out")
+
+
 def test_a_bucket_needs_its_client(monkeypatch):
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError) as error:
