@@ -152,6 +152,11 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
             f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; use the "
             "teacher's data set"
         )
+    if teacher_config.student_steps is not None and teacher_data.fingerprints != dataset.fingerprints:
+        raise InputError(
+            f"config.teacher_checkpoint={path}, the stage before, was trained on other images than those in "
+            f"{dataset.path} (their hashes differ); restore them, or train all stages in another workdir"
+        )
     its = fields.flat(teacher_config, Affects.NETWORK)
     for name, ours in fields.flat(config, Affects.NETWORK).items():
         if its[name] != ours:
@@ -197,6 +202,7 @@ def train_batches(config: Config) -> Batches:
         dataset=data.dataset,
         resolution=data.resolution,
         split="train",
+        in_memory_limit_bytes=round(data.in_memory_gb * 1e9),
         max_corrupt_records=data.max_corrupt_records,
     )
     return pipeline.train_batches(
@@ -217,6 +223,7 @@ def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches)
     """
     config, abstract, shardings = training.config, training.abstract, training.shardings
     continuing = checkpoints.any()
+    distributed.require_same(continuing, "the lists of checkpoints")
     teacher_params = None
     if config.distils or (config.objective == "ct" and not continuing):
         with Checkpoints(_teacher_workdir(config)) as teacher:

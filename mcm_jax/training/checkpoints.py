@@ -12,8 +12,8 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import grain
 import jax
@@ -33,11 +33,12 @@ DAMAGED = "damaged_checkpoints"  # subdirectory for checkpoints that were set as
 Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
-# In messages of TensorStore, which reads the arrays.
-_STORAGE_FAILURES = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _TREES = ("params", "ema_params", "target_params", "opt_state")
 # Pauses before a failed save is repeated: during training, and each time at its end.
 _RETRY_SECONDS, _FINAL_RETRY_SECONDS = 60.0, (5.0, 20.0)
+
+
+T = TypeVar("T")
 
 
 class DamagedError(InputError):
@@ -59,17 +60,22 @@ class Checkpoints:
           keep: number of newest checkpoints to keep; None opens the directory read-only.
         """
         self.directory = absolute(workdir) / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, read_only=keep is None, enable_async_checkpointing=True
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=keep is None,
+            enable_async_checkpointing=True,
+            # Otherwise, if a directory cannot be created, the next save waits for it until a timeout.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_names=("step", *_TREES, "data"),
-        )
+        self._manager = self._open()
         self.saved: int | None = None
         self._saving: int | None = None
         self._retry_at: float | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.directory, options=self._options, item_names=("step", *_TREES, "data")
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -106,18 +112,21 @@ class Checkpoints:
         An interrupted save leaves no partial checkpoint. A failure is reported and makes `retry_is_due` true
         after a minute; with several processes, of which others may have succeeded, it is raised.
         """
-        try:
-            self._start_saving(state, data, step)
-        except Exception as error:  # Orbax raises almost any kind if the storage fails.
-            self._report_failure(error)
+        for act in (self._wait, lambda: self._start_saving(state, data, step)):
+            try:
+                act()
+            except Exception as error:  # Orbax raises almost any kind if the storage fails.
+                self._report_failure(error)
 
     def retry_is_due(self) -> bool:
         """Whether a save has failed and should be repeated now, with the state at that time."""
         if distributed.is_multi_process():
             return False
-        if self._retry_at is None:
+        # Orbax reports an error once. Asking earlier would hide it from Orbax's own thread, which would then
+        # delete old checkpoints.
+        if self._saving is not None and not self._manager.is_saving_in_progress():
             try:
-                self._manager.check_for_errors()
+                self._wait()
             except Exception as error:
                 self._report_failure(error)
         return self._retry_at is not None and time.monotonic() >= self._retry_at
@@ -126,6 +135,7 @@ class Checkpoints:
         """Saves and waits until the state is on disk; repeats a failed save twice, then raises its error."""
         for pause in (*_FINAL_RETRY_SECONDS, None):
             try:
+                self._wait()
                 self._start_saving(state, data, step)
                 self._wait()
                 return
@@ -138,13 +148,15 @@ class Checkpoints:
     def _report_failure(self, error: Exception) -> None:
         if distributed.is_multi_process():
             raise error
+        # The threads of a failed save report further errors later, and its manager no longer lists the
+        # checkpoints that it would have deleted.
         with contextlib.suppress(Exception):
-            self._manager.wait_until_finished()  # Otherwise the next save would raise the same error.
+            self._manager.close()
+        self._manager = self._open()
         self._retry_at = time.monotonic() + _RETRY_SECONDS
-        full = files.full_disk_within(error)
-        reason = _line(error) if full is None else full.strerror
+        self._saving, full = None, files.full_disk_within(error)
         print(
-            f"note: a checkpoint could not be saved ({reason}); the save will be repeated",
+            f"note: a checkpoint could not be saved ({_line(full or error)}); the save will be repeated",
             file=sys.stderr,
             flush=True,
         )
@@ -153,10 +165,9 @@ class Checkpoints:
         """Blocks until the last save is on disk; if it failed, raises its error."""
         self._manager.wait_until_finished()
         if self._saving is not None:
-            self.saved = self._saving
+            self.saved, self._saving = self._saving, None
 
     def _start_saving(self, state: TrainState, data: Batches, step: int) -> None:
-        self._wait()
         if step == self._manager.latest_step():
             return
         trees = _trees(state)
@@ -185,11 +196,9 @@ class Checkpoints:
         damaged: dict[str, str] = {}
         for name in entries:
             try:
-                state = self._restore(name, _with_shardings(abstract, shardings), data)
-            except Exception as error:  # Orbax raises almost any kind for a damaged file.
-                if not _is_damage(error):
-                    raise
-                damaged[name] = _line(error)
+                state = self._restore(int(name), _with_shardings(abstract, shardings), data)
+            except DamagedError as error:
+                damaged[name] = str(error)
                 continue
             self._set_aside(damaged, continuing=name)
             self.saved = int(name)
@@ -206,22 +215,36 @@ class Checkpoints:
         Omits interrupted saves. On local file systems they have other names; in a bucket they lack a mark.
         """
         with files.storage_errors(self.directory):
-            found = list(self.directory.iterdir()) if self.directory.is_dir() else []
-            found = [path for path in found if path.name.isdecimal()]
+            found = [path for path in files.entries(self.directory) if path.name.isdecimal()]
             if is_in_bucket(self.directory):
                 found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
             return sorted((path.name for path in found), key=int, reverse=True)
 
-    def _restore(self, name: str, targets: TrainState, data: Batches) -> TrainState:
-        """Restores one checkpoint; raises any kind of exception if it is damaged."""
-        step = int(name)
-        record = self._require_record(step)
-        items = {item: ocp.args.StandardRestore(tree) for item, tree in _trees(targets).items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        trees = {item: restored[item] for item in items}
-        _verify(record, trees)
-        self._restore_data(record, data, step)
+    def _restore(self, step: int, targets: TrainState, data: Batches) -> TrainState:
+        """Restores one checkpoint; raises DamagedError in all processes if it is damaged."""
+        trees = self._read(step, _trees(targets))
+        _agreed(lambda: self._restore_data(self._record(step), data, step))
         return targets._replace(step=jax.device_put(np.int32(step), targets.step.sharding), **trees)
+
+    def _read(self, step: int, targets: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Reads and verifies items of a checkpoint; raises DamagedError in all processes if it is damaged."""
+
+        def read() -> dict[str, PyTree]:
+            self._require_record(step)
+            items = {item: ocp.args.StandardRestore(tree) for item, tree in targets.items()}
+            # Every process reads for itself: if one fails, the others would wait for it in Orbax.
+            index = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
+            )
+            options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+            with ocp.CheckpointManager(self.directory, options=options, item_names=tuple(items)) as manager:
+                restored = manager.restore(step, args=ocp.args.Composite(**items))
+            return {item: restored[item] for item in items}
+
+        trees = _agreed(read)
+        _verify(self._record(step), trees)
+        return trees
 
     def _set_aside(self, damaged: Mapping[str, str], *, continuing: str) -> None:
         """Moves damaged checkpoints out of the way; they are never deleted."""
@@ -292,24 +315,17 @@ class Checkpoints:
         steps = self.require()
         if step is not None and step not in steps:
             raise InputError(f"no checkpoint of step {step} under {self.directory}; available steps: {steps}")
-        target = ocp.args.StandardRestore(_with_shardings(abstract, shardings))
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
         try:
-            record = self._require_record(step)
-            params = self._manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
-            _verify(record, {item: params})
-        except Exception as error:  # Orbax raises almost any kind for a damaged file.
+            return self._read(step, {item: _with_shardings(abstract, shardings)})[item]
+        except DamagedError as error:
             if not (self.directory / str(step)).exists():
                 raise InputError(f"checkpoint {step} under {self.directory} was deleted meanwhile") from error
-            if not _is_damage(error):
-                raise
             others = [other for other in steps if other != step]
             raise DamagedError(
-                f"checkpoint {step} under {self.directory} is damaged ({_line(error)}); the others there: "
-                f"{others}"
+                f"checkpoint {step} under {self.directory} is damaged ({error}); use another one of {others}"
             ) from error
-        return params
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -319,7 +335,7 @@ def newest_step(workdir: Path) -> int | None:
     """
     try:
         return max(ocp.utils.checkpoint_steps(workdir / CHECKPOINTS), default=None)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -345,17 +361,37 @@ def _verify(record: Mapping[str, Any], trees: Mapping[str, PyTree]) -> None:
             raise DamagedError(f"its {item} differ from what was saved")
 
 
+def _agreed(read: Callable[[], T]) -> T:
+    """Returns `read()`, which each process calls for itself.
+
+    Raises:
+      DamagedError: in all processes, if one of them has found damage.
+      Exception: any other error, also in all processes.
+    """
+    result, damage = None, None
+    with distributed.fail_together():
+        try:
+            result = read()
+        except Exception as error:  # Orbax raises almost any kind for a damaged file.
+            if not _is_damage(error):
+                raise
+            damage = _line(error)
+    if not distributed.all_true(damage is None):
+        raise DamagedError(damage or "another process cannot read it")
+    return cast(T, result)
+
+
 def _is_damage(error: Exception) -> bool:
     """Whether the files of a checkpoint are damaged, and it is not the machine or the storage that failed."""
     if isinstance(error, InputError):
         return isinstance(error, DamagedError)
-    if distributed.is_multi_process():
-        return False  # It may concern this process alone, while the others wait for it.
+    if files.failed_storage_within(error) is not None:
+        return False
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         return False
-    return not any(status in str(error) for status in _STORAGE_FAILURES)
+    return not any(status in str(error) for status in files.STORAGE_FAILURES)
 
 
 def _data_checksum(state: Mapping[str, Any]) -> int:

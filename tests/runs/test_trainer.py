@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType
 
 from mcm_jax.config import validation
+from mcm_jax.config.settings import stage_configs
 from mcm_jax.data import pipeline
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
@@ -190,6 +191,14 @@ def test_all_stages_are_asked_before_the_first_is_trained(
     assert not (tmp_path / "steps_2").exists()
     with pytest.raises(InputError, match="contains a run, not its stages"):
         trainer.train(progressive(tiny_data, teacher), teacher)
+
+
+def test_the_next_stage_trains_on_the_same_images(teacher, staged, tmp_path, no_compilation):
+    shutil.copytree(staged / "steps_2", tmp_path / "steps_2")
+    config = progressive(tiny.prepare_folder(tmp_path / "other", count=44), teacher)
+    config.progressive.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
+    with pytest.raises(InputError, match=r"steps_2, the stage before, was trained on other images"):
+        trainer._train_run(stage_configs(validation.validate(config), tmp_path)[1][1], tmp_path / "steps_1")
 
 
 def test_stages_are_no_run_to_sample(staged):

@@ -180,12 +180,18 @@ def test_a_signal_to_one_stops_all_and_the_run_continues(tiny_data, tmp_path):
     num_steps = stopped + 3
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     checkpoint = tmp_path / "two/checkpoints" / str(stopped)
-    shutil.copytree(checkpoint, checkpoint.with_name(str(10**6)))  # All processes set it aside.
+    # All processes set both aside: one that has another number, and one that Orbax cannot read.
+    shutil.copytree(checkpoint, checkpoint.with_name(str(10**6)))
+    unreadable = shutil.copytree(checkpoint, checkpoint.with_name(str(stopped + 1)))
+    record = json.loads((unreadable / "step/metadata").read_text())
+    (unreadable / "step/metadata").write_text(json.dumps(record | {"step": stopped + 1}))
+    shutil.rmtree(unreadable / "params")
     runs = run("two", num_steps), run("at once", num_steps)
     with training(*runs, count=2, directory=tmp_path / "continued") as members:
         assert members.codes() == [0, 0], members.everything()
         assert members.output(0).count(f"continuing at update {stopped}") == 1 and not members.output(1)
         assert members.output(0).count("checkpoint 1000000 is damaged (it was saved as") == 1
+        assert members.output(0).count(f"checkpoint {stopped + 1} is damaged (") == 1
     with training(run("one", num_steps), count=1, directory=tmp_path / "by one") as members:
         assert members.codes() == [0], members.everything()
     whole = params_of(tmp_path / "at once")

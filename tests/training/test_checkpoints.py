@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 import resource
 import shutil
@@ -130,11 +131,11 @@ def test_it_waits_for_the_last_save(tmp_path):
 
 
 @contextlib.contextmanager
-def no_room():
-    """Every file that grows beyond 50 bytes is refused, as on a full disk."""
+def no_room(limit=50):
+    """Every file that grows beyond `limit` bytes is refused, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         yield
     finally:
@@ -161,6 +162,42 @@ def test_a_failed_save_is_reported_and_repeated(tmp_path, monkeypatch, capsys):
         assert checkpoints.saved == 7 and checkpoints.all_steps() == [3, 6, 7]
         state, data = checkpoints.restore(*targets(), data := batches()), data
     assert_equal(state, state_at(7))
+
+
+def test_a_failed_save_deletes_no_older_checkpoint(tmp_path, monkeypatch):
+    """Even if the failure is noticed while Orbax still writes."""
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.0)
+    large = np.random.default_rng(0).normal(size=200_000).astype(np.float32)  # Does not compress.
+    for step in range(4, 10):
+        state = state_at(step)._replace(params={"w": jnp.asarray(large), "b": jnp.zeros(3)})
+        with Checkpoints(saved(tmp_path, 3, keep=1), keep=1) as checkpoints:
+            with no_room(200_000):
+                checkpoints.save(state, batches(), step=step)
+                until = time.monotonic() + 20
+                while not checkpoints.retry_is_due() and time.monotonic() < until:
+                    pass
+            assert checkpoints.retry_is_due() and checkpoints.all_steps() == [3]
+        assert (tmp_path / "checkpoints" / "3" / "params").is_dir()
+
+
+def test_a_directory_that_cannot_be_created_stops_no_training(tmp_path, monkeypatch, capsys):
+    """Orbax would create it in a thread, and if that failed wait 20 minutes for it."""
+    makedirs = os.makedirs
+
+    def refuse(path, *arguments, **named):
+        if "orbax-checkpoint-tmp" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        makedirs(path, *arguments, **named)
+
+    with Checkpoints(saved(tmp_path, 3), keep=9) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "makedirs", refuse)
+            start = time.monotonic()
+            checkpoints.save(state_at(5), batches(taken=5), step=5)
+            assert time.monotonic() - start < 30
+        assert "note: a checkpoint could not be saved" in capsys.readouterr().err
+        checkpoints.finish(state_at(6), batches(taken=6), step=6)
+        assert checkpoints.all_steps() == [3, 6]
 
 
 def test_the_last_save_is_repeated_twice(tmp_path, monkeypatch, capsys):
@@ -242,7 +279,7 @@ def test_no_flipped_bit_is_sampled_from(two_checkpoints, tmp_path):
         assert_equal(found, state_at(20).ema_params)
     assert 0 < len(messages) < 30
     for message in messages:
-        assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); the others there: \[3\]", message)
+        assert re.fullmatch(r"checkpoint 20 under .* is damaged \(.*\); use another one of \[3\]", message)
 
 
 @pytest.mark.parametrize("item", ["params", "ema_params"])
@@ -347,16 +384,30 @@ def test_a_failure_of_the_machine_is_no_damage(error, expected, two_checkpoints,
     assert not (workdir / "damaged_checkpoints").exists()
 
 
-def test_storage_that_fails_is_no_damage(two_checkpoints, tmp_path, monkeypatch):
+class HttpError(Exception):
+    """As gcsfs raises it."""
+
+    __module__ = "gcsfs.retry"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("UNAVAILABLE: Error reading object"),
+        HttpError("Service Unavailable, 503"),
+        OSError(errno.EIO, "the server is busy", "gs://bucket/x"),
+    ],
+)
+def test_storage_that_fails_is_no_damage(error, two_checkpoints, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
 
     def fail(*_, **__):
-        raise ValueError("UNAVAILABLE: Error reading object")
+        raise error
 
     with Checkpoints(workdir, keep=9) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "restore", fail)
-        with pytest.raises(ValueError, match="UNAVAILABLE"):
+        monkeypatch.setattr(module.ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(type(error)):
             checkpoints.restore(*targets(), batches())
     assert not (workdir / "damaged_checkpoints").exists()
 
