@@ -55,6 +55,12 @@ class DataSettings:
     horizontal_flip: bool = setting(
         True, "flip half of the training images (open for the consistency stages; ours: as the teacher)"
     )
+    in_memory_gb: float = setting(
+        1.0,
+        "GB of decoded training images that are held in memory; a larger split is read from disk",
+        low=0,
+        affects=Affects.NOTHING,
+    )
     max_corrupt_records: int = setting(
         10,
         "corrupt records of the training split that each process skips; more of them end the run",

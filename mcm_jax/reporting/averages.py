@@ -13,7 +13,7 @@ from mcm_jax.reporting.results import Collection, Conditions, RunDescription, Ru
 # Settings that do not affect learning, or that each result states itself.
 _NOT_LEARNED = {
     "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
-    "data": ("data_dir", "max_corrupt_records"),
+    "data": ("data_dir", "in_memory_gb", "max_corrupt_records"),
     "model": ("remat", "saved", "unroll", "attention"),
     "training": ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "sample_every_steps"),
 }

@@ -57,6 +57,7 @@ def test_it_reads_what_it_wrote(tmp_path):
 
 FREE = {
     "data__data_dir": "elsewhere",
+    "data__in_memory_gb": 2.0,
     "data__max_corrupt_records": 0,
     "mesh__fsdp": 2,
     "mesh__data": 4,
