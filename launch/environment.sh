@@ -48,7 +48,8 @@ mcm_environment() {
   local extras="$*" python="${PYTHON:-python3}" venv="${MCM_VENV:-$PWD/.venv}" stamp wanted
   case "${MCM_ACCELERATOR:-cpu}" in
     cpu) export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" ;;
-    gpu | tpu) extras="$extras $MCM_ACCELERATOR" ;;
+    gpu) extras="$extras gpu" ;;
+    tpu) extras="$extras tpu gcs" ;; # Where there are TPUs, there are buckets.
     *)
       echo "error: MCM_ACCELERATOR=$MCM_ACCELERATOR must be cpu, gpu or tpu" >&2
       return 2

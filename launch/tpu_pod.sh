@@ -3,23 +3,23 @@
 # installs this checkout on all hosts and trains. After a preemption it repeats this, until the run is finished.
 #
 #   bash launch/tpu_pod.sh --name=mcm --zone=us-west4-a --type=v5litepod-16 --spot \
-#       --setup='mountpoint -q /mnt/mcm || sudo mount --mkdir 10.0.0.2:/mcm /mnt/mcm' \
-#       -- --config=openmoji:teacher --config.data.data_dir=/mnt/mcm/data \
-#       --workdir=/mnt/mcm/runs/teacher
+#       -- --config=openmoji:teacher --config.data.data_dir=gs://bucket/data \
+#       --workdir=gs://bucket/runs/teacher
 #
 #   --name=NAME --zone=ZONE   name and zone of the slice and of its queued resource
 #   --type=TYPE               accelerator type, e.g. v5litepod-16, v5p-32, v6e-64
 #   --version=VERSION         runtime version; default: depends on the type
 #   --project=PROJECT         project; default: gcloud's
 #   --spot                    requests spot capacity: cheaper, but may be preempted at any time
-#   --setup=COMMAND           runs on all hosts before each attempt; mount storage here, since a new slice has none
+#   --setup=COMMAND           runs on all hosts before each attempt; mounts storage other than buckets, such as NFS:
+#                             'mountpoint -q /mnt/mcm || sudo mount --mkdir 10.0.0.2:/mcm /mnt/mcm'
 #   --attempts=N              gives up after N failures in a row, not counting preemptions; default 3
 #   --delete                  deletes the slice when the run is finished
 #   --dry-run                 only prints the commands
 #
-# Arguments after -- go to `python -m mcm_jax.train`. --workdir must be a directory that all hosts share. Ctrl-C
-# saves a checkpoint and leaves the slice running; the same command continues. If only the connection to the hosts is
-# lost, training continues there, and the same command reconnects to it.
+# Arguments after -- go to `python -m mcm_jax.train`. --workdir must be in a bucket or in a directory that all hosts
+# share. Ctrl-C saves a checkpoint and leaves the slice running; the same command continues. If only the connection to
+# the hosts is lost, training continues there, and the same command reconnects to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

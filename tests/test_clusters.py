@@ -286,7 +286,7 @@ def tools(tmp_path):
         cwd=ROOT,
         capture_output=True,
     )
-    (directory / "venv/installed-tpu").write_bytes(wanted.stdout)
+    (directory / "venv/installed-gcs,tpu").write_bytes(wanted.stdout)
     return directory
 
 

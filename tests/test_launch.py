@@ -28,7 +28,7 @@ def dry_run(script, *arguments, **variables):
     )
 
 
-@pytest.mark.parametrize(("accelerator", "extra"), [("cpu", "."), ("gpu", ".[gpu]"), ("tpu", ".[tpu]")])
+@pytest.mark.parametrize(("accelerator", "extra"), [("cpu", "."), ("gpu", ".[gpu]"), ("tpu", ".[gcs,tpu]")])
 def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
     result = dry_run("smoke.sh", MCM_ACCELERATOR=accelerator)
     assert result.returncode == 0, result.stderr
