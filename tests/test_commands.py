@@ -50,6 +50,7 @@ STORIES = {
     "folder": ("configs/folder.py", "docs/your_images.md"),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
+    "storage": ("docs/storage.md", "launch/faults.sh"),
     "planning": ("launch/plan_table.sh", "launch/plan_scaling.sh", "docs/planning.md", "mcm_jax/plan.py"),
 }
 
@@ -65,6 +66,9 @@ NOT_RUN = {
     "mkdocs build": "tests/test_docs.py builds the site",
     "mkdocs serve": "serves until it is interrupted; tests/test_docs.py builds the site",
     "python -m tests.mutants": "takes tens of minutes; tests/test_mutants.py runs it on examples",
+    "bash launch/faults.sh": "takes an hour; tests/test_faults.py runs it with few faults",
+    "python -m tests.benchmarks": "measures; not a test",
+    "gcloud": "logs a user in",
     "tfds build": "downloads a data set",
     "sbatch": "needs SLURM; its launcher's dry run is checked",
     "bash launch/tpu_host.sh": "installs on a TPU host; tests/test_clusters.py runs it with imitations",
@@ -340,7 +344,10 @@ def make_up_data(name: str, directory: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORIES)
-def test_every_command_runs_to_its_end(name, small_parts, tiny_data, tmp_path, monkeypatch):
+def test_every_command_runs_to_its_end(name, small_parts, tiny_data, tmp_path, monkeypatch, request):
+    if name == "storage":
+        request.getfixturevalue("bucket")
+        monkeypatch.setenv("MCM_LOCAL_DATA", str(tmp_path / "copies"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny_data)
     make_up_data(name, tmp_path)
