@@ -279,7 +279,7 @@ class Trial:
         except (InputError, OSError) as error:
             message = str(error)
         for record in self.records:
-            record |= {"recovered": finished, "equal": equal} | ({"message": message} if message else {})
+            record |= {"recovered": finished, "equal": equal, "message": message}
         if not self.in_bucket and os.path.ismount(self.workdir):
             subprocess.run(["umount", str(self.workdir)], check=True)
         files.remove_tree(self.place)
@@ -304,7 +304,7 @@ class Trial:
                 start.wait_for_steps(start.steps() + self.rng.randint(1, 3))
                 _signal_one(signal.SIGTERM)(self, start)
                 codes = start.end()
-            text, reached = start.output() + start.problem, start.position(r"^step (\d+)/")
+            text, reached = start.output(), start.position(r"^step (\d+)/")
             continued = start.position(r"^continuing at update (\d+)")
         if fault.after is not None:
             fault.after(self)
@@ -325,6 +325,7 @@ class Trial:
                 "seconds": round(time.monotonic() - began, 2),
                 "note": note,
                 "wrong": start.problem or _wrong(start.hung, codes, text, lost, self.bound),
+                "output": text[-3000:],
             }
         )
 
@@ -387,8 +388,6 @@ def _wrong(hung: bool, codes: list[int], text: str, lost: int, bound: int | None
     # A process that loses another one ends with JAX's own error.
     if "Traceback" in text and len(codes) == 1 and codes[0] >= 0:
         problems.append("a traceback")
-    if problems:
-        problems.append(f"exit codes {codes}; {text[-1500:]}")
     return "; ".join(problems)
 
 
@@ -486,7 +485,7 @@ def _second_training(trial: Trial, start: Start) -> str:
         return "refused"
     # It may have come before the first one took the lock, which was then refused, or after that had ended.
     if start.running and start.steps():
-        start.problem = f"a second training in the workdir: {codes} {text[-800:]}"
+        start.problem = f"a second training in the workdir, which ended with {codes}"
     return "the first was refused or had ended"
 
 
@@ -715,9 +714,11 @@ def _write(records: list[dict[str, object]], path: Path) -> list[dict[str, objec
             "date": datetime.date.today().isoformat(),
             "versions": versions.record("jax", "orbax-checkpoint", "mcm_jax"),
         }
-        files.append_line(path, record)
         if record["wrong"] or not record["recovered"] or not record["equal"]:
             print(json.dumps(record, indent=2), flush=True)
+        # What was printed contains paths of this machine.
+        del record["output"], record["message"]
+        files.append_line(path, record)
     return records
 
 
@@ -731,7 +732,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only a few faults")
     options = parser.parse_args()
     if options.quick:
-        options.faults, options.per_run = 8, 4  # One run on disk, one in a bucket.
+        options.faults, options.per_run = 6, 3  # One run on disk, one in a bucket.
     path = options.out / "faults.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in files.read_lines(path) if line] if path.exists() else []

@@ -74,7 +74,7 @@ def _escape_unencodable() -> None:
 
 
 def _drop_late_callbacks() -> None:
-    """Keeps "Event loop is closed" off stderr, which Python would print with a traceback.
+    """Keeps exceptions in late callbacks of TensorStore off stderr, where Python would print a traceback.
 
     If a checkpoint is damaged, Orbax raises the first error and closes its event loop, although other reads
     of TensorStore still report to it.
@@ -82,7 +82,8 @@ def _drop_late_callbacks() -> None:
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:
-        if not (isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"):
+        closed = isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"
+        if not closed and "TensorStore" not in repr(late.object):
             show(late)
 
     sys.unraisablehook = hook

@@ -374,7 +374,9 @@ def failed_storage_within(error: BaseException | None) -> str | None:
             str(one.filename).startswith("gs://") or (one.filename and one.errno in _DISK_FAILURES)
         ):
             return f"{one.filename}: {reason(one)}"
-        if type(one).__module__.partition(".")[0] in _CLIENTS:
+        # gcsfs raises an OSError without a number if permission is denied.
+        forbidden = isinstance(one, OSError) and one.errno is None and str(one).startswith("Forbidden: ")
+        if forbidden or type(one).__module__.partition(".")[0] in _CLIENTS:
             return reason(one)
         # TensorStore raises ValueError for everything.
         if "gs://" in str(one) and any(status in str(one) for status in STORAGE_FAILURES):

@@ -71,6 +71,7 @@ class Checkpoints:
         self.saved: int | None = None
         self._saving: int | None = None
         self._retry_at: float | None = None
+        self._abandoned = False
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -81,7 +82,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        if not self._abandoned:
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """Number of updates at the newest complete checkpoint; None if there is no checkpoint.
@@ -140,13 +142,15 @@ class Checkpoints:
                 self._wait()
                 return
             except Exception as error:
-                if pause is None or distributed.is_multi_process():
+                if pause is None:
                     raise
                 self._report_failure(error)
                 time.sleep(pause)
 
     def _report_failure(self, error: Exception) -> None:
         if distributed.is_multi_process():
+            # Closing would wait for the other processes, which wait for this one.
+            self._abandoned = True
             raise error
         # The threads of a failed save report further errors later, and its manager no longer lists the
         # checkpoints that it would have deleted.

@@ -137,6 +137,7 @@ def test_failed_storage_is_found_in_what_led_to_an_error():
     assert files.failed_storage_within(chain(failed, ValueError("x"))) == "gs://bucket/x: the server is busy"
     client = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503: busy")
     assert files.failed_storage_within(chain(client, ValueError("x"))) == "503: busy"
+    assert files.failed_storage_within(OSError("Forbidden: b/bucket/o\nno")) == "Forbidden: b/bucket/o no"
     tensorstore = ValueError("UNAVAILABLE: Error reading gs://bucket/x: CURL error")
     assert files.failed_storage_within(tensorstore) == str(tensorstore)
     assert (

@@ -200,6 +200,23 @@ def test_a_directory_that_cannot_be_created_stops_no_training(tmp_path, monkeypa
         assert checkpoints.all_steps() == [3, 6]
 
 
+@pytest.mark.parametrize("save", [Checkpoints.save, Checkpoints.finish])
+def test_a_process_that_cannot_save_waits_for_no_other(save, tmp_path, monkeypatch):
+    """The others wait for it in Orbax, until it ends."""
+    checkpoints = Checkpoints(saved(tmp_path, 3), keep=9)
+
+    def fail(*_, **__):
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.distributed, "is_multi_process", lambda: True)
+        patch.setattr(checkpoints._manager, "save", fail)
+        patch.setattr(checkpoints._manager, "close", lambda: pytest.fail("it waits"))
+        with pytest.raises(PermissionError, match="no"), checkpoints:
+            save(checkpoints, state_at(5), batches(), step=5)
+    checkpoints._manager.close()
+
+
 def test_the_last_save_is_repeated_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_FINAL_RETRY_SECONDS", (0.0, 0.0))
     with Checkpoints(saved(tmp_path, 3), keep=9) as checkpoints:
