@@ -732,7 +732,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only a few faults")
     options = parser.parse_args()
     if options.quick:
-        options.faults, options.per_run = 6, 3  # One run on disk, one in a bucket.
+        options.faults, options.per_run = 4, 2  # One run on disk, one in a bucket.
     path = options.out / "faults.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in files.read_lines(path) if line] if path.exists() else []

@@ -17,7 +17,7 @@ from tests import tiny
 
 def get_config(row):
     objective, *teacher = row.split(",")
-    config = tiny.config("gs://bucket/data", objective, *teacher)
+    config = tiny.config("gs://bucket/thread/data", objective, *teacher)
     # Where a gradient is zero but for its last bits, Adam would make an update of them.
     config.optimizer.eps = 1e-3
     config.training.update(num_steps=12, checkpoint_every_steps=4, keep_checkpoints=9, sample_every_steps=12)
@@ -43,10 +43,10 @@ def place(bucket, local_data, tmp_path, monkeypatch):
     """The bucket, with the images in it; the current directory is empty."""
     for image in (local_data.parent / "images").rglob("*.png"):
         name = image.relative_to(local_data.parent)
-        files.write_whole(bucket.path / str(name), image.read_bytes())
+        files.write_whole(bucket.path / "thread" / str(name), image.read_bytes())
     for name, value in {**bucket.variables(), "MCM_LOCAL_DATA": str(tmp_path / "copies")}.items():
         monkeypatch.setenv(name, value)  # Without the proxy, which takes longer than the server.
-    return str(bucket.path)
+    return str(bucket.path / "thread")
 
 
 def succeed(program, *arguments):

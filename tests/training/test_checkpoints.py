@@ -164,8 +164,8 @@ def test_a_failed_save_is_reported_and_repeated(tmp_path, monkeypatch, capsys):
     assert_equal(state, state_at(7))
 
 
-def test_a_failed_save_deletes_no_older_checkpoint(tmp_path, monkeypatch):
-    """Even if the failure is noticed while Orbax still writes."""
+def test_a_failed_save_deletes_no_older_checkpoint(tmp_path, monkeypatch, capsys):
+    """Even if it is noticed while Orbax still writes. Without capsys, stderr would be a file without room."""
     monkeypatch.setattr(module, "_RETRY_SECONDS", 0.0)
     large = np.random.default_rng(0).normal(size=200_000).astype(np.float32)  # Does not compress.
     for step in range(4, 10):
