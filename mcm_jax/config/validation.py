@@ -41,7 +41,7 @@ def read_saved(raw: Mapping[str, Any]) -> Config:
 
 
 def _with_checked_paths(config: Config) -> Config:
-    """Expands `~` in the config's paths; raises InputError for paths that are not local."""
+    """Expands `~` in the config's paths; raises InputError for paths that cannot be opened."""
     teacher, data_dir = config.teacher_checkpoint, config.data.data_dir
     if teacher is not None:
         teacher = str(checked_path(teacher, "config.teacher_checkpoint"))

@@ -242,9 +242,9 @@ def publish_tree(source: Path, target: epath.Path, *, last: str) -> None:
     The file `last` marks the directory as complete: it is the first to be deleted and the last to be written.
     """
     names = [str(path.relative_to(source)) for path in _files_below(source)]
+    unlink(target / last)
+    remove_tree(target)
     with storage_errors(target):
-        (target / last).unlink(missing_ok=True)
-        remove_tree(target)
         _copy([name for name in names if name != last], source, target)
         _copy([last], source, target)
 
@@ -296,7 +296,7 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
     except Exception as error:
         if not isinstance(path, epath.Path) or isinstance(error, InputError):
             raise
-        words = " ".join(str(error).split())[:200] or type(error).__name__
+        words = reason(error)
         numbers = {FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST}
         number = numbers.get(type(error), errno.EACCES if words.startswith("Forbidden") else errno.EIO)
         raise OSError(number, words if number == errno.EIO else os.strerror(number), str(path)) from error
@@ -313,8 +313,7 @@ def require_writable(directory: Path, name: str) -> None:
             # Processes that start together need objects of their own.
             probe = directory / f".writable.{uuid.uuid4().hex[:8]}"
             write_whole(probe, b"\0")
-            with storage_errors(probe):
-                probe.unlink()
+            unlink(probe)
             return
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:

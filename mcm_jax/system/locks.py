@@ -15,7 +15,7 @@ from collections.abc import Generator
 
 import fsspec.core
 
-from mcm_jax.system import files, paths
+from mcm_jax.system import files, json_text, paths
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 
@@ -157,8 +157,8 @@ class _Lease:
 
 def _content(text: bytes) -> dict[str, object]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = json_text.loads(text)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
