@@ -1,5 +1,6 @@
 """The entry point of all programs: parses flags, calls one function, and sets the exit code."""
 
+import inspect
 import io
 import logging as python_logging
 import os
@@ -36,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
     input, reported in one line on stderr; 130 interrupted by Ctrl-C.
     """
     _escape_unencodable()
-    _drop_late_callbacks()
+    _drop_errors_of_abandoned_reads()
     host.tune()
     # TensorFlow, which TFDS imports to read TFRecord files, prints start-up messages on stderr otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -73,17 +74,18 @@ def _escape_unencodable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_late_callbacks() -> None:
-    """Keeps exceptions in late callbacks of TensorStore off stderr, where Python would print a traceback.
+def _drop_errors_of_abandoned_reads() -> None:
+    """Keeps errors of abandoned reads off stderr, where Python would print a traceback for each.
 
-    If a checkpoint is damaged, Orbax raises the first error and closes its event loop, although other reads
-    of TensorStore still report to it.
+    If a checkpoint is damaged, Orbax raises the first error and closes its event loop. The other reads of
+    TensorStore still report to the loop, and the coroutines that wait for them fail as they are deleted.
     """
     show = sys.unraisablehook
 
     def hook(late: Any) -> None:
         closed = isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"
-        if not closed and "TensorStore" not in repr(late.object):
+        abandoned = inspect.iscoroutine(late.object) or "TensorStore" in repr(late.object)
+        if not closed and not abandoned:
             show(late)
 
     sys.unraisablehook = hook
