@@ -4,7 +4,7 @@
 # take about an hour on 2 cores. Faults of a full disk need root, as they mount a small file system.
 #
 #   bash launch/faults.sh                         1,000 faults; writes to runs/faults
-#   bash launch/faults.sh --quick                 a few faults, in about a minute
+#   bash launch/faults.sh --quick                 12 faults, in two minutes; writes to a temporary directory
 #   bash launch/faults.sh --faults=100 --out=DIR --workers=4
 #
 # The same command continues an interrupted one. Arguments go to `python -m tests.faults`.

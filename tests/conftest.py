@@ -90,7 +90,6 @@ SLOW = (
     "test_programs.py",
     "test_buckets.py",
     "evaluation/test_several_processes.py",
-    "test_faults.py",
     "bench",
     "test_docs.py",
     "test_theorems.py",

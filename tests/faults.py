@@ -729,10 +729,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
-    parser.add_argument("--quick", action="store_true", help="only a few faults")
+    parser.add_argument(
+        "--quick", action="store_true", help="12 faults, with their table in a temporary directory"
+    )
     options = parser.parse_args()
     if options.quick:
-        options.faults, options.per_run = 4, 2  # One run on disk, one in a bucket.
+        # Some runs on disk and some in a bucket.
+        options.faults, options.per_run, options.out = 12, 3, Path(tempfile.mkdtemp(prefix="faults_"))
     path = options.out / "faults.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for line in files.read_lines(path) if line] if path.exists() else []

@@ -66,7 +66,7 @@ NOT_RUN = {
     "mkdocs build": "tests/test_docs.py builds the site",
     "mkdocs serve": "serves until it is interrupted; tests/test_docs.py builds the site",
     "python -m tests.mutants": "takes tens of minutes; tests/test_mutants.py runs it on examples",
-    "bash launch/faults.sh": "takes an hour; tests/test_faults.py runs it with few faults",
+    "bash launch/faults.sh": "takes an hour; .ci/run runs it with a few faults",
     "python -m tests.benchmarks": "measures; not a test",
     "gcloud": "logs a user in",
     "tfds build": "downloads a data set",

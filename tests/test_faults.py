@@ -1,32 +1,8 @@
-"""The bench of faults, in small: every fault is survived, and what is wrong would be seen."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""The bench of faults would report what is wrong; .ci/run runs it with a few faults."""
 
 import pytest
 
 from tests import faults
-
-ROOT = Path(__file__).parents[1]
-
-
-def test_a_few_faults_are_survived(tmp_path):
-    command = [sys.executable, "-m", "tests.faults", "--quick", f"--out={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("| **all**")]
-    assert "bucket and disk" in line
-    records = (tmp_path / "faults.jsonl").read_text().splitlines()
-    counts = [
-        f" {len(records)} ",
-        f" {len(records)} ",
-        " 0 ",
-        " 0 ",
-    ]  # Times, recovered, wrong, other mistakes.
-    assert line.split("|")[3:7] == counts and len(records) >= 4
-    assert (tmp_path / "faults.md").read_text() in result.stdout
-
 
 RECORD = {
     "seed": 0,

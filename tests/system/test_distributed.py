@@ -121,7 +121,7 @@ def trained(tiny_data, tmp_path_factory):
 
 
 # (objective, processes, fsdp)
-CASES = [("diffusion", 2, 1), ("diffusion", 2, 4), ("diffusion", 4, 2), ("cd", 2, 4)]
+CASES = [("diffusion", 2, 1), ("diffusion", 2, 2), ("diffusion", 2, 4), ("cd", 2, 4)]
 ALONE_CASES = [("diffusion", 1), ("cd", 1)]
 
 
