@@ -50,7 +50,7 @@ def config_and_loss(name, **consistency):
             teacher=teacher if config.distils else None,
             target=None if config.target_decay is None else target,
             schedule=build.schedule(config),
-            null_class=NULL_CLASS,
+            null_cond=NULL_CLASS,
         )
         return config.loss(networks, *arguments)
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mcm_jax.bench import vectors
 from mcm_jax.bench.cells import Cell, Overrides, Values
@@ -21,6 +21,7 @@ from mcm_jax.bench.vectors import VectorRun
 from mcm_jax.config import validation
 from mcm_jax.config.settings import Config, default_config
 from mcm_jax.diffusion import mixtures, process
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
@@ -187,7 +188,7 @@ def mean_difference(
     model_fn: ModelFn,
     other_fn: ModelFn,
     x: Float[Array, "B ..."],
-    cond: Int[Array, " B"],
+    cond: Cond,
     *,
     schedule: Schedule,
 ) -> float:

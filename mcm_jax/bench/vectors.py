@@ -73,7 +73,7 @@ def train(
             teacher=teacher_fn if config.distils else None,
             target=None if target_params is None else bind(target_params),
             schedule=build.schedule(config),
-            null_class=network.null_class,
+            null_cond=network.null_cond,
         )
         return config.loss(networks, batch["image"], batch["label"], key, train_step)
 

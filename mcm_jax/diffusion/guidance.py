@@ -1,9 +1,9 @@
 """Classifier-free guidance (Ho & Salimans 2022; SPEC 3)."""
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from mcm_jax.diffusion.conditions import Cond, NullCond, unconditional
 from mcm_jax.diffusion.network import ModelFn
 
 
@@ -21,23 +21,23 @@ def guide(
     return conditional + guidance * (conditional - unconditional)
 
 
-def guided(model_fn: ModelFn, *, guidance: float, null_class: int) -> ModelFn:
+def guided(model_fn: ModelFn, *, guidance: float, null_cond: NullCond) -> ModelFn:
     """Returns a network that calls model_fn twice and returns the guided prediction.
 
     Args:
       model_fn: the network to guide.
       guidance: g.
-      null_class: the label that means 'any class'.
+      null_cond: the condition that stands for none, such as the label that means 'any class'.
     """
 
     def guided_fn(
         z_t: Float[Array, "B ..."],
         logsnr_t: Float[Array, " B"],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
         v_cond = model_fn(z_t, logsnr_t, cond, key)
-        v_uncond = model_fn(z_t, logsnr_t, jnp.full_like(cond, null_class), key)
+        v_uncond = model_fn(z_t, logsnr_t, unconditional(cond, null_cond), key)
         return guide(v_cond, v_uncond, guidance=guidance)
 
     return guided_fn

@@ -18,6 +18,7 @@ import scipy.special
 from jaxtyping import Array, Float, Float64, Int
 
 from mcm_jax.diffusion import process
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.process import Image, PerExample
 
@@ -166,9 +167,7 @@ def model_fn(mixture: Mixture) -> ModelFn:
       (3, 1)
     """
 
-    def v_hat(
-        z_t: Image, logsnr_t: PerExample, cond: Int[Array, " B"] | None, key: jax.Array | None
-    ) -> Image:
+    def v_hat(z_t: Image, logsnr_t: PerExample, cond: Cond, key: jax.Array | None) -> Image:
         del cond, key
         posterior = _posterior(mixture, z_t.reshape(len(z_t), -1), logsnr_t)
         return _points(mixture, posterior.mean(posterior.v)).reshape(z_t.shape)

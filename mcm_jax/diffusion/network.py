@@ -3,15 +3,17 @@
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from mcm_jax.diffusion.conditions import Cond
 
 # (z_t, logsnr_t, cond, key) -> v_hat = alpha_t eps_hat - sigma_t x_hat.
 #
 # The network predicts v. The paper does not say what it predicts; we chose v because the paper uses the
-# v-loss, and because x_hat and eps_hat follow from v without a division. `cond` holds class labels. `key` is
-# the randomness of dropout; None disables dropout. The result is float32, whatever precision the network
-# computes in.
+# v-loss, and because x_hat and eps_hat follow from v without a division. `cond` is any pytree, see
+# `conditions`. `key` is the randomness of dropout; None disables dropout. The result is float32, whatever
+# precision the network computes in.
 ModelFn = Callable[
-    [Float[Array, "B ..."], Float[Array, " B"], Int[Array, " B"], jax.Array | None],
+    [Float[Array, "B ..."], Float[Array, " B"], Cond, jax.Array | None],
     Float[Array, "B ..."],
 ]

@@ -22,8 +22,8 @@ def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def over_pixels(per_example: Shaped[Array, " B"], image: Image) -> Shaped[Array, "B ..."]:
-    """Reshapes [B] to [B, 1, ..., 1], so that the result broadcasts over the pixels of `image`."""
+def over_pixels(per_example: Shaped[Array, " B"], image: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """Reshapes [B] to [B, 1, ..., 1], so that the result broadcasts over the axes of `image`."""
     return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))
 
 

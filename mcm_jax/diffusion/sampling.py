@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process, steps
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 
 Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
@@ -65,7 +66,7 @@ def network_calls(sampler: Sampler, num_steps: int) -> int:
 def sample(
     model_fn: ModelFn,
     z_1: Float[Array, "B ..."],
-    cond: Int[Array, " B"],
+    cond: Cond,
     keys: jax.Array,
     *,
     logsnr: Float[Array, " N"],
@@ -82,7 +83,7 @@ def sample(
       model_fn: teacher or student, with or without guidance. It is called `network_calls` times, without
         dropout.
       z_1: standard normal noise.
-      cond: class labels.
+      cond: what each image shows, such as class labels.
       keys: one key per image, for the noise of noisy_ddim and ddpm.
       logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid` or
         `schedules.karras_grid`.
@@ -144,7 +145,7 @@ def sample(
 def measure_x_var(
     model_fn: ModelFn,
     x: Float[Array, "B ..."],
-    cond: Int[Array, " B"],
+    cond: Cond,
     keys: jax.Array,
     *,
     logsnr: Float[Array, " N"],
@@ -156,7 +157,7 @@ def measure_x_var(
     Args:
       model_fn: the conditional network without guidance.
       x: clean images.
-      cond: their class labels.
+      cond: what they show.
       keys: one key per image, for the noise in z_t.
       logsnr: the grid.
     """

@@ -50,7 +50,7 @@ class Network:
     placement: Placement = Placement()
 
     @property
-    def null_class(self) -> int:
+    def null_cond(self) -> int:
         """The label that means 'any class'."""
         return self.num_classes
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mcm_jax.diffusion import guidance, process, segments, steps
+from mcm_jax.diffusion.conditions import Cond, NullCond, unconditional
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.fields import setting
 from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
@@ -61,7 +62,7 @@ class Consistency:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:
@@ -112,7 +113,7 @@ class Consistency:
         networks: Networks,
         x: Float[Array, "B ..."],
         z_t: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         *,
         logsnr_t: Float[Array, " B"],
         logsnr_s: Float[Array, " B"],
@@ -126,7 +127,7 @@ class Consistency:
                 cond,
                 logsnr_t=logsnr_t,
                 teacher_guidance=self.teacher_guidance,
-                null_class=networks.null_class,
+                null_cond=networks.null_cond,
             )
         return teacher_x(
             x_teacher,
@@ -141,11 +142,11 @@ class Consistency:
 def teacher_prediction(
     teacher_fn: ModelFn,
     z_t: Float[Array, "B ..."],
-    cond: Int[Array, " B"],
+    cond: Cond,
     *,
     logsnr_t: Float[Array, " B"],
     teacher_guidance: float,
-    null_class: int,
+    null_cond: NullCond,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
     """(guided, conditional) x_hat of the teacher, without dropout; both are equal if teacher_guidance = 0.
 
@@ -156,7 +157,7 @@ def teacher_prediction(
     x_cond = process.x_from_v(v_cond, z_t, logsnr_t=logsnr_t)
     if teacher_guidance == 0:
         return x_cond, x_cond
-    v_uncond = teacher_fn(z_t, logsnr_t, jnp.full_like(cond, null_class), None)
+    v_uncond = teacher_fn(z_t, logsnr_t, unconditional(cond, null_cond), None)
     x_uncond = process.x_from_v(v_uncond, z_t, logsnr_t=logsnr_t)
     return guidance.guide(x_cond, x_uncond, guidance=teacher_guidance), x_cond
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from einops import reduce
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.diffusion import process
+from mcm_jax.diffusion import conditions, process
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import setting
 from mcm_jax.objectives.objective import Networks
 
@@ -27,14 +28,17 @@ class Diffusion:
         "reciprocal", "weights of the levels (open; ours: 1/r, normalised to sum 1)"
     )
     label_dropout: float = setting(
-        0.0, "fraction of labels replaced by 'any class'; 0.1 if guidance is used (open)", low=0, high=1
+        0.0,
+        "fraction of labels replaced by 'any class', or of captions left out; 0.1 if guidance is used (open)",
+        low=0,
+        high=1,
     )
 
     def __call__(
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:
@@ -43,8 +47,8 @@ class Diffusion:
         key_t, key_eps, key_dropout, key_label = jax.random.split(key, 4)
         logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
         eps = jax.random.normal(key_eps, x.shape)
-        dropped = jax.random.bernoulli(key_label, self.label_dropout, cond.shape)
-        cond = jnp.where(dropped, networks.null_class, cond)
+        dropped = jax.random.bernoulli(key_label, self.label_dropout, x.shape[:1])
+        cond = conditions.drop(cond, dropped, networks.null_cond)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
         v = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
         error = v - networks.student(z_t, logsnr_t, cond, key_dropout)

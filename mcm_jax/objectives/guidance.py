@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.fields import setting
 from mcm_jax.objectives.objective import Networks
@@ -25,7 +26,7 @@ class Guidance:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:
@@ -36,7 +37,7 @@ class Guidance:
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
         teacher = guided(
-            networks.require_teacher(), guidance=self.teacher_guidance, null_class=networks.null_class
+            networks.require_teacher(), guidance=self.teacher_guidance, null_cond=networks.null_cond
         )
         v_target = teacher(z_t, logsnr_t, cond, None)
         return process.mean_square(v_target - networks.student(z_t, logsnr_t, cond, key_dropout))

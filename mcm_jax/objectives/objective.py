@@ -6,27 +6,28 @@ from typing import Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
+from mcm_jax.diffusion.conditions import Cond, NullCond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The networks that an objective calls, with their common noise schedule and null class.
+    """The networks that an objective calls, with their common noise schedule and null condition.
 
     Attributes:
       student: f, the trained network; its parameters are differentiated.
       teacher: the model to distil; None for objectives without a teacher.
       target: the network that predicts x_ref, for example with averaged parameters; None: the student itself.
       schedule: the noise schedule.
-      null_class: the label that means 'any class'.
+      null_cond: the condition that stands for none, such as the label that means 'any class'.
     """
 
     student: ModelFn
     teacher: ModelFn | None = None
     target: ModelFn | None = None
     schedule: Schedule
-    null_class: int
+    null_cond: NullCond
 
     def require_teacher(self) -> ModelFn:
         """The teacher, for an objective that always distils; raises ValueError if there is none."""
@@ -42,7 +43,7 @@ class Objective(Protocol):
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:
@@ -51,7 +52,7 @@ class Objective(Protocol):
         Args:
           networks: the networks to call.
           x: clean images in [-1, 1].
-          cond: class labels.
+          cond: what they show, such as class labels.
           key: the randomness of times, noise and dropout.
           train_step: the number of updates done so far.
         """

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process, segments, steps
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import setting
 from mcm_jax.objectives.consistency import TeacherStep, teacher_x
 from mcm_jax.objectives.distances import LossWeight, weight
@@ -34,7 +35,7 @@ class Progressive:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:
@@ -60,7 +61,7 @@ class Progressive:
         networks: Networks,
         x: Float[Array, "B ..."],
         z: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         *,
         logsnr_t: Float[Array, " B"],
         logsnr_s: Float[Array, " B"],

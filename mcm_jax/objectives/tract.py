@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int
 
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import setting
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.distances import LossWeight
@@ -45,7 +46,7 @@ class Tract:
         self,
         networks: Networks,
         x: Float[Array, "B ..."],
-        cond: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array,
         train_step: Int[Array, ""],
     ) -> Float[Array, " B"]:

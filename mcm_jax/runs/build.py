@@ -70,7 +70,7 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
             teacher=None if teacher_params is None else bind(teacher_params),
             target=None if target_params is None else bind(target_params),
             schedule=schedule(config),
-            null_class=network.null_class,
+            null_cond=network.null_cond,
         )
         return config.loss(networks, batch["image"], batch["label"], key, train_step)
 

@@ -127,7 +127,7 @@ def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: 
         # The parameters are rounded once for all steps.
         model_fn = functools.partial(network.apply, network.rounded(params))
         if settings.guidance > 0:
-            model_fn = guided(model_fn, guidance=settings.guidance, null_class=network.null_class)
+            model_fn = guided(model_fn, guidance=settings.guidance, null_cond=network.null_cond)
         x = sampling.sample(
             model_fn,
             sampling.initial_noise(keys, network.shape),

@@ -48,8 +48,8 @@ def quadratic_slope(function, theta):
     return (function(theta + 1) - function(theta - 1)) / 2
 
 
-def networks(student, teacher=None, target=None, *, schedule=SCHEDULE, null_class=-1):
-    return Networks(student=student, teacher=teacher, target=target, schedule=schedule, null_class=null_class)
+def networks(student, teacher=None, target=None, *, schedule=SCHEDULE, null_cond=-1):
+    return Networks(student=student, teacher=teacher, target=target, schedule=schedule, null_cond=null_cond)
 
 
 def constant_grid(teacher_steps=64, *, student_steps=4, **settings):
@@ -60,8 +60,8 @@ def constant_grid(teacher_steps=64, *, student_steps=4, **settings):
     )
 
 
-def loss(theta, *, teacher=None, key=KEY, x=X, null_class=-1, **settings):
-    functions = networks(linear_model(theta), teacher, null_class=null_class)
+def loss(theta, *, teacher=None, key=KEY, x=X, null_cond=-1, **settings):
+    functions = networks(linear_model(theta), teacher, null_cond=null_cond)
     return constant_grid(**settings)(functions, x, COND, key, jnp.int32(0))
 
 
@@ -273,7 +273,7 @@ def conditional_model(z_t, logsnr_t, cond, key):
 def test_the_guided_teacher_in_float64():
     """x_teacher = x_cond + g (x_cond - x_any), while x_var is of the conditional prediction (SPEC 3)."""
     g, xvar_frac = 0.7, 0.4
-    actual = loss(0.3, teacher=conditional_model, teacher_guidance=g, null_class=9, xvar_frac=xvar_frac)
+    actual = loss(0.3, teacher=conditional_model, teacher_guidance=g, null_cond=9, xvar_frac=xvar_frac)
     key_times, key_eps, _ = jax.random.split(KEY, 3)
     times = segments.draw_times(key_times, batch_size=8, student_steps=4, steps_per_segment=jnp.int32(16))
     noise = np.asarray(jax.random.normal(key_eps, SHAPE), np.float64)
@@ -313,4 +313,4 @@ def test_the_defaults():
     )
     np.testing.assert_array_equal(loss(0.3, teacher=teacher), explicit)
     guided = loss(0.3, teacher=teacher, teacher_guidance=1.0)
-    np.testing.assert_array_equal(guided, loss(0.3, teacher=teacher, teacher_guidance=1.0, null_class=-1))
+    np.testing.assert_array_equal(guided, loss(0.3, teacher=teacher, teacher_guidance=1.0, null_cond=-1))

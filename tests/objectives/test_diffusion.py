@@ -21,8 +21,8 @@ from tests.objectives.test_consistency import (
 SCHEDULE = schedules.cosine()
 
 
-def loss(model_fn, x=X, cond=COND, null_class=-1, **settings):
-    functions = networks(model_fn, null_class=null_class)
+def loss(model_fn, x=X, cond=COND, null_cond=-1, **settings):
+    functions = networks(model_fn, null_cond=null_cond)
     return Diffusion(**settings)(functions, x, cond, KEY, jnp.int32(0))
 
 
@@ -79,7 +79,7 @@ def test_label_dropout():
         return z_t
 
     x = jnp.zeros((8000, 1, 1, 1))
-    for options in ({}, {"label_dropout": 0.1, "null_class": 5}, {"label_dropout": 0.1}):
+    for options in ({}, {"label_dropout": 0.1, "null_cond": 5}, {"label_dropout": 0.1}):
         loss(spy, x, cond, **options)
     (z_without, kept), (z_with, dropped), (_, unnamed) = seen
     np.testing.assert_array_equal(kept, cond)

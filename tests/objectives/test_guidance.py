@@ -21,14 +21,14 @@ NULL = 9
 
 
 def loss(student, *, teacher=conditional_model, g=1.5, x=X):
-    functions = networks(student, teacher, null_class=NULL)
+    functions = networks(student, teacher, null_cond=NULL)
     return Guidance(teacher_guidance=g)(functions, x, COND, KEY, jnp.int32(0))
 
 
 def test_guided_is_linear_in_x():
     """x_hat_g = x_hat_cond + g (x_hat_cond - x_hat_uncond), whatever the prediction it is formed from."""
     z_t, logsnr = jax.random.normal(KEY, SHAPE), jnp.linspace(-8, 8, 8)
-    v_g = guidance.guided(conditional_model, guidance=1.5, null_class=NULL)(z_t, logsnr, COND, None)
+    v_g = guidance.guided(conditional_model, guidance=1.5, null_cond=NULL)(z_t, logsnr, COND, None)
     x_cond, x_uncond = (
         process.x_from_v(conditional_model(z_t, logsnr, cond, None), z_t, logsnr_t=logsnr)
         for cond in (COND, jnp.full_like(COND, NULL))
@@ -39,12 +39,12 @@ def test_guided_is_linear_in_x():
 
 def test_no_guidance_is_the_conditional_prediction():
     z_t, logsnr = jax.random.normal(KEY, SHAPE), jnp.linspace(-8, 8, 8)
-    v = guidance.guided(conditional_model, guidance=0.0, null_class=NULL)(z_t, logsnr, COND, None)
+    v = guidance.guided(conditional_model, guidance=0.0, null_cond=NULL)(z_t, logsnr, COND, None)
     np.testing.assert_array_equal(v, conditional_model(z_t, logsnr, COND, None))
 
 
 def test_the_guided_teacher_itself_has_no_loss():
-    perfect_student = guidance.guided(conditional_model, guidance=1.5, null_class=NULL)
+    perfect_student = guidance.guided(conditional_model, guidance=1.5, null_cond=NULL)
     np.testing.assert_array_equal(loss(perfect_student), 0)
     assert np.all(np.asarray(loss(conditional_model)) > 0)
 
