@@ -11,6 +11,7 @@ import pytest
 from configs import imagenet64
 from mcm_jax.config import validation
 from mcm_jax.diffusion import sampling, schedules
+from mcm_jax.models.conditions import Classes
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.runs import build
 from tests import tiny
@@ -106,7 +107,7 @@ def test_network_evaluations_of_a_loss(name, expected):
 # --- The sampler beside its network, by the compiler's count of floating-point operations. ---
 
 # ImageNet64's small UViT; nothing of it is allocated.
-UVIT = build.network(validation.validate(imagenet64.get_config("small,teacher")), num_classes=1000)
+UVIT = build.network(validation.validate(imagenet64.get_config("small,teacher")), condition=Classes(1000))
 BATCH = 2
 Z, COND, KEYS = jax.eval_shape(
     lambda: (

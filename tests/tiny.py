@@ -10,6 +10,7 @@ from PIL import Image
 from mcm_jax.config import validation
 from mcm_jax.config.settings import default_config
 from mcm_jax.data import pipeline, preparation
+from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build, workdirs
 from mcm_jax.training import optimizer, step
 from mcm_jax.training.checkpoints import Checkpoints
@@ -77,7 +78,7 @@ def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
     """A finished teacher without training: its parameters are random, none zero as after initialisation."""
     settings = validation.validate(two_stage_config(data_dir))
     dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
-    network = build.network(settings, num_classes=dataset.num_classes)
+    network = build.network(settings, condition=Classes(dataset.num_classes))
     rng = np.random.default_rng(0)
     start = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
     params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), start)

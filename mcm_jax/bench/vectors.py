@@ -73,7 +73,7 @@ def train(
             teacher=teacher_fn if config.distils else None,
             target=None if target_params is None else bind(target_params),
             schedule=build.schedule(config),
-            null_cond=network.null_cond,
+            null_cond=network.condition.null,
         )
         return config.loss(networks, batch["image"], batch["label"], key, train_step)
 

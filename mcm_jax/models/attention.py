@@ -1,4 +1,4 @@
-"""Self-attention softmax(q k^T) v over all positions of a feature map: with einsum, or a fused TPU kernel."""
+"""Attention softmax(q k^T) v over a feature map and a text: with einsum, or a fused TPU kernel."""
 
 from collections.abc import Callable
 from typing import cast
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-# (q, k, v) -> softmax(q k^T) v; q is already scaled.
+# (q, k, v, mask) -> softmax(q k^T) v; q is already scaled. The mask states which keys exist; None: all.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
 # The checkpoint name of the result and of all values that the kernel's gradient needs (see `uvit.Remat`).
 NAME = "attention"
@@ -18,9 +18,15 @@ _LONGEST = 1024
 
 
 def einsum(
-    q: Float[Array, "B H L D"], k: Float[Array, "B H L D"], v: Float[Array, "B H L D"]
+    q: Float[Array, "B H L D"],
+    k: Float[Array, "B H K D"],
+    v: Float[Array, "B H K D"],
+    mask: Bool[Array, "B K"] | None = None,
 ) -> Float[Array, "B H L D"]:
-    """softmax(q k^T) v with the softmax in float32; stores all B H L^2 weights.
+    """softmax(q k^T) v with the softmax in float32; stores all B H L K weights.
+
+    Args:
+      mask: the keys that exist, at least one for each example; None: all.
 
     Examples:
       >>> q = k = v = jnp.ones((1, 2, 4, 8))
@@ -28,46 +34,55 @@ def einsum(
       (1, 2, 4, 8)
     """
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return checkpoint_name(jnp.einsum("bhqk,bhkd->bhqd", weights, v), NAME)
 
 
 def fused(
     q: Float[Array, "B H L D"],
-    k: Float[Array, "B H L D"],
-    v: Float[Array, "B H L D"],
+    k: Float[Array, "B H K D"],
+    v: Float[Array, "B H K D"],
+    mask: Bool[Array, "B K"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B H L D"]:
     """softmax(q k^T) v by JAX's splash attention, whose weights never leave a TPU's vector memory.
 
-    Falls back to `einsum` if L or D is not a multiple of 128 (the kernel's tile size) or L exceeds 1024: the
-    kernel holds whole rows of weights, and longer rows do not fit. The compiler cannot partition a kernel
+    Falls back to `einsum` if L, K or D is not a multiple of 128 (the kernel's tile size) or K exceeds 1024:
+    the kernel holds whole rows of weights, and longer rows do not fit. The compiler cannot partition a kernel
     over devices; under a mesh, wrap it in `shard_map`.
 
     Args:
+      mask: as in `einsum`.
       interpret: run the kernel in Pallas's interpreter (slow), for tests without a TPU.
     """
-    _, heads, length, width = q.shape
-    if length % _TILE or width % _TILE or length > _LONGEST:
-        return einsum(q, k, v)
+    (_, heads, length, width), keys = q.shape, k.shape[2]
+    if length % _TILE or keys % _TILE or width % _TILE or max(length, keys) > _LONGEST:
+        return einsum(q, k, v, mask)
     # A single block, which holds whole rows of weights.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=length,
-        block_kv=length,
+        block_kv=keys,
         block_q_dkv=length,
-        block_kv_dkv=length,
-        block_kv_dkv_compute=length,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
         use_fused_bwd_kernel=True,
     )
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * heads)
+    every_key = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, keys))] * heads)
     kernel = splash_attention_kernel.make_splash_mha(
-        mask,
+        every_key,
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=NAME,
         interpret=interpret,
     )
+    segments = None
+    if mask is not None:
+        # A query attends to the keys of its segment: all queries are in segment 1, and so are existing keys.
+        ones = jnp.ones((len(q), length), jnp.int32)
+        segments = splash_attention_kernel.SegmentIds(ones, mask.astype(jnp.int32))
     # The kernel returns a tuple only if it saves residuals.
-    return cast(Array, jax.vmap(kernel)(q, k, v))
+    return cast(Array, jax.vmap(kernel)(q, k, v, segments))

@@ -1,13 +1,13 @@
 """The two residual blocks of UViT (SPEC 6; simple diffusion, arXiv:2301.11093, appendix B)."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mcm_jax.models.attention import AttentionFn
 
@@ -15,6 +15,13 @@ from mcm_jax.models.attention import AttentionFn
 Saved = Literal["conv_1", "mlp_in", "qkv", "attention"]
 Norm = Literal["layer", "group"]
 _zeros = nnx.initializers.zeros
+
+
+class Text(NamedTuple):
+    """Embedded tokens that feature maps attend to, and which of them exist."""
+
+    tokens: Float[Array, "B T D"]
+    mask: Bool[Array, "B T"]
 
 
 def _modulate(
@@ -158,26 +165,49 @@ _apart.defvjp(lambda x: (_apart(x), None), lambda _, gradient: (gradient,))
 
 
 class SelfAttention(nnx.Module):
-    """softmax(n(q) n(k)^T / sqrt(head width)) v, n a layer norm; the output is initialised to zero."""
+    """softmax(n(q) n(k)^T / sqrt(head width)) v, n a layer norm; the output is initialised to zero.
 
-    def __init__(self, width: int, *, head_width: int, attend: AttentionFn, dtype: jnp.dtype, rngs: nnx.Rngs):
+    The keys and values of a text are concatenated to those of the feature map.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        head_width: int,
+        text_width: int | None,
+        attend: AttentionFn,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """text_width: width of the text's tokens; None if there is no text."""
         self.head_width, self.attend = head_width, attend
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm_q = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
         self.norm_k = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
+        if text_width is not None:
+            self.text_kv = nnx.Linear(text_width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+    def __call__(self, x: Float[Array, "B L C"], text: Text | None = None) -> Float[Array, "B L C"]:
         # Separate products for q, k and v, so that each is written in the layout that attention reads.
         kernel = rearrange(self.qkv.kernel[...], "c (n h d) -> n c h d", n=3, d=self.head_width)
         q, k, v = checkpoint_name(
             [jnp.einsum("blc,chd->bhld", x, part) for part in kernel.astype(x.dtype)], "qkv"
         )
+        mask = None
+        if text is not None:
+            kernel = rearrange(self.text_kv.kernel[...], "c (n h d) -> n c h d", n=2, d=self.head_width)
+            k, v = (
+                jnp.concatenate([part, jnp.einsum("blc,chd->bhld", text.tokens, its)], axis=2)
+                for part, its in zip((k, v), kernel.astype(x.dtype), strict=True)
+            )
+            mask = jnp.pad(text.mask, ((0, 0), (x.shape[1], 0)), constant_values=True)
         q, k = (
             layer_norm(part, norm.scale[...], norm.bias[...])
             for part, norm in ((q, self.norm_q), (k, self.norm_k))
         )
-        h = self.attend(q * self.head_width**-0.5, k, v)
+        h = self.attend(q * self.head_width**-0.5, k, v, mask)
         assert self.out.bias is not None
         kernel = rearrange(self.out.kernel[...], "(h d) c -> h d c", d=self.head_width).astype(h.dtype)
         return jnp.einsum("bhld,hdc->blc", h, kernel) + self.out.bias[...].astype(h.dtype)
@@ -192,6 +222,7 @@ class TransformerBlock(nnx.Module):
         *,
         hidden: int,
         head_width: int,
+        text_width: int | None,
         attend: AttentionFn,
         dropout: float,
         dtype: jnp.dtype,
@@ -203,14 +234,20 @@ class TransformerBlock(nnx.Module):
         self.rate = dropout
         self.mlp_out = nnx.Linear(hidden, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
         self.norm_attention = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width, head_width=head_width, attend=attend, dtype=dtype, rngs=rngs)
+        self.attention = SelfAttention(
+            width, head_width=head_width, text_width=text_width, attend=attend, dtype=dtype, rngs=rngs
+        )
 
     def __call__(
-        self, x: Float[Array, "B L C"], scale_shift: Float[Array, "B M"], key: jax.Array | None
+        self,
+        x: Float[Array, "B L C"],
+        scale_shift: Float[Array, "B M"],
+        text: Text | None,
+        key: jax.Array | None,
     ) -> Float[Array, "B L C"]:
         # Otherwise, without a gradient, a TPU's compiler fuses both products into one slower operation.
         h = jax.nn.swish(_apart(checkpoint_name(self.mlp_in(self.norm_mlp(x)), "mlp_in")))
         h = _modulate(h, scale_shift)
         h = dropout(h, self.rate, key)
         x = x + self.mlp_out(h)
-        return x + self.attention(self.norm_attention(x))
+        return x + self.attention(self.norm_attention(x), text)

@@ -1,4 +1,4 @@
-"""Embeddings of the network's inputs besides z_t: the noise level and the class (SPEC 6)."""
+"""Embeddings of the network's inputs besides z_t: the noise level and the condition (SPEC 6)."""
 
 import math
 from typing import Literal
@@ -6,7 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from mcm_jax.diffusion.conditions import Cond
+from mcm_jax.models.conditions import Caption, Classes, Condition
 
 NoiseScale = Literal["arctan", "logsnr"]
 
@@ -41,16 +44,23 @@ def noise_position(logsnr: Float[Array, " B"], *, scale: NoiseScale) -> Float[Ar
 
 
 class Conditioning(nnx.Module):
-    """emb = W2 swish(W1 sinusoidal(lambda)) + class embedding, float32 [B, width]."""
+    """emb = W2 swish(W1 sinusoidal(lambda)) + an embedding of the condition, float32 [B, width].
 
-    def __init__(self, *, width: int, num_classes: int, scale: NoiseScale, rngs: nnx.Rngs):
-        """num_classes: number of classes in the data; the embedding has one more row for 'any class'."""
+    Labels have an embedding each, and one for 'any class'; a caption's pooled embedding is projected.
+    """
+
+    def __init__(self, *, width: int, condition: Condition, scale: NoiseScale, rngs: nnx.Rngs):
         self.width = width
         self.scale: NoiseScale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)
         self.dense_2 = nnx.Linear(width, width, rngs=rngs)
-        self.classes = nnx.Embed(num_classes + 1, width, rngs=rngs)
+        if isinstance(condition, Classes):
+            self.classes = nnx.Embed(condition.num_classes + 1, width, rngs=rngs)
+        else:
+            self.pooled = nnx.Linear(condition.pooled_width, width, use_bias=False, rngs=rngs)
 
-    def __call__(self, logsnr: Float[Array, " B"], label: Int[Array, " B"]) -> Float[Array, "B E"]:
+    def __call__(self, logsnr: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:
         h = sinusoidal(noise_position(logsnr, scale=self.scale), width=self.width)
-        return self.dense_2(jax.nn.swish(self.dense_1(h))) + self.classes(label)
+        return self.dense_2(jax.nn.swish(self.dense_1(h))) + (
+            self.pooled(jnp.asarray(cond.pooled)) if isinstance(cond, Caption) else self.classes(cond)
+        )

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from mcm_jax.diffusion.conditions import Cond
+from mcm_jax.models.conditions import Condition
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
 
@@ -22,11 +24,11 @@ class MLPSettings:
     noise_scale: NoiseScale = "arctan"
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
     ) -> "MLP":
         """Builds the network for vectors of shape (dimension,); it is small and ignores the placement."""
         del placement
-        return MLP(self, *shape, num_classes=num_classes, rngs=rngs)
+        return MLP(self, *shape, condition=condition, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
@@ -51,11 +53,11 @@ class MLPBlock(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, float32 [B, dimension]."""
+    """(z_t, log-SNR, cond, dropout key) -> v_hat, float32 [B, dimension]."""
 
-    def __init__(self, settings: MLPSettings, dimension: int, *, num_classes: int, rngs: nnx.Rngs):
+    def __init__(self, settings: MLPSettings, dimension: int, *, condition: Condition, rngs: nnx.Rngs):
         self.conditioning = Conditioning(
-            width=settings.embedding_width, num_classes=num_classes, scale=settings.noise_scale, rngs=rngs
+            width=settings.embedding_width, condition=condition, scale=settings.noise_scale, rngs=rngs
         )
         self.dense_in = nnx.Linear(dimension, settings.width, rngs=rngs)
         self.blocks = nnx.List(MLPBlock(settings, rngs=rngs) for _ in range(settings.blocks))
@@ -66,10 +68,10 @@ class MLP(nnx.Module):
         self,
         z_t: Float[Array, "B d"],
         logsnr_t: Float[Array, " B"],
-        label: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array | None,
     ) -> Float[Array, "B d"]:
-        emb = jax.nn.swish(self.conditioning(logsnr_t, label))
+        emb = jax.nn.swish(self.conditioning(logsnr_t, cond))
         h = self.dense_in(z_t)
         for n, block in enumerate(self.blocks):
             h = block(h, emb, None if key is None else jax.random.fold_in(key, n))

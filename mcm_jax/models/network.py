@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from mcm_jax.diffusion.conditions import Cond
+from mcm_jax.models.conditions import Classes, Condition
 from mcm_jax.models.placement import Placement
 
 # Nested dict: module -> ... -> parameter.
@@ -19,20 +21,20 @@ class NetworkSettings(Protocol):
     """All sizes of a network: `uvit.UViTSettings` for images, `mlp.MLPSettings` for vectors."""
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """Builds the module for examples of this shape; call it with (z_t, logsnr_t, label, key)."""
+        """Builds the module for examples of this shape; call it with (z_t, logsnr_t, cond, key)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, label, key) -> v_hat.
+    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, cond, key) -> v_hat.
 
     Attributes:
       settings: the sizes of the network.
       shape: the shape of an example: (resolution, resolution, channels) for images, (dimension,) for vectors.
-      num_classes: the number of classes in the data.
+      condition: the kind of `cond`: class labels or captions.
       placement: how the computation is split over devices.
 
     Examples:
@@ -46,13 +48,8 @@ class Network:
 
     settings: NetworkSettings
     shape: tuple[int, ...]
-    num_classes: int = 1
+    condition: Condition = Classes()
     placement: Placement = Placement()
-
-    @property
-    def null_cond(self) -> int:
-        """The label that means 'any class'."""
-        return self.num_classes
 
     def init(self, key: jax.Array) -> Params:
         """Initialises float32 parameters; can be traced by jit or eval_shape."""
@@ -68,11 +65,11 @@ class Network:
         params: Params,
         z_t: Float[Array, "B ..."],
         logsnr_t: Float[Array, " B"],
-        label: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
-        """v_hat(z_t, lambda_t, label). `key` is the randomness of dropout; None disables it."""
-        return self._module(params)(z_t, logsnr_t, label, key)
+        """v_hat(z_t, lambda_t, cond). `key` is the randomness of dropout; None disables it."""
+        return self._module(params)(z_t, logsnr_t, cond, key)
 
     def rounded(self, params: Params) -> Params:
         """Casts the weights of every layer to the dtype in which the layer multiplies.
@@ -99,7 +96,7 @@ class Network:
 
 def _build(network: Network, rngs: nnx.Rngs) -> nnx.Module:
     return network.settings.build(
-        network.shape, num_classes=network.num_classes, placement=network.placement, rngs=rngs
+        network.shape, condition=network.condition, placement=network.placement, rngs=rngs
     )
 
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, PyTree
 
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import Affects, setting
-from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, TransformerBlock, make_norm
+from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, Text, TransformerBlock, make_norm
+from mcm_jax.models.conditions import Caption, Captions, Condition
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
 
@@ -41,6 +43,12 @@ class UViTSettings:
     kinds: tuple[StageKind, ...] = setting(
         ("resnet", "resnet", "transformer"),
         "kind of each stage, from the top to the middle",
+        affects=Affects.ALL,
+    )
+    patch: int = setting(
+        1,
+        "side in pixels of the patches that are the top stage's positions (open for 512x512; 1: pixels)",
+        low=1,
         affects=Affects.ALL,
     )
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage", low=1, affects=Affects.ALL)
@@ -98,10 +106,10 @@ class UViTSettings:
         return tuple(Stage(*column) for column in columns)
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int, placement: Placement, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
     ) -> "UViT":
         """Builds the network for images of shape (resolution, resolution, channels)."""
-        return UViT(self, shape, num_classes=num_classes, placement=placement, rngs=rngs)
+        return UViT(self, shape, condition=condition, placement=placement, rngs=rngs)
 
 
 class Modulations(nnx.Module):
@@ -138,8 +146,9 @@ class ResNetStage(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], text: Text | None, key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
+        del text
         call, keys = _call_block(self.remat, self.saved), _split(key, len(self.blocks))
         for block, scale_shift, block_key in zip(self.blocks, self.modulations(emb), keys, strict=True):
             x = self.constrain(call(block, x, scale_shift, block_key))
@@ -150,9 +159,16 @@ class TransformerStage(nnx.Module):
     """A learned position embedding, then transformer blocks whose parameters are stacked and scanned."""
 
     def __init__(
-        self, stage: Stage, settings: UViTSettings, *, side: int, placement: Placement, rngs: nnx.Rngs
+        self,
+        stage: Stage,
+        settings: UViTSettings,
+        *,
+        side: int,
+        text_width: int | None,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ):
-        """side: height and width of the feature map in pixels."""
+        """side: height and width of the feature map."""
         self.num_blocks, self.unroll = stage.blocks, settings.unroll
         self.remat: Remat = settings.remat
         self.saved, self.constrain = settings.saved, placement.constrain
@@ -167,6 +183,7 @@ class TransformerStage(nnx.Module):
                 stage.width,
                 hidden=hidden,
                 head_width=settings.head_width,
+                text_width=text_width,
                 attend=placement.attend,
                 dropout=stage.dropout,
                 dtype=jnp.dtype(settings.dtype),
@@ -176,7 +193,7 @@ class TransformerStage(nnx.Module):
         self.blocks = stacked_blocks(rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], key: jax.Array | None
+        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], text: Text | None, key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         side = x.shape[1]
         keys = None if key is None else jax.random.split(key, self.num_blocks)
@@ -189,7 +206,7 @@ class TransformerStage(nnx.Module):
             scale_shift: Float[Array, "B M"],
             key: jax.Array | None,
         ) -> Float[Array, "B L C"]:
-            return self.constrain(call(block, x, scale_shift, key))
+            return self.constrain(call(block, x, scale_shift, text, key))
 
         x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
         x = self.constrain(x)
@@ -197,27 +214,35 @@ class TransformerStage(nnx.Module):
 
 
 class UViT(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers compute in."""
+    """(z_t, log-SNR, cond, dropout key) -> v_hat, in float32 whatever precision the layers compute in."""
 
     def __init__(
         self,
         settings: UViTSettings,
         shape: tuple[int, ...],
         *,
-        num_classes: int,
+        condition: Condition,
         placement: Placement,
         rngs: nnx.Rngs,
     ):
         """shape: (resolution, resolution, channels) of an image."""
         dtype = jnp.dtype(settings.dtype)
-        resolution, _, channels = shape
+        resolution, channels = shape[0] // settings.patch, shape[-1] * settings.patch**2
+        text_width = condition.width if isinstance(condition, Captions) else None
         stages, widths = settings.stages, settings.widths
 
         def make_stage(level: int) -> nnx.Module:
             if stages[level].kind == "resnet":
                 return ResNetStage(stages[level], settings, placement=placement, rngs=rngs)
             side = resolution >> level
-            return TransformerStage(stages[level], settings, side=side, placement=placement, rngs=rngs)
+            return TransformerStage(
+                stages[level],
+                settings,
+                side=side,
+                text_width=text_width,
+                placement=placement,
+                rngs=rngs,
+            )
 
         def project(c_in: int, c_out: int) -> nnx.Linear:
             return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs)
@@ -225,10 +250,12 @@ class UViT(nnx.Module):
         self.skips = tuple(stage.kind == "resnet" for stage in stages[:-1])
         self.conditioning = Conditioning(
             width=settings.embedding_width,
-            num_classes=num_classes,
+            condition=condition,
             scale=settings.noise_scale,
             rngs=rngs,
         )
+        if text_width is not None:
+            self.norm_text = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
         self.conv_in = nnx.Conv(channels, widths[0], (3, 3), dtype=dtype, rngs=rngs)
         pairs = list(zip(widths, widths[1:], strict=False))
         self.down_stages = nnx.List(make_stage(level) for level in range(len(stages) - 1))
@@ -245,39 +272,49 @@ class UViT(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
-        self.dtype, self.constrain = dtype, placement.constrain
+        self.patch, self.dtype, self.constrain = settings.patch, dtype, placement.constrain
 
     def __call__(
         self,
         z_t: Float[Array, "B H W C"],
         logsnr_t: Float[Array, " B"],
-        label: Int[Array, " B"],
+        cond: Cond,
         key: jax.Array | None,
     ) -> Float[Array, "B H W C"]:
         """Predicts v.
 
         Args:
-          label: in [0, num_classes], where num_classes means 'any class'.
+          cond: labels or a `Caption`, as the network's condition says.
           key: the randomness of dropout; None disables it.
         """
         levels = len(self.down)
         keys = _split(key, 2 * levels + 1)
-        emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, label)).astype(self.dtype))
-        h = self.constrain(self.conv_in(z_t.astype(self.dtype)))
+        emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, cond)).astype(self.dtype))
+        text = self._text(cond)
+        patches = rearrange(z_t, "b (h i) (w j) c -> b h w (i j c)", i=self.patch, j=self.patch)
+        h = self.constrain(self.conv_in(patches.astype(self.dtype)))
         skips = []
         for level in range(levels):
-            h = self.down_stages[level](h, emb, keys[level])
+            h = self.down_stages[level](h, emb, text, keys[level])
             skips.append(h)
             h = self.constrain(_pooled(self.down[level], h))
-        h = self.middle(h, emb, keys[levels])
+        h = self.middle(h, emb, text, keys[levels])
         for level in reversed(range(levels)):
             h = self.constrain(_doubled(self.up[level](h)))
             if self.skips[level]:
                 # Both terms have unit variance at initialisation, and so does their sum over sqrt 2.
                 h = (h + skips[level]) * 0.5**0.5
-            h = self.up_stages[level](h, emb, keys[2 * levels - level])
+            h = self.up_stages[level](h, emb, text, keys[2 * levels - level])
         h = jax.nn.swish(self.norm_out(h))
-        return self.conv_out(h.astype(jnp.float32))
+        patches = self.conv_out(h.astype(jnp.float32))
+        return rearrange(patches, "b h w (i j c) -> b (h i) (w j) c", i=self.patch, j=self.patch)
+
+    def _text(self, cond: Cond) -> Text | None:
+        """The normalised tokens of a caption; None for labels."""
+        if not isinstance(cond, Caption):
+            return None
+        tokens = self.norm_text(jnp.asarray(cond.tokens, self.dtype))
+        return Text(self.constrain(tokens), self.constrain(jnp.asarray(cond.mask)))
 
 
 def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 D"]:
@@ -299,10 +336,10 @@ def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
 
 
 def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
-    """Returns a function (block, x, scale_shift, key) -> output; `remat` determines what it saves."""
+    """Returns a function (block, x, ...) -> output; `remat` determines what it saves."""
 
-    def call(block: nnx.Module, x: Array, scale_shift: Array, key: jax.Array | None) -> Array:
-        return block(x, scale_shift, key)
+    def call(block: nnx.Module, x: Array, *others: PyTree) -> Array:
+        return block(x, *others)
 
     policies = {
         "full": None,

@@ -15,9 +15,14 @@ from jaxtyping import PyTree
 from mcm_jax.config.settings import Config, stage_configs
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
+from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding
 from mcm_jax.system.sharding import Device
+
+# Conditions of the data sets that can be planned for before they are prepared. The captions of COCO have 128
+# tokens, embedded by T5 v1.1 XXL.
+CONDITIONS = {"imagenet": Classes(1000), "openmoji": Classes(9), "coco": Captions(128, 4096, 4096)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Program:
     images: int  # number of images in one execution, over all devices
 
 
-def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
+def train(config: Config, devices: Sequence[Device], *, condition: Condition) -> Program:
     """The train step (one update), of the last stage if there are several.
 
     Raises:
@@ -41,10 +46,10 @@ def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pro
     settings = config.training
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    training = build.training(config, num_classes=num_classes, mesh=mesh)
+    training = build.training(config, condition=condition, mesh=mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((settings.batch_size, *build.image_shape(config)), jnp.float32),
-        "label": jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32),
+        **condition.abstract(settings.batch_size),
     }
     teacher = training.abstract.params if config.distils else None
     arguments = (training.abstract, teacher, batch)
@@ -52,26 +57,26 @@ def train(config: Config, devices: Sequence[Device], *, num_classes: int) -> Pro
     return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 
 
-def sample(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
+def sample(config: Config, devices: Sequence[Device], *, condition: Condition) -> Program:
     """Sampling one batch per device with replicated parameters, as in `runs.run.Run.sample`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     images = config.sampling.batch_per_device * mesh.size
-    network, settings = build.network(config, num_classes=num_classes), samplers.resolve(config)
+    network, settings = build.network(config, condition=condition), samplers.resolve(config)
     params = network.abstract_params
     x_var = jax.ShapeDtypeStruct((settings.steps,), jnp.float32) if settings.x_var == "measured" else None
     everywhere = (params, jax.eval_shape(lambda: jax.random.key(0)), x_var)
     indices = jax.ShapeDtypeStruct((images,), jnp.int32)
     arguments = (
         *_placed(everywhere, sharding.replicated(mesh)),
-        *_placed((indices, indices), sharding.batch_sharding(mesh)),
+        *_placed((indices, condition.of(condition.abstract(images))), sharding.batch_sharding(mesh)),
     )
     function = samplers.make_sampler(config, network, settings, mesh=mesh)
     return Program(function, arguments, mesh, _count(params), images)
 
 
-def features(config: Config, devices: Sequence[Device], *, num_classes: int) -> Program:
+def features(config: Config, devices: Sequence[Device], *, condition: Condition) -> Program:
     """FID's feature network on images of the config's resolution, as in `evaluate`."""
-    del num_classes  # The feature network takes no labels.
+    del condition  # The feature network takes none.
     mesh = sharding.make_mesh(data=-1, fsdp=1, devices=devices)
     network, images = inception_weights.abstract_network(), BATCH_PER_DEVICE * mesh.size
     batch = jax.ShapeDtypeStruct((images, *build.image_shape(config)), jnp.uint8)

@@ -16,13 +16,10 @@ from mcm_jax.system.paths import Path
 
 if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.config.settings import Config
+    from mcm_jax.models.conditions import Condition
     from mcm_jax.planning.compilation import Plan, TooLarge
     from mcm_jax.planning.computations import Program
     from mcm_jax.planning.topologies import Topology
-
-# Numbers of classes of the data sets that can be planned for before they are prepared.
-NUM_CLASSES = {"imagenet": 1000, "openmoji": 9}
-
 
 # The keys of `computations.PROGRAMS`.
 PROGRAMS = ("train", "sample", "features")
@@ -47,7 +44,7 @@ def plan(
     Args:
       topology: name of the slice, such as "v5e:8x8".
       program: one of PROGRAMS.
-      num_classes: number of classes of the data set; None looks it up in NUM_CLASSES.
+      num_classes: number of classes of the data set; None looks it up in `computations.CONDITIONS`.
 
     Returns:
       (record, report, text): the outputs for --json, the terminal and --hlo.
@@ -60,7 +57,8 @@ def plan(
 
     from mcm_jax.config import validation
     from mcm_jax.models import attention
-    from mcm_jax.planning import compilation, report, topologies
+    from mcm_jax.models.conditions import Classes
+    from mcm_jax.planning import compilation, computations, report, topologies
     from mcm_jax.reporting import paper
 
     described = topologies.describe(topology)
@@ -68,15 +66,17 @@ def plan(
         raw_config = raw_config.copy_and_resolve_references()
         raw_config.teacher_checkpoint = "any"  # Never read: only shapes matter, and they equal the student's.
     config = validation.validate(raw_config)
-    num_classes = num_classes or NUM_CLASSES.get(config.data.dataset.partition("/")[0])
-    if num_classes is None:
+    condition = computations.CONDITIONS.get(config.data.dataset.partition("/")[0])
+    if num_classes is not None:
+        condition = Classes(num_classes)
+    if condition is None:
         raise InputError(f"config.data.dataset={config.data.dataset}: unknown classes; set --num_classes")
-    size, compiled = _compile(program, config, described, num_classes)
+    size, compiled = _compile(program, config, described, condition)
     fitting = None
     if not compiled.fits(described.chip):
         for name, smaller in _smaller(program, config, described.num_chips):
             print(f"does not fit; trying {name}", file=sys.stderr, flush=True)
-            if _compile(program, smaller, described, num_classes)[1].fits(described.chip):
+            if _compile(program, smaller, described, condition)[1].fits(described.chip):
                 fitting = name
                 break
     published = None
@@ -108,12 +108,12 @@ def plan(
 
 
 def _compile(
-    program: str, config: "Config", topology: "Topology", num_classes: int
+    program: str, config: "Config", topology: "Topology", condition: "Condition"
 ) -> "tuple[Program, Plan | TooLarge]":
     """Builds and compiles the same program that `train` or `evaluate` runs."""
     from mcm_jax.planning import compilation, computations
 
-    built = computations.PROGRAMS[program](config, topology.devices, num_classes=num_classes)
+    built = computations.PROGRAMS[program](config, topology.devices, condition=condition)
     package = pathlib.Path(__file__).parents[1]
     return built, compilation.plan(
         built.function, built.arguments, topology, mesh=built.mesh, package=package

@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mcm_jax.config.settings import Config
+from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.diffusion import schedules
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models import attention
+from mcm_jax.models.conditions import Classes, Condition
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.objective import Networks
@@ -29,9 +31,14 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     return (config.data.resolution, config.data.resolution, CHANNELS)
 
 
-def network(config: Config, *, num_classes: int) -> Network:
+def condition(dataset: DatasetInfo) -> Condition:
+    """What the data set's images are conditioned on."""
+    return Classes(dataset.num_classes)
+
+
+def network(config: Config, *, condition: Condition) -> Network:
     """The UViT described by config.model, for images of config.data."""
-    return Network(config.model, image_shape(config), num_classes)
+    return Network(config.model, image_shape(config), condition)
 
 
 def schedule(config: Config) -> Schedule:
@@ -70,9 +77,9 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
             teacher=None if teacher_params is None else bind(teacher_params),
             target=None if target_params is None else bind(target_params),
             schedule=schedule(config),
-            null_cond=network.null_cond,
+            null_cond=network.condition.null,
         )
-        return config.loss(networks, batch["image"], batch["label"], key, train_step)
+        return config.loss(networks, batch["image"], network.condition.of(batch), key, train_step)
 
     return loss_fn
 
@@ -142,9 +149,9 @@ class Training:
         return jax.jit(init, out_shardings=self.shardings)
 
 
-def training(config: Config, *, num_classes: int, mesh: Mesh) -> Training:
+def training(config: Config, *, condition: Condition, mesh: Mesh) -> Training:
     """The network, optimizer and abstract state that the config describes."""
-    built = network(config, num_classes=num_classes)
+    built = network(config, condition=condition)
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
     init_state = functools.partial(step.init_state, optimizer=adam, target_decay=config.target_decay)
     abstract = jax.eval_shape(init_state, built.abstract_params)

@@ -59,7 +59,7 @@ class Run:
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
         self.workdir, self.checkpoint = workdir, checkpoint
-        self.network = build.network(config, num_classes=dataset.num_classes)
+        self.network = build.network(config, condition=build.condition(dataset))
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
 
@@ -331,7 +331,7 @@ def load_run(
         config = dataclasses.replace(config, data=data)
     # A trained run is sampled on the devices of this machine, with a copy of the parameters on each.
     mesh = sharding.make_mesh(data=-1, fsdp=1)
-    network = build.network(config, num_classes=dataset.num_classes)
+    network = build.network(config, condition=build.condition(dataset))
     abstract = network.abstract_params
     shardings = sharding.params_sharding(mesh, abstract)
     with Checkpoints(workdir) as saved:

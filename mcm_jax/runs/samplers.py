@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from mcm_jax.config.settings import Config
 from mcm_jax.data.pixels import Rounding, to_uint8
 from mcm_jax.diffusion import sampling, schedules
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
@@ -111,27 +112,27 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
 
 
 def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
-    """Returns jitted (params, key, x_var, image indices, labels) -> (images, finite), sharded over the mesh.
+    """Returns jitted (params, key, x_var, image indices, cond) -> (images, finite), sharded over the mesh.
 
     The images are uint8; `finite` states for each whether it was finite before rounding. Image n depends only
-    on (key, n), its label, the parameters and `settings`. For x_var, see `sampling.sample`.
+    on (key, n), its condition, the parameters and `settings`. For x_var, see `sampling.sample`.
     """
     network, logsnr = build.placed(config, network, mesh=mesh), grid(config, settings)
     sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)
     rounding = _known("rounding", settings.rounding, ROUNDINGS)
 
     def sample(
-        params: Params, key: Array, x_var: Float[Array, " N"] | None, indices: Array, labels: Array
+        params: Params, key: Array, x_var: Float[Array, " N"] | None, indices: Array, cond: Cond
     ) -> tuple[Array, Array]:
         keys = sampling.image_keys(key, indices)
         # The parameters are rounded once for all steps.
         model_fn = functools.partial(network.apply, network.rounded(params))
         if settings.guidance > 0:
-            model_fn = guided(model_fn, guidance=settings.guidance, null_cond=network.null_cond)
+            model_fn = guided(model_fn, guidance=settings.guidance, null_cond=network.condition.null)
         x = sampling.sample(
             model_fn,
             sampling.initial_noise(keys, network.shape),
-            labels,
+            cond,
             keys,
             logsnr=logsnr,
             sampler=sampler,

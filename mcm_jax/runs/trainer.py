@@ -79,7 +79,7 @@ def _train_run(config: Config, workdir: Path) -> bool:
             batch_size=config.training.batch_size,
             accumulation_steps=config.training.accumulation_steps,
         )
-        training = build.training(config, num_classes=dataset.num_classes, mesh=mesh)
+        training = build.training(config, condition=build.condition(dataset), mesh=mesh)
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset)
         teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)

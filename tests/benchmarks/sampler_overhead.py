@@ -19,6 +19,7 @@ from absl import flags
 
 from mcm_jax.config import rows, validation
 from mcm_jax.diffusion import sampling
+from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build
 from mcm_jax.system import command_line
 
@@ -37,7 +38,7 @@ NUM_CLASSES = 9
 def main() -> None:
     raw = rows.tiny("teacher", dataset="openmoji", resolution=_RESOLUTION.value)
     config = validation.validate(raw)
-    network = build.network(config, num_classes=NUM_CLASSES)
+    network = build.network(config, condition=Classes(NUM_CLASSES))
     params = jax.jit(network.init)(jax.random.key(0))
     keys = sampling.image_keys(jax.random.key(1), jnp.arange(_BATCH_SIZE.value))
     side = _RESOLUTION.value

@@ -33,6 +33,7 @@ from ml_collections import config_flags
 from mcm_jax.config import validation
 from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import schedules
+from mcm_jax.models.conditions import Classes
 from mcm_jax.models.network import Network
 from mcm_jax.runs import build
 from mcm_jax.system import command_line, sharding
@@ -55,7 +56,7 @@ Batch = dict[str, jax.Array]
 def main() -> None:
     torch.set_num_threads(_THREADS.value)
     config = validation.validate(command_line.loaded_config(_CONFIG))
-    network = build.network(config, num_classes=NUM_CLASSES)
+    network = build.network(config, condition=Classes(NUM_CLASSES))
     check_agreement(config, network)
     results = [compare(config, network, batch_size) for batch_size in _BATCH_SIZES.value]
     print("batch                JAX ms  torch ms  ratio")

@@ -121,7 +121,7 @@ class Conditioning(nn.Module):
         self.scale = settings.noise_scale
         self.dense_1 = nn.Linear(settings.embedding_width, settings.embedding_width)
         self.dense_2 = nn.Linear(settings.embedding_width, settings.embedding_width)
-        self.classes = nn.Embedding(network.num_classes + 1, settings.embedding_width)
+        self.classes = nn.Embedding(network.condition.num_classes + 1, settings.embedding_width)
 
     def forward(self, logsnr: Tensor, label: Tensor) -> Tensor:
         if self.scale == "arctan":

@@ -16,6 +16,7 @@ import pytest
 from configs import imagenet64, imagenet128
 from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
+from mcm_jax.models.conditions import Classes
 from mcm_jax.models.network import Network
 from mcm_jax.reporting import paper
 from mcm_jax.runs import build
@@ -144,7 +145,7 @@ def test_the_network(resolution, size):
 @SIZES
 def test_parameter_counts_of_the_paper(resolution, size):
     """Within 1.5%: the paper rounds. Shapes only, nothing is allocated."""
-    network = build.network(load(resolution, f"{size},cd,steps=8"), num_classes=1000)
+    network = build.network(load(resolution, f"{size},cd,steps=8"), condition=Classes(1000))
     count = sum(leaf.size for leaf in jax.tree.leaves(network.abstract_params))
     published = paper.tables()["parameters"][f"{size}/imagenet{resolution}"]
     units = {"M": 1e6, "B": 1e9}
@@ -355,7 +356,7 @@ def test_an_update_of_every_program(resolution, row):
     config = validation.validate(shrunk(raw_config(resolution, row)))
     _, config = stage_configs(config, Path("run"))[0]
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    network = CompiledNetwork(config.model, build.image_shape(config), num_classes=5)
+    network = CompiledNetwork(config.model, build.image_shape(config), condition=Classes(5))
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
     rng = np.random.default_rng(0)
     # Away from the initial zeros, at which every network predicts the same.

@@ -23,6 +23,35 @@ def test_written_out_is_the_formula_in_float64():
     np.testing.assert_allclose(attention.einsum(q, k, v), expected, rtol=2e-6, atol=1e-6)
 
 
+def draw_masked(length, keys, width):
+    """As `draw`, with `keys` keys, of which a different share exists for each of three examples."""
+    q, _, _, w = draw((3, 2, length, width))
+    k, v = draw((3, 2, keys, width))[1:3]
+    return q, k, v, w, jnp.arange(keys) < jnp.array([[1], [keys // 2], [keys]])
+
+
+def test_keys_that_do_not_exist_have_no_weight():
+    q, k, v, _, mask = draw_masked(3, 6, 4)
+    found = attention.einsum(q, k, v, mask)
+    for n, existing in enumerate((1, 3, 6)):
+        alone = attention.einsum(q[n : n + 1], k[n : n + 1, :, :existing], v[n : n + 1, :, :existing])
+        np.testing.assert_allclose(found[n : n + 1], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_the_kernel_masks_keys_too():
+    *arrays, w, mask = draw_masked(128, 256, 128)
+
+    def value_and_grad(attend):
+        return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * w), argnums=(0, 1, 2))(*arrays)
+
+    value, gradients = value_and_grad(functools.partial(attention.fused, interpret=True))
+    expected, expected_gradients = value_and_grad(attention.einsum)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        # With a single key the queries' gradient is zero, as a difference of two sums of 128 products.
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 1, 256, 128)])
 def test_the_kernel_is_what_is_written_out(shape):
     """Value and gradients, by the kernel's text run on the CPU; it sums in another order, in float32."""

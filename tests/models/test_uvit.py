@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mcm_jax.models import attention, embeddings, uvit
+from mcm_jax.models.conditions import Classes
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
 from mcm_jax.models.uvit import UViTSettings
@@ -25,7 +26,7 @@ UVIT = UViTSettings(
 
 
 def network_of(settings=UVIT, **placement):
-    return Network(settings, (8, 8, 3), num_classes=5, **placement)
+    return Network(settings, (8, 8, 3), condition=Classes(5), **placement)
 
 
 Z = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
@@ -250,7 +251,8 @@ def test_a_placement_sees_every_block_and_its_attention(params):
         seen["map"] += 1
         return h
 
-    def attend(q, k, v):
+    def attend(q, k, v, mask):
+        assert mask is None  # There is no text.
         seen["attention"] += 1
         return attention.einsum(q, k, v)
 

@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from mcm_jax.config import rows, validation
 from mcm_jax.evaluation import inception, inception_weights
 from mcm_jax.models import attention
+from mcm_jax.models.conditions import Classes
 from mcm_jax.planning import compilation, computations, planner, report, topologies
 from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
@@ -104,7 +105,9 @@ def test_the_train_step_of_several_stages_is_that_of_the_last(system):
     if config.objective == "progressive":
         last["xvar_frac"] = config.loss.later_xvar_frac
     alone = dataclasses.replace(config, **{config.objective: dataclasses.replace(config.loss, **last)})
-    found, expected = (computations.train(each, jax.devices()[:1], num_classes=7) for each in (config, alone))
+    found, expected = (
+        computations.train(each, jax.devices()[:1], condition=Classes(7)) for each in (config, alone)
+    )
     lowered = [each.function.lower(*each.arguments).as_text() for each in (found, expected)]
     assert len(stages) > 2 and lowered[0] == lowered[1]
 
@@ -278,7 +281,7 @@ def test_what_does_not_fit_says_what_would(monkeypatch, compiles):
     """Remat first, then all chips for the parameters, then parts of the batch, until it fits."""
     tried = []
 
-    def compile_(program, config, topology, num_classes):
+    def compile_(program, config, topology, condition):
         assert program == "train"
         tried.append((config.model.remat, config.mesh.fsdp, config.training.accumulation_steps))
         refused = compilation.TooLarge(42.9 * 2**30, 15.75 * 2**30)

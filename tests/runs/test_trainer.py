@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
 from mcm_jax.data import pipeline
+from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system import sharding
@@ -404,7 +405,7 @@ def three_updates_config(objective, tiny_data, teacher):
 
 def three_updates(objective, mesh, tiny_data, teacher):
     config = validation.validate(three_updates_config(objective, tiny_data, teacher))
-    training = build.training(config, num_classes=2, mesh=mesh)
+    training = build.training(config, condition=Classes(2), mesh=mesh)
     assert mesh.shape["fsdp"] == 1 or any(
         not s.is_fully_replicated for s in jax.tree.leaves(training.shardings)
     )
@@ -480,7 +481,7 @@ def test_a_fresh_run_starts_where_its_seed_says(handed, tiny_data, tmp_path):
     config.seed = 5
     trainer.train(config, tmp_path / "run")
     validated = validation.validate(config)
-    network = build.network(validated, num_classes=2)
+    network = build.network(validated, condition=Classes(2))
     expected = jax.jit(network.init)(build.init_key(5))
     assert_equal_trees(handed["state"].params, expected)
     assert_equal_trees(handed["state"].ema_params, expected)

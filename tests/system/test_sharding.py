@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mcm_jax.config import rows, validation
+from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
@@ -146,7 +147,7 @@ def test_columns_that_can_not_be_divided_are_computed_all_the_same():
 def test_the_modulations_of_a_network_are_columns():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     config = rows.tiny("teacher", dataset="openmoji", resolution=16)
-    network = build.network(validation.validate(config), num_classes=9)
+    network = build.network(validation.validate(config), condition=Classes(9))
     abstract = network.abstract_params
     split = jax.tree.map(
         lambda leaf, sharding: (leaf.size, sharding.spec), abstract, sharding.params_sharding(mesh, abstract)
