@@ -70,7 +70,8 @@ def get_config(objective):
     return faults.config(objective)
 """
 _PROGRAM = """
-import runpy, time
+import faulthandler, runpy, signal, time
+faulthandler.register(signal.SIGUSR1)  # Prints where all threads are.
 delta = float(os.environ.get("MCM_FAULT_CLOCK", "0"))
 now, now_ns = time.time, time.time_ns
 time.time, time.time_ns = lambda: now() + delta, lambda: now_ns() + int(delta * 1e9)
@@ -217,6 +218,10 @@ class Start:
         ended = [process.poll() for process in self.processes.processes]
         # A process that waits for one that was killed is killed by the cluster.
         self.hung = None in ended and not any(code is not None and code < 0 for code in ended)
+        if self.hung:
+            for process in self.processes.processes:
+                process.send_signal(signal.SIGUSR1)
+            time.sleep(1)
         for process in self.processes.processes:
             process.kill()
         return self.processes.codes()
@@ -325,7 +330,7 @@ class Trial:
                 "seconds": round(time.monotonic() - began, 2),
                 "note": note,
                 "wrong": start.problem or _wrong(start.hung, codes, text, lost, self.bound),
-                "output": text[-3000:],
+                "output": text[-20_000:],
             }
         )
 
@@ -483,8 +488,9 @@ def _second_training(trial: Trial, start: Start) -> str:
     second.close()
     if codes == [2] * len(codes) and " in use by " in text:
         return "refused"
-    # It may have come before the first one took the lock, which was then refused, or after that had ended.
-    if start.running and start.steps():
+    # It may have come before the first one took the lock, which was then refused, or after its last update.
+    reached, last = start.position(r"^step (\d+)/"), UPDATES * len(trial.stages())
+    if start.running and reached is not None and reached < last:
         start.problem = f"a second training in the workdir, which ended with {codes}"
     return "the first was refused or had ended"
 

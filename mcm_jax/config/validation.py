@@ -137,11 +137,12 @@ def _check_model(config: Config) -> None:
                 f"config.model.{name}={getattr(model, name)!r} must have one entry for each of the "
                 f"{stages} stages of config.model.kinds={model.kinds!r}"
             )
-    multiple = 2 ** (stages - 1)
+    multiple = model.patch * 2 ** (stages - 1)
     if stages == 0 or config.data.resolution % multiple:
+        patches = "" if model.patch == 1 else f"divided by config.model.patch={model.patch} and "
         raise InputError(
-            f"config.data.resolution={config.data.resolution} can't be halved {stages - 1} times for "
-            f"the {stages} stages of config.model.kinds; use a multiple of {multiple}, or fewer stages"
+            f"config.data.resolution={config.data.resolution} can't be {patches}halved {stages - 1} times "
+            f"for the {stages} stages of config.model.kinds; use a multiple of {multiple}, or fewer stages"
         )
     for kind, width in zip(model.kinds, model.widths, strict=True):
         if kind == "transformer" and width % model.head_width:
