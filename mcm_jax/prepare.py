@@ -1,5 +1,7 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
+Captioned drawings whose every attribute is known: --dataset=avatars, --num=N for another number than 50,000.
+
 ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds ILSVRC2012_img_train.tar and
 ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
@@ -15,7 +17,7 @@ import sys
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from mcm_jax.data import layout
+from mcm_jax.data import avatars, layout
 from mcm_jax.data.preparation import MAX_RESOLUTION, plan, prepare, report
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
@@ -24,7 +26,9 @@ from mcm_jax.system.errors import InputError
 def define_flags() -> None:
     """Defines the flags; not done on import, because other programs define flags with the same names."""
     flags.DEFINE_string(
-        "dataset", None, f"openmoji; {', '.join(layout.IMAGENETS)}; or folder for a folder of images."
+        "dataset",
+        None,
+        f"{', '.join(layout.DRAWN)}; {', '.join(layout.IMAGENETS)}; or folder for a folder of images.",
     )
     paths.define_path(
         "inception",
@@ -46,7 +50,10 @@ def define_flags() -> None:
         "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized.",
     )
     flags.DEFINE_integer(
-        "workers", None, "imagenet: number of processes; default: one per core.", lower_bound=0
+        "workers", None, "imagenet, avatars: number of processes; default: one per core.", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "num", None, f"avatars: number of training images; default: {avatars.NUM_TRAIN:,}.", lower_bound=1
     )
     flags.DEFINE_string(
         "host",
@@ -84,6 +91,7 @@ def main() -> None:
         name=values.name,
         workers=values.workers,
         host=_host(values.host),
+        num=values.num,
     )
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)

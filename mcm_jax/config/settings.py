@@ -48,7 +48,8 @@ class DataSettings:
     """The data set and how images are read."""
 
     dataset: str = setting(
-        "openmoji", "openmoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see mcm_jax.prepare"
+        "openmoji",
+        "openmoji, avatars, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see mcm_jax.prepare",
     )
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
     resolution: int = setting(32, "height and width of the images in pixels", low=1, affects=Affects.ALL)

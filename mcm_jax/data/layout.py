@@ -1,11 +1,11 @@
 """Paths of prepared data sets on disk, and the summary file that marks a data set as complete.
 
-A data set is named by a string: 'openmoji', 'imagenet', 'imagenet/adm' or 'imagenet/resized' (two other
-preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts it into
-<data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/, imagenet/adm_64/1.0.0/,
-imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary last and, on a local
-disk, renames the finished directory into place in one step: a directory is complete if and only if it has a
-summary.
+A data set is named by a string: 'openmoji', 'avatars', 'imagenet', 'imagenet/adm' or
+'imagenet/resized' (two other preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts
+it into <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/,
+imagenet/adm_64/1.0.0/, imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary
+last and, on a local disk, renames the finished directory into place in one step: a directory is complete if
+and only if it has a summary.
 """
 
 import dataclasses
@@ -26,9 +26,12 @@ from mcm_jax.system.paths import Path, as_path
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test")
+# Captioned data sets have a third split: combinations of words that are never trained on.
+HELD_OUT = "heldout"
 SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
 LOCAL_DATA = "MCM_LOCAL_DATA"  # environment variable: directory for copies of data sets in buckets
+DRAWN = ("openmoji", "avatars")
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -107,18 +110,18 @@ def stored_dataset(
 
 
 def config_name(dataset: str, resolution: int) -> str:
-    """The config name: '32' for openmoji and imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
+    """The config name: '32' for openmoji or imagenet, 'adm_32' for imagenet/adm, 'pets_32' for folder/pets.
 
     Raises:
       InputError: no data set has this name.
     """
     builder, _, name = dataset.partition("/")
-    if dataset in ("openmoji", "imagenet"):
+    if dataset in (*DRAWN, "imagenet"):
         return str(resolution)
     if dataset in IMAGENETS or (builder == "folder" and FOLDER_NAME.fullmatch(name)):
         return f"{name}_{resolution}"
     raise InputError(
-        f"data set {dataset!r} is unknown: use openmoji, {', '.join(IMAGENETS)} or folder/<name> "
+        f"data set {dataset!r} is unknown: use {', '.join((*DRAWN, *IMAGENETS))} or folder/<name> "
         "(letters, digits, _, -)"
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mcm_jax.data import folder, imagenet, layout, openmoji, pipeline, shards
+from mcm_jax.data import avatars, folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.data.local_copy import local_copy, place
 from mcm_jax.system import files, paths, pictures
@@ -26,6 +26,13 @@ MAX_RESOLUTION = 2048
 PREVIEW_FILE = "preview.png"
 # Error numbers that point to data_dir rather than to a source image.
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# Data set -> the flags of `prepare` that apply to it.
+_FLAGS = {
+    "openmoji": (),
+    "avatars": ("num", "workers"),
+    "folder": ("manual_dir", "name"),
+    **dict.fromkeys(layout.IMAGENETS, ("manual_dir", "workers", "host")),
+}
 # Up to this many classes are listed one by one.
 _FEW_CLASSES = 100
 
@@ -37,7 +44,7 @@ class Plan:
     `source` identifies the source files. `write` writes all records into a directory below the given one and
     returns it, or returns None while other hosts have not written their part; if `resumes`, it continues from
     what it wrote before. `notes` are lines to show the user before the work starts. `reads` is the folder of
-    source images, if there is one.
+    source images, if there is one. `splits` are the splits that it has.
     """
 
     dataset: str
@@ -48,6 +55,7 @@ class Plan:
     resumes: bool = False
     notes: tuple[str, ...] = ()
     reads: Path | None = None
+    splits: tuple[str, ...] = layout.SPLITS
 
 
 def plan(
@@ -58,12 +66,14 @@ def plan(
     name: str | None = None,
     workers: int | None = None,
     host: tuple[int, int] = (0, 1),
+    num: int | None = None,
 ) -> Plan:
     """Checks the input and lists the folder, before any long-running work.
 
     Args:
-      workers: number of processes that prepare ImageNet; None: one per core.
+      workers: number of processes that prepare ImageNet or avatars; None: one per core.
       host: (index of this host, number of hosts) for preparing ImageNet.
+      num: number of avatars to train on; None: 50,000.
 
     Raises:
       InputError: unknown data set, resolution out of range, a missing or empty folder, a bad name, or a flag
@@ -71,28 +81,33 @@ def plan(
     """
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
-    if not dataset.startswith("imagenet") and (workers is not None or host != (0, 1)):
-        raise InputError("--workers and --host apply only to --dataset=imagenet; remove them")
+    if dataset not in _FLAGS:
+        raise InputError(
+            f"--dataset={dataset}: it must be {', '.join(layout.DRAWN)}, {', '.join(layout.IMAGENETS)} or "
+            "folder (the last ones with --manual_dir=PATH)"
+        )
+    many = None if host == (0, 1) else host
+    _check_flags(
+        dataset, {"manual_dir": manual_dir, "name": name, "workers": workers, "host": many, "num": num}
+    )
     if dataset == "openmoji":
-        return _plan_openmoji(resolution, manual_dir=manual_dir, name=name)
+        return _plan_openmoji(resolution)
+    if dataset == "avatars":
+        return _plan_avatars(resolution, num=avatars.NUM_TRAIN if num is None else num, workers=workers)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
-    if dataset in layout.IMAGENETS:
-        if name is not None:
-            raise InputError("--name applies only to --dataset=folder; remove it")
-        return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
-    raise InputError(
-        f"--dataset={dataset}: it must be openmoji, {', '.join(layout.IMAGENETS)} or folder (these with "
-        "--manual_dir=PATH)"
-    )
+    return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
 
 
-def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
-    if manual_dir is not None or name is not None:
-        raise InputError(
-            "--manual_dir and --name apply only to --dataset=folder (openmoji is already installed); "
-            "remove them"
-        )
+def _check_flags(dataset: str, given: dict[str, object]) -> None:
+    """Raises InputError if one of the given flags, which are not None, does not apply to the data set."""
+    for flag, value in given.items():
+        if value is not None and flag not in _FLAGS[dataset]:
+            others = " or ".join(name for name, flags in _FLAGS.items() if flag in flags)
+            raise InputError(f"--{flag} applies only to --dataset={others}; remove it")
+
+
+def _plan_openmoji(resolution: int) -> Plan:
     config = openmoji.OpenMojiConfig(name=layout.config_name("openmoji", resolution), resolution=resolution)
     return Plan(
         dataset="openmoji",
@@ -100,6 +115,29 @@ def _plan_openmoji(resolution: int, *, manual_dir: str | None, name: str | None)
         source=openmoji.source(),
         preprocessing=openmoji.preprocessing(resolution),
         write=lambda staging: _by_builder(openmoji.OpenMoji(config=config, data_dir=staging), staging),
+    )
+
+
+def _plan_avatars(resolution: int, *, num: int, workers: int | None) -> Plan:
+    if num < 1:
+        raise InputError(f"--num={num}: it must be at least 1")
+    wanted = avatars.shards(num, resolution=resolution)
+
+    def write(staging: Path) -> Path:
+        directory = layout.dataset_dir(staging, dataset="avatars", resolution=resolution)
+        place = shards.Place(directory, staging / "notes", "avatars", avatars.features(resolution))
+        shards.write(wanted, place, workers=workers)
+        shards.complete(wanted, place, version=layout.VERSION, **avatars.INFO)
+        return directory
+
+    return Plan(
+        dataset="avatars",
+        resolution=resolution,
+        source=avatars.source(num),
+        preprocessing=avatars.preprocessing(resolution),
+        write=write,
+        resumes=True,
+        splits=avatars.SPLITS,
     )
 
 
@@ -263,7 +301,7 @@ def _describe(chosen: Plan, directory: Path) -> None:
     copy = local_copy(directory)
     builder = tfds.builder_from_directory(copy)
     class_names = tuple(layout.class_names_of(builder.info))
-    splits = {split: layout.stored_records(builder, split) for split in layout.SPLITS}
+    splits = {split: layout.stored_records(builder, split) for split in chosen.splits}
     surveys = {split: _survey(records, num_classes=len(class_names)) for split, records in splits.items()}
     _write_preview(splits["train"], directory / PREVIEW_FILE)
     info = DatasetInfo(

@@ -132,11 +132,11 @@ def test_other_images_under_the_same_name_are_refused(images, tmp_path):
     [
         (
             {"dataset": "cifar"},
-            r"--dataset=cifar: it must be openmoji, imagenet, imagenet/adm, imagenet/resized or folder",
+            r"--dataset=cifar: it must be openmoji, avatars, imagenet, .*, imagenet/resized or folder",
         ),
         ({"resolution": 0}, r"--resolution=0: it must be from 1 to"),
         ({"resolution": 4096}, r"--resolution=4096: it must be from 1 to"),
-        ({"name": "x"}, "apply only to --dataset=folder"),
+        ({"name": "x"}, "applies only to --dataset=folder"),
         ({"dataset": "folder"}, "needs --manual_dir=PATH"),
         ({"dataset": "folder", "manual_dir": "/no/where"}, "no such folder"),
         ({"dataset": "folder", "manual_dir": "IMAGES"}, "--name=my pets: .* only letters"),
