@@ -2,6 +2,8 @@
 
 Captioned drawings whose every attribute is known: --dataset=avatars, --num=N for another number than 50,000.
 
+Captioned emoji in ten designs: --dataset=emoji --manual_dir=FILE, the .tgz of: npm pack @iconify/json@2.2.535
+
 ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds ILSVRC2012_img_train.tar and
 ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
@@ -17,7 +19,7 @@ import sys
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from mcm_jax.data import avatars, layout
+from mcm_jax.data import avatars, emoji, layout
 from mcm_jax.data.preparation import MAX_RESOLUTION, plan, prepare, report
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
@@ -47,10 +49,14 @@ def define_flags() -> None:
         "manual_dir",
         None,
         "Source directory. folder: the images, in one subfolder per class or none. imagenet: its two tars, "
-        "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized.",
+        "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized. emoji: the .tgz of "
+        f"the npm package {emoji.PACKAGE}, or the directory of its content.",
     )
     flags.DEFINE_integer(
-        "workers", None, "imagenet, avatars: number of processes; default: one per core.", lower_bound=0
+        "workers",
+        None,
+        "imagenet, avatars, emoji: number of processes; default: one per core.",
+        lower_bound=0,
     )
     flags.DEFINE_integer(
         "num", None, f"avatars: number of training images; default: {avatars.NUM_TRAIN:,}.", lower_bound=1

@@ -49,7 +49,7 @@ class DataSettings:
 
     dataset: str = setting(
         "openmoji",
-        "openmoji, avatars, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see mcm_jax.prepare",
+        "openmoji, avatars, emoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see prepare",
     )
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
     resolution: int = setting(32, "height and width of the images in pixels", low=1, affects=Affects.ALL)

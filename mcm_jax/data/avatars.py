@@ -8,7 +8,6 @@ downloaded.
 import dataclasses
 import functools
 import importlib.resources
-import io
 import itertools
 import json
 import re
@@ -17,12 +16,10 @@ from typing import Any
 
 import dicebear
 import numpy as np
-import resvg_py
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
-from PIL import Image
 
-from mcm_jax.data import layout, splits
+from mcm_jax.data import drawing, layout, splits
 from mcm_jax.data.avatar_styles import STYLES, Options
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
@@ -33,6 +30,7 @@ NUM_TRAIN = 50_000
 _MOST_OTHERS = 2_000
 _SHARD_EXAMPLES = 1_000
 _HELD_OUT_FRACTION = 0.04
+_LEAST_PIXELS = 64  # The shapes are simple.
 # The library's seed only moves parts of a drawing, such as hills and moons.
 _SEEDS = 1_000
 
@@ -194,19 +192,8 @@ def _definition(style: str) -> dicebear.Style:
 
 
 def render(avatar: Avatar, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    """Draws an avatar, antialiased.
-
-    It is drawn at an integer multiple of the resolution, at least 64 pixels and at least twice the
-    resolution, and each block is averaged.
-    """
-    factor = max(2, -(-64 // resolution))
-    side = factor * resolution
-    # Text has no place in these styles, and looking for fonts takes time.
-    png = resvg_py.svg_to_bytes(
-        svg(avatar), width=side, height=side, background="#ffffff", skip_system_fonts=True
-    )
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        return np.asarray(image.convert("RGB").reduce(factor))
+    """Draws an avatar, antialiased; see `drawing.draw`."""
+    return drawing.draw(svg(avatar), resolution=resolution, least=_LEAST_PIXELS)
 
 
 def source(num: int) -> str:
@@ -216,11 +203,8 @@ def source(num: int) -> str:
 
 def preprocessing(resolution: int) -> str:
     """Describes the preprocessing in results: the drawing libraries, and the downsampling."""
-    core, resvg = (versions.installed(name) for name in ("dicebear-core", "resvg-py"))
-    return (
-        f"dicebear-styles {versions.installed('dicebear-styles')} drawn by dicebear-core {core} and "
-        f"resvg-py {resvg}, block-averaged to {resolution}x{resolution}, RGB"
-    )
+    styles, core = (versions.installed(name) for name in ("dicebear-styles", "dicebear-core"))
+    return f"dicebear-styles {styles} drawn by dicebear-core {core} and {drawing.described(resolution)}"
 
 
 def features(resolution: int) -> tfds.features.FeaturesDict:

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from mcm_jax.data import images, layout
+from mcm_jax.data import images, layout, tars
 from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
@@ -39,18 +39,7 @@ TRAIN_TAR, TEST_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 # Number of images in the complete ILSVRC2012.
 COUNTS = {"train": 1_281_167, "test": 50_000}
 _TEST_UNIT = 1000
-_BLOCK = 512  # bytes in a block of a tar
 _MAX_MEMBERS = 60_000  # The largest tar of ILSVRC2012 has 50,000 files.
-# Types of entries in a tar: links, devices and folders; files, and attributes of the following file.
-_WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
-_WITH_CONTENT = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 # area: central square crop, then the mean over areas (SPEC 7).
 # adm: as for ADM's published references (Dhariwal & Nichol, arXiv:2105.05233): halve with a box filter while
@@ -202,22 +191,19 @@ def _members(path: Path) -> list[_Member]:
 
 
 def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
-    """Lists every file in a tar by its headers; InputError if it is truncated, damaged or exceeds a limit.
-
-    Python's own reader trusts headers: with damaged ones it can loop, recurse or read any number of bytes.
-    """
+    """Lists every file in a tar by its headers; InputError if it is truncated, damaged or exceeds a limit."""
     end, offset, members = file.seek(0, io.SEEK_END), 0, []
     try:
         while (entry := _header_at(file, offset)) is not None:
             if len(members) >= _MAX_MEMBERS:
                 raise ValueError(f"more than {_MAX_MEMBERS:,} files")
-            offset += _BLOCK
-            size = entry.size if entry.type not in _WITHOUT_CONTENT else 0
+            offset += tars.BLOCK
+            size = entry.size if entry.type not in tars.WITHOUT_CONTENT else 0
             if not 0 <= size <= end - offset:
                 raise ValueError(f"a file of {size:,} bytes where {end - offset:,} follow")
             if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 members.append(_Member(images.printable(entry.name), offset, size))
-            offset += -(-size // _BLOCK) * _BLOCK
+            offset += -(-size // tars.BLOCK) * tars.BLOCK
     except (tarfile.TarError, ValueError) as error:
         raise InputError(
             f"{name} is not a tar file or is truncated ({reason(error)}); download it again"
@@ -226,19 +212,9 @@ def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
 
 
 def _header_at(file: io.BufferedIOBase, offset: int) -> tarfile.TarInfo | None:
-    """The header at an offset; None for the empty block that ends an archive.
-
-    Raises:
-      tarfile.TarError, ValueError: there is no header, or one of a kind that no tar of ILSVRC2012 has.
-    """
+    """The header at an offset, as in `tars.header`."""
     file.seek(offset)
-    try:
-        entry = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
-        return None
-    if entry.type not in (*_WITHOUT_CONTENT, *_WITH_CONTENT):
-        raise ValueError(f"an entry of type {entry.type.decode(errors='replace')!r}")
-    return entry
+    return tars.header(file.read(tars.BLOCK))
 
 
 class Prepared(Source):

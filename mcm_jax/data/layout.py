@@ -1,6 +1,6 @@
 """Paths of prepared data sets on disk, and the summary file that marks a data set as complete.
 
-A data set is named by a string: 'openmoji', 'avatars', 'imagenet', 'imagenet/adm' or
+A data set is named by a string: 'openmoji', 'avatars', 'emoji', 'imagenet', 'imagenet/adm' or
 'imagenet/resized' (two other preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts
 it into <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/,
 imagenet/adm_64/1.0.0/, imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary
@@ -31,7 +31,7 @@ HELD_OUT = "heldout"
 SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
 LOCAL_DATA = "MCM_LOCAL_DATA"  # environment variable: directory for copies of data sets in buckets
-DRAWN = ("openmoji", "avatars")
+DRAWN = ("openmoji", "avatars", "emoji")
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -148,7 +148,7 @@ def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, over
     folder = builder == "folder"
     named = builder if folder else dataset
     command = f"python -m mcm_jax.prepare --dataset={named} --resolution={resolution}"
-    if builder in ("folder", "imagenet"):
+    if builder in ("emoji", "folder", "imagenet"):
         command += " --manual_dir=PATH"
     if folder:
         command += f" --name={name}"

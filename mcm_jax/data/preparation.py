@@ -9,13 +9,13 @@ import math
 import pathlib
 import shlex
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mcm_jax.data import avatars, folder, imagenet, layout, openmoji, pipeline, shards
+from mcm_jax.data import avatars, emoji, folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.data.local_copy import local_copy, place
 from mcm_jax.system import files, paths, pictures
@@ -30,6 +30,7 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _FLAGS = {
     "openmoji": (),
     "avatars": ("num", "workers"),
+    "emoji": ("manual_dir", "workers"),
     "folder": ("manual_dir", "name"),
     **dict.fromkeys(layout.IMAGENETS, ("manual_dir", "workers", "host")),
 }
@@ -71,7 +72,7 @@ def plan(
     """Checks the input and lists the folder, before any long-running work.
 
     Args:
-      workers: number of processes that prepare ImageNet or avatars; None: one per core.
+      workers: number of processes that prepare ImageNet, avatars or emoji; None: one per core.
       host: (index of this host, number of hosts) for preparing ImageNet.
       num: number of avatars to train on; None: 50,000.
 
@@ -94,6 +95,8 @@ def plan(
         return _plan_openmoji(resolution)
     if dataset == "avatars":
         return _plan_avatars(resolution, num=avatars.NUM_TRAIN if num is None else num, workers=workers)
+    if dataset == "emoji":
+        return _plan_emoji(resolution, manual_dir=manual_dir, workers=workers)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
     return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
@@ -122,23 +125,56 @@ def _plan_avatars(resolution: int, *, num: int, workers: int | None) -> Plan:
     if num < 1:
         raise InputError(f"--num={num}: it must be at least 1")
     wanted = avatars.shards(num, resolution=resolution)
-
-    def write(staging: Path) -> Path:
-        directory = layout.dataset_dir(staging, dataset="avatars", resolution=resolution)
-        place = shards.Place(directory, staging / "notes", "avatars", avatars.features(resolution))
-        shards.write(wanted, place, workers=workers)
-        shards.complete(wanted, place, version=layout.VERSION, **avatars.INFO)
-        return directory
-
+    features = avatars.features(resolution)
     return Plan(
         dataset="avatars",
         resolution=resolution,
         source=avatars.source(num),
         preprocessing=avatars.preprocessing(resolution),
-        write=write,
+        write=lambda staging: _by_shards(
+            _place(staging, "avatars", resolution, features), wanted, workers=workers, **avatars.INFO
+        ),
         resumes=True,
         splits=avatars.SPLITS,
     )
+
+
+def _plan_emoji(resolution: int, *, manual_dir: str | None, workers: int | None) -> Plan:
+    if not manual_dir:
+        raise InputError(
+            f"--dataset=emoji needs --manual_dir=PATH, the .tgz of: {emoji.COMMAND} (or the directory of its "
+            "content)"
+        )
+    package = emoji.read(paths.checked_path(manual_dir, "--manual_dir"))
+    wanted = emoji.shards(package, resolution=resolution)
+    features, info = emoji.features(resolution), emoji.info(package)
+    return Plan(
+        dataset="emoji",
+        resolution=resolution,
+        source=package.source(),
+        preprocessing=emoji.preprocessing(package, resolution),
+        write=lambda staging: _by_shards(
+            _place(staging, "emoji", resolution, features), wanted, workers=workers, **info
+        ),
+        resumes=True,
+        splits=emoji.SPLITS,
+    )
+
+
+def _place(
+    staging: Path, dataset: str, resolution: int, features: tfds.features.FeaturesDict
+) -> shards.Place:
+    directory = layout.dataset_dir(staging, dataset=dataset, resolution=resolution)
+    return shards.Place(directory, staging / "notes", dataset.partition("/")[0], features)
+
+
+def _by_shards(
+    place: shards.Place, wanted: Sequence[shards.Shard], *, workers: int | None, **info: str
+) -> Path:
+    """Writes all shards, then the metadata with the given fields, and returns the directory."""
+    shards.write(wanted, place, workers=workers)
+    shards.complete(wanted, place, version=layout.VERSION, **info)
+    return place.directory
 
 
 def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -> Plan:
@@ -185,14 +221,13 @@ def _plan_imagenet(
     number, hosts = host
 
     def write(staging: Path) -> Path | None:
-        directory = layout.dataset_dir(staging, dataset=dataset, resolution=resolution)
-        place = shards.Place(directory, staging / "notes", "imagenet", imagenet.features(resolution))
+        place = _place(staging, dataset, resolution, imagenet.features(resolution))
         shards.write(wanted, place, workers=workers, host=number, hosts=hosts)
         if number > 0:
             return None
         shards.wait(wanted, place)
         shards.complete(wanted, place, version=layout.VERSION)
-        return directory
+        return place.directory
 
     return Plan(
         dataset=dataset,

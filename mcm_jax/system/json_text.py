@@ -9,15 +9,18 @@ _MAX_DEPTH = 50
 _MAX_DIGITS = 20
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes, *, max_bytes: int = _MAX_BYTES) -> Any:
     """Parses JSON; in contrast to `json.loads` every failure is a ValueError.
+
+    Args:
+      max_bytes: the limit of size, for files that are known to be larger than most.
 
     Raises:
       ValueError: the text is not JSON, holds NaN or infinity, or exceeds a limit: of size, of depth, so that
         the value can be printed and copied, or of digits, so that each integer can become a float.
     """
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"{len(text):,} bytes of JSON, more than {_MAX_BYTES:,}")
+    if len(text) > max_bytes:
+        raise ValueError(f"{len(text):,} bytes of JSON, more than {max_bytes:,}")
     too_deep = f"JSON of more than {_MAX_DEPTH} levels"
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer)
