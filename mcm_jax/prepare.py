@@ -8,7 +8,8 @@ ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds
 ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
 
-Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none.
+Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
+captions.jsonl or in a .txt beside each image, or none.
 
 Weights of FID's feature network, converted once: --inception=FILE.
 """

@@ -1,4 +1,4 @@
-"""Any folder of images as a TFDS data set; class subfolders are optional."""
+"""Any folder of images as a TFDS data set; class subfolders and captions are optional."""
 
 import dataclasses
 import hashlib
@@ -6,14 +6,14 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from mcm_jax.data import images, layout, splits
+from mcm_jax.data import captions, images, layout, splits
 from mcm_jax.data.resizing import square_area
 from mcm_jax.system import progress, versions
 from mcm_jax.system.errors import InputError
@@ -41,19 +41,23 @@ class FolderConfig(tfds.core.BuilderConfig):
 class Listing:
     """The images of a folder: `class_names` in order, and `files`, which maps relative paths to labels.
 
-    `notes` are one-line messages to the user about the folder's other content.
+    `captions` maps relative paths to captions; None if the folder has none. `notes` are one-line messages to
+    the user about the folder's other content.
     """
 
     root: Path
     class_names: tuple[str, ...]
     files: dict[str, int]
+    captions: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        """SHA-256 of file names, labels and sizes; detects a changed folder without reading its images."""
+        """SHA-256 of names, labels, sizes and captions; shows a changed folder without reading its images."""
         digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         for name, label in self.files.items():
             identity = f"\0{name}\0{label}\0{size(self.root / name)}"
+            if self.captions is not None:
+                identity += f"\0{self.captions[name]}"
             digest.update(identity.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -65,7 +69,8 @@ def list_images(root: Path, *, single_class: str) -> Listing:
 
     Raises:
       InputError: the folder does not exist or has fewer than two images; images lie both in `root` and in
-        subfolders; subfolders are splits, not classes; or a folder name cannot be a class name.
+        subfolders; subfolders are splits, not classes; a folder name cannot be a class name; or no line of
+        captions.jsonl can be used.
     """
     if not root.is_dir():
         raise InputError(f"--manual_dir={root}: there is no such folder; give the one that holds the images")
@@ -90,7 +95,18 @@ def list_images(root: Path, *, single_class: str) -> Listing:
     labels = {name: label for label, name in enumerate(classes)}
     ordered = sorted(found.files, key=lambda name: labels.get(name.partition("/")[0], 0))
     files = {name: labels.get(name.partition("/")[0], 0) for name in ordered}
-    return Listing(root, names, files, notes=_notes(root, found, classes))
+    return _with_captions(Listing(root, names, files), found, classes)
+
+
+def _with_captions(listing: Listing, found: images.Found, classes: list[str]) -> Listing:
+    """Adds the captions, if there are any, and the notes."""
+    read = captions.read(listing.root, list(listing.files), text_files=".txt" in found.skipped)
+    if read is None:
+        return dataclasses.replace(listing, notes=_notes(listing.root, found, classes))
+    skipped = {kind: count - read.used.get(kind, 0) for kind, count in found.skipped.items()}
+    found = dataclasses.replace(found, skipped={kind: count for kind, count in skipped.items() if count})
+    notes = (*_notes(listing.root, found, classes), *read.notes)
+    return dataclasses.replace(listing, captions=read.texts, notes=notes)
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -189,8 +205,9 @@ def preprocessing(resolution: int) -> str:
 
 
 class Folder(tfds.core.GeneratorBasedBuilder):
-    """Features: image uint8 [r, r, 3], label, file (relative path). Splits by content hash: train, test.
+    """Features: image uint8 [r, r, 3], label, file (relative path), and caption if the folder has captions.
 
+    Splits by content hash: train, test.
     Identical copies of a file are in the same split, so no test image is also a training image. The image is
     stored as raw bytes rather than as a PNG for the reason given in `openmoji.OpenMoji`.
     """
@@ -209,17 +226,18 @@ class Folder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         config, listing = self._given()
+        features = {
+            "image": layout.image_feature(config.resolution),
+            "label": tfds.features.ClassLabel(names=listing.class_names),
+            "file": tfds.features.Text(),
+        }
+        if listing.captions is not None:
+            features["caption"] = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self,
             description=f"Images of a folder. {preprocessing(config.resolution)}.",
             license="That of the images.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": layout.image_feature(config.resolution),
-                    "label": tfds.features.ClassLabel(names=listing.class_names),
-                    "file": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
@@ -245,4 +263,6 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         for name in progress.bar(files, "reading"):
             image = load_image(listing.root / name, resolution=config.resolution)
             example = {"image": image, "label": listing.files[name], "file": _readable(name)}
+            if listing.captions is not None:
+                example["caption"] = listing.captions[name]
             yield os.fsencode(name), example

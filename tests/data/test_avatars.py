@@ -309,7 +309,10 @@ def test_large_splits_have_many_shards():
         ({"name": "x"}, "--name applies only to --dataset=folder; remove it"),
         ({"host": (0, 2)}, "--host applies only to --dataset=imagenet"),
         ({"dataset": "openmoji", "num": 9}, "--num applies only to --dataset=avatars; remove it"),
-        ({"dataset": "folder", "workers": 2}, "--workers applies only to --dataset=avatars or emoji or imagenet"),
+        (
+            {"dataset": "folder", "workers": 2},
+            "--workers applies only to --dataset=avatars or emoji or imagenet",
+        ),
     ],
 )
 def test_bad_input_is_one_line(options, message):
