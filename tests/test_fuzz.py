@@ -34,6 +34,7 @@ from mcm_jax.evaluation import (
 from mcm_jax.planning import planner
 from mcm_jax.reporting import page, results
 from mcm_jax.runs import workdirs
+from mcm_jax.text import encoders
 from tests.bench.test_cells import PROBLEMS, A
 from tests.data.test_imagenet import encoded, picture
 from tests.evaluation import test_archives, test_pth
@@ -43,6 +44,7 @@ from tests.reporting import made_up
 from tests.runs.test_workdirs import DATASET
 from tests.runs.test_workdirs import config as run_config
 from tests.tars import tar
+from tests.text import tiny as tiny_text
 
 INPUTS = int(os.environ.get("MCM_FUZZ_INPUTS", "200"))
 
@@ -334,6 +336,40 @@ def read_cells(path):
 CELL = {"cell": A.to_json(), "problem": dataclasses.asdict(PROBLEMS["mixture"]), "values": {"distance": 1.0}}
 SUMMARY = {name: value for name, value in dataclasses.asdict(DATASET).items() if name != "path"}
 
+
+def encoder_files(name):
+    """The file `name` of tiny text encoders."""
+    configs = tiny_text.CONFIGS.values()
+    return tuple(tiny_text.files(config)[name] for config in configs if name in tiny_text.files(config))
+
+
+def read_encoder(name, config=tiny_text.BERT):
+    """Reads a text encoder with an input in place of the file `name`."""
+
+    def read(path):
+        directory = tiny_text.write(path.parent / "encoder", config, {name: path.read_bytes()})
+        encoders.load(directory, length=8).tokenize(["", "a b c d e f g h i", "猫 [SEP]"])
+
+    return read
+
+
+@st.composite
+def encoder_weights_of_parts(draw) -> bytes:
+    content = tiny_text.files(tiny_text.BERT)["model.safetensors"]
+    size = int.from_bytes(content[:8], "little")
+    header = draw(odd_json(json.loads(content[8 : 8 + size])))
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def read_encoder_index(path):
+    directory = tiny_text.write(path.parent / "encoder", tiny_text.BERT)
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    path.rename(directory / "model.safetensors.index.json")
+    encoders.load(directory)
+
+
+ENCODER_INDEX = {"weight_map": dict.fromkeys(tiny_text.tensors(tiny_text.BERT), "a.safetensors")}
+
 # Reader -> (makes the strategy of its inputs, reads the file of an input).
 READERS = {
     "pickle": (
@@ -354,6 +390,23 @@ READERS = {
     "results.jsonl": (lambda: json_of(made_up.record()), read_results),
     "summary.json": (lambda: json_of(SUMMARY), read_summary),
     "plan": (lambda: json_of(PLAN), read_plan),
+    "encoder's config": (lambda: json_of(tiny_text.BERT), read_encoder("config.json")),
+    "encoder's weights": (
+        lambda: damaged(encoder_files("model.safetensors")) | encoder_weights_of_parts(),
+        read_encoder("model.safetensors"),
+    ),
+    "encoder's index": (lambda: json_of(ENCODER_INDEX), read_encoder_index),
+    "tokenizer.json": (
+        lambda: (
+            damaged(encoder_files("tokenizer.json"))
+            | odd_json(json.loads(tiny_text.word_tokenizer("[CLS]", "[SEP]")))
+        ),
+        read_encoder("tokenizer.json"),
+    ),
+    "spiece.model": (
+        lambda: damaged((tiny_text.spiece(),)),
+        read_encoder("spiece.model", tiny_text.T5),
+    ),
     "cells": (lambda: json_of({**CELL, "seconds": 1.0}), read_cells),
 }
 
