@@ -13,6 +13,7 @@ from mkdocs.config import load_config
 
 import mcm_jax.diffusion
 import mcm_jax.models
+import mcm_jax.text
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "two_gaussians.ipynb"
@@ -107,7 +108,7 @@ def test_the_stored_notebook_has_its_picture_and_no_paths_of_a_machine():
 
 MODULES = [
     name
-    for room in (mcm_jax.diffusion, mcm_jax.models)
+    for room in (mcm_jax.diffusion, mcm_jax.models, mcm_jax.text)
     for _, name, _ in pkgutil.iter_modules(room.__path__, room.__name__ + ".")
 ]
 
