@@ -8,6 +8,9 @@ ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds
 ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
 
+Captions, for text to image: avatars and emoji have them; --encoder embeds those of other data sets, such as a
+folder with captions.jsonl.
+
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
 captions.jsonl or in a .txt beside each image, or none.
 
@@ -20,7 +23,7 @@ import sys
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from mcm_jax.data import avatars, emoji, layout
+from mcm_jax.data import avatars, embeddings, emoji, layout
 from mcm_jax.data.preparation import MAX_RESOLUTION, plan, prepare, report
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
@@ -68,6 +71,19 @@ def define_flags() -> None:
         "imagenet: K/N on the K-th of N hosts that share data_dir; the first host waits for the others.",
     )
     flags.DEFINE_string("name", None, "folder: name of the data set; default: the folder's own name.")
+    flags.DEFINE_string(
+        "encoder",
+        None,
+        f"Text encoder that embeds the captions: {layout.MINILM}, which is installed, a directory with the "
+        "files of a T5, CLIP or BERT, or none. "
+        f"Default: {layout.MINILM} for {' and '.join(layout.CAPTIONED)}, otherwise none.",
+    )
+    flags.DEFINE_integer(
+        "caption_length",
+        None,
+        "Most tokens of a caption; longer ones are cut. Default: 128, or CLIP's 77.",
+        lower_bound=4,
+    )
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace the existing data set.")
 
 
@@ -106,7 +122,21 @@ def main() -> None:
     if info is None:
         print(f"host {values.host} has written its part; host 1 completes the data set once all hosts have")
         return
+    encoder = values.encoder or (layout.MINILM if values.dataset in layout.CAPTIONED else "none")
+    if encoder != "none":
+        print(_embed(info, encoder, values.caption_length))
     print(report(info, built=built, data_dir=str(values.data_dir)))
+
+
+def _embed(info: layout.DatasetInfo, encoder: str, length: int | None) -> str:
+    """Embeds the captions of a data set and says so."""
+    from mcm_jax.text import encoders  # Slow to import.
+
+    encoding = embeddings.write(info, encoders.load(encoder, length=length))
+    return (
+        f"{encoding.num_captions:,} captions embedded by {encoding.encoder}: up to {encoding.length} tokens "
+        f"of size {encoding.width}, pooled size {encoding.pooled_width}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
 python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz --format=adm
 
-The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --images`.
+The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --images`. A run that was trained on
+captions draws what --prompt="a red planet with a ring" or the lines of --prompts=FILE say.
 """
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, cast
 
@@ -14,8 +16,8 @@ from absl import flags
 
 from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
-from mcm_jax.system.errors import InputError
-from mcm_jax.system.files import require_output, write_output
+from mcm_jax.system.errors import InputError, reason
+from mcm_jax.system.files import read_bytes, require_output, write_output
 from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import image_grid, save_png
 
@@ -64,6 +66,15 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Image n depends only on (seed, n).", lower_bound=0, upper_bound=2**32 - 1
 )
 _LABEL = flags.DEFINE_integer("label", None, "Class of all images. Default: drawn at random.", lower_bound=0)
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "Text to image: caption of all images. Default: captions of the test split."
+)
+_PROMPTS = paths.define_path(
+    "prompts", None, "Text to image: file with a caption for each image, one a line."
+)
+_TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Directory of the text encoder for --prompt. Default: the installed one."
+)
 _PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or raw parameters.")
 _CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step", None, "Training step of the checkpoint. Default: the newest one."
@@ -103,7 +114,9 @@ def _sample_to(out: Path) -> None:
         checkpoint_step=_CHECKPOINT_STEP.value,
         data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
     )
-    labels = None
+    labels, prompts = None, _prompts()
+    if prompts is not None:
+        run.text_encoder(_TEXT_ENCODER.value)
     if _LABEL.value is not None:
         if _LABEL.value >= run.dataset.num_classes:
             names = ", ".join(f"{n} {name}" for n, name in enumerate(run.dataset.class_names[:20]))
@@ -111,7 +124,8 @@ def _sample_to(out: Path) -> None:
                 f"--label={_LABEL.value} is not one of the {run.dataset.num_classes} classes: {names}"
             )
         labels = np.full(_NUM.value, _LABEL.value, np.int32)
-    images, labels = _sample(run, labels, show=distributed.is_first())
+    num = _NUM.value if prompts is None else len(prompts)
+    images, labels = _sample(run, num, labels, prompts, show=distributed.is_first())
     if not distributed.is_first():
         return
     if out.suffix == ".npz":
@@ -126,18 +140,49 @@ def _sample_to(out: Path) -> None:
     )
 
 
-def _sample(run: "Run", labels: np.ndarray | None, *, show: bool) -> tuple[np.ndarray, np.ndarray]:
+def _prompts() -> list[str] | None:
+    """The captions that the flags specify, one for each image; None without them.
+
+    Raises:
+      InputError: there are too many flags, or the file can't be read.
+    """
+    given = {"--label": _LABEL.value, "--prompt": _PROMPT.value, "--prompts": _PROMPTS.value}
+    if len([name for name, value in given.items() if value is not None]) > 1:
+        raise InputError("--label, --prompt and --prompts exclude each other; give one of them")
+    if _PROMPT.value is not None:
+        prompts = [_PROMPT.value] * _NUM.value
+    elif _PROMPTS.value is not None:
+        try:
+            prompts = read_bytes(_PROMPTS.value).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts={_PROMPTS.value} can't be read ({reason(error)})") from error
+        if not prompts:
+            raise InputError(f"--prompts={_PROMPTS.value} is empty; write one caption on each line")
+    else:
+        return None
+    if empty := sum(not prompt.strip() for prompt in prompts):
+        print(
+            f"note: {empty} of {len(prompts)} prompts are empty: these images have no caption",
+            file=sys.stderr,
+        )
+    return prompts
+
+
+def _sample(
+    run: "Run", num: int, labels: np.ndarray | None, prompts: list[str] | None, *, show: bool
+) -> tuple[np.ndarray, np.ndarray]:
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True, quiet=not show)
     with warnings.catch_warnings(), Progress(console=console) as bar:
         warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", soft_wrap=True)
-        task = bar.add_task("sampling", total=_NUM.value)
+        task = bar.add_task("sampling", total=num)
         return run.sample(
-            _NUM.value,
+            num,
             seed=_SEED.value,
             labels=labels,
+            prompts=prompts,
             batch_per_device=_BATCH.value,
             progress=lambda count: bar.advance(task, count),
             **_sampling_options(),

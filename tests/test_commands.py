@@ -48,6 +48,7 @@ STORIES = {
         *("launch/tpu_host.sh", "launch/tpu_pod.sh"),
     ),
     "folder": ("configs/folder.py", "docs/your_images.md"),
+    "avatars": ("configs/avatars.py",),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
@@ -124,9 +125,11 @@ def small(command: Command) -> tuple[str, ...]:
     if command.program == "prepare":
         if option(command, "--inception"):
             return ("--inception=made_up.pickle",)  # The published file's name contains its hash.
-        return {"folder": ("--resolution=8",), "openmoji": ("--resolution=16",)}.get(
-            option(command, "--dataset"), ()
-        )
+        return {
+            "folder": ("--resolution=8",),
+            "openmoji": ("--resolution=16",),
+            "avatars": ("--num=24", "--workers=0"),
+        }.get(option(command, "--dataset"), ())
     if command.program == "sample":
         return ("--num=10",)
     if command.program == "evaluate" and option(command, "--workdir"):

@@ -58,6 +58,33 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     return config
 
 
+def captioned(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
+    """Returns the config of a row of the paper's chain for text to image, on the scale of `tiny`.
+
+    Rows: "teacher"; "guidance", which distils its guided prediction; "cd,steps=S", which distils that model
+    with a constant number of teacher steps, as in the paper (SPEC 10).
+
+    Raises:
+      InputError: there is no such row.
+    """
+    words, numbers = parse_row(row)
+    if (words, set(numbers)) not in [({"teacher"}, set()), ({"guidance"}, set()), ({"cd"}, {"steps"})]:
+        raise InputError(f"there is no config row {row!r}: use teacher, guidance or cd,steps=S")
+    config = tiny(row, dataset=dataset, resolution=resolution)
+    # A mirrored image may contradict its caption.
+    config.data.update(encoder="minilm", horizontal_flip=False)
+    config.optimizer.ema_decay = 0.999
+    if words == {"teacher"}:
+        config.diffusion.label_dropout = 0.1
+        config.sampling.guidance = 1.0
+        config.training.update(num_steps=20_000, sample_every_steps=5_000, checkpoint_every_steps=1_000)
+    else:
+        config.training.update(num_steps=5_000, sample_every_steps=5_000, checkpoint_every_steps=1_000)
+    if words == {"cd"}:
+        config.consistency.update(teacher_steps_first=256.0, teacher_steps_last=256.0, huber_epsilon=1.0)
+    return config
+
+
 def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
     """Parses 'cd,steps=4' into words and numbers: ({'cd'}, {'steps': 4}).
 

@@ -52,6 +52,11 @@ class DataSettings:
         "openmoji, avatars, emoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see prepare",
     )
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
+    encoder: str | None = setting(
+        None,
+        "text encoder whose embeddings of the captions the network is conditioned on; None: class labels",
+        affects=Affects.ALL,
+    )
     resolution: int = setting(32, "height and width of the images in pixels", low=1, affects=Affects.ALL)
     horizontal_flip: bool = setting(
         True, "flip half of the training images (open for the consistency stages; ours: as the teacher)"

@@ -31,6 +31,8 @@ HELD_OUT = "heldout"
 SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
 LOCAL_DATA = "MCM_LOCAL_DATA"  # environment variable: directory for copies of data sets in buckets
+MINILM = "minilm"  # the text encoder that is installed
+CAPTIONED = ("avatars", "emoji")  # data sets whose captions are always embedded
 DRAWN = ("openmoji", "avatars", "emoji")
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -53,11 +55,38 @@ class Records(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a data set's captions are embedded (see `embeddings`).
+
+    `encoder` is the encoder's name, `encoder_sha256` a hash of all that its results depend on. Each of at
+    most `length` tokens has an embedding of size `width`, and a caption has one of size `pooled_width`.
+    `fingerprint` is the SHA-256 of the `num_captions` different captions and their embeddings, `data` one of
+    the data set that has them.
+    """
+
+    encoder: str
+    encoder_sha256: str
+    length: int
+    width: int
+    pooled_width: int
+    num_captions: int
+    fingerprint: str
+    data: str
+
+    @classmethod
+    def from_json(cls, fields: Any) -> "Encoding":
+        """Builds the object from JSON fields; raises as `DatasetInfo.from_json`."""
+        types = typing.get_type_hints(cls)
+        return cls(**{name: records.checked(types[name], value, name) for name, value in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """Describes a prepared data set: enough to size a model and to identify the data in a result.
 
     `fingerprints` maps each split to the SHA-256 of its images and labels in stored order; `class_counts`
     maps each split to its number of images per class; `source` identifies the files the images come from.
+    `encoding` is None unless captions are what a network is conditioned on.
     """
 
     dataset: str
@@ -68,6 +97,7 @@ class DatasetInfo:
     fingerprints: dict[str, str]
     preprocessing: str
     source: str
+    encoding: Encoding | None = None
     path: Path
 
     @classmethod
@@ -78,9 +108,10 @@ class DatasetInfo:
           AttributeError, KeyError, TypeError, ValueError: `fields` do not describe a data set.
         """
         types = typing.get_type_hints(cls)
-        given = {name: value for name, value in fields.items() if name != "path"}
+        given = {name: value for name, value in fields.items() if name not in ("path", "encoding")}
         checked = {name: records.checked(types[name], value, name) for name, value in given.items()}
-        return cls(**checked, path=path)
+        encoding = fields.get("encoding")
+        return cls(**checked, encoding=None if encoding is None else Encoding.from_json(encoding), path=path)
 
     @property
     def num_classes(self) -> int:
@@ -160,7 +191,7 @@ def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, over
 def write_summary(info: DatasetInfo, directory: Path) -> None:
     """Writes the summary of `info` into `directory`; omits the path, so that the data can be moved."""
     fields = dataclasses.asdict(info)
-    del fields["path"]
+    del fields["path"], fields["encoding"]  # It is stored beside the embeddings.
     files.write_whole(directory / SUMMARY_FILE, json.dumps(fields, indent=2) + "\n")
 
 

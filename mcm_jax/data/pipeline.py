@@ -4,16 +4,17 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
-from mcm_jax.data import layout
+from mcm_jax.data import embeddings, layout
 from mcm_jax.data.corruption import ReadableRecords
-from mcm_jax.data.layout import DatasetInfo, Example, Records, describe, stored_records
+from mcm_jax.data.embeddings import Embeddings
+from mcm_jax.data.layout import DatasetInfo, Example, Records, stored_records
 from mcm_jax.data.local_copy import local_copy
 from mcm_jax.data.pixels import to_float, to_uint8
 from mcm_jax.system.errors import InputError
@@ -29,6 +30,7 @@ __all__ = [
     "load_arrays",
     "open_split",
     "random_examples",
+    "random_indices",
     "to_float",
     "to_uint8",
     "train_batches",
@@ -52,9 +54,13 @@ class Source(abc.ABC):
     ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
         """The images and labels at `indices`, stacked into new arrays."""
 
+    def batch(self, indices: Int[np.ndarray, " N"]) -> dict[str, np.ndarray]:
+        """The examples at `indices` in new arrays, with their embedded captions if there are any."""
+        images, labels = self.gather(indices)
+        return {"image": images, "label": labels}
+
     def __getitem__(self, index: int) -> Example:
-        images, labels = self.gather(np.array([range(len(self))[index]]))
-        return {"image": images[0], "label": labels[0]}
+        return {name: values[0] for name, values in self.batch(np.array([range(len(self))[index]])).items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,9 +91,56 @@ class RecordSource(Source):
     def gather(
         self, indices: Int[np.ndarray, " N"]
     ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
-        examples = self.records.__getitems__([int(index) for index in indices])
-        images = np.stack([example["image"] for example in examples])
-        return images, np.array([example["label"] for example in examples], np.int32)
+        return _stacked(self.records.__getitems__(indices.tolist()))
+
+
+def _stacked(examples: Sequence[Example]) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
+    images = np.stack([example["image"] for example in examples])
+    return images, np.array([example["label"] for example in examples], np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionedArrays(ArraySource):
+    """A split held in memory, with the row of each example's caption in `embeddings`."""
+
+    rows: Int32[np.ndarray, " N"]
+    embeddings: Embeddings
+
+    def batch(self, indices: Int[np.ndarray, " N"]) -> dict[str, np.ndarray]:
+        return {**super().batch(indices), **self.embeddings.gather(self.rows[indices])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionedRecords(RecordSource):
+    """A split read on every access, with embedded captions."""
+
+    embeddings: Embeddings
+
+    def batch(self, indices: Int[np.ndarray, " N"]) -> dict[str, np.ndarray]:
+        examples = self.records.__getitems__(indices.tolist())
+        images, labels = _stacked(examples)
+        return {"image": images, "label": labels, **self.embeddings.gather(self._rows(examples))}
+
+    def in_memory(self) -> CaptionedArrays:
+        """The same split held in memory."""
+        images, labels = load_arrays(self)
+        rows = [self._rows([example]) for example in self.records]
+        return CaptionedArrays(images, labels, np.concatenate(rows), self.embeddings)
+
+    def _rows(self, examples: Sequence[Example]) -> Int32[np.ndarray, " N"]:
+        return self.embeddings.rows([example["caption"].decode() for example in examples])
+
+
+def describe(
+    *, data_dir: str | Path, dataset: str, resolution: int, encoder: str | None = None
+) -> DatasetInfo:
+    """Reads the description of a prepared data set, and of its captions as embedded by `encoder`.
+
+    Raises:
+      InputError: the data set or its embedded captions are missing; the message gives the command.
+    """
+    info = layout.describe(data_dir=data_dir, dataset=dataset, resolution=resolution)
+    return info if encoder is None else embeddings.describe(info, encoder)
 
 
 def open_split(
@@ -96,6 +149,7 @@ def open_split(
     dataset: str,
     resolution: int,
     split: str,
+    encoder: str | None = None,
     in_memory_limit_bytes: int = 2**30,
     max_corrupt_records: int = 0,
 ) -> ArraySource | RecordSource:
@@ -106,23 +160,29 @@ def open_split(
     demand.
 
     Args:
+      encoder: the text encoder whose embeddings of the captions belong to each example; None: none.
       max_corrupt_records: number of corrupt records that are skipped (see `ReadableRecords`). Reading one
         more, now or later, raises InputError. Statistics need all images, so the default is 0.
 
     Raises:
       InputError: the data set is missing, incomplete or damaged, or the split does not exist or is empty.
     """
-    info = describe(data_dir=data_dir, dataset=dataset, resolution=resolution)
+    info = describe(data_dir=data_dir, dataset=dataset, resolution=resolution, encoder=encoder)
     if split not in info.num_examples:
         raise InputError(f"data set {dataset} has no split {split!r}, only {', '.join(info.num_examples)}")
     if not info.num_examples[split]:
         raise InputError(f"data set {dataset}: split {split!r} is empty; prepare it from more images")
     place = local_copy(info.path)
     with _reporting_damage(info):
-        source = RecordSource(_open_records(info, split, place, max_corrupt_records))
-        if len(source) * resolution**2 * 3 > in_memory_limit_bytes:
-            return source
-        return ArraySource(*load_arrays(source))
+        records = _open_records(info, split, place, max_corrupt_records)
+        on_demand = len(records) * resolution**2 * 3 > in_memory_limit_bytes
+        if encoder is not None:
+            captioned = CaptionedRecords(
+                records, Embeddings(info, in_memory_limit_bytes=in_memory_limit_bytes)
+            )
+            return captioned if on_demand else captioned.in_memory()
+        source = RecordSource(records)
+        return source if on_demand else ArraySource(*load_arrays(source))
 
 
 def _open_records(info: DatasetInfo, split: str, place: Path, max_corrupt_records: int) -> ReadableRecords:
@@ -186,11 +246,18 @@ def random_examples(
 ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
     """Draws `num` examples without replacement and returns their images and labels in stored order.
 
-    Returns all examples if the split has at most `num`. Only the drawn examples are read. A random draw is
-    needed because stored order is not random: some data sets are stored class by class.
+    Returns all examples if the split has at most `num`. Only the drawn examples are read.
+    """
+    return source.gather(random_indices(source, num, seed=seed))
+
+
+def random_indices(source: Source, num: int, *, seed: int = 0) -> Int[np.ndarray, " _"]:
+    """Draws at most `num` indices without replacement, in ascending order.
+
+    A random draw is needed because stored order is not random: some data sets are stored class by class.
     """
     rng = np.random.default_rng(seed)
-    return source.gather(np.sort(rng.choice(len(source), min(num, len(source)), replace=False)))
+    return np.sort(rng.choice(len(source), min(num, len(source)), replace=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +312,11 @@ class _Batches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start = (index * self.process_count + self.process_index) * self.batch_size
         indices, flipped = self.order.at(np.arange(start, start + self.batch_size))
-        images, labels = self.source.gather(indices)
+        batch = self.source.batch(indices)
+        images = batch["image"]
         if self.flip:
             images[flipped] = images[flipped, :, ::-1]
-        return {"image": to_float(images), "label": labels}
+        return batch | {"image": to_float(images)}
 
 
 def train_batches(
@@ -262,6 +330,8 @@ def train_batches(
     num_threads: int | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches {'image': float32 [B, r, r, 3] in [-1, 1], 'label': int32 [B]} of one process.
+
+    Embedded captions add 'tokens', 'mask' and 'pooled', see `Embeddings.gather`.
 
     Each epoch is a new permutation of all examples. A batch may span two epochs, so that no example is
     dropped or repeated. Global batch i is the range [i G, (i + 1) G) of that order, where

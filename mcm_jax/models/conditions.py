@@ -56,7 +56,7 @@ class Captions:
     def null(self) -> Caption:
         """No caption: no token exists, and the pooled embedding is zero. It is the empty prompt."""
         return Caption(
-            np.zeros((self.length, self.width), np.float32),
+            np.zeros((self.length, self.width), np.float16),
             np.zeros(self.length, bool),
             np.zeros(self.pooled_width, np.float32),
         )

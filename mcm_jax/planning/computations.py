@@ -20,8 +20,8 @@ from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding
 from mcm_jax.system.sharding import Device
 
-# Conditions of the data sets that can be planned for before they are prepared: captions of avatars and emoji as
-# MiniLM embeds them, those of COCO as T5 v1.1 XXL does.
+# Conditions of the data sets that can be planned for before they are prepared: captions of avatars and emoji
+# as MiniLM embeds them, those of COCO as T5 v1.1 XXL does.
 CONDITIONS = {
     "imagenet": Classes(1000),
     "openmoji": Classes(9),

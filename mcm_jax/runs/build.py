@@ -15,7 +15,7 @@ from mcm_jax.diffusion import schedules
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models import attention
-from mcm_jax.models.conditions import Classes, Condition
+from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.objective import Networks
@@ -33,7 +33,10 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def condition(dataset: DatasetInfo) -> Condition:
     """What the data set's images are conditioned on."""
-    return Classes(dataset.num_classes)
+    encoding = dataset.encoding
+    if encoding is None:
+        return Classes(dataset.num_classes)
+    return Captions(encoding.length, encoding.width, encoding.pooled_width)
 
 
 def network(config: Config, *, condition: Condition) -> Network:

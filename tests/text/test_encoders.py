@@ -53,7 +53,7 @@ def test_similar_sentences_are_close(minilm):
 
 
 def test_minilm_is_what_its_package_holds(minilm):
-    assert (minilm.name, minilm.width, minilm.pooled_width) == ("all-MiniLM-L6-v2", 384, 384)
+    assert (minilm.name, minilm.width, minilm.pooled_width) == ("minilm", 384, 384)
     assert len(minilm.sha256) == 64
     # Ids of BERT's uncased vocabulary: [CLS] hello world [SEP].
     ids, mask, cut = minilm.tokenize(["Hello world"])

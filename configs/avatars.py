@@ -1,0 +1,27 @@
+"""Avatars: drawings with captions whose every attribute is known (CC0); text to image on two CPU cores.
+
+    teacher            the diffusion model, conditioned on captions
+    guidance           distillation of its guided prediction (weight 1) into one network call
+    cd,steps=S         S-step multistep consistency distillation of the model that guidance trained
+
+These are not rows of the paper's tables, but its chain for text to image (section 5.3). The images are 32x32;
+the captions are embedded by all-MiniLM-L6-v2. The commands:
+
+    python -m mcm_jax.prepare --dataset=avatars --resolution=32 --caption_length=40
+    python -m mcm_jax.train --config=avatars:teacher --workdir=runs/avatars_teacher
+    python -m mcm_jax.train --config=avatars:guidance --workdir=runs/avatars_guidance \\
+        --config.teacher_checkpoint=runs/avatars_teacher
+    python -m mcm_jax.train --config=avatars:cd,steps=4 --workdir=runs/avatars_cd4 \\
+        --config.teacher_checkpoint=runs/avatars_guidance
+    python -m mcm_jax.sample --workdir=runs/avatars_cd4 --num=8 --out=runs/critters.png \\
+        --prompt="a purple critter with one eye"
+"""
+
+import ml_collections
+
+from mcm_jax.config import rows
+
+
+def get_config(row: str = "teacher") -> ml_collections.ConfigDict:
+    """Returns the config of a row, such as "teacher" or "cd,steps=4"."""
+    return rows.captioned(row, dataset="avatars", resolution=32)
