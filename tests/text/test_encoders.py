@@ -82,23 +82,21 @@ def test_minilm_without_its_package(monkeypatch):
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_a_long_text_is_cut_before_its_last_special_token(name, tmp_path):
-    encoder = load(tmp_path, tiny.CONFIGS[name])
-    words = ["a"] * 40
-    special = encoder.tokenize([""]).mask.sum()
-    whole = [" ".join(words[:count]) for count in (3, 16 - special, 17 - special, 40)]
-    ids, mask, cut = encoder.tokenize(whole)
-    counts = mask.sum(axis=1)
-    if "spiece" not in str(list((tmp_path / "encoder").iterdir())):
-        np.testing.assert_array_equal(counts, [3 + special, 16, 16, 16])
-        np.testing.assert_array_equal(cut, [False, False, True, True])
-    else:  # A word may take several pieces.
-        assert not cut[0] and cut[3] and counts[3] == 16
-    end = encoder.tokenize([""]).ids[0, special - 1]
-    assert (ids[np.arange(4), counts - 1] == end).all() and ((ids == end).sum(axis=1) == 1).all()
-    # What is left of a cut text is encoded as the same text alone.
-    if name == "quick_gelu CLIP":
-        text = encoder.encode(whole)
-        np.testing.assert_allclose(text.tokens[3, :15], text.tokens[1, :15], atol=1e-5)
+    text, whole = "a b c d", load(tmp_path, tiny.CONFIGS[name])
+    count = whole.tokenize([text]).mask.sum()
+    end = whole.tokenize([""]).ids[0, whole.tokenize([""]).mask.sum() - 1]
+    for length in (count, count - 1):
+        encoder = encoders.load(tmp_path / "encoder", length=int(length))
+        ids, mask, cut = encoder.tokenize([text, "a"])
+        np.testing.assert_array_equal(cut, [length < count, False])
+        assert mask[0].all() and (ids == end).sum() == 2 and ids[0, -1] == end
+        np.testing.assert_array_equal(ids[0, :-1], whole.tokenize([text]).ids[0, : length - 1])
+
+
+def test_what_is_left_of_a_cut_text_is_encoded_as_if_it_were_all(tmp_path):
+    encoder = load(tmp_path)
+    cut, whole = encoder.encode([" ".join(["a"] * 40), " ".join(["a"] * 14)]).tokens
+    np.testing.assert_array_equal(cut, whole)
 
 
 def test_half_a_character_is_refused(minilm):
@@ -296,6 +294,12 @@ def test_damaged_weights(tmp_path):
     whole = tiny.files(tiny.BERT)["model.safetensors"]
     for content in (b"", whole[:5], whole[:100], whole[:-1], b"\xff" * 100, whole + b"\0"):
         assert "model.safetensors is damaged (" in refused(tmp_path, changed={"model.safetensors": content})
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_that_are_too_large(name, tmp_path):
+    message = refused(tmp_path, changed={name: b" " * (2**24 + 1)})
+    assert message.endswith(f"{name} has more than 16,777,216 bytes; download it again")
 
 
 def test_damaged_lists_of_files(tmp_path):
