@@ -5,6 +5,7 @@ pickles, archives and graphs put together from their parts. MCM_FUZZ_INPUTS=1000
 reader instead of 200.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -102,7 +103,8 @@ def odd_json(draw, value) -> bytes:
                 if draw(st.integers(0, 4)) == 0:
                     del place[key]
                 else:
-                    place[key] = draw(ODD)
+                    # A later place may lie in this value, which hypothesis draws again.
+                    place[key] = copy.deepcopy(draw(ODD))
                 break
             place = place[key]
     return json.dumps(value).encode("utf-8", "surrogatepass")
