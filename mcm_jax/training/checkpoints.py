@@ -65,7 +65,9 @@ class Checkpoints:
             read_only=keep is None,
             enable_async_checkpointing=True,
             # Otherwise, if a directory cannot be created, the next save waits for it until a timeout.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=_wait_unless_failed
+            ),
         )
         self._manager = self._open()
         self.saved: int | None = None
@@ -341,6 +343,16 @@ def newest_step(workdir: Path) -> int | None:
         return max(ocp.utils.checkpoint_steps(workdir / CHECKPOINTS), default=None)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _wait_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes as Orbax does, but not while an exception ends a save in this one.
+
+    The others wait elsewhere, for what this process has not done, and nobody would report it until Orbax's
+    timeout.
+    """
+    if sys.exc_info()[1] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _trees(state: TrainState) -> dict[str, PyTree]:

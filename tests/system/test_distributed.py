@@ -226,6 +226,26 @@ observer.SilentObserver.metrics = fail
     assert "this host is broken" in members.output(1, "err")
 
 
+def test_a_checkpoint_that_the_first_cannot_complete_ends_all(tiny_data, tmp_path):
+    """The others wait for it; it must not wait for them, which Orbax does for 20 minutes."""
+    code = """
+import orbax.checkpoint
+from etils import epath
+if INDEX == "0":
+    rename = type(epath.Path("/")).rename
+    def fail(self, target):
+        if Path(target).name == "2":
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+    type(epath.Path("/")).rename = fail
+"""
+    run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
+    with training(run, count=2, directory=tmp_path / "logs", before=code) as members:
+        assert all(members.codes(timeout=120)), members.everything()
+    assert "Permission denied" in members.output(0, "err")
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
 # Without training.
 
 
