@@ -48,7 +48,7 @@ STORIES = {
         *("launch/tpu_host.sh", "launch/tpu_pod.sh"),
     ),
     "folder": ("configs/folder.py", "docs/your_images.md"),
-    "avatars": ("configs/avatars.py",),
+    "avatars": ("configs/avatars.py", "docs/text_to_image.md"),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
