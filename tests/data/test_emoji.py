@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import pickle
@@ -105,11 +106,10 @@ def test_directory_and_archive_hold_the_same(package, tmp_path):
     assert emoji.read(tmp_path / "a") == package == emoji.read(tmp_path / "b")
 
 
-def test_source_follows_every_drawing(package):
+@pytest.mark.parametrize("change", [{"body": "<g/>"}, {"name": "thing-other"}, {"size": (1.0, 1.0)}])
+def test_source_follows_every_drawing_and_name(package, change):
     first, *others = package.emojis
-    changed = Package(
-        package.version, (Emoji(first.name, first.design, "<g/>", first.size), *others), (), package.credits
-    )
+    changed = dataclasses.replace(package, emojis=(dataclasses.replace(first, **change), *others))
     assert package.source().startswith("@iconify/json 2.2.535 ") and changed.source() != package.source()
 
 
