@@ -13,7 +13,6 @@ import tensorflow_datasets as tfds
 from mcm_jax.data import avatars, layout, pipeline, preparation
 from mcm_jax.data.avatar_styles import STYLES
 from mcm_jax.data.avatars import Avatar
-from mcm_jax.planning import planner
 from mcm_jax.system.errors import InputError
 from tests import forks
 
@@ -252,7 +251,6 @@ def prepared(tmp_path_factory):
 
 def test_examples_are_the_avatars_with_captions_and_attributes(prepared):
     _, info, examples = prepared
-    assert planner.NUM_CLASSES["avatars"] == len(STYLES)
     assert info.class_names == tuple(STYLES) and info.num_examples == dict.fromkeys(avatars.SPLITS, 7)
     for split, found in examples.items():
         for index, example in enumerate(found):

@@ -9,7 +9,6 @@ import tensorflow_datasets as tfds
 
 from mcm_jax.data import emoji, layout, pipeline, preparation
 from mcm_jax.data.emoji import DESIGNS, Emoji, Package
-from mcm_jax.planning import planner
 from mcm_jax.system.errors import InputError
 from tests.tars import tar
 
@@ -198,7 +197,6 @@ def prepared(tgz, tmp_path_factory):
 
 def test_examples_are_the_drawings_with_captions(prepared, package):
     _, info, examples = prepared
-    assert planner.NUM_CLASSES["emoji"] == len(DESIGNS)
     assert info.class_names == tuple(DESIGNS.values())
     for split, wanted in emoji.assigned(package).items():
         assert info.num_examples[split] == len(wanted) == sum(info.class_counts[split]) > 0
