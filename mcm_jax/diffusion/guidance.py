@@ -15,6 +15,7 @@ def guide(
     The same formula holds for v and eps, which are linear in x.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> guide(jnp.full((1, 2), 3.0), jnp.full((1, 2), 2.0), guidance=0.5).tolist()
       [[3.5, 3.5]]
     """
