@@ -268,9 +268,11 @@ class Trial:
         return Start(self.world, self.objective, self.processes, *where, **options)
 
     def checkpoints(self) -> list[paths.Path]:
-        """The checkpoints of the stage that was trained last, the newest first."""
-        found = next((found for workdir in reversed(self.stages()) if (found := _entries(workdir))), [])
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
+        """The complete checkpoints of the stage that was trained last, the newest first."""
+        for workdir in reversed(self.stages()):
+            if found := self._complete(workdir):
+                return [workdir / "checkpoints" / str(step) for step in sorted(found, reverse=True)]
+        return []
 
     def run(self, kinds: list[str]) -> list[dict[str, object]]:
         """Meets faults of these kinds, one per start, then finishes; returns a record for each."""
