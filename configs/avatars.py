@@ -4,8 +4,9 @@
     guidance           distillation of its guided prediction (weight 1) into one network call
     cd,steps=S         S-step multistep consistency distillation of the model that guidance trained
 
-These are not rows of the paper's tables, but its chain for text to image (section 5.3). The images are 32x32;
-the captions are embedded by all-MiniLM-L6-v2. The commands:
+These are not rows of the paper's tables, but its chain for text to image (section 5.3). The images are
+32x32; the captions are embedded by all-MiniLM-L6-v2. In cd, aDDIM's x_var is that of the guided prediction,
+as the distilled model has no other; the paper uses the conditional one. The commands:
 
     python -m mcm_jax.prepare --dataset=avatars --resolution=32 --caption_length=40
     python -m mcm_jax.train --config=avatars:teacher --workdir=runs/avatars_teacher

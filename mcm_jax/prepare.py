@@ -17,8 +17,10 @@ captions.jsonl or in a .txt beside each image, or none.
 Weights of FID's feature network, converted once: --inception=FILE.
 """
 
+import dataclasses
 import re
 import sys
+from typing import TYPE_CHECKING
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
@@ -27,6 +29,9 @@ from mcm_jax.data import avatars, embeddings, emoji, layout
 from mcm_jax.data.preparation import MAX_RESOLUTION, plan, prepare, report
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
+
+if TYPE_CHECKING:
+    from mcm_jax.text import encoders
 
 
 def define_flags() -> None:
@@ -118,25 +123,44 @@ def main() -> None:
     )
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
+    encoder = _encoder(values.dataset, values.encoder, values.caption_length)
     info, built = prepare(chosen, data_dir=values.data_dir, overwrite=values.overwrite)
     if info is None:
         print(f"host {values.host} has written its part; host 1 completes the data set once all hosts have")
         return
-    encoder = values.encoder or (layout.MINILM if values.dataset in layout.CAPTIONED else "none")
-    if encoder != "none":
-        print(_embed(info, encoder, values.caption_length))
+    if encoder is not None:
+        info = _embed(info, encoder)
     print(report(info, built=built, data_dir=str(values.data_dir)))
 
 
-def _embed(info: layout.DatasetInfo, encoder: str, length: int | None) -> str:
-    """Embeds the captions of a data set and says so."""
+def _encoder(dataset: str, name: str | None, length: int | None) -> "encoders.Encoder | None":
+    """Loads the text encoder that the flags specify, before any long work."""
+    name = name or (layout.MINILM if dataset in layout.CAPTIONED else "none")
+    if name != "none" and dataset in layout.IMAGENETS:
+        raise InputError(f"--encoder={name}: {dataset} has no captions; remove it")
+    if name == "none":
+        if length is not None:
+            raise InputError(f"--caption_length={length} needs --encoder=NAME; remove it")
+        return None
     from mcm_jax.text import encoders  # Slow to import.
 
-    encoding = embeddings.write(info, encoders.load(encoder, length=length))
-    return (
+    return encoders.load(name, length=length)
+
+
+def _embed(info: layout.DatasetInfo, encoder: "encoders.Encoder") -> layout.DatasetInfo:
+    """Embeds the captions of a data set, says so, and adds the encoding to its description."""
+    encoding, cut = embeddings.write(info, encoder)
+    print(
         f"{encoding.num_captions:,} captions embedded by {encoding.encoder}: up to {encoding.length} tokens "
         f"of size {encoding.width}, pooled size {encoding.pooled_width}"
     )
+    if cut:
+        print(
+            f"note: {cut:,} captions have more than {encoding.length} tokens and lose their end; "
+            "--caption_length=N takes longer ones",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(info, encoding=encoding)
 
 
 if __name__ == "__main__":

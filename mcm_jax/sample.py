@@ -117,6 +117,8 @@ def _sample_to(out: Path) -> None:
     labels, prompts = None, _prompts()
     if prompts is not None:
         run.text_encoder(_TEXT_ENCODER.value)
+        if distributed.is_first():
+            _note_prompts(run, prompts)
     if _LABEL.value is not None:
         if _LABEL.value >= run.dataset.num_classes:
             names = ", ".join(f"{n} {name}" for n, name in enumerate(run.dataset.class_names[:20]))
@@ -153,19 +155,30 @@ def _prompts() -> list[str] | None:
         prompts = [_PROMPT.value] * _NUM.value
     elif _PROMPTS.value is not None:
         try:
-            prompts = read_bytes(_PROMPTS.value).decode().splitlines()
+            prompts = read_bytes(_PROMPTS.value).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts={_PROMPTS.value} can't be read ({reason(error)})") from error
+        if not prompts[-1]:
+            del prompts[-1]  # What follows the last line.
         if not prompts:
             raise InputError(f"--prompts={_PROMPTS.value} is empty; write one caption on each line")
+        if flags.FLAGS["num"].present:
+            raise InputError("--num does not apply to --prompts, which has a line for each image; remove it")
     else:
         return None
+    return prompts
+
+
+def _note_prompts(run: "Run", prompts: list[str]) -> None:
+    """Reports prompts that are empty or too long."""
     if empty := sum(not prompt.strip() for prompt in prompts):
+        print(f"note: {empty} of {len(prompts)} prompts are empty: no caption", file=sys.stderr)
+    encoder = run.text_encoder()
+    if cut := int(encoder.tokenize(prompts).cut.sum()):
         print(
-            f"note: {empty} of {len(prompts)} prompts are empty: these images have no caption",
+            f"note: {cut} of {len(prompts)} prompts exceed {encoder.length} tokens and lose their end",
             file=sys.stderr,
         )
-    return prompts
 
 
 def _sample(

@@ -27,7 +27,7 @@ from mcm_jax.evaluation.features import Extractor
 from mcm_jax.planning import planner
 from tests import commands
 from tests.commands import ROOT, Command
-from tests.data import test_imagenet
+from tests.data import test_emoji, test_imagenet
 from tests.evaluation import test_inception_weights
 
 # Sources in the order in which their commands are run. Those of a story share a directory: later ones sample
@@ -49,6 +49,7 @@ STORIES = {
     ),
     "folder": ("configs/folder.py", "docs/your_images.md"),
     "avatars": ("configs/avatars.py", "docs/text_to_image.md"),
+    "emoji": ("configs/emoji.py",),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
@@ -129,6 +130,7 @@ def small(command: Command) -> tuple[str, ...]:
             "folder": ("--resolution=8",),
             "openmoji": ("--resolution=16",),
             "avatars": ("--num=24", "--workers=0"),
+            "emoji": ("--workers=0",),
         }.get(option(command, "--dataset"), ())
     if command.program == "sample":
         return ("--num=10",)
@@ -337,6 +339,8 @@ def make_up_data(name: str, directory: Path) -> None:
     """The files that the commands of a story name, in their true layout."""
     if name in ("openmoji", "folder"):
         make_images(directory / "PATH")
+    if name == "emoji":
+        test_emoji.write_tgz(directory / "FILE", test_emoji.package_files())
     if name != "imagenet64":
         return
     test_imagenet.make_manual_dir(directory / "DIR")

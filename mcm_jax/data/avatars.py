@@ -7,6 +7,7 @@ downloaded.
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import itertools
 import json
@@ -197,8 +198,10 @@ def render(avatar: Avatar, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
 
 
 def source(num: int) -> str:
-    """What the images are made from: their number, and the package with the styles."""
-    return f"{num} avatars of dicebear-styles {versions.installed('dicebear-styles')}"
+    """What the images are made from: their number, the package with the styles, and a hash of their table."""
+    table = hashlib.sha256(json.dumps([dataclasses.asdict(style) for style in STYLES.values()]).encode())
+    package = f"dicebear-styles {versions.installed('dicebear-styles')}"
+    return f"{num} avatars of {package}, table {table.hexdigest()[:12]}"
 
 
 def preprocessing(resolution: int) -> str:

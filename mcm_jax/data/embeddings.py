@@ -6,13 +6,16 @@ names the encoder. A record holds the embeddings of the caption's tokens in floa
 its pooled embedding in float32.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -48,6 +51,8 @@ class Encoder(Protocol):
     width: int
     pooled_width: int
 
+    def tokenize(self, strings: Sequence[str], /) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
     def encode(self, strings: Sequence[str], /) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
@@ -57,8 +62,11 @@ def directory(info: DatasetInfo, encoder: str) -> Path:
     return data_dir / "captions" / info.path.parents[1].name / info.path.parents[0].name / encoder
 
 
-def write(info: DatasetInfo, encoder: Encoder) -> Encoding:
+def write(info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
     """Embeds the captions of all splits of a data set, unless this encoder has done so.
+
+    Returns:
+      The encoding, and the number of captions that were cut because they are too long; 0 if nothing was done.
 
     Raises:
       InputError: the data set has no captions, the directory has embeddings by another encoder of the same
@@ -71,20 +79,27 @@ def write(info: DatasetInfo, encoder: Encoder) -> Encoding:
         )
     target = directory(info, encoder.name)
     if (existing := _existing(target, info, encoder)) is not None:
-        return existing
-    distinct = list(dict.fromkeys(_captions(info)))
-    with tempfile.TemporaryDirectory(dir=_staging(target), prefix=".incomplete-") as temporary:
+        return existing, 0
+    distinct, cut = list(dict.fromkeys(_captions(info))), 0
+    staging_place = _staging(target)
+    with (
+        files.writing_to(staging_place, "--data_dir"),
+        tempfile.TemporaryDirectory(dir=staging_place, prefix=".incomplete-") as temporary,
+    ):
         staging = pathlib.Path(temporary) / "captions"
         staging.mkdir()
         lines = "".join(json.dumps(caption) + "\n" for caption in distinct)
         files.write_whole(staging / _CAPTIONS, lines)
-        digest = hashlib.sha256(lines.encode())
         writer = ArrayRecordWriter(str(staging / _EMBEDDINGS), _OPTIONS)
         for start in progress.bar(range(0, len(distinct), _BLOCK), "embedding captions"):
-            for record in _records(distinct[start : start + _BLOCK], encoder.encode, encoder.name):
+            block = distinct[start : start + _BLOCK]
+            cut += int(encoder.tokenize(block)[2].sum())
+            for record in _records(block, encoder.encode, encoder.name):
                 writer.write(record)
-                digest.update(record)
         writer.close()
+        # The writer does not report a full disk.
+        if ArrayRecordReader(str(staging / _EMBEDDINGS)).num_records() != len(distinct):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         encoding = Encoding(
             encoder=encoder.name,
             encoder_sha256=encoder.sha256,
@@ -92,15 +107,17 @@ def write(info: DatasetInfo, encoder: Encoder) -> Encoding:
             width=encoder.width,
             pooled_width=encoder.pooled_width,
             num_captions=len(distinct),
-            fingerprint=digest.hexdigest(),
+            captions_sha256=hashlib.sha256(lines.encode()).hexdigest(),
             data=_identity(info),
         )
         files.write_whole(staging / layout.SUMMARY_FILE, json.dumps(dataclasses.asdict(encoding)) + "\n")
         if isinstance(target, epath.Path):
             files.publish_tree(staging, target, last=layout.SUMMARY_FILE)
         else:
+            # Embeddings of an earlier preparation, or what an interrupted deletion has left.
+            files.remove_tree(target)
             files.move_directory(staging, target)
-    return encoding
+    return encoding, cut
 
 
 def _identity(info: DatasetInfo) -> str:
@@ -124,13 +141,17 @@ def _existing(target: Path, info: DatasetInfo, encoder: Encoder) -> Encoding | N
     except FileNotFoundError:
         return None
     if existing.data != _identity(info):
-        files.remove_tree(target)
         return None
-    if (existing.encoder_sha256, existing.length) != (encoder.sha256, encoder.length):
+    if existing.encoder_sha256 != encoder.sha256:
         raise InputError(
-            f"{target} contains embeddings of {existing.length} tokens by another encoder {encoder.name} "
-            f"(its hash is {existing.encoder_sha256[:12]}, now {encoder.sha256[:12]}, with "
-            f"{encoder.length} tokens); delete that directory, or rename the encoder's"
+            f"{target} contains embeddings by another encoder of that name (its hash is "
+            f"{existing.encoder_sha256[:12]}, now {encoder.sha256[:12]}); delete it, or rename the "
+            "encoder's directory"
+        )
+    if existing.length != encoder.length:
+        raise InputError(
+            f"{target} contains embeddings of up to {existing.length} tokens, not {encoder.length}; delete "
+            f"it, or pass --caption_length={existing.length}"
         )
     return existing
 
@@ -179,9 +200,10 @@ def describe(info: DatasetInfo, encoder: str) -> DatasetInfo:
     except FileNotFoundError:
         pass
     command = layout.prepare_command(info.path.parents[2], dataset=info.dataset, resolution=info.resolution)
+    source = encoder if encoder == layout.MINILM else f"DIRECTORY/{encoder}"
     raise InputError(
         f"the captions of {info.dataset} at resolution {info.resolution} are not embedded by {encoder}; "
-        f"embed them with: {command} --encoder={encoder}"
+        f"repeat the command that prepared them, with --encoder={source} ({command} --encoder={source})"
     )
 
 
@@ -197,28 +219,33 @@ class Embeddings:
         if info.encoding is None:
             raise ValueError("the description has no encoding")
         self.encoding = info.encoding
-        source = directory(info, info.encoding.encoder)
-        copy = local_copy(source)
-        try:
-            lines = files.read_bytes(copy / _CAPTIONS).splitlines()
-            self.captions: list[str] = [json_text.loads(line) for line in lines]
+        self._place = directory(info, info.encoding.encoder)
+        copy = local_copy(self._place)
+        with self._reporting_damage():
+            text = files.read_bytes(copy / _CAPTIONS)
+            if hashlib.sha256(text).hexdigest() != self.encoding.captions_sha256:
+                raise ValueError(f"{_CAPTIONS} has changed")
+            self.captions: list[str] = [json_text.loads(line) for line in text.splitlines()]
             self._reader = ArrayRecordReader(str(copy / _EMBEDDINGS))
             if not len(self.captions) == self._reader.num_records() == self.encoding.num_captions:
                 raise ValueError(f"not {self.encoding.num_captions} captions and embeddings")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{source} is damaged ({reason(error)}); delete it") from error
         self._rows = {caption: row for row, caption in enumerate(self.captions)}
         self._stored: list[bytes] | None = None
         if files.size(copy / _EMBEDDINGS) <= in_memory_limit_bytes:
-            self._stored = [record for start in self._starts for record in self._read(start)]
+            count = len(self.captions)
+            blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
+            self._stored = [record for block in blocks for record in self._read(block)]
 
-    @property
-    def _starts(self) -> list[range]:
-        count = len(self.captions)
-        return [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
+    @contextlib.contextmanager
+    def _reporting_damage(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self._place} is damaged ({reason(error)}); delete it") from error
 
     def _read(self, rows: Sequence[int]) -> list[bytes]:
-        return self._reader.read(rows)
+        with self._reporting_damage():
+            return self._reader.read(rows)
 
     def rows(self, captions: Sequence[str]) -> Int32[np.ndarray, " N"]:
         """The row of each caption.
@@ -254,6 +281,16 @@ def pad(stored: Sequence[bytes], encoding: Encoding) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "mask": mask, "pooled": pooled}
 
 
-def embed(prompts: Sequence[str], encode: Encode, encoding: Encoding) -> dict[str, np.ndarray]:
-    """Embeds prompts like captions, rounding included; returns what `Embeddings.gather` does."""
-    return pad(_records(prompts, encode, encoding.encoder), encoding)
+def embed(
+    prompts: Sequence[str], encode: Encode, encoding: Encoding
+) -> Callable[[slice], dict[str, np.ndarray]]:
+    """Embeds prompts like captions, rounding included, each different one once.
+
+    Returns:
+      A function from a slice of the prompts to what `Embeddings.gather` returns.
+    """
+    distinct, stored = list(dict.fromkeys(prompts)), []
+    for start in range(0, len(distinct), _BLOCK):
+        stored += _records(distinct[start : start + _BLOCK], encode, encoding.encoder)
+    of = dict(zip(distinct, stored, strict=True))
+    return lambda part: pad([of[prompt] for prompt in prompts[part]], encoding)

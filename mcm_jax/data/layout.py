@@ -60,8 +60,7 @@ class Encoding:
 
     `encoder` is the encoder's name, `encoder_sha256` a hash of all that its results depend on. Each of at
     most `length` tokens has an embedding of size `width`, and a caption has one of size `pooled_width`.
-    `fingerprint` is the SHA-256 of the `num_captions` different captions and their embeddings, `data` one of
-    the data set that has them.
+    There are `num_captions` different captions, with this hash; `data` is a hash of their data set.
     """
 
     encoder: str
@@ -70,8 +69,13 @@ class Encoding:
     width: int
     pooled_width: int
     num_captions: int
-    fingerprint: str
+    captions_sha256: str
     data: str
+
+    @property
+    def input(self) -> tuple[str, int, int, int]:
+        """What a network that was trained on the captions requires of others."""
+        return self.encoder_sha256, self.length, self.width, self.pooled_width
 
     @classmethod
     def from_json(cls, fields: Any) -> "Encoding":

@@ -451,4 +451,9 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
         command += f" --config.data.resolution={info.resolution}"
     if data_dir != layout.DEFAULT_DATA_DIR:
         command += f" --config.data.data_dir={shlex.quote(data_dir)}"
+    if info.encoding is not None and (
+        builder not in layout.CAPTIONED or info.encoding.encoder != layout.MINILM
+    ):
+        # A mirrored image may contradict its caption.
+        command += f" --config.data.encoder={info.encoding.encoder} --config.data.horizontal_flip=False"
     return command + " --workdir=runs/teacher"

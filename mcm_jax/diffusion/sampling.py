@@ -51,6 +51,17 @@ def draw_labels(keys: jax.Array, class_probabilities: Float[Array, " classes"]) 
     return jax.vmap(lambda key: jax.random.categorical(jax.random.fold_in(key, _LABEL), logits))(keys)
 
 
+def draw_examples(keys: jax.Array, count: int) -> Int[Array, " B"]:
+    """Draws one of `count` examples for each image, from the image's own key.
+
+    Examples:
+      >>> keys = image_keys(jax.random.key(0), jnp.arange(100))
+      >>> sorted(set(draw_examples(keys, 3).tolist()))
+      [0, 1, 2]
+    """
+    return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, _LABEL), (), 0, count))(keys)
+
+
 def network_calls(sampler: Sampler, num_steps: int) -> int:
     """Number of network calls of `sample` on a grid of num_steps points.
 

@@ -21,13 +21,12 @@ from mcm_jax.system import sharding
 from mcm_jax.system.sharding import Device
 
 # Conditions of the data sets that can be planned for before they are prepared: captions of avatars and emoji
-# as MiniLM embeds them, those of COCO as T5 v1.1 XXL does.
+# as MiniLM embeds them.
 CONDITIONS = {
     "imagenet": Classes(1000),
     "openmoji": Classes(9),
     "avatars": Captions(40, 384, 384),
     "emoji": Captions(40, 384, 384),
-    "coco": Captions(128, 4096, 4096),
 }
 
 

@@ -66,6 +66,7 @@ class Run:
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
         self._encoder: encoders.Encoder | None = None
+        self._opened: dict[str, pipeline.Source] = {}
 
     def __repr__(self) -> str:
         steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
@@ -190,14 +191,20 @@ class Run:
             raise InputError("this run is conditioned on captions; use prompts instead of labels")
         of = self.network.condition.of
         if prompts is None:
-            source = self._open("test")
+            source = self._test_captions()
             keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
-            drawn = np.asarray(sampling.draw_labels(keys, jnp.full(len(source), 1 / len(source))))
+            drawn = np.asarray(sampling.draw_examples(keys, len(source)))
             return source.gather(drawn)[1], lambda part: of(source.batch(drawn[part]))
         if len(prompts) != num:
             raise InputError(f"{len(prompts)} prompts for {num} images; there must be one for each")
         embedded = embeddings.embed(prompts, self.text_encoder().encode, encoding)
-        return np.zeros(num, np.int32), lambda part: jax.tree.map(lambda leaf: leaf[part], of(embedded))
+        return np.zeros(num, np.int32), lambda part: of(embedded(part))
+
+    def _test_captions(self) -> pipeline.Source:
+        """The test split with its embedded captions, opened at the first call and read on demand."""
+        if "test" not in self._opened:
+            self._opened["test"] = self._open("test", in_memory_limit_bytes=0)
+        return self._opened["test"]
 
     def text_encoder(self, source: str | Path | None = None) -> encoders.Encoder:
         """The text encoder that embedded the captions, loaded at the first call.
@@ -212,6 +219,11 @@ class Run:
         if encoding is None:
             raise InputError("this run is conditioned on class labels, so it has no text encoder")
         if self._encoder is None or source is not None:
+            if source is None and encoding.encoder != encoders.MINILM:
+                raise InputError(
+                    f"prompts need the text encoder {encoding.encoder}: pass its directory as "
+                    "--text_encoder, in Python to run.text_encoder"
+                )
             found = encoders.load(source or encoding.encoder, length=encoding.length)
             if found.sha256 != encoding.encoder_sha256:
                 raise InputError(

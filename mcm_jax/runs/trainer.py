@@ -153,10 +153,11 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
             f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; use the "
             "teacher's data set"
         )
-    if teacher_data.encoding != dataset.encoding:
+    encodings = teacher_data.encoding, dataset.encoding
+    if len({encoding and encoding.input for encoding in encodings}) > 1:
         raise InputError(
             f"config.teacher_checkpoint={path} was trained with {_described(teacher_data)}, this run's data "
-            f"has {_described(dataset)}; use the teacher's text encoder"
+            f"has {_described(dataset)}; use the teacher's"
         )
     if teacher_config.student_steps is not None and teacher_data.fingerprints != dataset.fingerprints:
         raise InputError(
@@ -176,7 +177,7 @@ def _described(dataset: DatasetInfo) -> str:
     encoding = dataset.encoding
     if encoding is None:
         return "class labels"
-    return f"captions embedded by {encoding.encoder} (hash {encoding.fingerprint[:12]})"
+    return f"captions of {encoding.length} tokens by {encoding.encoder} ({encoding.encoder_sha256[:12]})"
 
 
 def _check_teacher_steps(config: Config, teacher: Config) -> None:

@@ -128,14 +128,14 @@ def _check_place(
         )
     if existing is None and (workdir / CHECKPOINTS).exists():
         raise InputError(f"--workdir={workdir} has checkpoints but no {RUN_FILE}; choose another directory")
-    if existing is not None and existing.dataset.encoding != dataset.encoding:
-        raise InputError(
-            f"--workdir={workdir} was trained on other embeddings of captions than those of {dataset.path} "
-            "(their hashes differ); choose another directory"
-        )
     if existing is not None and existing.dataset.fingerprints != dataset.fingerprints:
         raise InputError(
             f"--workdir={workdir} was trained on other images than those in {dataset.path} "
+            "(their hashes differ); choose another directory"
+        )
+    if existing is not None and existing.dataset.encoding != dataset.encoding:
+        raise InputError(
+            f"--workdir={workdir} was trained on other embeddings of captions than those of {dataset.path} "
             "(their hashes differ); choose another directory"
         )
 

@@ -84,7 +84,8 @@ def _drop_errors_of_abandoned_reads() -> None:
 
     def hook(late: Any) -> None:
         closed = isinstance(late.exc_value, RuntimeError) and str(late.exc_value) == "Event loop is closed"
-        abandoned = inspect.iscoroutine(late.object) or "TensorStore" in repr(late.object)
+        coroutine = inspect.iscoroutine(late.object) and "orbax" in late.object.cr_code.co_filename
+        abandoned = coroutine or "TensorStore" in repr(late.object)
         if not closed and not abandoned:
             show(late)
 

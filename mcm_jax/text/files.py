@@ -66,8 +66,13 @@ class Archive:
         self.name, self.where, self._path = name, str(path), path
 
     def names(self) -> set[str]:
-        with zipfile.ZipFile(self._path) as archive:
-            return set(archive.namelist())
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                return set(archive.namelist())
+        except zipfile.BadZipFile as error:
+            raise InputError(
+                f"{self.where} is damaged ({reason(error)}); install its package again"
+            ) from error
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Generator[io.BufferedIOBase, None, None]:

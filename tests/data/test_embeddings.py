@@ -27,6 +27,10 @@ class Encoder:
     scale: float = 1.0
     calls: int = 0
 
+    def tokenize(self, strings):
+        lengths = np.array([len(string) for string in strings])
+        return np.zeros((len(strings), LENGTH)), np.zeros((len(strings), LENGTH), bool), lengths > LENGTH
+
     def encode(self, strings):
         self.calls += 1
         tokens, mask = (
@@ -66,8 +70,9 @@ def open_split(place, split="train", **options):
 @pytest.mark.parametrize("limit", [0, 2**30], ids=["from disk", "in memory"])
 def test_an_example_has_the_embedding_of_its_caption(place, limit):
     encoder = Encoder()
-    encoding = embeddings.write(prepare(place), encoder)
+    encoding, cut = embeddings.write(prepare(place), encoder)
     assert encoding.num_captions == 3  # Two images share one.
+    assert cut == 1
     seen = []
     for split in ("train", "test"):
         source = open_split(place, split, in_memory_limit_bytes=limit)
@@ -105,45 +110,52 @@ def test_training_batches_have_captions(place):
 def test_prompts_are_embedded_as_captions_are(place):
     info = prepare(place)
     encoder = Encoder()
-    encoding = embeddings.write(info, encoder)
+    encoding, _ = embeddings.write(info, encoder)
     stored = embeddings.Embeddings(embeddings.describe(info, "letters"), in_memory_limit_bytes=0)
     prompts = ["", "a dog and a cat", "a cat"]
     found = stored.gather(stored.rows(prompts))
-    for name, values in embeddings.embed(prompts, encoder.encode, encoding).items():
+    embedded = embeddings.embed([*prompts, "a cat"], encoder.encode, encoding)
+    for name, values in embedded(slice(0, 3)).items():
         np.testing.assert_array_equal(values, found[name])
+    np.testing.assert_array_equal(embedded(slice(3, 4))["tokens"], found["tokens"][2:])
     assert not found["mask"][0].any() and not found["pooled"][0].any()
 
 
 def test_captions_are_embedded_once(place):
     info, encoder = prepare(place), Encoder()
-    first = embeddings.write(info, encoder)
-    assert embeddings.write(info, encoder) == first and encoder.calls == 1
+    first, _ = embeddings.write(info, encoder)
+    assert embeddings.write(info, encoder) == (first, 0) and encoder.calls == 1
     assert not list(place.rglob(".incomplete-*"))
 
 
 def test_embeddings_of_an_earlier_preparation_are_replaced(place):
     encoder = Encoder()
-    first = embeddings.write(prepare(place), encoder)
+    first, _ = embeddings.write(prepare(place), encoder)
     (place.parent / "images" / "0.txt").write_text("a mouse")
     info = prepare(place, overwrite=True)
     with pytest.raises(InputError, match="not embedded by letters"):
         embeddings.describe(info, "letters")
-    second = embeddings.write(info, encoder)
-    assert second.fingerprint != first.fingerprint and second.num_captions == 4
+    second, _ = embeddings.write(info, encoder)
+    assert second.captions_sha256 != first.captions_sha256 and second.num_captions == 4
     assert embeddings.describe(info, "letters").encoding == second
 
 
-def test_a_fingerprint_is_of_captions_and_embeddings(place, tmp_path):
-    info = prepare(place)
-    one, other = (embeddings.write(info, Encoder(name=f"x{scale}", scale=scale)) for scale in (1.0, 2.0))
-    assert one.fingerprint != other.fingerprint
+def test_what_an_interrupted_deletion_has_left_is_replaced(place):
+    info, encoder = prepare(place), Encoder()
+    first, _ = embeddings.write(info, encoder)
+    (embeddings.directory(info, "letters") / "summary.json").unlink()
+    assert embeddings.write(info, encoder)[0] == first
+    assert embeddings.describe(info, "letters").encoding == first
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sha256": "1" * 64}, "by another encoder letters (its hash is 000000000000, now 111111111111"),
-        ({"length": 4}, "contains embeddings of 5 tokens"),
+        ({"sha256": "1" * 64}, "by another encoder of that name (its hash is 000000000000, now 111111111111"),
+        (
+            {"length": 4},
+            "contains embeddings of up to 5 tokens, not 4; delete it, or pass --caption_length=5",
+        ),
         ({"name": "a b"}, "text encoder 'a b': its name may contain only"),
         ({"name": "huge", "scale": 1e6}, "text encoder huge: an embedding exceeds float16"),
     ],
@@ -166,6 +178,12 @@ def test_a_data_set_without_captions(tmp_path):
         embeddings.write(info, Encoder())
 
 
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[70] ^= 1
+    path.write_bytes(content)
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -177,8 +195,10 @@ def _truncate(path):
         ("summary.json", lambda path: path.write_text('{"encoder": 3}')),
         ("captions.jsonl", _truncate),
         ("captions.jsonl", lambda path: path.write_text(json.dumps("one") + "\n")),
+        ("captions.jsonl", lambda path: path.write_text("".join(reversed(path.open().readlines())))),
         ("captions.jsonl", lambda path: path.unlink()),
         ("embeddings.array_record", lambda path: path.write_bytes(path.read_bytes()[:40])),
+        ("embeddings.array_record", _flip),
         ("embeddings.array_record", lambda path: path.unlink()),
     ],
 )

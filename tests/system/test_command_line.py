@@ -81,10 +81,13 @@ OfTensorStore("x")
 import types
 @types.coroutine
 def forever(): yield
-async def read():
+source = '''async def read():
     try: await forever()
     finally: raise KeyError("another read has failed")
-read().send(None)
+'''
+names = {"forever": forever}
+exec(compile(source, "site-packages/orbax/checkpoint/reads.py", "exec"), names)
+names["read"]().send(None)
 Raises("a bug")
 """
     done = program(late)
