@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Protocol, cast, runtime_checkable
@@ -32,7 +31,6 @@ from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 
 _CAPTIONS, _EMBEDDINGS = "captions.jsonl", "embeddings.array_record"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BLOCK = 256
 _OPTIONS = "group_size:1"  # Records are read one by one, in random order.
 
@@ -72,7 +70,7 @@ def write(info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
       InputError: the data set has no captions, the directory has embeddings by another encoder of the same
         name, or an embedding overflows.
     """
-    if not _NAME.fullmatch(encoder.name):
+    if not layout.ENCODER_NAME.fullmatch(encoder.name):
         raise InputError(
             f"text encoder {encoder.name!r}: its name may contain only letters, digits, '.', _ and -; rename "
             "its directory"
@@ -80,43 +78,49 @@ def write(info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
     target = directory(info, encoder.name)
     if (existing := _existing(target, info, encoder)) is not None:
         return existing, 0
-    distinct, cut = list(dict.fromkeys(_captions(info))), 0
-    staging_place = _staging(target)
+    parent = _staging(target)
     with (
-        files.writing_to(staging_place, "--data_dir"),
-        tempfile.TemporaryDirectory(dir=staging_place, prefix=".incomplete-") as temporary,
+        files.writing_to(parent, "--data_dir"),
+        tempfile.TemporaryDirectory(dir=parent, prefix=".incomplete-") as temporary,
     ):
         staging = pathlib.Path(temporary) / "captions"
         staging.mkdir()
-        lines = "".join(json.dumps(caption) + "\n" for caption in distinct)
-        files.write_whole(staging / _CAPTIONS, lines)
-        writer = ArrayRecordWriter(str(staging / _EMBEDDINGS), _OPTIONS)
-        for start in progress.bar(range(0, len(distinct), _BLOCK), "embedding captions"):
-            block = distinct[start : start + _BLOCK]
-            cut += int(encoder.tokenize(block)[2].sum())
-            for record in _records(block, encoder.encode, encoder.name):
-                writer.write(record)
-        writer.close()
-        # The writer does not report a full disk.
-        if ArrayRecordReader(str(staging / _EMBEDDINGS)).num_records() != len(distinct):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        encoding = Encoding(
-            encoder=encoder.name,
-            encoder_sha256=encoder.sha256,
-            length=encoder.length,
-            width=encoder.width,
-            pooled_width=encoder.pooled_width,
-            num_captions=len(distinct),
-            captions_sha256=hashlib.sha256(lines.encode()).hexdigest(),
-            data=_identity(info),
-        )
-        files.write_whole(staging / layout.SUMMARY_FILE, json.dumps(dataclasses.asdict(encoding)) + "\n")
+        encoding, cut = _write_files(staging, info, encoder)
         if isinstance(target, epath.Path):
             files.publish_tree(staging, target, last=layout.SUMMARY_FILE)
         else:
             # Embeddings of an earlier preparation, or what an interrupted deletion has left.
             files.remove_tree(target)
             files.move_directory(staging, target)
+    return encoding, cut
+
+
+def _write_files(staging: pathlib.Path, info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
+    """Writes all files into an empty directory and returns as `write`."""
+    distinct, cut = list(dict.fromkeys(_captions(info))), 0
+    lines = "".join(json.dumps(caption) + "\n" for caption in distinct)
+    files.write_whole(staging / _CAPTIONS, lines)
+    writer = ArrayRecordWriter(str(staging / _EMBEDDINGS), _OPTIONS)
+    for start in progress.bar(range(0, len(distinct), _BLOCK), "embedding captions"):
+        block = distinct[start : start + _BLOCK]
+        cut += int(encoder.tokenize(block)[2].sum())
+        for record in _records(block, encoder.encode, encoder.name):
+            writer.write(record)
+    writer.close()
+    # The writer does not report a full disk.
+    if ArrayRecordReader(str(staging / _EMBEDDINGS)).num_records() != len(distinct):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staging))
+    encoding = Encoding(
+        encoder=encoder.name,
+        encoder_sha256=encoder.sha256,
+        length=encoder.length,
+        width=encoder.width,
+        pooled_width=encoder.pooled_width,
+        num_captions=len(distinct),
+        captions_sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        data=_identity(info),
+    )
+    files.write_whole(staging / layout.SUMMARY_FILE, json.dumps(dataclasses.asdict(encoding)) + "\n")
     return encoding, cut
 
 
@@ -193,6 +197,11 @@ def describe(info: DatasetInfo, encoder: str) -> DatasetInfo:
     Raises:
       InputError: the captions are not embedded by this encoder; the message gives the command.
     """
+    if not layout.ENCODER_NAME.fullmatch(encoder):
+        raise InputError(
+            f"config.data.encoder={encoder}: it must be {layout.MINILM}, or the name of the encoder's "
+            "directory without its path"
+        )
     try:
         encoding = _read_summary(directory(info, encoder))
         if encoding.data == _identity(info):

@@ -36,6 +36,7 @@ CAPTIONED = ("avatars", "emoji")  # data sets whose captions are always embedded
 DRAWN = ("openmoji", "avatars", "emoji")
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Feature name -> value: an image, a label, and any further features of the data set.
 Example = dict[str, Any]

@@ -168,6 +168,12 @@ def test_an_encoder_that_does_not_fit(changed, message, place):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_encoders_name_is_not_its_path(place):
+    info = prepare(place)
+    with pytest.raises(InputError, match=r"config.data.encoder=/models/t5: it must be minilm, or the name"):
+        embeddings.describe(info, "/models/t5")
+
+
 def test_a_data_set_without_captions(tmp_path):
     (tmp_path / "images").mkdir()
     for n in range(2):
