@@ -72,7 +72,7 @@ _PROMPT = flags.DEFINE_string(
 _PROMPTS = paths.define_path(
     "prompts", None, "Text to image: file with a caption for each image, one a line."
 )
-_TEXT_ENCODER = flags.DEFINE_string(
+_TEXT_ENCODER = paths.define_path(
     "text_encoder", None, "Directory of the text encoder for --prompt. Default: the installed one."
 )
 _PARAMETERS = flags.DEFINE_enum("parameters", "ema", ["ema", "raw"], "Averaged or raw parameters.")

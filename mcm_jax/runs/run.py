@@ -175,7 +175,7 @@ class Run:
         self,
         seed: int,
         indices: Int[np.ndarray, " N"],
-        labels: Labels | None,
+        labels: np.ndarray | None,
         prompts: Sequence[str] | None,
     ) -> tuple[Labels, Callable[[slice], Cond]]:
         """(labels, part -> the conditions of these images); see `sample`."""

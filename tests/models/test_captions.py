@@ -91,7 +91,7 @@ def test_without_a_caption_only_the_image_is_attended_to(predict, caption):
 def test_the_condition_of_a_batch():
     batch = {"image": 0, **CAPTIONS.abstract(4)}
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), CAPTIONS.of(batch))
-    assert shapes == Caption(((4, 5, 6), "float32"), ((4, 5), "bool"), ((4, 7), "float32"))
+    assert shapes == Caption(((4, 5, 6), "float16"), ((4, 5), "bool"), ((4, 7), "float32"))
     assert Classes(5).of({"label": 3, **batch}) == 3
 
 

@@ -24,13 +24,14 @@ URLS = ("s3://bucket/run", "file:///tmp/run", "gs:/bucket/run", "gs://")
 # Flags with text that names no path. prepare checks its manual_dir itself.
 TEXTS = {
     "evaluate": {"steps", "guidance", "checkpoint_step", "metrics"},
-    "prepare": {"dataset", "host", "name", "manual_dir"},
+    "prepare": {"dataset", "encoder", "host", "name", "manual_dir"},
+    "sample": {"prompt"},
     "plan": {"topology"},
     "findings": {"problems"},
 }
 PATHS = {
     "train": {"workdir"},
-    "sample": {"workdir", "out", "data_dir"},
+    "sample": {"workdir", "out", "data_dir", "prompts", "text_encoder"},
     "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir"},
     "prepare": {"inception", "data_dir"},
     "plan": {"json", "hlo", "table", "scaling"},
@@ -109,7 +110,7 @@ def test_a_path_that_is_none():
 
 # Settings with text.
 PATH_SETTINGS = {"teacher_checkpoint", "data.data_dir"}
-TEXT_SETTINGS = {"data.dataset"}
+TEXT_SETTINGS = {"data.dataset", "data.encoder"}
 
 
 def text_settings(kind, prefix=""):
