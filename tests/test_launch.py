@@ -65,7 +65,7 @@ def test_a_fast_run_leaves_out_what_is_slow():
     result = dry_run("test.sh", "--fast", "-k", "steps")
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("+ python -m pytest -n 2") and last.endswith("-m not slow -k steps")
+    assert last.startswith("+ python -m pytest -n ") and last.endswith("-m not slow -k steps")
 
 
 def test_parity_has_an_environment_of_its_own():
