@@ -81,8 +81,7 @@ class Encoding:
     @classmethod
     def from_json(cls, fields: Any) -> "Encoding":
         """Builds the object from JSON fields; raises as `DatasetInfo.from_json`."""
-        types = typing.get_type_hints(cls)
-        return cls(**{name: records.checked(types[name], value, name) for name, value in fields.items()})
+        return cls(**_checked(cls, fields))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,15 +111,20 @@ class DatasetInfo:
         Raises:
           AttributeError, KeyError, TypeError, ValueError: `fields` do not describe a data set.
         """
-        types = typing.get_type_hints(cls)
         given = {name: value for name, value in fields.items() if name not in ("path", "encoding")}
-        checked = {name: records.checked(types[name], value, name) for name, value in given.items()}
         encoding = fields.get("encoding")
-        return cls(**checked, encoding=None if encoding is None else Encoding.from_json(encoding), path=path)
+        encoding = None if encoding is None else Encoding.from_json(encoding)
+        return cls(**_checked(cls, given), encoding=encoding, path=path)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def _checked(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass, each as its type requires."""
+    types = typing.get_type_hints(cls)
+    return {name: records.checked(types[name], value, name) for name, value in fields.items()}
 
 
 def image_feature(resolution: int) -> tfds.features.Tensor:

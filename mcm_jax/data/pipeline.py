@@ -4,7 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -117,18 +117,19 @@ class CaptionedRecords(RecordSource):
     embeddings: Embeddings
 
     def batch(self, indices: Int[np.ndarray, " N"]) -> dict[str, np.ndarray]:
-        examples = self.records.__getitems__(indices.tolist())
-        images, labels = _stacked(examples)
-        return {"image": images, "label": labels, **self.embeddings.gather(self._rows(examples))}
+        images, labels, rows = self._with_rows(indices)
+        return {"image": images, "label": labels, **self.embeddings.gather(rows)}
 
     def in_memory(self) -> CaptionedArrays:
         """The same split held in memory."""
-        images, labels = load_arrays(self)
-        rows = [self._rows([example]) for example in self.records]
-        return CaptionedArrays(images, labels, np.concatenate(rows), self.embeddings)
+        images, labels, rows = _whole(self._with_rows, len(self))
+        return CaptionedArrays(images, labels, rows, self.embeddings)
 
-    def _rows(self, examples: Sequence[Example]) -> Int32[np.ndarray, " N"]:
-        return self.embeddings.rows([example["caption"].decode() for example in examples])
+    def _with_rows(self, indices: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, labels, and the rows of their captions in `embeddings`."""
+        examples = self.records.__getitems__(indices.tolist())
+        rows = self.embeddings.rows([example["caption"].decode() for example in examples])
+        return *_stacked(examples), rows
 
 
 def describe(
@@ -231,14 +232,19 @@ def load_arrays(source: Source) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.
     """All images and labels of a split, in stored order."""
     if isinstance(source, ArraySource):
         return source.images, source.labels
-    indices = np.arange(len(source))
-    images, labels = source.gather(indices[:1])
-    images = np.empty((len(source), *images.shape[1:]), images.dtype)
-    labels = np.empty(len(source), labels.dtype)
-    for start in range(0, len(source), BLOCK):
-        chunk = indices[start : start + BLOCK]
-        images[chunk], labels[chunk] = source.gather(chunk)
+    images, labels = _whole(source.gather, len(source))
     return images, labels
+
+
+def _whole(gather: Callable[[np.ndarray], tuple[np.ndarray, ...]], count: int) -> tuple[np.ndarray, ...]:
+    """gather(0, ..., count - 1), read BLOCK at a time into arrays that are allocated once."""
+    indices = np.arange(count)
+    wholes = tuple(np.empty((count, *one.shape[1:]), one.dtype) for one in gather(indices[:1]))
+    for start in range(0, count, BLOCK):
+        chunk = indices[start : start + BLOCK]
+        for whole, part in zip(wholes, gather(chunk), strict=True):
+            whole[chunk] = part
+    return wholes
 
 
 def random_examples(

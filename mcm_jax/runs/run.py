@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from mcm_jax.config.settings import Config
-from mcm_jax.data import embeddings, pipeline
+from mcm_jax.data import embeddings, layout, pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
@@ -219,7 +219,7 @@ class Run:
         if encoding is None:
             raise InputError("this run is conditioned on class labels, so it has no text encoder")
         if self._encoder is None or source is not None:
-            if source is None and encoding.encoder != encoders.MINILM:
+            if source is None and encoding.encoder != layout.MINILM:
                 raise InputError(
                     f"prompts need the text encoder {encoding.encoder}: pass its directory as "
                     "--text_encoder, in Python to run.text_encoder"
