@@ -42,15 +42,12 @@ class Bert(nnx.Module):
 
 
 def _block(settings: "BertSettings") -> layers.Block:
-    width, epsilon = settings.width, settings.epsilon
-    head = width // settings.heads
-    return layers.Block(
-        layers.Attention(width, heads=settings.heads, head_width=head, scale=head**-0.5),
-        layers.MLP(width, settings.hidden, layers.gelu),
-        (
-            layers.layer_norm(width, epsilon=epsilon),
-            layers.layer_norm(width, epsilon=epsilon),
-        ),
+    return layers.biased_block(
+        settings.width,
+        settings.hidden,
+        heads=settings.heads,
+        activation=layers.gelu,
+        epsilon=settings.epsilon,
         norm_first=False,
     )
 

@@ -49,15 +49,12 @@ class Clip(nnx.Module):
 
 
 def _block(settings: "ClipSettings") -> layers.Block:
-    width, epsilon = settings.width, settings.epsilon
-    head = width // settings.heads
-    return layers.Block(
-        layers.Attention(width, heads=settings.heads, head_width=head, scale=head**-0.5),
-        layers.MLP(width, settings.hidden, _ACTIVATIONS[settings.activation]),
-        (
-            layers.layer_norm(width, epsilon=epsilon),
-            layers.layer_norm(width, epsilon=epsilon),
-        ),
+    return layers.biased_block(
+        settings.width,
+        settings.hidden,
+        heads=settings.heads,
+        activation=_ACTIVATIONS[settings.activation],
+        epsilon=settings.epsilon,
         norm_first=True,
     )
 

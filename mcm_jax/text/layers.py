@@ -120,6 +120,19 @@ class Block(nnx.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
+def biased_block(
+    width: int, hidden: int, *, heads: int, activation: Activation, epsilon: float, norm_first: bool
+) -> Block:
+    """The block of BERT and CLIP: all layers have biases, and all heads together the width of a token."""
+    head_width = width // heads
+    return Block(
+        Attention(width, heads=heads, head_width=head_width, scale=head_width**-0.5),
+        MLP(width, hidden, activation),
+        (layer_norm(width, epsilon=epsilon), layer_norm(width, epsilon=epsilon)),
+        norm_first=norm_first,
+    )
+
+
 def bias_of(visible: Bool[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """0 where True and minus infinity where False, to be added to the logits of attention."""
     return jnp.where(visible, 0.0, -jnp.inf).astype(jnp.float32)
