@@ -9,10 +9,13 @@ would silently use a flipped bit. Checkpoints of older versions have no checksum
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import time
+import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import grain
@@ -382,12 +385,14 @@ def _agreed(read: Callable[[], T]) -> T:
 
     Raises:
       DamagedError: in all processes, if one of them has found damage.
+      KeyboardInterrupt: Ctrl-C interrupted this process.
       Exception: any other error, also in all processes.
     """
     result, damage = None, None
     with distributed.fail_together():
         try:
-            result = read()
+            with _interruptible():
+                result = read()
         except Exception as error:  # Orbax raises almost any kind for a damaged file.
             if not _is_damage(error):
                 raise
@@ -395,6 +400,35 @@ def _agreed(read: Callable[[], T]) -> T:
     if not distributed.all_true(damage is None):
         raise DamagedError(damage or "another process cannot read it")
     return cast(T, result)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Generator[None, None, None]:
+    """Raises KeyboardInterrupt if Ctrl-C interrupts the block, whatever the block makes of it.
+
+    Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C only interrupts the main thread.
+        return
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        interrupted.set()
+        if callable(previous):
+            previous(number, frame)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _is_damage(error: Exception) -> bool:

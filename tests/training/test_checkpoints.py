@@ -429,6 +429,26 @@ def test_storage_that_fails_is_no_damage(error, two_checkpoints, tmp_path, monke
     assert not (workdir / "damaged_checkpoints").exists()
 
 
+def test_an_interrupted_read_is_no_damage(two_checkpoints, tmp_path, capsys):
+    """Ctrl-C at any time: most delays lie within the read, where Orbax would make an error of it."""
+    shutil.copytree(two_checkpoints, workdir := tmp_path / "run")
+    restored = []
+
+    def restore(checkpoints):
+        restored.append(checkpoints.restore(*targets(), batches()))
+        time.sleep(5)  # A signal after the read interrupts this.
+
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for delay in np.linspace(0.001, 0.06, 30):
+        with Checkpoints(workdir) as checkpoints:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with pytest.raises(KeyboardInterrupt):
+                restore(checkpoints)
+    assert len(restored) < 25
+    assert "damaged" not in capsys.readouterr().out
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["20", "3"]
+
+
 def test_checkpoints_of_older_versions_have_no_checksums(two_checkpoints, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)
