@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from flax import nnx
 
 from mcm_jax.system.errors import InputError, shortened
+from mcm_jax.text import weights
 from mcm_jax.text.bert import BertSettings
 from mcm_jax.text.clip import ClipSettings
 from mcm_jax.text.configs import Config
@@ -13,20 +14,14 @@ from mcm_jax.text.t5 import T5Settings
 
 
 @runtime_checkable
-class Settings(Protocol):
-    """All sizes of an encoder's network.
+class Settings(weights.Settings, Protocol):
+    """All sizes of a text encoder's network.
 
     Attributes:
-      NAMES: the layers' names here -> in the files.
       SPARE_TOKENS: how many tokens more the network may have than its tokenizer.
-      CLASS: the class of `transformers` that writes the files.
-      DOWNLOAD: a command that downloads an encoder of this architecture, without its directory.
     """
 
-    NAMES: ClassVar[Mapping[str, str]]
     SPARE_TOKENS: ClassVar[int]
-    CLASS: ClassVar[str]
-    DOWNLOAD: ClassVar[str]
 
     @property
     def vocabulary(self) -> int:

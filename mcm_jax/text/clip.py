@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from mcm_jax.text import layers
 from mcm_jax.text.configs import Config
 
-_ACTIVATIONS = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
+ACTIVATIONS = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
 
 
 class Clip(nnx.Module):
@@ -53,7 +53,7 @@ def _block(settings: "ClipSettings") -> layers.Block:
         settings.width,
         settings.hidden,
         heads=settings.heads,
-        activation=_ACTIVATIONS[settings.activation],
+        activation=ACTIVATIONS[settings.activation],
         epsilon=settings.epsilon,
         norm_first=True,
     )
@@ -109,7 +109,7 @@ class ClipSettings:
             heads=text.divisor("num_attention_heads", width, default=8),
             longest=text.size("max_position_embeddings", default=77),
             pooled_width=config.size("projection_dim", default=512),
-            activation=text.choice("hidden_act", tuple(_ACTIVATIONS), default="quick_gelu"),
+            activation=text.choice("hidden_act", tuple(ACTIVATIONS), default="quick_gelu"),
             epsilon=text.epsilon("layer_norm_eps", default=1e-5),
         )
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import shlex
 from collections.abc import Generator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 from mcm_jax.system import json_text
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.tensors import TensorFile
-from mcm_jax.text.architectures import Settings
 from mcm_jax.text.files import Files, get, read
 
 _WHOLE = "model.safetensors"
@@ -23,7 +22,29 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # A parameter of a layer here -> in the file.
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# The axes of our kernels in the file, by their number: its linear layers are [outputs, inputs], its
+# convolutions [outputs, inputs, height, width].
+_KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(jnp.bfloat16))
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """All sizes of a network.
+
+    Attributes:
+      NAMES: the layers' names here -> in the files.
+      CLASS: the class of `transformers` that writes the files.
+      DOWNLOAD: a command that downloads such a network, without its directory.
+    """
+
+    NAMES: ClassVar[Mapping[str, str]]
+    CLASS: ClassVar[str]
+    DOWNLOAD: ClassVar[str]
+
+    def build(self) -> nnx.Module:
+        """Builds the network."""
+        ...
 
 
 class _Expected(NamedTuple):
@@ -56,9 +77,13 @@ def load(source: Files, settings: Settings) -> tuple[Any, PyTree, str]:
                 path, variable, _ = expected[name]
                 values = _finite(f"{source.where}/{file_name}", name, file.read(name))
                 digests[name] = hashlib.sha256(values.astype("<f4").tobytes()).digest()
-                found[path] = variable.replace(jnp.asarray(values.T if path[-1] == "kernel" else values))
+                found[path] = variable.replace(jnp.asarray(_as_ours(path, values)))
     whole = b"".join(name.encode() + digests[name] for name in sorted(digests))
     return graph, nnx.from_flat_state(list(found.items())), hashlib.sha256(whole).hexdigest()
+
+
+def _as_ours(path: tuple[Any, ...], values: np.ndarray) -> np.ndarray:
+    return values.transpose(_KERNEL_AXES[values.ndim]) if path[-1] == "kernel" else values
 
 
 @functools.lru_cache(maxsize=32)
@@ -67,14 +92,17 @@ def _structure(settings: Settings) -> tuple[Any, dict[str, _Expected]]:
     graph, abstract = nnx.split(nnx.eval_shape(lambda: settings.build()))
     expected = {}
     for path, variable in nnx.to_flat_state(abstract):
-        # The file's linear layers are [outputs, inputs].
-        shape = variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+        shape = variable.shape
+        if path[-1] == "kernel":
+            shape = tuple(shape[axis] for axis in np.argsort(_KERNEL_AXES[len(shape)]))
         expected[_name(path, settings.NAMES)] = _Expected(path, variable, shape)
     return graph, expected
 
 
 def _name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
     """The name in the file of the parameter at `path`, for example ("blocks", 3, "mlp", "wi", "kernel")."""
+    if len(path) == 1:
+        return names[path[0]]  # A parameter of the network itself.
     layer = ".".join("{}" if isinstance(part, int) else part for part in path[:-1])
     numbers = [part for part in path if isinstance(part, int)]
     return f"{names[layer].format(*numbers)}.{_PARAMETERS[path[-1]]}"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mcm_jax.text import encoders
+from mcm_jax.text import clip_images, encoders
 from tests.text import tiny
 
 torch = pytest.importorskip("torch")
@@ -128,6 +128,23 @@ def test_states_are_those_of_transformers(name, length, tmp_path):
     encoder = encoders.load(tmp_path / name, length=length)
     assert encoder.tokenize(TEXTS).cut.any() == (length == 10)
     compare(encoder, model, TEXTS)
+
+
+def test_images_are_those_of_transformers(tmp_path):
+    """With the preparation by its image processor, for images that need no resizing."""
+    model = whole_clip().eval()
+    randomise(model)
+    write(tmp_path / "CLIP", model)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    size = {"height": 32, "width": 32}
+    processor = transformers.CLIPImageProcessor(size=size, do_center_crop=False)
+    with torch.no_grad():
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+        found = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).numpy()
+    ours = clip_images.load(tmp_path / "CLIP").encode(images)
+    print(f"images: {np.abs(ours - found).max():.1e}")
+    assert np.median(found.std(axis=0)) > 100 * TOLERANCE
+    assert np.abs(ours - found).max() < TOLERANCE
 
 
 def test_shards_as_transformers_writes_them(tmp_path):

@@ -50,6 +50,21 @@ CLIP = {
     "layer_norm_eps": 0.3,
 }
 GELU_CLIP = {**CLIP, "hidden_act": "gelu"}
+WHOLE_CLIP = {
+    "model_type": "clip",
+    "projection_dim": 6,
+    "text_config": CLIP,
+    "vision_config": {
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 8,
+        "patch_size": 4,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 0.3,
+    },
+}
 CONFIGS = {"bert": BERT, "t5": T5, "quick_gelu CLIP": CLIP, "gelu CLIP": GELU_CLIP}
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u".split()
@@ -124,7 +139,33 @@ def clip_shapes(config):
     return shapes
 
 
-SHAPES = {"bert": bert_shapes, "t5": t5_shapes, "clip": clip_shapes, "clip_text_model": clip_shapes}
+def whole_clip_shapes(config):
+    vision = config["vision_config"]
+    width, side = vision["hidden_size"], vision["patch_size"]
+    blocks = {**CLIP, **vision, "projection_dim": config["projection_dim"]}
+    shapes = {
+        name.replace("text_model", "vision_model"): shape
+        for name, shape in clip_shapes(blocks).items()
+        if ".layers." in name
+    }
+    norms = [
+        f"vision_model.{norm}.{kind}"
+        for norm in ("pre_layrnorm", "post_layernorm")
+        for kind in ("weight", "bias")
+    ]
+    embeddings = "vision_model.embeddings."
+    return {
+        **clip_shapes({**config["text_config"], "projection_dim": config["projection_dim"]}),
+        **shapes,
+        **dict.fromkeys(norms, (width,)),
+        f"{embeddings}class_embedding": (width,),
+        f"{embeddings}patch_embedding.weight": (width, 3, side, side),
+        f"{embeddings}position_embedding.weight": ((vision["image_size"] // side) ** 2 + 1, width),
+        "visual_projection.weight": (config["projection_dim"], width),
+    }
+
+
+SHAPES = {"bert": bert_shapes, "t5": t5_shapes, "clip": whole_clip_shapes, "clip_text_model": clip_shapes}
 
 
 def tensors(config, seed=0):
