@@ -18,16 +18,41 @@ from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
 from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding
+from mcm_jax.system.errors import InputError
 from mcm_jax.system.sharding import Device
 
-# Conditions of the data sets that can be planned for before they are prepared: captions of avatars and emoji
-# as MiniLM embeds them.
-CONDITIONS = {
-    "imagenet": Classes(1000),
-    "openmoji": Classes(9),
-    "avatars": Captions(40, 384, 384),
-    "emoji": Captions(40, 384, 384),
+# Classes of the data sets that can be planned for before they are prepared.
+CLASSES = {"imagenet": 1000, "openmoji": 9, "avatars": 6, "emoji": 10}
+# Captions as text encoders embed them, by the encoder's name, with its default number of tokens.
+CAPTIONS = {
+    "minilm": Captions(128, 384, 384),
+    "clip-vit-large-patch14": Captions(77, 768, 768),
+    "t5-v1_1-small": Captions(128, 512, 512),
+    "t5-v1_1-base": Captions(128, 768, 768),
+    "t5-v1_1-large": Captions(128, 1024, 1024),
+    "t5-v1_1-xl": Captions(128, 2048, 2048),
+    "t5-v1_1-xxl": Captions(128, 4096, 4096),
 }
+
+
+def condition(config: Config) -> Condition:
+    """What the network is conditioned on, by the names of the text encoder and the data set.
+
+    Raises:
+      InputError: the config names others than those in CAPTIONS and CLASSES.
+    """
+    data = config.data
+    if data.encoder is not None:
+        if data.encoder not in CAPTIONS:
+            raise InputError(
+                f"config.data.encoder={data.encoder}: the size of its embeddings is unknown; use one of "
+                f"{', '.join(CAPTIONS)}"
+            )
+        return CAPTIONS[data.encoder]
+    num_classes = CLASSES.get(data.dataset.partition("/")[0])
+    if num_classes is None:
+        raise InputError(f"config.data.dataset={data.dataset}: unknown classes; set --num_classes")
+    return Classes(num_classes)
 
 
 @dataclasses.dataclass(frozen=True)

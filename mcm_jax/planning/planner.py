@@ -44,7 +44,7 @@ def plan(
     Args:
       topology: name of the slice, such as "v5e:8x8".
       program: one of PROGRAMS.
-      num_classes: number of classes of the data set; None looks it up in `computations.CONDITIONS`.
+      num_classes: number of classes of the data set; None: see `computations.condition`.
 
     Returns:
       (record, report, text): the outputs for --json, the terminal and --hlo.
@@ -66,11 +66,7 @@ def plan(
         raw_config = raw_config.copy_and_resolve_references()
         raw_config.teacher_checkpoint = "any"  # Never read: only shapes matter, and they equal the student's.
     config = validation.validate(raw_config)
-    condition = computations.CONDITIONS.get(config.data.dataset.partition("/")[0])
-    if num_classes is not None:
-        condition = Classes(num_classes)
-    if condition is None:
-        raise InputError(f"config.data.dataset={config.data.dataset}: unknown classes; set --num_classes")
+    condition = computations.condition(config) if num_classes is None else Classes(num_classes)
     size, compiled = _compile(program, config, described, condition)
     fitting = None
     if not compiled.fits(described.chip):

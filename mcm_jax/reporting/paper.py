@@ -57,13 +57,14 @@ def steps_per_second(*, num_params: int, resolution: int, objective: str, num_ch
     """The paper's train steps per second at batch 2048 on TPU v5e (appendix A.2); None if not stated.
 
     Args:
-      num_params: identifies the network; may differ by 5% from the paper's rounded count.
+      num_params: identifies the network; may differ by 5% from the paper's rounded count. The paper has one
+        network at 512x512 and does not state its count.
     """
     for row in tables()["throughput"]["rows"]:
-        count = tables()["parameters"].get(f"{row['model']}/{row['data']}")
-        if count is None or row["data"] != f"imagenet{resolution}":
+        if row["data"] not in (f"imagenet{resolution}", f"{resolution}x{resolution}"):
             continue
-        published = float(count[:-1]) * {"M": 1e6, "B": 1e9}[count[-1]]
+        count = tables()["parameters"].get(f"{row['model']}/{row['data']}")
+        published = num_params if count is None else float(count[:-1]) * {"M": 1e6, "B": 1e9}[count[-1]]
         if abs(num_params / published - 1) < 0.05 and row["chips"] == f"{num_chips} x TPU v5e":
             return row.get(objective)
     return None

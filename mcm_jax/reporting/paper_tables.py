@@ -1,10 +1,10 @@
-"""The paper's tables 1 to 5 beside our measurements; cells that were not run stay empty."""
+"""The paper's tables beside our measurements; cells that were not run stay empty."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
 
 from mcm_jax.records import DISTANCES, INCEPTION, count_of, with_count
-from mcm_jax.reporting import paper
+from mcm_jax.reporting import paper, text_to_image_table
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
 # Resolution, widths and blocks of the paper's networks, as in configs/imagenet64.py and imagenet128.py.
@@ -143,7 +143,7 @@ def _fid(result: RunResult) -> float | None:
 
 
 def markdown(collection: Collection) -> str:
-    """Renders all five tables, with an explanation of their columns, as Markdown."""
+    """Renders all six tables, with an explanation of their columns, as Markdown."""
     ours = measured(collection)
     lines = [
         "# The paper's tables",
@@ -159,6 +159,7 @@ def markdown(collection: Collection) -> str:
         lines += [_line(_cells(row, ours)) for row in table]
         remark = paper.tables()[name].get("remark")
         lines += ["", *([f"The paper: {remark}.", ""] if remark else [])]
+    lines += text_to_image_table.markdown(collection)
     return "\n".join(lines)
 
 

@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_name_is_a_file_of_this_package():
-    assert config_files.names() == ["avatars", "emoji", "folder", "imagenet128", "imagenet64", "openmoji"]
+    assert config_files.names() == [
+        "avatars",
+        "emoji",
+        "folder",
+        "imagenet128",
+        "imagenet64",
+        "openmoji",
+        "text_to_image",
+    ]
     assert (
         config_files.locate("imagenet64:small,cd,steps=8") == f"{ROOT}/configs/imagenet64.py:small,cd,steps=8"
     )
@@ -52,7 +60,9 @@ def test_a_config_that_is_none(value, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}") as error:
         config_files.locate(value)
     if "there is no" in message:
-        assert str(error.value).endswith("a name: avatars, emoji, folder, imagenet128, imagenet64, openmoji")
+        assert str(error.value).endswith(
+            "a name: avatars, emoji, folder, imagenet128, imagenet64, openmoji, text_to_image"
+        )
 
 
 @pytest.fixture(scope="module")
