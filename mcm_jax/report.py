@@ -7,8 +7,11 @@ images), `runs/report.md` and `runs/report.png` (samples side by side), and prin
 
     python -m mcm_jax.report --runs=runs --tables
 
-This writes the paper's tables 1 to 5 with the FIDs measured in those runs to `runs/tables.md`, prints them,
+This writes the paper's tables with the FIDs measured in those runs to `runs/tables.md`, prints them,
 and plots the distances of a diffusion model's samplers against network calls in `runs/samplers.png`.
+
+With --prompts=FILE, --runs names the directories of single runs on captions, and the figure prompts.png shows
+the prompts in FILE, one on each line, drawn by each of them from the same noise, with the time of an image.
 
     python -m mcm_jax.report --figure=trajectories
 
@@ -25,16 +28,28 @@ from absl import flags
 from mcm_jax.bench.trajectories_figure import trajectories_figure
 from mcm_jax.reporting.outputs import write_page, write_paper_tables
 from mcm_jax.system import command_line, paths
+from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import as_path
 
 
 def define_flags() -> None:
     """Defines the flags; not done on import, because other programs define flags with the same names."""
-    paths.define_path("runs", None, "Directory that contains the evaluated runs, at any depth.")
+    paths.define_paths(
+        "runs",
+        None,
+        "Directory that contains the evaluated runs, at any depth. With --prompts: directories of runs, "
+        "separated by commas.",
+    )
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure instead of writing a page.")
     flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables with our FIDs, not a page.")
+    paths.define_path("prompts", None, "With --runs: draw a figure of these prompts, one on each line.")
+    paths.define_path(
+        "text_encoder", None, "With --prompts: directory of the text encoder. Default: the installed one."
+    )
     flags.DEFINE_integer("seeds", 1, "With --figure: number of training seeds per student.", lower_bound=1)
-    paths.define_path("out", None, "File to write. Default: report.html in --runs, or FIGURE.png.")
+    paths.define_path(
+        "out", None, "File to write. Default: report.html in --runs, FIGURE.png, or prompts.png."
+    )
     flags.register_multi_flags_validator(
         ["runs", "figure"],
         lambda given: (given["runs"] is None) != (given["figure"] is None),
@@ -50,7 +65,17 @@ def main() -> None:
         print(trajectories_figure(out, seeds=flags.FLAGS.seeds))
         print(f"Drawn in {time.monotonic() - began:.0f} s: {out}")
         return
-    runs = flags.FLAGS.runs
+    if flags.FLAGS.prompts is not None:
+        from mcm_jax.reporting.prompts_figure import prompts_figure  # Slow to import.
+
+        out = flags.FLAGS.out or as_path("prompts.png")
+        encoder = flags.FLAGS.text_encoder
+        print(prompts_figure(flags.FLAGS.runs, flags.FLAGS.prompts, out, text_encoder=encoder))
+        print(f"The figure: {out}")
+        return
+    if len(flags.FLAGS.runs) > 1:
+        raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
+    (runs,) = flags.FLAGS.runs
     if flags.FLAGS.tables:
         print(write_paper_tables(runs))
         return

@@ -16,10 +16,11 @@ from absl import flags
 
 from mcm_jax.records import SamplingOptions
 from mcm_jax.system import command_line, paths
-from mcm_jax.system.errors import InputError, reason
-from mcm_jax.system.files import read_bytes, require_output, write_output
+from mcm_jax.system.errors import InputError
+from mcm_jax.system.files import require_output, write_output
 from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import image_grid, save_png
+from mcm_jax.text import prompts as texts
 
 if TYPE_CHECKING:
     from mcm_jax.runs.run import Run
@@ -154,14 +155,7 @@ def _prompts() -> list[str] | None:
     if _PROMPT.value is not None:
         prompts = [_PROMPT.value] * _NUM.value
     elif _PROMPTS.value is not None:
-        try:
-            prompts = read_bytes(_PROMPTS.value).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts={_PROMPTS.value} can't be read ({reason(error)})") from error
-        if not prompts[-1]:
-            del prompts[-1]  # What follows the last line.
-        if not prompts:
-            raise InputError(f"--prompts={_PROMPTS.value} is empty; write one caption on each line")
+        prompts = texts.read(_PROMPTS.value)
         if flags.FLAGS["num"].present:
             raise InputError("--num does not apply to --prompts, which has a line for each image; remove it")
     else:
