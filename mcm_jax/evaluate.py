@@ -61,6 +61,11 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "guidance", [], "Guidance weights, separated by commas; 0 means none. Default: the run's own."
     )
+    flags.DEFINE_list(
+        "captions",
+        [],
+        "Splits from which captions are drawn, separated by commas: test, heldout. Default: test.",
+    )
     flags.DEFINE_enum(
         "rounding", Options.rounding, ROUNDINGS, "How pixels are rounded to bytes; ADM's scripts use floor."
     )
@@ -107,6 +112,11 @@ def define_flags() -> None:
         False,
         "Compute FID even if there are no more samples than features (2,048). Such a number means little.",
     )
+    paths.define_path(
+        "clip",
+        None,
+        "Directory of a CLIP as transformers writes it; adds the CLIP score of runs on captions.",
+    )
     paths.define_path("cache_dir", Options.cache_dir, "Cache of reference statistics.")
     flags.DEFINE_integer(
         "untrained_num",
@@ -117,7 +127,7 @@ def define_flags() -> None:
 
 
 # Flags that are converted before they are passed to Options.
-_CONVERTED = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance")
+_CONVERTED = ("workdirs", "data_dir", "metrics", "steps", "checkpoint_step", "guidance", "captions")
 
 
 _Number = TypeVar("_Number", int, float)
@@ -142,6 +152,7 @@ def main() -> None:
         steps=_numbers("steps", values.steps, int),
         checkpoint_step=_numbers("checkpoint_step", values.checkpoint_step, int),
         guidance=_numbers("guidance", values.guidance, float),
+        captions=tuple(values.captions),
         **{
             field.name: getattr(values, field.name)
             for field in dataclasses.fields(Options)

@@ -89,6 +89,11 @@ def define_flags() -> None:
         "Most tokens of a caption; longer ones are cut. Default: 128, or CLIP's 77.",
         lower_bound=4,
     )
+    flags.DEFINE_bool(
+        "classifier",
+        False,
+        "avatars: also train the network that finds attributes in samples, for evaluate; takes minutes.",
+    )
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace the existing data set.")
 
 
@@ -121,6 +126,8 @@ def main() -> None:
         host=_host(values.host),
         num=values.num,
     )
+    if values.classifier and values.dataset != avatars.NAME:
+        raise InputError(f"--classifier applies only to {avatars.NAME}; remove it")
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
     encoder = _encoder(values.dataset, values.encoder, values.caption_length)
@@ -129,8 +136,19 @@ def main() -> None:
         print(f"host {values.host} has written its part; host 1 completes the data set once all hosts have")
         return
     if encoder is not None:
-        info = _embed(info, encoder)
+        info = _embed(info, encoder, any_length=values.caption_length is None)
     print(report(info, built=built, data_dir=str(values.data_dir)))
+    if values.classifier:
+        print(_classifier(info, values.data_dir))
+
+
+def _classifier(info: layout.DatasetInfo, data_dir: paths.Path) -> str:
+    """Trains the classifier of attributes, writes it, and reports its accuracy."""
+    from mcm_jax.evaluation import attributes  # Slow to import.
+
+    path, classifier = attributes.place(data_dir, info.resolution), attributes.train(info)
+    attributes.write(classifier, path)
+    return f"{attributes.report(classifier)}\nattributes of avatars: {path}"
 
 
 def _encoder(dataset: str, name: str | None, length: int | None) -> "encoders.Encoder | None":
@@ -147,9 +165,9 @@ def _encoder(dataset: str, name: str | None, length: int | None) -> "encoders.En
     return encoders.load(name, length=length)
 
 
-def _embed(info: layout.DatasetInfo, encoder: "encoders.Encoder") -> layout.DatasetInfo:
+def _embed(info: layout.DatasetInfo, encoder: "encoders.Encoder", *, any_length: bool) -> layout.DatasetInfo:
     """Embeds the captions of a data set, says so, and adds the encoding to its description."""
-    encoding, cut = embeddings.write(info, encoder)
+    encoding, cut = embeddings.write(info, encoder, any_length=any_length)
     print(
         f"{encoding.num_captions:,} captions embedded by {encoding.encoder}: up to {encoding.length} tokens "
         f"of size {encoding.width}, pooled size {encoding.pooled_width}"

@@ -39,8 +39,11 @@ INCEPTION: Literal["inception-2015-12-05"] = "inception-2015-12-05"
 # Names of the Frechet distance on each network's features; with Inception it is FID.
 DISTANCES = {EFFICIENTNET: "fd_effnet_lite0", INCEPTION: "fid"}
 NEAREST = "nearest_neighbour_distance"
+# Scores of samples by their captions, as in --metrics.
+ATTRIBUTES, CLIP_SCORE, NEAREST_OF_TEN = CAPTION_SCORES = ("attributes", "clip_score", "nearest_of_ten")
 # Prefixes of the names of bounds.
 TEST_IMAGES, MEAN_IMAGE, UNTRAINED_NETWORK = "test_images", "mean_image", "untrained_network"
+OTHER_CAPTIONS = "other_captions"
 
 _DISTANCE_WITH_COUNT = re.compile(
     rf"(({TEST_IMAGES}|{UNTRAINED_NETWORK})_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]{{1,18}})"
@@ -227,6 +230,7 @@ class Measurement(Record):
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
     asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics
+    caption_scores: tuple[str, ...] = ()  # names of scores by captions, and hashes of what they depend on
     features: Features
     reference: Reference
 

@@ -29,6 +29,7 @@ from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_emoji, test_imagenet
 from tests.evaluation import test_inception_weights
+from tests.text import tiny as encoders
 
 # Sources in the order in which their commands are run. Those of a story share a directory: later ones sample
 # what earlier ones have trained, and no command is run twice.
@@ -48,8 +49,9 @@ STORIES = {
         *("launch/tpu_host.sh", "launch/tpu_pod.sh"),
     ),
     "folder": ("configs/folder.py", "docs/your_images.md"),
-    "avatars": ("configs/avatars.py", "docs/text_to_image.md"),
+    "avatars": ("configs/avatars.py", "docs/text_to_image.md", "launch/smoke_text.sh"),
     "emoji": ("configs/emoji.py",),
+    "text_to_image": ("configs/text_to_image.py",),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
@@ -111,11 +113,13 @@ def small(command: Command) -> tuple[str, ...]:
             arguments += ("--config.progressive.stages=(4,2)",)
         if ":tract" in text:
             arguments += ("--config.tract.stages=(4,2)",)
+        if "=avatars:" in text:
+            arguments += ("--config.data.resolution=16",)
         if "=imagenet128:" in text:
             arguments += TINY_DATA
-        if "=imagenet128:small,teacher" in text:
+        if "=imagenet128:small,teacher" in text or "=text_to_image:teacher" in text:
             arguments += ("--config.diffusion.levels=(8,4)",)
-        if "=folder:" in text:
+        if "=folder:" in text or "=text_to_image:" in text:
             arguments += ("--config.data.resolution=8",)
         # A directory that hosts share is below the current one here.
         return arguments + tuple(
@@ -129,7 +133,7 @@ def small(command: Command) -> tuple[str, ...]:
         return {
             "folder": ("--resolution=8",),
             "openmoji": ("--resolution=16",),
-            "avatars": ("--num=24", "--workers=0"),
+            "avatars": ("--num=24", "--workers=0", "--resolution=16"),
             "emoji": ("--workers=0",),
         }.get(option(command, "--dataset"), ())
     if command.program == "sample":
@@ -337,8 +341,14 @@ def made_up_statistics(path: Path) -> None:
 
 def make_up_data(name: str, directory: Path) -> None:
     """The files that the commands of a story name, in their true layout."""
-    if name in ("openmoji", "folder"):
+    if name in ("openmoji", "folder", "text_to_image"):
         make_images(directory / "PATH")
+    if name == "text_to_image":
+        for n, image in enumerate((directory / "PATH").rglob("*.png")):
+            image.with_suffix(".txt").write_text(f"image {n}")
+        encoder = directory / "DIRECTORY" / "t5-v1_1-xxl"
+        encoder.mkdir(parents=True)
+        encoders.write(encoder, encoders.T5)
     if name == "emoji":
         test_emoji.write_tgz(directory / "FILE", test_emoji.package_files())
     if name != "imagenet64":

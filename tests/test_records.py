@@ -36,7 +36,17 @@ def test_fields_of_other_versions():
     """Unknown fields are ignored, and those with a default may be missing: it says what was done then."""
     content = record(unheard_of=1, features__unheard_of=2)
     optional = {
-        *("version", "workdir", "checkpoint", "asked", "untrained_num", "noise_grid", "x_var", "x_var_eta"),
+        *(
+            "version",
+            "workdir",
+            "checkpoint",
+            "asked",
+            "caption_scores",
+            "untrained_num",
+            "noise_grid",
+            "x_var",
+            "x_var_eta",
+        ),
         *("x_var_images", "clip", "rounding", "sampling_seconds", "features_seconds"),
     }
     for name in optional:
@@ -56,7 +66,8 @@ def test_every_input_identifies_a_measurement_and_no_outcome_does():
         **{"checkpoint": "x", "parameters": "raw", "label_rule": "x", "steps": 1, "sampler": "x"},
         **{"noise_grid": "x", "x_var": "analytic", "x_var_eta": 1.0, "x_var_images": 1, "guidance": 1.0},
         **{"clip": "x", "rounding": "x", "network_calls": 1, "num_samples": 1, "untrained_num": 1},
-        **{"asked": [], "features": {"network": "inception-2015-12-05", "sha256": "x"}},
+        **{"asked": [], "caption_scores": ["attributes 0f"]},
+        **{"features": {"network": "inception-2015-12-05", "sha256": "x"}},
         "reference": {"file": "x", "sha256": "x"},
     }
     outcome = {

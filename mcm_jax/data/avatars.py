@@ -25,6 +25,7 @@ from mcm_jax.data.avatar_styles import STYLES, Options
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import versions
 
+NAME = "avatars"
 SPLITS = (*layout.SPLITS, layout.HELD_OUT)
 NUM_TRAIN = 50_000
 # The other splits have as many images as the train split, and at most this number.

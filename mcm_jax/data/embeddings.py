@@ -60,8 +60,11 @@ def directory(info: DatasetInfo, encoder: str) -> Path:
     return data_dir / "captions" / info.path.parents[1].name / info.path.parents[0].name / encoder
 
 
-def write(info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
+def write(info: DatasetInfo, encoder: Encoder, *, any_length: bool = False) -> tuple[Encoding, int]:
     """Embeds the captions of all splits of a data set, unless this encoder has done so.
+
+    Args:
+      any_length: whether stored embeddings with another number of tokens are accepted.
 
     Returns:
       The encoding, and the number of captions that were cut because they are too long; 0 if nothing was done.
@@ -76,7 +79,7 @@ def write(info: DatasetInfo, encoder: Encoder) -> tuple[Encoding, int]:
             "its directory"
         )
     target = directory(info, encoder.name)
-    if (existing := _existing(target, info, encoder)) is not None:
+    if (existing := _existing(target, info, encoder, any_length=any_length)) is not None:
         return existing, 0
     parent = _staging(target)
     with (
@@ -138,7 +141,7 @@ def _captions(info: DatasetInfo) -> Iterator[str]:
             yield example["caption"].decode()
 
 
-def _existing(target: Path, info: DatasetInfo, encoder: Encoder) -> Encoding | None:
+def _existing(target: Path, info: DatasetInfo, encoder: Encoder, *, any_length: bool) -> Encoding | None:
     """What is stored in `target`, unless it belongs to an earlier preparation of the data set."""
     try:
         existing = _read_summary(target)
@@ -152,7 +155,7 @@ def _existing(target: Path, info: DatasetInfo, encoder: Encoder) -> Encoding | N
             f"{existing.encoder_sha256[:12]}, now {encoder.sha256[:12]}); delete it, or rename the "
             "encoder's directory"
         )
-    if existing.length != encoder.length:
+    if existing.length != encoder.length and not any_length:
         raise InputError(
             f"{target} contains embeddings of up to {existing.length} tokens, not {encoder.length}; delete "
             f"it, or pass --caption_length={existing.length}"

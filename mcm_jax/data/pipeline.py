@@ -93,6 +93,10 @@ class RecordSource(Source):
     ) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
         return _stacked(self.records.__getitems__(indices.tolist()))
 
+    def captions(self, indices: Int[np.ndarray, " N"]) -> list[str]:
+        """The captions of the examples at `indices`, of a data set that has captions."""
+        return [example["caption"].decode() for example in self.records.__getitems__(indices.tolist())]
+
 
 def _stacked(examples: Sequence[Example]) -> tuple[UInt8[np.ndarray, "N r r 3"], Int32[np.ndarray, " N"]]:
     images = np.stack([example["image"] for example in examples])

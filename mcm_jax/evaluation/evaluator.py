@@ -3,20 +3,28 @@
 import copy
 import dataclasses
 import datetime
+import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mcm_jax import fields, records
 from mcm_jax.data import layout, pipeline
-from mcm_jax.evaluation import image_files, protocol, published
+from mcm_jax.evaluation import caption_scores, captioned, image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
 from mcm_jax.fields import Affects
-from mcm_jax.records import RESULTS, ImagesResult, JsonObject, Measurement, Result, Sampling, SamplingOptions
+from mcm_jax.records import (
+    RESULTS,
+    ImagesResult,
+    JsonObject,
+    Measurement,
+    Result,
+    SamplingOptions,
+)
 from mcm_jax.runs import workdirs
 from mcm_jax.system import distributed, json_text, progress, versions
 from mcm_jax.system.errors import InputError
@@ -41,6 +49,7 @@ class SampleRequest:
     num: int
     seed: int = 0
     untrained_num: int = 0  # number of samples from the untrained network; 0: none
+    captions: str | None = None  # split from which captions are drawn; None: test
     settings: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
 
@@ -60,12 +69,14 @@ class Evaluator:
         explicit: bool = False,
         reference: Path | None = None,
         reference_split: str = "train",
+        clip: Path | None = None,
     ):
         """Computes or loads the reference, if one is given.
 
         Args:
           explicit: the user named the metrics, so a metric that the reference does not support is an error;
             unsupported default metrics are omitted with a note instead.
+          clip: directory of a CLIP, for the CLIP score of runs on captions.
           reference: a published file, or the directory of a prepared data set; None: each run's own data set.
 
         Raises:
@@ -75,6 +86,7 @@ class Evaluator:
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
         self._omitted: set[tuple[str, str]] = set()
         self._references: dict[tuple[str | int, ...], Reference] = {}
+        self.caption_scores = captioned.Scores(metrics, self.extractor, explicit=explicit, clip=clip)
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
@@ -104,8 +116,10 @@ class Evaluator:
         Raises:
           InputError: the user named a metric that the reference does not support.
         """
-        reference = self._compared(run)
+        reference, scores = self._compared(run), self.caption_scores.of(run.dataset)
         self.require(reference)
+        comparison = self._comparison(reference)
+        comparison["asked"] += tuple(score.name for score in scores if score.name not in self.metrics)
         return Measurement(
             version=VERSION,
             workdir=resolved(workdir_of(run)).name,
@@ -118,12 +132,13 @@ class Evaluator:
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
-            label_rule=run.label_rule,
+            label_rule=run.label_rule(request.captions),
             seed=request.seed,
             sampling=run.sampling(**request.settings),
             num_samples=request.num,
             untrained_num=request.untrained_num,
-            **self._comparison(reference),
+            caption_scores=tuple(f"{score.name} {score.sha256}" for score in scores),
+            **comparison,
         )
 
     def _comparison(self, reference: Reference) -> JsonObject:
@@ -159,7 +174,12 @@ class Evaluator:
             test = self._reference(run.dataset, "test", run.blocks)
         also_first = 0 if test is None else test.count or 0
         tally = protocol.Tally(
-            self.extractor, reference, num=request.num, metrics=self.metrics, also_first=also_first
+            self.extractor,
+            reference,
+            num=request.num,
+            metrics=measurement.asked,
+            also_first=also_first,
+            caption_scores=self.caption_scores.of(run.dataset),
         )
         # Everything that the accumulated sums depend on.
         identity = {**measurement.to_json(), "also_first": also_first, "versions": _versions()}
@@ -173,6 +193,7 @@ class Evaluator:
             scale = -(-_GRID_TILE // first_images.shape[1])
             save_png(image_grid(first_images, _GRID_COLUMNS, scale=scale), workdir / grid)
         bounds = {} if self.given else self._bounds(run, measurement, request, reference, test)
+        bounds |= self._caption_bounds(run, request)
         result = Result(
             **vars(measurement),
             **_outcome(scores, bounds),
@@ -198,7 +219,9 @@ class Evaluator:
         num = min(request.untrained_num, request.num)
 
         def untrained() -> Blocks:
-            yield run.untrained().sample(num, seed=request.seed, **request.settings)
+            yield run.untrained().sample(
+                num, seed=request.seed, captions=request.captions, **request.settings
+            )
 
         return protocol.floors_and_ceilings(
             self.extractor,
@@ -208,8 +231,21 @@ class Evaluator:
             test=test,
             untrained_images=untrained,
             untrained_num=num,
-            untrained_identity=_untrained_identity(run, request.seed, measurement.sampling),
+            untrained_identity=_untrained_identity(run, measurement),
         )
+
+    def _caption_bounds(self, run: "Run", request: SampleRequest) -> dict[str, float]:
+        split, found = request.captions or "test", {}
+        for score in self.caption_scores.of(run.dataset):
+            identity = {
+                "bound": score.name,
+                "score": score.sha256,
+                "images": run.dataset.fingerprints[split],
+            }
+            found |= self.cache.numbers(
+                identity, functools.partial(caption_scores.bounds, score, run.dataset, split)
+            )
+        return found
 
     def score_images(self, images: image_files.ImageFiles) -> ImagesResult:
         """Scores images that were made elsewhere, against the reference given to the constructor."""
@@ -308,6 +344,7 @@ def grid_name(measurement: Measurement) -> str:
     words.append(f"{sampling.sampler}{sampling.steps}")
     words += [str(getattr(sampling, name)) for name in sampling.unusual]
     words += [f"g{sampling.guidance:g}"] if sampling.guidance else []
+    words += [measurement.label_rule] if measurement.label_rule == "heldout_captions" else []
     return "_".join([*words, f"seed{measurement.seed}.png"])
 
 
@@ -333,18 +370,19 @@ def _sample_into(
     for first in progress.bar(range(tally.count, request.num, _BLOCK), "samples and their features"):
         start = time.monotonic()
         num = min(_BLOCK, request.num - first)
-        images, labels = run.sample(num, seed=request.seed, first=first, **request.settings)
+        drawn: dict[str, Any] = {"seed": request.seed, "first": first, "captions": request.captions}
+        images, labels = run.sample(num, **drawn, **request.settings)
         seconds += time.monotonic() - start
         if first == 0:
             first_images = images[:_GRID_IMAGES].copy()
-        tally.update(images, labels)
+        tally.update(images, labels, run.drawn_captions(num, **drawn) if tally.needs_captions else None)
         also = {"seconds": np.array(seconds), "first_images": first_images}
         unfinished.save_if_due(lambda also=also: tally.arrays() | also)
     return seconds, first_images
 
 
-def _untrained_identity(run: "Run", seed: int, sampling: Sampling) -> JsonObject:
+def _untrained_identity(run: "Run", measurement: Measurement) -> JsonObject:
     """Everything that samples of the untrained network depend on; runs with equal settings share results."""
     config = fields.flat(run.config, Affects.SAMPLES) | {"training_seed": run.config.seed}
-    sampled = {"label_rule": run.label_rule, **sampling.to_json()}
-    return {"config": config, "dataset": run.config.data.dataset, "seed": seed, **sampled}
+    sampled = {"label_rule": measurement.label_rule, **measurement.sampling.to_json()}
+    return {"config": config, "dataset": run.config.data.dataset, "seed": measurement.seed, **sampled}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from mcm_jax.evaluation.caption_scores import CaptionScore
 from mcm_jax.evaluation.classes import class_distance, class_notes
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.frechet import frechet_distance
@@ -26,14 +27,17 @@ from mcm_jax.evaluation.metrics import (
 )
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.evaluation.unfinished import Arrays, joined, part
-from mcm_jax.records import MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, with_count
+from mcm_jax.records import CAPTION_SCORES, MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, with_count
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 
 # All metrics that can be requested, in the order in which results list them.
-METRICS = ("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid")
-# Defined for features of any network; the other metrics only for Inception's.
-_ANY_FEATURES = ("frechet", "nearest")
+METRICS = (
+    *("frechet", "nearest", "sfid", "inception_score", "kid", "precision_recall", "class_fid"),
+    *CAPTION_SCORES,
+)
+# Defined for features of any network, or not of features; the other metrics only for Inception's.
+_ANY_FEATURES = ("frechet", "nearest", *CAPTION_SCORES)
 # Need the features of all samples at once.
 _HELD = ("kid", "precision_recall", "class_fid")
 # Compare samples with single images of the reference, so they need its features.
@@ -113,6 +117,7 @@ class Tally:
         num: int,
         metrics: Sequence[str] = ("frechet", "nearest"),
         also_first: int = 0,
+        caption_scores: Sequence[CaptionScore] = (),
     ):
         """Metrics with an `unavailable_reason`, or with too few samples, are omitted.
 
@@ -121,6 +126,7 @@ class Tally:
           metrics: names from METRICS.
           also_first: if there are more samples than this, also compute the Frechet distance of the first
             `also_first` of them, to compare with another set of that size.
+          caption_scores: further metrics, for which `update` needs captions.
         """
         sizes = extractor.network.dimensions
         self._extractor, self._reference = extractor, reference
@@ -135,13 +141,21 @@ class Tally:
         self._rows: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._nearest_sum, self._seconds = 0.0, 0.0
+        # By name: points, and their highest number.
+        self._points = {score.name: np.zeros(2) for score in caption_scores}
+        self._caption_scores = caption_scores
 
     @property
     def count(self) -> int:
         """Number of samples so far."""
         return self._moments["whole"].count
 
-    def update(self, images: Images, labels: np.ndarray) -> None:
+    @property
+    def needs_captions(self) -> bool:
+        """Whether `update` needs the captions."""
+        return bool(self._caption_scores)
+
+    def update(self, images: Images, labels: np.ndarray, captions: Sequence[str] | None = None) -> None:
         """Adds a block of samples."""
         start = time.monotonic()
         found = self._extractor(images)
@@ -159,6 +173,10 @@ class Tally:
         if "nearest" in self._metrics:
             distances = nearest_neighbour_distances(pool, self._reference.require_features())
             self._nearest_sum += float(distances.sum())
+        for score in self._caption_scores:
+            if captions is None:
+                raise ValueError(f"{score.name} needs captions")
+            self._points[score.name] += [part.sum() for part in score(images, captions)]
 
     def arrays(self) -> Arrays:
         """The state, for `restore`."""
@@ -167,7 +185,11 @@ class Tally:
             parts["classes"] = self._classes.arrays()
         if self._rows:
             parts["held"] = {"rows": np.concatenate(self._rows), "labels": np.concatenate(self._labels)}
-        parts["sums"] = {"nearest": np.array(self._nearest_sum), "seconds": np.array(self._seconds)}
+        parts["sums"] = {
+            "nearest": np.array(self._nearest_sum),
+            "seconds": np.array(self._seconds),
+            **{f"points_{name}": points for name, points in self._points.items()},
+        }
         return joined(parts)
 
     def restore(self, arrays: Arrays) -> None:
@@ -184,6 +206,7 @@ class Tally:
         self._moments, self._classes = moments, classes
         self._rows, self._labels = [one["rows"] for one in held], [one["labels"] for one in held]
         self._nearest_sum, self._seconds = float(sums["nearest"]), float(sums["seconds"])
+        self._points = {name: sums[f"points_{name}"].copy() for name in self._points}
 
     def scores(self) -> Scores:
         """The metrics of all `num` samples.
@@ -212,6 +235,9 @@ class Tally:
                     distributed.say(f"note: {note}")
         if "nearest" in self._metrics:
             result[NEAREST] = self._nearest_sum / num
+        for name, (points, most) in self._points.items():
+            if most:
+                result[with_count(name, num)] = float(points / most)
         rank_deficient = whole.rank_deficient or self._reference.rank_deficient
         return Scores(result, num, rank_deficient, self._seconds)
 

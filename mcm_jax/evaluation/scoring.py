@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Callable, Sequence
@@ -17,8 +18,13 @@ from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
 from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest, workdir_of
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.records import (
+    ATTRIBUTES,
+    CAPTION_SCORES,
+    CLIP_SCORE,
     MEAN_IMAGE,
     NEAREST,
+    NEAREST_OF_TEN,
+    OTHER_CAPTIONS,
     RESULTS,
     TEST_IMAGES,
     UNTRAINED_NETWORK,
@@ -64,6 +70,7 @@ class Options:
     noise_grid: str | None = None
     x_var: str | None = None
     guidance: tuple[float, ...] = ()
+    captions: tuple[str, ...] = ()
     rounding: str = "nearest"
     seed: int = 0
     parameters: str = "ema"
@@ -75,6 +82,7 @@ class Options:
     metrics: tuple[str, ...] | None = None
     reference: Path | None = None
     reference_split: str = "train"
+    clip: Path | None = None
     cache_dir: Path = as_path("data") / "reference_cache"
     untrained_num: int = 512
     again: bool = False
@@ -124,8 +132,10 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
     for kind, load in loaders:
         run = None  # Frees its memory before the next one is loaded.
         run = load()
-        for how in options.sampling_options:
-            request = SampleRequest(options.num, options.seed, options.untrained_num, how)
+        for how, captions in itertools.product(options.sampling_options, options.captions or (None,)):
+            request = SampleRequest(
+                options.num, options.seed, options.untrained_num, captions=captions, settings=how
+            )
             measurement = evaluator.measurement(run, kind, request)
             distributed.require_same(measurement, "runs, data sets and references")
             result = None if options.again else evaluator.stored(run, measurement)
@@ -228,6 +238,8 @@ def _loaders(
                 reference.require_class_names(run.dataset.class_names, what=what)
         for how in options.sampling_options:
             run.sampling(**how)
+        for captions in options.captions or (None,):
+            run.label_rule(captions)
     if run is not None and len(loaders) == 1:
         loaded = run
         return [(loaders[0][0], lambda: loaded)]
@@ -242,6 +254,7 @@ def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:
         explicit=options.metrics is not None,
         reference=options.reference,
         reference_split=options.reference_split,
+        clip=options.clip,
     )
 
 
@@ -268,8 +281,19 @@ def _feature_network(options: Options) -> FeatureNetwork:
 
 # Options that apply only when runs are sampled.
 _SAMPLING_ONLY = (
-    *("num", "steps", "sampler", "noise_grid", "x_var", "guidance", "rounding", "seed", "parameters"),
-    *("checkpoint_step", "data_dir", "untrained_num", "again"),
+    *(
+        "num",
+        "steps",
+        "sampler",
+        "noise_grid",
+        "x_var",
+        "guidance",
+        "captions",
+        "rounding",
+        "seed",
+        "parameters",
+    ),
+    *("checkpoint_step", "data_dir", "untrained_num", "again", "clip"),
 )
 
 
@@ -304,6 +328,9 @@ def _check(options: Options) -> None:
             raise InputError(
                 f"--{field.name} applies only when runs are sampled; remove it when using --images"
             )
+    for name in CAPTION_SCORES:
+        if options.images is not None and name in (options.metrics or ()):
+            raise InputError(f"--metrics={name} needs the captions of a run; remove it when using --images")
     if options.workdirs and options.results is not None:
         raise InputError("--results applies only to --images; a run's results are saved in its directory")
     require_writable(options.cache_dir, "--cache_dir")
@@ -329,6 +356,18 @@ def _check_features(options: Options) -> None:
 
 
 _MEANINGS = (
+    (f"{TEST_IMAGES}_{ATTRIBUTES}", "the same for drawings instead of samples: about the best possible"),
+    (f"{OTHER_CAPTIONS}_{ATTRIBUTES}", "the same for drawings of other captions: chance"),
+    (f"{TEST_IMAGES}_{CLIP_SCORE}", "the same for images of these captions instead of samples"),
+    (f"{OTHER_CAPTIONS}_{CLIP_SCORE}", "the same for images of other captions"),
+    (CLIP_SCORE, "mean cosine of CLIP's embeddings of sample and caption, higher is better"),
+    (f"{TEST_IMAGES}_{NEAREST_OF_TEN}", "the same for pictures instead of samples: the best possible"),
+    (f"{OTHER_CAPTIONS}_{NEAREST_OF_TEN}", "the same for pictures of other captions: chance"),
+    (
+        NEAREST_OF_TEN,
+        "share of samples nearer to their own picture than to nine others, higher is better",
+    ),
+    (ATTRIBUTES, "share of the captions' attributes that are found in the samples, higher is better"),
     (f"{TEST_IMAGES}_{NEAREST}", "the same for test images; samples far below it are copies"),
     (TEST_IMAGES, "test images instead of samples: about the best possible at this count"),
     (MEAN_IMAGE, "the mean training image, repeated: a model must score better than this"),

@@ -29,6 +29,8 @@ _PARAMETERS = {"ema": "averaged (EMA) parameters", "raw": "parameters of the las
 _LABELS = {
     "uniform": "classes drawn uniformly",
     "train_frequency": "classes drawn as often as in the training set",
+    "test_captions": "captions drawn from the test split",
+    "heldout_captions": "captions drawn from the held-out split, whose combinations do not occur in training",
 }
 
 

@@ -66,7 +66,7 @@ class Run:
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
         self._encoder: encoders.Encoder | None = None
-        self._opened: dict[str, pipeline.Source] = {}
+        self._opened: dict[str, pipeline.RecordSource] = {}
 
     def __repr__(self) -> str:
         steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
@@ -92,10 +92,21 @@ class Run:
         """The training seed."""
         return self.config.seed
 
-    @property
-    def label_rule(self) -> str:
-        """How `sample` draws classes or captions if none are given."""
-        return self.config.sampling.label_rule if self.dataset.encoding is None else "test_captions"
+    def label_rule(self, captions: str | None = None) -> str:
+        """How `sample` draws classes, or captions of the split `captions`, if none are given.
+
+        Raises:
+          InputError: `captions` is given for a run without captions, or the data set has no such split.
+        """
+        if self.dataset.encoding is None:
+            if captions is not None:
+                raise InputError("this run is conditioned on class labels, so no captions can be drawn")
+            return self.config.sampling.label_rule
+        split = captions or "test"
+        if split not in self.dataset.num_examples:
+            splits = ", ".join(self.dataset.num_examples)
+            raise InputError(f"captions={split}: {self.dataset.dataset} has only the splits {splits}")
+        return f"{split}_captions"
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> Sampling:
         """The settings that `sample` uses for these options, including defaults; see `samplers.resolve`."""
@@ -108,6 +119,7 @@ class Run:
         seed: int = 0,
         labels: Labels | None = None,
         prompts: Sequence[str] | None = None,
+        captions: str | None = None,
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -122,7 +134,8 @@ class Run:
         Args:
           labels: the class of each image; None draws classes by config.sampling.label_rule.
           prompts: the caption of each image, for a run with a text encoder; an empty one is no caption. None
-            draws captions of the test split; the labels are those of their images. With prompts they are 0.
+            draws `drawn_captions`; the labels are those of their images. With prompts they are 0.
+          captions: the split that captions are drawn from; None: test.
           first: index of the first image.
           progress: called after each batch with its number of images.
           options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults.
@@ -148,7 +161,7 @@ class Run:
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
         indices = np.arange(first, first + num, dtype=np.int32)
-        labels, cond_of = self._conditions(seed, indices, labels, prompts)
+        labels, cond_of = self._conditions(seed, indices, labels, prompts, captions)
         images = np.empty((num, *build.image_shape(self.config)), np.uint8)
         run = self._compiled_sampler(settings)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
@@ -177,9 +190,11 @@ class Run:
         indices: Int[np.ndarray, " N"],
         labels: np.ndarray | None,
         prompts: Sequence[str] | None,
+        captions: str | None,
     ) -> tuple[Labels, Callable[[slice], Cond]]:
         """(labels, part -> the conditions of these images); see `sample`."""
         num, encoding = len(indices), self.dataset.encoding
+        self.label_rule(captions)  # Checks them.
         if encoding is None:
             if prompts is not None:
                 raise InputError("this run is conditioned on class labels; use labels instead of prompts")
@@ -191,20 +206,34 @@ class Run:
             raise InputError("this run is conditioned on captions; use prompts instead of labels")
         of = self.network.condition.of
         if prompts is None:
-            source = self._test_captions()
-            keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
-            drawn = np.asarray(sampling.draw_examples(keys, len(source)))
+            source, drawn = self._drawn(captions or "test", seed, indices)
             return source.gather(drawn)[1], lambda part: of(source.batch(drawn[part]))
+        if captions is not None:
+            raise InputError("prompts and captions exclude each other; remove one")
         if len(prompts) != num:
             raise InputError(f"{len(prompts)} prompts for {num} images; there must be one for each")
         embedded = embeddings.embed(prompts, self.text_encoder().encode, encoding)
         return np.zeros(num, np.int32), lambda part: of(embedded(part))
 
-    def _test_captions(self) -> pipeline.Source:
-        """The test split with its embedded captions, opened at the first call and read on demand."""
-        if "test" not in self._opened:
-            self._opened["test"] = self._open("test", in_memory_limit_bytes=0)
-        return self._opened["test"]
+    def drawn_captions(
+        self, num: int, *, seed: int = 0, captions: str | None = None, first: int = 0
+    ) -> list[str]:
+        """The captions that `sample` draws with the same arguments, for a run with captions."""
+        self.label_rule(captions)  # Checks them.
+        indices = np.arange(first, first + num, dtype=np.int32)
+        source, drawn = self._drawn(captions or "test", seed, indices)
+        return source.captions(drawn)
+
+    def _drawn(
+        self, split: str, seed: int, indices: Int[np.ndarray, " N"]
+    ) -> tuple[pipeline.RecordSource, Int[np.ndarray, " N"]]:
+        """A split with its captions, opened at the first call and read on demand; and the examples drawn."""
+        if split not in self._opened:
+            source = self._open(split, in_memory_limit_bytes=0)
+            assert isinstance(source, pipeline.RecordSource)
+            self._opened[split] = source
+        keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
+        return self._opened[split], np.asarray(sampling.draw_examples(keys, len(self._opened[split])))
 
     def text_encoder(self, source: str | Path | None = None) -> encoders.Encoder:
         """The text encoder that embedded the captions, loaded at the first call.
@@ -290,7 +319,7 @@ class Run:
     def _labels(self, seed: int, indices: Int[np.ndarray, " N"]) -> Labels:
         counts = np.asarray(self.dataset.class_counts["train"], np.float32)
         # Classes without training images are never drawn: the network has not learned them.
-        uniform = self.label_rule == "uniform"
+        uniform = self.config.sampling.label_rule == "uniform"
         probabilities = (counts > 0).astype(np.float32) if uniform else counts
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))

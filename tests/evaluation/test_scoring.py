@@ -38,10 +38,13 @@ DATASET = DatasetInfo(
 )
 
 
+FEATURE_METRICS = tuple(name for name in protocol.METRICS if name not in records.CAPTION_SCORES)
+
+
 class FakeRun:
     """What `runs.run.load_run` returns, with noise for samples; writes down what it was asked for."""
 
-    objective, student_steps, checkpoint_step, seed, label_rule = "cd", 4, 300, 17, "uniform"
+    objective, student_steps, checkpoint_step, seed = "cd", 4, 300, 17
 
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
@@ -62,6 +65,7 @@ class FakeRun:
         x_var=None,
         guidance=None,
         rounding=None,
+        captions=None,
     ):
         how = (steps, sampler, noise_grid, x_var, guidance, rounding)
         self.asked.append(("sample", self.low, num, seed, *how, first))
@@ -84,6 +88,9 @@ class FakeRun:
             rounding=rounding,
             network_calls=steps or 4,
         )
+
+    def label_rule(self, captions=None):
+        return "uniform"
 
     def untrained(self):
         run = FakeRun(self.workdir, asked=self.asked)
@@ -174,7 +181,16 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
     }
     assert {name: record[name] for name in expected} == expected
     assert set(record) - set(expected) == {
-        *("metrics", "bounds", "features", "reference", "asked", "sampling_seconds", "features_seconds"),
+        *(
+            "metrics",
+            "bounds",
+            "features",
+            "reference",
+            "asked",
+            "caption_scores",
+            "sampling_seconds",
+            "features_seconds",
+        ),
         *("version", "checkpoint", "untrained_num"),
         *("created", "versions"),
     }
@@ -519,7 +535,7 @@ def interrupt(stop_at):
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(inception, workdirs, interrupt, capsys):
     """To the same numbers to the last bit, of every metric, and the same grid."""
-    options = dataclasses.replace(inception, metrics=tuple(protocol.METRICS), untrained_num=0)
+    options = dataclasses.replace(inception, metrics=FEATURE_METRICS, untrained_num=0)
     (expected,) = scoring.evaluate(options, Loader())
     grid = (workdirs[0] / expected.grid).read_bytes()
     (workdirs[0] / "evaluation/results.jsonl").unlink()
@@ -679,7 +695,7 @@ def test_images_against_a_prepared_data_set(inception, tmp_path, tiny_reference,
         inception,
         tmp_path / "samples.npz",
         reference=tiny_reference,
-        metrics=tuple(protocol.METRICS),
+        metrics=FEATURE_METRICS,
     )
     record = scoring.evaluate_images(chosen)
     metrics = {name.rsplit("_", 1)[0]: value for name, value in record.metrics.items()}

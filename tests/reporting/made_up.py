@@ -32,6 +32,7 @@ RECORD = {
     "network_calls": 4,
     "num_samples": 1024,
     "asked": ["frechet", "nearest"],
+    "caption_scores": [],
     "version": 2,
     "checkpoint": None,
     "untrained_num": 256,

@@ -149,7 +149,7 @@ def test_classes_are_drawn_by_the_rule(run, rule, counts, classes):
     other = Run(config, dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
     other._compiled = run._compiled
     assert set(other.sample(20)[1].tolist()) == classes
-    assert other.label_rule == rule
+    assert other.label_rule() == rule
 
 
 def test_classes_depend_on_the_seed(run):

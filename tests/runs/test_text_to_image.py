@@ -87,7 +87,7 @@ def test_without_prompts_captions_of_the_test_split_are_drawn(run):
     part, part_labels = run.sample(2, steps=2, first=3)
     np.testing.assert_array_equal(part, images[3:5])
     np.testing.assert_array_equal(part_labels, labels[3:5])
-    assert run.label_rule == "test_captions" and set(labels) <= set(run.images("test")[1])
+    assert run.label_rule() == "test_captions" and set(labels) <= set(run.images("test")[1])
 
 
 def test_guidance_is_away_from_no_caption(run):

@@ -23,7 +23,7 @@ URLS = ("s3://bucket/run", "file:///tmp/run", "gs:/bucket/run", "gs://")
 
 # Flags with text that names no path. prepare checks its manual_dir itself.
 TEXTS = {
-    "evaluate": {"steps", "guidance", "checkpoint_step", "metrics"},
+    "evaluate": {"steps", "guidance", "captions", "checkpoint_step", "metrics"},
     "prepare": {"dataset", "encoder", "host", "name", "manual_dir"},
     "sample": {"prompt"},
     "plan": {"topology"},
@@ -32,10 +32,10 @@ TEXTS = {
 PATHS = {
     "train": {"workdir"},
     "sample": {"workdir", "out", "data_dir", "prompts", "text_encoder"},
-    "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir"},
+    "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip"},
     "prepare": {"inception", "data_dir"},
     "plan": {"json", "hlo", "table", "scaling"},
-    "report": {"runs", "out"},
+    "report": {"runs", "out", "prompts", "text_encoder"},
     "findings": {"out"},
 }
 
