@@ -168,7 +168,13 @@ def _note_prompts(run: "Run", prompts: list[str]) -> None:
     if empty := sum(not prompt.strip() for prompt in prompts):
         print(f"note: {empty} of {len(prompts)} prompts are empty: no caption", file=sys.stderr)
     encoder = run.text_encoder()
-    if cut := int(encoder.tokenize(prompts).cut.sum()):
+    tokens = encoder.tokenize(prompts)
+    if unknown := int(tokens.unknown.sum()):
+        print(
+            f"note: {unknown} of {len(prompts)} prompts have characters that {encoder.name} does not know",
+            file=sys.stderr,
+        )
+    if cut := int(tokens.cut.sum()):
         print(
             f"note: {cut} of {len(prompts)} prompts exceed {encoder.length} tokens and lose their end",
             file=sys.stderr,

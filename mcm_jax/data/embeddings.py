@@ -49,7 +49,9 @@ class Encoder(Protocol):
     width: int
     pooled_width: int
 
-    def tokenize(self, strings: Sequence[str], /) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def tokenize(
+        self, strings: Sequence[str], /
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
 
     def encode(self, strings: Sequence[str], /) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 

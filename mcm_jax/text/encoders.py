@@ -82,7 +82,7 @@ class Encoder:
         Raises:
           InputError: a string is not valid Unicode.
         """
-        ids, mask, _ = self.tokenize(strings)
+        ids, mask, *_ = self.tokenize(strings)
         tokens = np.zeros((len(ids), self.length, self.width), np.float32)
         pooled = np.zeros((len(ids), self.pooled_width), np.float32)
         for start in range(0, len(ids), self._batch):

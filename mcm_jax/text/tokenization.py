@@ -32,11 +32,13 @@ class Tokens(NamedTuple):
       ids: 0 at padding.
       mask: False at padding.
       cut: whether the text was longer, so that its end is missing.
+      unknown: whether a part of the text is not in the vocabulary, such as a word in another alphabet.
     """
 
     ids: Int32[np.ndarray, "B L"]
     mask: Bool[np.ndarray, "B L"]
     cut: Bool[np.ndarray, " B"]
+    unknown: Bool[np.ndarray, " B"]
 
 
 @runtime_checkable
@@ -45,10 +47,12 @@ class Tokenizer(Protocol):
 
     Attributes:
       size: the number of tokens in its vocabulary, one more than the largest id.
+      unknown: the id of what is not in its vocabulary; None if it can write everything.
       sha256: the hash of its file.
     """
 
     size: int
+    unknown: int | None
     sha256: str
 
     def split(self, text: str, length: int) -> tuple[list[int], bool]:
@@ -91,13 +95,15 @@ def tokenize(tokenizer: Tokenizer, strings: Sequence[str], length: int) -> Token
         it.
     """
     shape = len(strings), length
-    tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape[:1], np.bool_))
+    flags = [np.zeros(shape[:1], np.bool_) for _ in range(2)]
+    tokens = Tokens(np.zeros(shape, np.int32), np.zeros(shape, np.bool_), *flags)
     for row, string in enumerate(strings):
         with _library_errors(f"text {row + 1} of {len(strings)} can't be split into tokens ({{}})"):
             string.encode()  # Raises for half of a pair.
             ids, tokens.cut[row] = tokenizer.split(string, length)
         tokens.ids[row, : len(ids)] = ids
         tokens.mask[row, : len(ids)] = True
+        tokens.unknown[row] = tokenizer.unknown in ids
     return tokens
 
 
@@ -117,11 +123,15 @@ class _Fast:
     """A tokenizer.json."""
 
     def __init__(self, content: bytes):
-        json_text.loads(content)  # For its limits.
+        model = json_text.loads(content)["model"]
         self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        name = model.get("unk_token")
+        unknown = self._tokenizer.token_to_id(name) if name else model.get("unk_id")
+        # CLIP's marks the end of a text too, and is never used: its vocabulary has all bytes.
+        self.unknown = None if unknown in self._tokenizer.encode("").ids else unknown
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def split(self, text: str, length: int) -> tuple[list[int], bool]:
@@ -139,6 +149,7 @@ class _SentencePiece:
         if self._end < 0:
             raise ValueError("it has no token for the end of a text")
         self.size = self._processor.get_piece_size()
+        self.unknown = self._processor.unk_id()
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     def split(self, text: str, length: int) -> tuple[list[int], bool]:

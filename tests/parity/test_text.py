@@ -103,7 +103,7 @@ def expected(model, ids, mask):
 
 
 def compare(encoder, model, texts):
-    ids, mask, cut = encoder.tokenize(texts)
+    ids, mask, cut, _ = encoder.tokenize(texts)
     found = encoder.encode(texts)
     states, pooled = (value.numpy() for value in expected(model, ids, mask))
     tokens = np.abs(found.tokens - states)[mask].max()
@@ -188,7 +188,7 @@ def test_minilm_and_its_tokens(minilm, length):
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     encoder = encoders.load("minilm", length=length)
     theirs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=length)
-    ids, mask, cut = encoder.tokenize(CAPTIONS)
+    ids, mask, cut, _ = encoder.tokenize(CAPTIONS)
     np.testing.assert_array_equal(mask, np.array(theirs["attention_mask"], bool))
     np.testing.assert_array_equal(ids[mask], np.array(theirs["input_ids"])[mask])
     assert cut.sum() == sum(len(whole) > length for whole in tokenizer(CAPTIONS)["input_ids"]) > 0
@@ -202,6 +202,6 @@ def test_pieces_of_a_spiece_model(tmp_path):
     encoder = encoders.load(tiny.write(tmp_path / "T5", tiny.T5), length=8)
     texts = ["", "a", "cat red", "b c d e f g h i j k", "Ünheard of"]
     theirs = tokenizer(texts, padding="max_length", truncation=True, max_length=8)
-    ids, mask, _ = encoder.tokenize(texts)
+    ids, mask, *_ = encoder.tokenize(texts)
     np.testing.assert_array_equal(mask, np.array(theirs["attention_mask"], bool))
     np.testing.assert_array_equal(ids, np.array(theirs["input_ids"]))

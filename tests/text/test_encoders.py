@@ -56,13 +56,13 @@ def test_minilm_is_what_its_package_holds(minilm):
     assert (minilm.name, minilm.width, minilm.pooled_width) == ("minilm", 384, 384)
     assert len(minilm.sha256) == 64
     # Ids of BERT's uncased vocabulary: [CLS] hello world [SEP].
-    ids, mask, cut = minilm.tokenize(["Hello world"])
+    ids, mask, cut, _ = minilm.tokenize(["Hello world"])
     np.testing.assert_array_equal(ids[0, :5], [101, 7592, 2088, 102, 0])
     assert mask.sum() == 4 and not cut.any()
 
 
 def test_names_of_special_tokens_are_plain_text(minilm):
-    ids, _, _ = minilm.tokenize(["a [SEP] b [PAD]"])
+    ids, *_ = minilm.tokenize(["a [SEP] b [PAD]"])
     assert (ids == 102).sum() == 1
 
 
@@ -87,7 +87,7 @@ def test_a_long_text_is_cut_before_its_last_special_token(name, tmp_path):
     end = whole.tokenize([""]).ids[0, whole.tokenize([""]).mask.sum() - 1]
     for length in (count, count - 1):
         encoder = encoders.load(tmp_path / "encoder", length=int(length))
-        ids, mask, cut = encoder.tokenize([text, "a"])
+        ids, mask, cut, _ = encoder.tokenize([text, "a"])
         np.testing.assert_array_equal(cut, [length < count, False])
         assert mask[0].all() and (ids == end).sum() == 2 and ids[0, -1] == end
         np.testing.assert_array_equal(ids[0, :-1], whole.tokenize([text]).ids[0, : length - 1])
@@ -377,7 +377,7 @@ def test_a_tokenizer_of_another_vocabulary(tmp_path):
 def test_t5_with_a_tokenizer_json(tmp_path):
     """It is preferred to spiece.model."""
     encoder = load(tmp_path, tiny.T5, {"tokenizer.json": tiny.word_tokenizer(None, "</s>")})
-    ids, _, _ = encoder.tokenize(["a b"])
+    ids, *_ = encoder.tokenize(["a b"])
     np.testing.assert_array_equal(ids[0, :4], [3, 4, 2, 0])
 
 
@@ -389,6 +389,17 @@ def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "open", fail)
     with pytest.raises(InputError, match=r"config\.json: can't be read \(Permission denied\)"):
         encoders.load(directory)
+
+
+def test_what_is_not_in_the_vocabulary(minilm, tmp_path):
+    assert minilm.tokenize(["a red cat", "eine rote Katze", "", "\u1200\u1208"]).unknown.tolist() == [
+        *(False, False, False),
+        True,
+    ]
+    # Their tokenizers name it in three ways; CLIP's has all characters.
+    for name, unknown in (("t5", True), ("quick_gelu CLIP", True)):
+        encoder = encoders.load(tiny.write(tmp_path / name, tiny.CONFIGS[name]))
+        assert encoder.tokenize(["a b", "猫"]).unknown.tolist() == [False, unknown]
 
 
 def test_an_encoder_in_a_bucket(bucket, tmp_path):
