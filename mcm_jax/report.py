@@ -59,6 +59,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Writes the page, tables or figure that the flags specify."""
+    _check()
     if flags.FLAGS.figure:
         began = time.monotonic()
         out = flags.FLAGS.out or as_path(f"{flags.FLAGS.figure}.png")
@@ -73,8 +74,6 @@ def main() -> None:
         print(prompts_figure(flags.FLAGS.runs, flags.FLAGS.prompts, out, text_encoder=encoder))
         print(f"The figure: {out}")
         return
-    if len(flags.FLAGS.runs) > 1:
-        raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
     (runs,) = flags.FLAGS.runs
     if flags.FLAGS.tables:
         print(write_paper_tables(runs))
@@ -82,6 +81,18 @@ def main() -> None:
     out = flags.FLAGS.out or runs / "report.html"
     print(write_page(runs, out))
     print(f"The page with plots and samples: {out}")
+
+
+def _check() -> None:
+    """Raises InputError for flags that exclude each other or have no effect."""
+    values = flags.FLAGS
+    if values.prompts is None:
+        if len(values.runs or ()) > 1:
+            raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
+        if values.text_encoder is not None:
+            raise InputError("--text_encoder applies only to --prompts; remove it")
+    elif values.figure is not None or values.tables:
+        raise InputError("--prompts excludes --figure and --tables; give one of them")
 
 
 if __name__ == "__main__":
