@@ -8,8 +8,10 @@ ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds
 ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
 imagenet/resized reads TFDS's imagenet_resized.
 
-Captions, for text to image: avatars and emoji have them; --encoder embeds those of other data sets, such as a
-folder with captions.jsonl.
+COCO with captions: --dataset=coco --manual_dir=PATH, where PATH is TFDS's directory with coco_captions/2014.
+
+Captions, for text to image: avatars, emoji and coco have them; --encoder embeds those of a folder with
+captions.jsonl.
 
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
 captions.jsonl or in a .txt beside each image, or none.
@@ -39,7 +41,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset",
         None,
-        f"{', '.join(layout.DRAWN)}; {', '.join(layout.IMAGENETS)}; or folder for a folder of images.",
+        f"{', '.join(layout.DRAWN)}; {layout.COCO}; {', '.join(layout.IMAGENETS)}; or folder for a folder of "
+        "images.",
     )
     paths.define_path(
         "inception",
@@ -58,13 +61,14 @@ def define_flags() -> None:
         "manual_dir",
         None,
         "Source directory. folder: the images, in one subfolder per class or none. imagenet: its two tars, "
-        "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized. emoji: the .tgz of "
+        "or TFDS's imagenet2012 (also gs://). imagenet/resized: TFDS's imagenet_resized. coco: "
+        "TFDS's directory with coco_captions/2014. emoji: the .tgz of "
         f"the npm package {emoji.PACKAGE}, or the directory of its content.",
     )
     flags.DEFINE_integer(
         "workers",
         None,
-        "imagenet, avatars, emoji: number of processes; default: one per core.",
+        "imagenet, avatars, emoji, coco: number of processes; default: one per core.",
         lower_bound=0,
     )
     flags.DEFINE_integer(
@@ -81,7 +85,7 @@ def define_flags() -> None:
         None,
         f"Text encoder that embeds the captions: {layout.MINILM}, which is installed, a directory with the "
         "files of a T5, CLIP or BERT, or none. "
-        f"Default: {layout.MINILM} for {' and '.join(layout.CAPTIONED)}, otherwise none.",
+        f"Default: {layout.MINILM} for {', '.join(layout.CAPTIONED)}, otherwise none.",
     )
     flags.DEFINE_integer(
         "caption_length",

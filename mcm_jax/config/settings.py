@@ -49,7 +49,7 @@ class DataSettings:
 
     dataset: str = setting(
         "openmoji",
-        "openmoji, avatars, emoji, imagenet, imagenet/adm, imagenet/resized or folder/NAME; see prepare",
+        "openmoji, avatars, emoji, coco, imagenet, imagenet/adm, imagenet/resized or folder/NAME",
     )
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
     encoder: str | None = setting(

@@ -14,13 +14,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import importlib.util
 import io
 import itertools
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,6 +29,7 @@ from PIL import Image
 from mcm_jax.data import images, layout, tars
 from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
+from mcm_jax.data.stored import Stored
 from mcm_jax.system import versions
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.files import reading
@@ -218,7 +218,10 @@ def _header_at(file: io.BufferedIOBase, offset: int) -> tarfile.TarInfo | None:
 
 
 class Prepared(Source):
-    """A data set that TFDS has prepared, on disk or in a bucket (gs://)."""
+    """A data set that TFDS has prepared."""
+
+    # Split here -> there.
+    _SPLITS: ClassVar = {"train": "train", "test": "validation"}
 
     def __init__(self, data_dir: str, *, name: str = "imagenet2012"):
         """Opens the data set.
@@ -229,67 +232,33 @@ class Prepared(Source):
         Raises:
           InputError: the directory holds no such data set.
         """
-        if "://" in data_dir:
-            _require_tensorflow(f"--manual_dir={data_dir} is a URL")
-        try:
-            self._builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-            if not self._builder.info.splits:
-                raise FileNotFoundError("it has no splits")
-        except (OSError, ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-            wanted = f"neither {TRAIN_TAR} nor a" if name == "imagenet2012" else "no"
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--manual_dir={data_dir} holds {wanted} prepared {name} ({reason})") from error
-        if not self._is_array_record:
-            _require_tensorflow(f"--manual_dir={data_dir}: its {name} is stored as TFRecord")
-        self._names = {"train": "train", "test": "validation"}
-        missing = [name for name in self._names.values() if name not in self._builder.info.splits]
-        if missing:
-            raise InputError(f"--manual_dir={data_dir}: its {name} has no split {missing[0]}")
+        instead = f"neither {TRAIN_TAR} nor a prepared" if name == "imagenet2012" else "no prepared"
+        self._stored = Stored(data_dir, name, splits=list(self._SPLITS.values()), instead=instead)
         # Labels are matched by name, because imagenet_resized numbers the classes in another order.
-        names = layout.class_names_of(self._builder.info)
+        names = self._stored.class_names
         if sorted(names) != list(class_names()):
             raise InputError(f"--manual_dir={data_dir}: its {name} has other classes than ILSVRC2012")
         self._labels = [class_names().index(one) for one in names]
-        lengths = {name: self._builder.info.splits[name].shard_lengths for name in self._names.values()}
-        self.fingerprint = f"{name} {self._builder.version} {lengths}"
-
-    @property
-    def _is_array_record(self) -> bool:
-        return self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+        self.fingerprint = self._stored.fingerprint
 
     def units(self) -> list[Unit]:
         """One unit per shard of the prepared data set."""
-        result = []
-        for split, name in self._names.items():
-            start = 0
-            for length in self._builder.info.splits[name].shard_lengths:
-                result.append(Unit(split, start, length))
-                start += length
-        return result
+        return [
+            Unit(split, part, len(part))
+            for split, name in self._SPLITS.items()
+            for part in self._stored.parts(name)
+        ]
 
     def read(self, unit: Unit) -> Iterator[Encoded]:
         """Yields the images of a unit, still encoded as stored."""
-        raw = {"image": tfds.decode.SkipDecoding()}
-        name, first, last = self._names[unit.split], unit.place, unit.place + unit.count
-        if self._is_array_record:
-            stored = layout.stored_records(self._builder, name, decoders=raw)
-            examples = (stored[index] for index in range(first, last))
-        else:
-            stretch = tfds.core.ReadInstruction(name, from_=first, to=last, unit="abs")
-            examples = tfds.as_numpy(layout.stored_dataset(self._builder, stretch, decoders=raw))
-        for index, example in enumerate(examples, first):
+        name = self._SPLITS[unit.split]
+        for index, example in zip(unit.place, self._stored.read(name, unit.place), strict=True):
             file = (
                 example["file_name"].decode(errors="backslashreplace")
                 if "file_name" in example
                 else f"{name}_{index:07d}"
             )
             yield Encoded(file, example["image"], self._labels[int(example["label"])])
-
-
-def _require_tensorflow(reason: str) -> None:
-    """Raises InputError if TensorFlow, which is an extra, is not installed."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise InputError(f"{reason}, which TFDS reads with TensorFlow; install it: pip install tensorflow")
 
 
 def open_source(manual_dir: str, *, resized_to: int | None = None) -> Source:

@@ -1,6 +1,6 @@
 """Paths of prepared data sets on disk, and the summary file that marks a data set as complete.
 
-A data set is named by a string: 'openmoji', 'avatars', 'emoji', 'imagenet', 'imagenet/adm' or
+A data set is named by a string: 'openmoji', 'avatars', 'emoji', 'coco', 'imagenet', 'imagenet/adm' or
 'imagenet/resized' (two other preparations of ImageNet), or 'folder/<name>' for a folder of images. TFDS puts
 it into <data_dir>/<builder>/<config>/<version>/, here openmoji/32/1.0.0/, imagenet/64/1.0.0/,
 imagenet/adm_64/1.0.0/, imagenet/resized_64/1.0.0/ and folder/pets_32/1.0.0/. `prepare` writes the summary
@@ -32,8 +32,9 @@ SUMMARY_FILE = "summary.json"
 DEFAULT_DATA_DIR = "data"
 LOCAL_DATA = "MCM_LOCAL_DATA"  # environment variable: directory for copies of data sets in buckets
 MINILM = "minilm"  # the text encoder that is installed
-CAPTIONED = ("avatars", "emoji")  # data sets whose captions are always embedded
+CAPTIONED = ("avatars", "emoji", "coco")  # data sets whose captions are embedded by default
 DRAWN = ("openmoji", "avatars", "emoji")
+COCO = "coco"
 IMAGENETS = ("imagenet", "imagenet/adm", "imagenet/resized")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 ENCODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -156,12 +157,12 @@ def config_name(dataset: str, resolution: int) -> str:
       InputError: no data set has this name.
     """
     builder, _, name = dataset.partition("/")
-    if dataset in (*DRAWN, "imagenet"):
+    if dataset in (*DRAWN, COCO, "imagenet"):
         return str(resolution)
     if dataset in IMAGENETS or (builder == "folder" and FOLDER_NAME.fullmatch(name)):
         return f"{name}_{resolution}"
     raise InputError(
-        f"data set {dataset!r} is unknown: use {', '.join((*DRAWN, *IMAGENETS))} or folder/<name> "
+        f"data set {dataset!r} is unknown: use {', '.join((*DRAWN, COCO, *IMAGENETS))} or folder/<name> "
         "(letters, digits, _, -)"
     )
 
@@ -188,7 +189,7 @@ def prepare_command(data_dir: str | Path, *, dataset: str, resolution: int, over
     folder = builder == "folder"
     named = builder if folder else dataset
     command = f"python -m mcm_jax.prepare --dataset={named} --resolution={resolution}"
-    if builder in ("emoji", "folder", "imagenet"):
+    if builder in ("emoji", "folder", COCO, "imagenet"):
         command += " --manual_dir=PATH"
     if folder:
         command += f" --name={name}"

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mcm_jax.data import avatars, emoji, folder, imagenet, layout, openmoji, pipeline, shards
+from mcm_jax.data import avatars, coco, emoji, folder, imagenet, layout, openmoji, pipeline, shards
 from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.data.local_copy import local_copy, place
 from mcm_jax.system import files, paths, pictures
@@ -32,6 +32,7 @@ _FLAGS = {
     "avatars": ("num", "workers"),
     "emoji": ("manual_dir", "workers"),
     "folder": ("manual_dir", "name"),
+    layout.COCO: ("manual_dir", "workers"),
     **dict.fromkeys(layout.IMAGENETS, ("manual_dir", "workers", "host")),
 }
 # Up to this many classes are listed one by one.
@@ -72,7 +73,7 @@ def plan(
     """Checks the input and lists the folder, before any long-running work.
 
     Args:
-      workers: number of processes that prepare ImageNet, avatars or emoji; None: one per core.
+      workers: number of processes that prepare ImageNet, avatars, emoji or COCO; None: one per core.
       host: (index of this host, number of hosts) for preparing ImageNet.
       num: number of avatars to train on; None: 50,000.
 
@@ -84,8 +85,8 @@ def plan(
         raise InputError(f"--resolution={resolution}: it must be from 1 to {MAX_RESOLUTION}")
     if dataset not in _FLAGS:
         raise InputError(
-            f"--dataset={dataset}: it must be {', '.join(layout.DRAWN)}, {', '.join(layout.IMAGENETS)} or "
-            "folder (the last ones with --manual_dir=PATH)"
+            f"--dataset={dataset}: it must be {', '.join(layout.DRAWN)}, {layout.COCO}, "
+            f"{', '.join(layout.IMAGENETS)} or folder (the last ones with --manual_dir=PATH)"
         )
     many = None if host == (0, 1) else host
     _check_flags(
@@ -97,6 +98,8 @@ def plan(
         return _plan_avatars(resolution, num=avatars.NUM_TRAIN if num is None else num, workers=workers)
     if dataset == "emoji":
         return _plan_emoji(resolution, manual_dir=manual_dir, workers=workers)
+    if dataset == layout.COCO:
+        return _plan_coco(resolution, manual_dir=manual_dir, workers=workers)
     if dataset == "folder":
         return _plan_folder(resolution, manual_dir=manual_dir, name=name)
     return _plan_imagenet(dataset, resolution, manual_dir=manual_dir, workers=workers, host=host)
@@ -158,6 +161,28 @@ def _plan_emoji(resolution: int, *, manual_dir: str | None, workers: int | None)
         ),
         resumes=True,
         splits=emoji.SPLITS,
+    )
+
+
+def _plan_coco(resolution: int, *, manual_dir: str | None, workers: int | None) -> Plan:
+    if not manual_dir:
+        raise InputError(f"--dataset=coco needs --manual_dir=PATH, TFDS's directory with {coco.NAME}")
+    source = coco.open_source(str(paths.checked_path(manual_dir, "--manual_dir")))
+    wanted, features = coco.shards(source, resolution=resolution), coco.features(resolution)
+    return Plan(
+        dataset=layout.COCO,
+        resolution=resolution,
+        source=source.fingerprint,
+        preprocessing=coco.preprocessing(resolution),
+        write=lambda staging: _by_shards(
+            _place(staging, layout.COCO, resolution, features),
+            wanted,
+            workers=workers,
+            description="COCO 2014 with the first caption of each image.",
+            homepage="https://cocodataset.org",
+            license="Captions: CC BY 4.0; images: by their authors on Flickr.",
+        ),
+        resumes=True,
     )
 
 
@@ -444,15 +469,16 @@ def _next_command(info: DatasetInfo, *, data_dir: str) -> str:
         config = f"imagenet{info.resolution}" if paper else "imagenet64"
         command = f"python -m mcm_jax.train --config={config}:small,teacher"
     else:
-        command = f"python -m mcm_jax.train --config={builder}:teacher"
-    if "/" in info.dataset:
+        config = "text_to_image" if builder == layout.COCO else builder
+        command = f"python -m mcm_jax.train --config={config}:teacher"
+    if "/" in info.dataset or builder == layout.COCO:
         command += f" --config.data.dataset={info.dataset}"
     if builder != "imagenet" or not paper:
         command += f" --config.data.resolution={info.resolution}"
     if data_dir != layout.DEFAULT_DATA_DIR:
         command += f" --config.data.data_dir={shlex.quote(data_dir)}"
     if info.encoding is not None and (
-        builder not in layout.CAPTIONED or info.encoding.encoder != layout.MINILM
+        builder not in (avatars.NAME, "emoji") or info.encoding.encoder != layout.MINILM
     ):
         # A mirrored image may contradict its caption.
         command += f" --config.data.encoder={info.encoding.encoder} --config.data.horizontal_flip=False"

@@ -22,7 +22,7 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.sharding import Device
 
 # Classes of the data sets that can be planned for before they are prepared.
-CLASSES = {"imagenet": 1000, "openmoji": 9, "avatars": 6, "emoji": 10}
+CLASSES = {"imagenet": 1000, "openmoji": 9, "avatars": 6, "emoji": 10, "coco": 1}
 # Captions as text encoders embed them, by the encoder's name, with its default number of tokens.
 CAPTIONS = {
     "minilm": Captions(128, 384, 384),
