@@ -37,8 +37,10 @@ from mcm_jax.system.tensors import TensorFile
 
 STYLE = "style"
 LEAST_ACCURACY = 0.99
-EPOCHS = 3
-_WIDTHS, _HIDDEN = (16, 32, 64, 128), 256
+EPOCHS = 4
+# Number of positions at the top, in height and width.
+_SIDE = 16
+_WIDTHS, _HIDDEN = (32, 64, 128), 256
 # Number of further drawings with held-out pairs; at most as many as in split `train`.
 _HELD_OUT = 10_000
 _BATCH, _LEARNING_RATE = 128, 2e-3
@@ -89,9 +91,12 @@ class Network(nnx.Module):
     def __init__(self, resolution: int, *, rngs: nnx.Rngs):
         pairs = [(3, _WIDTHS[0]), *itertools.pairwise(_WIDTHS)]
         widths = [each for inputs, width in pairs for each in ((inputs, width), (width, width))]
-        self.convs = nnx.List([nnx.Conv(*each, (3, 3), rngs=rngs) for each in widths])
+        # Of larger images, each position at the top sees more pixels, so that the cost is the same.
+        stride = max(1, resolution // _SIDE)
+        convs = [nnx.Conv(*widths[0], (stride + 2,) * 2, strides=(stride,) * 2, rngs=rngs)]
+        self.convs = nnx.List(convs + [nnx.Conv(*each, (3, 3), rngs=rngs) for each in widths[1:]])
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _, width in widths])
-        side = -(-resolution // 2 ** (len(_WIDTHS) - 1))
+        side = -(-resolution // (stride * 2 ** (len(_WIDTHS) - 1)))
         self.hidden = nnx.Linear(side**2 * _WIDTHS[-1], _HIDDEN, rngs=rngs)
         self.out = nnx.Linear(_HIDDEN, len(questions()) * _most_values(), rngs=rngs)
 
