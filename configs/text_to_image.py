@@ -17,10 +17,10 @@ The paper's FIDs of 30,000 and 5,000 samples and its CLIP scores (none has been 
 
 At the paper's 0.71 updates per second on 256 TPU v5e, the 30,000 updates of cd take 12 hours.
 
-The paper does not name its data, its text encoder, or the side of its patches. Here they are a folder of
-images with captions, T5 v1.1 XXL, and 2x2 pixels: with a middle of 32x32 positions, the published speed would
-exceed the chips' peak. In cd, aDDIM's x_var is that of the guided prediction, as the distilled model has no
-other; the paper uses the conditional one. The commands:
+The paper does not name its data or its text encoder; here they are a folder of images with captions, and T5
+v1.1 XXL. Neither does it say whether the network works on patches. Here they have 2x2 pixels: with a middle
+of 32x32 positions, the published speed would exceed the chips' peak. In cd, aDDIM's x_var is that of the
+guided prediction, as the distilled model has no other; the paper uses the conditional one. The commands:
 
     python -m mcm_jax.prepare --dataset=folder --name=captioned --manual_dir=PATH --resolution=512 \\
         --encoder=DIRECTORY/t5-v1_1-xxl

@@ -90,7 +90,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "caption_length",
         None,
-        "Most tokens of a caption; longer ones are cut. Default: 128, or CLIP's 77.",
+        "Most tokens of a caption; longer ones are cut. Default: as stored, or 128, or CLIP's 77.",
         lower_bound=4,
     )
     flags.DEFINE_bool(
@@ -143,16 +143,22 @@ def main() -> None:
         info = _embed(info, encoder, any_length=values.caption_length is None)
     print(report(info, built=built, data_dir=str(values.data_dir)))
     if values.classifier:
-        print(_classifier(info, values.data_dir))
+        print(_classifier(info, overwrite=values.overwrite))
 
 
-def _classifier(info: layout.DatasetInfo, data_dir: paths.Path) -> str:
-    """Trains the classifier of attributes, writes it, and reports its accuracy."""
+def _classifier(info: layout.DatasetInfo, *, overwrite: bool) -> str:
+    """Trains and writes the classifier of attributes unless it exists; reports its accuracy."""
     from mcm_jax.evaluation import attributes  # Slow to import.
 
-    path, classifier = attributes.place(data_dir, info.resolution), attributes.train(info)
-    attributes.write(classifier, path)
-    return f"{attributes.report(classifier)}\nattributes of avatars: {path}"
+    path = attributes.path_of(info)
+    try:
+        classifier = None if overwrite else attributes.load(info)
+    except InputError:
+        classifier = None  # It will be replaced.
+    if classifier is None:
+        classifier = attributes.train(info)
+        attributes.write(classifier, path)
+    return f"{attributes.report(classifier)}\nclassifier: {path}"
 
 
 def _encoder(dataset: str, name: str | None, length: int | None) -> "encoders.Encoder | None":

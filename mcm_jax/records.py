@@ -43,7 +43,7 @@ NEAREST = "nearest_neighbour_distance"
 ATTRIBUTES, CLIP_SCORE, NEAREST_OF_TEN = CAPTION_SCORES = ("attributes", "clip_score", "nearest_of_ten")
 # Prefixes of the names of bounds.
 TEST_IMAGES, MEAN_IMAGE, UNTRAINED_NETWORK = "test_images", "mean_image", "untrained_network"
-OTHER_CAPTIONS = "other_captions"
+HELD_OUT_IMAGES, OTHER_CAPTIONS = "heldout_images", "other_captions"
 
 _DISTANCE_WITH_COUNT = re.compile(
     rf"(({TEST_IMAGES}|{UNTRAINED_NETWORK})_)?({'|'.join(DISTANCES.values())})_(?P<count>50k|[0-9]{{1,18}})"
@@ -230,7 +230,7 @@ class Measurement(Record):
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
     asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics
-    caption_scores: tuple[str, ...] = ()  # names of scores by captions, and hashes of what they depend on
+    caption_scores: tuple[str, ...] = ()  # NAME HASH of each score that compares samples with captions
     features: Features
     reference: Reference
 

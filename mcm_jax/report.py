@@ -86,13 +86,18 @@ def main() -> None:
 def _check() -> None:
     """Raises InputError for flags that exclude each other or have no effect."""
     values = flags.FLAGS
-    if values.prompts is None:
-        if len(values.runs or ()) > 1:
-            raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
-        if values.text_encoder is not None:
-            raise InputError("--text_encoder applies only to --prompts; remove it")
-    elif values.figure is not None or values.tables:
-        raise InputError("--prompts excludes --figure and --tables; give one of them")
+    if values.runs is not None and not values.runs:
+        raise InputError("--runs is empty; give the directory that contains the evaluated runs")
+    if sum([values.prompts is not None, values.figure is not None, values.tables]) > 1:
+        raise InputError("--prompts, --figure and --tables exclude each other; give one of them")
+    if values.prompts is None and len(values.runs or ()) > 1:
+        raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
+    if values.prompts is None and values.text_encoder is not None:
+        raise InputError("--text_encoder applies only to --prompts; remove it")
+    if values.tables and values.out is not None:
+        raise InputError("--out does not apply to --tables, which writes tables.md to --runs; remove it")
+    if values.figure is None and values.seeds != 1:
+        raise InputError("--seeds applies only to --figure; remove it")
 
 
 if __name__ == "__main__":

@@ -117,9 +117,10 @@ def _sample_to(out: Path) -> None:
     )
     labels, prompts = None, _prompts()
     if prompts is not None:
-        run.text_encoder(_TEXT_ENCODER.value)
+        encoder = run.text_encoder(_TEXT_ENCODER.value)
         if distributed.is_first():
-            _note_prompts(run, prompts)
+            for note in texts.notes(encoder, prompts):
+                print(note, file=sys.stderr)
     if _LABEL.value is not None:
         if _LABEL.value >= run.dataset.num_classes:
             names = ", ".join(f"{n} {name}" for n, name in enumerate(run.dataset.class_names[:20]))
@@ -161,24 +162,6 @@ def _prompts() -> list[str] | None:
     else:
         return None
     return prompts
-
-
-def _note_prompts(run: "Run", prompts: list[str]) -> None:
-    """Reports prompts that are empty or too long."""
-    if empty := sum(not prompt.strip() for prompt in prompts):
-        print(f"note: {empty} of {len(prompts)} prompts are empty: no caption", file=sys.stderr)
-    encoder = run.text_encoder()
-    tokens = encoder.tokenize(prompts)
-    if unknown := int(tokens.unknown.sum()):
-        print(
-            f"note: {unknown} of {len(prompts)} prompts have characters that {encoder.name} does not know",
-            file=sys.stderr,
-        )
-    if cut := int(tokens.cut.sum()):
-        print(
-            f"note: {cut} of {len(prompts)} prompts exceed {encoder.length} tokens and lose their end",
-            file=sys.stderr,
-        )
 
 
 def _sample(

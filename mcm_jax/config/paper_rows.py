@@ -182,9 +182,14 @@ def text_to_image(row: str) -> ml_collections.ConfigDict:
         # The paper leaves the number of updates open.
         config.training.update(num_steps=1_000_000, sample_every_steps=50_000)
         return config
+    # Both as for cd, since the paper does not state them for guidance.
     config.optimizer.update(learning_rate=2e-5, decay="linear")
     config.training.num_steps = 30_000
     if "cd" in words:
+        if 256 % max(numbers["steps"], 1):
+            raise InputError(
+                f"config row {row!r}: steps={numbers['steps']} must divide the 256 teacher steps"
+            )
         config.objective = "cd"
         config.consistency.update(
             student_steps=numbers["steps"],

@@ -2,11 +2,13 @@
 
 A small convolutional network names the style of a drawing and the value of each of the style's attributes.
 `train` trains it once on drawings, whose captions name every attribute, and measures it on the splits `test`
-and `heldout`. An attribute counts only if the network is right on over 99% of the drawings in both.
+and `heldout`. An attribute counts only if the network is right on over 99% of the drawings in both. The style
+must be among them.
 
 The network must see the pairs of values that no generative model is trained on. Otherwise it concludes from
 one value that the other is absent: trained on split `train` alone, it found the surface of half of the
-held-out planets.
+held-out planets. So it may be trained on combinations of split `heldout`, which only the generative models
+must not know.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from mcm_jax.system.tensors import TensorFile
 STYLE = "style"
 LEAST_ACCURACY = 0.99
 EPOCHS = 4
-# Number of positions at the top, in height and width.
+# The first convolution reduces larger images to about this height and width, so that they cost no more.
 _SIDE = 16
 _WIDTHS, _HIDDEN = (32, 64, 128), 256
 # Number of further drawings with held-out pairs; at most as many as in split `train`.
@@ -91,7 +93,6 @@ class Network(nnx.Module):
     def __init__(self, resolution: int, *, rngs: nnx.Rngs):
         pairs = [(3, _WIDTHS[0]), *itertools.pairwise(_WIDTHS)]
         widths = [each for inputs, width in pairs for each in ((inputs, width), (width, width))]
-        # Of larger images, each position at the top sees more pixels, so that the cost is the same.
         stride = max(1, resolution // _SIDE)
         convs = [nnx.Conv(*widths[0], (stride + 2,) * 2, strides=(stride,) * 2, rngs=rngs)]
         self.convs = nnx.List(convs + [nnx.Conv(*each, (3, 3), rngs=rngs) for each in widths[1:]])
@@ -123,11 +124,13 @@ class Classifier:
     Attributes:
       params: its parameters.
       resolution: height and width of its images in pixels.
+      data: a hash of the data set that it was trained for.
       accuracies: by split, the share of right answers to each question.
     """
 
     params: PyTree
     resolution: int
+    data: str
     accuracies: Mapping[str, Mapping[str, float]]
 
     @property
@@ -146,6 +149,13 @@ class Classifier:
         )
 
     @property
+    def omitted(self) -> list[str]:
+        """The questions that don't count."""
+        return [
+            question.name for question, counts in zip(questions(), self.counted, strict=True) if not counts
+        ]
+
+    @property
     def sha256(self) -> str:
         """A hash of the parameters and the questions that count."""
         digest = hashlib.sha256(json.dumps([self.counted.tolist(), self.resolution]).encode())
@@ -153,7 +163,7 @@ class Classifier:
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
-    def answers(self, images: UInt8[np.ndarray, "N r r 3"]) -> Int32[np.ndarray, "N Q"]:
+    def predictions(self, images: UInt8[np.ndarray, "N r r 3"]) -> Int32[np.ndarray, "N Q"]:
         """The network's answer to each question, those about other styles included."""
         apply = _apply(self.resolution)
         blocks = [np.zeros((0, len(questions())), np.int32)]
@@ -173,7 +183,7 @@ class Classifier:
         """
         truth = answers(captions)
         named = (truth != _UNKNOWN) & self.counted
-        right = self.answers(images) == truth
+        right = self.predictions(images) == truth
         right &= right[:, :1]
         return (right & named).sum(axis=1, dtype=float), named.sum(axis=1, dtype=float)
 
@@ -201,7 +211,7 @@ def _loss(logits: Float[Array, "B Q V"], truth: Int[Array, "B Q"]) -> Float[Arra
 def train(info: layout.DatasetInfo, *, epochs: int = EPOCHS, seed: int = 0) -> Classifier:
     """Trains the network on prepared avatars and measures it on the splits `test` and `heldout`.
 
-    The drawings are those of split `train`, and others with held-out pairs than those of split `heldout`.
+    The drawings are those of split `train`, and further ones with held-out pairs.
 
     Raises:
       InputError: the data set has other images, or is damaged.
@@ -238,7 +248,7 @@ def train(info: layout.DatasetInfo, *, epochs: int = EPOCHS, seed: int = 0) -> C
         chosen, order = order[:batch], order[batch:]
         key = jax.random.fold_in(jax.random.key(seed), step)
         params, state = update(params, state, key, images[chosen], truth[chosen])
-    classifier = Classifier(jax.device_get(params), info.resolution, {})
+    classifier = Classifier(jax.device_get(params), info.resolution, _identity(info), {})
     measured = {split: _accuracies(classifier, *_examples(info, split)) for split in _SPLITS}
     return dataclasses.replace(classifier, accuracies=measured)
 
@@ -251,7 +261,7 @@ def _examples(info: layout.DatasetInfo, split: str) -> tuple[np.ndarray, np.ndar
 
 
 def _held_out_examples(info: layout.DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings with held-out pairs whose numbers follow those of split `heldout`, and their answers."""
+    """Drawings with held-out pairs, numbered after those of split `heldout`, and their answers."""
     first = info.num_examples[layout.HELD_OUT]
     numbers = range(first, first + min(_HELD_OUT, info.num_examples["train"]))
     drawn = [avatars.draw(layout.HELD_OUT, number) for number in numbers]
@@ -262,20 +272,27 @@ def _held_out_examples(info: layout.DatasetInfo) -> tuple[np.ndarray, np.ndarray
 
 def _accuracies(classifier: Classifier, images: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """The share of right answers to each question; 0 for one that no image asks."""
-    asked, right = truth != _UNKNOWN, classifier.answers(images) == truth
+    asked, right = truth != _UNKNOWN, classifier.predictions(images) == truth
     shares = (asked & right).sum(axis=0) / np.maximum(asked.sum(axis=0), 1)
     return {question.name: float(share) for question, share in zip(questions(), shares, strict=True)}
 
 
-def place(data_dir: Path, resolution: int) -> Path:
-    """The classifier's file."""
-    return data_dir / "attributes" / f"avatars_{resolution}.safetensors"
+def _identity(info: layout.DatasetInfo) -> str:
+    """A hash of the drawings of all splits, and of how they were drawn."""
+    described = [info.fingerprints, info.preprocessing, info.source]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def path_of(info: layout.DatasetInfo) -> Path:
+    """The file of the classifier for a data set."""
+    return info.path.parents[2] / "attributes" / f"avatars_{info.resolution}.safetensors"
 
 
 def write(classifier: Classifier, path: Path) -> None:
     """Writes a classifier as .safetensors, atomically."""
     described = {
         "resolution": classifier.resolution,
+        "data": classifier.data,
         "questions": [dataclasses.asdict(question) for question in questions()],
         "accuracies": classifier.accuracies,
     }
@@ -284,32 +301,29 @@ def write(classifier: Classifier, path: Path) -> None:
 
 
 class MissingClassifierError(InputError):
-    """There is no classifier that finds any attribute."""
+    """There is no classifier for this data set that finds enough attributes."""
 
 
 def load(info: layout.DatasetInfo) -> Classifier:
     """Loads the classifier for a data set.
 
     Raises:
-      MissingClassifierError: there is none, or it finds no attribute well enough.
+      MissingClassifierError: there is none, it is that of other drawings, or it does not recognise the style.
       InputError: the data set's captions name no attributes, or the file is damaged.
     """
     if info.dataset != avatars.NAME:
-        raise InputError(f"--metrics={ATTRIBUTES} applies only to runs on {avatars.NAME}")
-    data_dir = info.path.parents[2]
-    path = place(data_dir, info.resolution)
+        raise InputError(f"--metrics={ATTRIBUTES} applies only to runs on {avatars.NAME}; remove it")
+    path = path_of(info)
+    where = {"dataset": info.dataset, "resolution": info.resolution}
+    command = f"{layout.prepare_command(info.path.parents[2], **where)} --classifier"
     try:
         classifier = read(path)
     except FileNotFoundError:
-        command = layout.prepare_command(data_dir, dataset=info.dataset, resolution=info.resolution)
-        raise MissingClassifierError(
-            f"the metric {ATTRIBUTES} needs {path}, which this writes: {command} --classifier"
-        ) from None
-    if not classifier.counted.any():
-        raise MissingClassifierError(
-            f"the metric {ATTRIBUTES} is omitted, as {path} finds no attribute well enough; train it on more "
-            "drawings"
-        )
+        raise MissingClassifierError(f"there is no {path}; write it with: {command}") from None
+    if classifier.data != _identity(info):
+        raise MissingClassifierError(f"{path} was trained on other drawings; train it again: {command}")
+    if not classifier.counted[0]:
+        raise MissingClassifierError(f"{path} does not recognise the style; train it on more drawings")
     return classifier
 
 
@@ -326,22 +340,29 @@ def read(path: Path) -> Classifier:
         file = TensorFile(io.BytesIO(content))
         described = json_text.loads(file.metadata["description"])
         asked = [Question(one["name"], tuple(one["values"])) for one in described["questions"]]
-        if tuple(asked) != questions():
-            raise InputError(f"{path} classifies attributes of other drawings; {remedy}")
-        abstract = nnx.to_flat_state(_graph(described["resolution"])[1])
-        found = []
-        for keys, variable in abstract:
-            tensor = file.read(_name(keys))
-            if tensor.shape != variable.shape:
-                raise ValueError(f"{_name(keys)} has shape {tensor.shape}, not {variable.shape}")
-            found.append((keys, variable.replace(tensor)))
+        current = tuple(asked) == questions()
+        found = _parameters(file, described["resolution"]) if current else None
         accuracies = {
-            split: {question.name: float(shares[question.name]) for question in questions()}
+            split: {question.name: float(shares[question.name]) for question in asked}
             for split, shares in described["accuracies"].items()
         }
-        return Classifier(nnx.from_flat_state(found), described["resolution"], accuracies)
+        classifier = Classifier(found, described["resolution"], str(described["data"]), accuracies)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({reason(error)}); {remedy}") from error
+    if not current:
+        raise InputError(f"{path} asks for attributes of another version; {remedy}")
+    return classifier
+
+
+def _parameters(file: TensorFile, resolution: int) -> PyTree:
+    """The network's parameters; raises KeyError or ValueError if they are not in the file."""
+    found = []
+    for keys, variable in nnx.to_flat_state(_graph(resolution)[1]):
+        tensor = file.read(_name(keys))
+        if tensor.shape != variable.shape:
+            raise ValueError(f"{_name(keys)} has shape {tensor.shape}, not {variable.shape}")
+        found.append((keys, variable.replace(tensor)))
+    return nnx.from_flat_state(found)
 
 
 def _name(keys: Sequence[object]) -> str:

@@ -1,4 +1,4 @@
-"""Scores that compare samples with their captions: what they share, and the bounds of each."""
+"""The interface of scores that compare samples with their captions, and their bounds."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mcm_jax.data import layout, pipeline
-from mcm_jax.records import OTHER_CAPTIONS, TEST_IMAGES, with_count
+from mcm_jax.records import OTHER_CAPTIONS, with_count
 
 # The most images of a split from which bounds are computed.
 _BOUND_IMAGES = 2_000
@@ -40,14 +40,15 @@ def bounds(score: CaptionScore, info: layout.DatasetInfo, split: str) -> dict[st
     The first one is about the best that samples can reach; the second one is what images reach by chance.
     """
     source = open_split(info, split)
-    chosen = pipeline.random_indices(source, _BOUND_IMAGES)
+    # Stored order is not random: neighbours may be of one class.
+    chosen = np.random.default_rng(0).permutation(pipeline.random_indices(source, _BOUND_IMAGES))
     (images, _), own = source.gather(chosen), source.captions(chosen)
-    # The order is random: neighbours have nothing to do with each other.
-    named = {TEST_IMAGES: own, OTHER_CAPTIONS: [*own[1:], own[0]]}
+    named = {f"{split}_images": own, OTHER_CAPTIONS: [*own[1:], own[0]]}
     scores = {}
     for name, captions in named.items():
         points, most = score(images, captions)
-        scores[f"{name}_{with_count(score.name, len(images))}"] = float(points.sum() / most.sum())
+        if most.any():
+            scores[f"{name}_{with_count(score.name, len(images))}"] = float(points.sum() / most.sum())
     return scores
 
 

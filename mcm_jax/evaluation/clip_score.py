@@ -17,7 +17,7 @@ from mcm_jax.text import clip_images, encoders
 
 
 class ClipScore:
-    """The score with one CLIP, which the user's files hold; see `CaptionScore`."""
+    """The score with one CLIP, from the user's files; see `CaptionScore`."""
 
     def __init__(self, directory: Path):
         """Loads both encoders.

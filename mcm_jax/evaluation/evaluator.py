@@ -12,7 +12,8 @@ import numpy as np
 
 from mcm_jax import fields, records
 from mcm_jax.data import layout, pipeline
-from mcm_jax.evaluation import caption_scores, captioned, image_files, protocol, published
+from mcm_jax.evaluation import caption_scores as scores_by_captions
+from mcm_jax.evaluation import captioned, image_files, protocol, published
 from mcm_jax.evaluation.features import Extractor, FeatureNetwork
 from mcm_jax.evaluation.references import VERSION, Blocks, Cache, Reference, content_hash
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished
@@ -49,7 +50,7 @@ class SampleRequest:
     num: int
     seed: int = 0
     untrained_num: int = 0  # number of samples from the untrained network; 0: none
-    captions: str | None = None  # split from which captions are drawn; None: test
+    caption_split: str | None = None  # split from which captions are drawn; None: test
     settings: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
 
@@ -69,14 +70,14 @@ class Evaluator:
         explicit: bool = False,
         reference: Path | None = None,
         reference_split: str = "train",
-        clip: Path | None = None,
+        caption_scores: captioned.CaptionScores | None = None,
     ):
         """Computes or loads the reference, if one is given.
 
         Args:
           explicit: the user named the metrics, so a metric that the reference does not support is an error;
             unsupported default metrics are omitted with a note instead.
-          clip: directory of a CLIP, for the CLIP score of runs on captions.
+          caption_scores: those of runs on captions; None: without a CLIP score.
           reference: a published file, or the directory of a prepared data set; None: each run's own data set.
 
         Raises:
@@ -86,7 +87,7 @@ class Evaluator:
         self.extractor, self.cache = Extractor(network), Cache(cache_dir)
         self._omitted: set[tuple[str, str]] = set()
         self._references: dict[tuple[str | int, ...], Reference] = {}
-        self.caption_scores = captioned.Scores(metrics, self.extractor, explicit=explicit, clip=clip)
+        self.caption_scores = caption_scores or captioned.CaptionScores(metrics, explicit=explicit)
         self.given: Reference | None = None
         if reference is not None and reference.is_dir():
             self.given = self._prepared(reference, reference_split)
@@ -116,7 +117,7 @@ class Evaluator:
         Raises:
           InputError: the user named a metric that the reference does not support.
         """
-        reference, scores = self._compared(run), self.caption_scores.of(run.dataset)
+        reference, scores = self._compared(run), self.caption_scores.of(run.dataset, self.extractor)
         self.require(reference)
         comparison = self._comparison(reference)
         comparison["asked"] += tuple(score.name for score in scores if score.name not in self.metrics)
@@ -132,7 +133,7 @@ class Evaluator:
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
-            label_rule=run.label_rule(request.captions),
+            label_rule=run.label_rule(request.caption_split),
             seed=request.seed,
             sampling=run.sampling(**request.settings),
             num_samples=request.num,
@@ -179,7 +180,7 @@ class Evaluator:
             num=request.num,
             metrics=measurement.asked,
             also_first=also_first,
-            caption_scores=self.caption_scores.of(run.dataset),
+            caption_scores=self.caption_scores.of(run.dataset, self.extractor),
         )
         # Everything that the accumulated sums depend on.
         identity = {**measurement.to_json(), "also_first": also_first, "versions": _versions()}
@@ -220,7 +221,7 @@ class Evaluator:
 
         def untrained() -> Blocks:
             yield run.untrained().sample(
-                num, seed=request.seed, captions=request.captions, **request.settings
+                num, seed=request.seed, caption_split=request.caption_split, **request.settings
             )
 
         return protocol.floors_and_ceilings(
@@ -235,15 +236,16 @@ class Evaluator:
         )
 
     def _caption_bounds(self, run: "Run", request: SampleRequest) -> dict[str, float]:
-        split, found = request.captions or "test", {}
-        for score in self.caption_scores.of(run.dataset):
+        split, found, encoding = request.caption_split or "test", {}, run.dataset.encoding
+        for score in self.caption_scores.of(run.dataset, self.extractor):
             identity = {
                 "bound": score.name,
                 "score": score.sha256,
                 "images": run.dataset.fingerprints[split],
+                "captions": None if encoding is None else encoding.captions_sha256,
             }
             found |= self.cache.numbers(
-                identity, functools.partial(caption_scores.bounds, score, run.dataset, split)
+                identity, functools.partial(scores_by_captions.bounds, score, run.dataset, split)
             )
         return found
 
@@ -370,7 +372,7 @@ def _sample_into(
     for first in progress.bar(range(tally.count, request.num, _BLOCK), "samples and their features"):
         start = time.monotonic()
         num = min(_BLOCK, request.num - first)
-        drawn: dict[str, Any] = {"seed": request.seed, "first": first, "captions": request.captions}
+        drawn: dict[str, Any] = {"seed": request.seed, "first": first, "caption_split": request.caption_split}
         images, labels = run.sample(num, **drawn, **request.settings)
         seconds += time.monotonic() - start
         if first == 0:

@@ -1,4 +1,4 @@
-"""Whether a sample looks more like its caption's own picture than like nine others of the same class.
+"""Scores whether a sample looks more like its caption's own picture than like nine others of its class.
 
 For `emoji`, whose classes are designs: does a sample of 'grinning face, Noto style' look like that picture,
 which the model has not seen, or like another one in Noto style? Chance is one in ten. Images look alike if
@@ -17,7 +17,6 @@ from mcm_jax.data import layout, pipeline
 from mcm_jax.evaluation import caption_scores
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.records import NEAREST_OF_TEN
-from mcm_jax.system.errors import InputError
 
 DATASET = "emoji"
 _CHOICES = 10
@@ -28,15 +27,10 @@ class NearestOfTen:
     """The score for the captions of the splits that no model is trained on; see `CaptionScore`."""
 
     def __init__(self, info: layout.DatasetInfo, extractor: Extractor):
-        """Computes the features of all pictures of these splits.
-
-        Raises:
-          InputError: another data set.
-        """
-        if info.dataset != DATASET:
-            raise InputError(f"--metrics={NEAREST_OF_TEN} applies only to runs on {DATASET}")
+        """Computes the features of all pictures of these splits."""
         self._extractor = extractor
-        identity = {split: info.fingerprints[split] for split in _SPLITS}
+        captions = None if info.encoding is None else info.encoding.captions_sha256
+        identity = [captions, *(info.fingerprints[split] for split in _SPLITS)]
         features = extractor.network.description
         self._sha256 = hashlib.sha256(json.dumps([identity, features], sort_keys=True).encode()).hexdigest()
         # For each caption, the features of its own picture, and then of the others.
@@ -61,16 +55,20 @@ class NearestOfTen:
     def __call__(
         self, images: UInt8[np.ndarray, "N r r 3"], captions: Sequence[str]
     ) -> caption_scores.Points:
-        """1 for each image whose own picture is the nearest one, otherwise 0; and 1 for each."""
-        found = []
-        for row, caption in zip(self._extractor(images)["pool"], captions, strict=True):
+        """1 for each image whose own picture is the nearest one, otherwise 0; and 1 for each.
+
+        Both are 0 for captions of a class that has fewer than ten pictures in the split.
+        """
+        points, most = np.zeros(len(images)), np.zeros(len(images))
+        for n, (row, caption) in enumerate(zip(self._extractor(images)["pool"], captions, strict=True)):
             distances = np.square(self._pictures[caption] - row).sum(axis=1)
-            found.append(float(distances[0] < distances[1:].min(initial=np.inf)))
-        return np.array(found), np.ones(len(found))
+            if len(distances) == _CHOICES:
+                points[n], most[n] = distances[0] < distances[1:].min(), 1
+        return points, most
 
 
 def _chosen(index: int, caption: str, labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " _"]:
-    """The picture's index, and those of nine random others with its label, or of all if there are fewer."""
+    """The picture's index, and the indices of nine random others with its label, or of as many as exist."""
     others = np.flatnonzero(labels == labels[index])
     others = others[others != index]
     rng = np.random.default_rng(zlib.crc32(caption.encode()))

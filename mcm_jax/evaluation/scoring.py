@@ -13,7 +13,7 @@ import numpy as np
 from mcm_jax.data.pixels import Rounding, lacks_scaling
 from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
-from mcm_jax.evaluation import efficientnet, image_files, inception_weights, protocol
+from mcm_jax.evaluation import captioned, efficientnet, image_files, inception_weights, protocol
 from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
 from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest, workdir_of
 from mcm_jax.evaluation.features import FeatureNetwork
@@ -21,6 +21,7 @@ from mcm_jax.records import (
     ATTRIBUTES,
     CAPTION_SCORES,
     CLIP_SCORE,
+    HELD_OUT_IMAGES,
     MEAN_IMAGE,
     NEAREST,
     NEAREST_OF_TEN,
@@ -122,19 +123,22 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
         network = _network(options, num=options.num)
         reference = reference_images(options.reference, split=options.reference_split)
     distributed.require_same((options, network.description), "flags and weights")
-    loaders = _loaders(options, load_run, reference)
+    scores = captioned.CaptionScores(
+        _metrics(options), explicit=options.metrics is not None, clip=options.clip
+    )
+    loaders = _loaders(options, load_run, reference, scores)
     for workdir in options.workdirs:
         with distributed.fail_together():
             require_writable(workdir / RESULTS.parent, "the evaluation directory")
         distributed.require_shared(workdir / RESULTS.parent, "the evaluation directory")
-    evaluator = _evaluator(options, network)
+    evaluator = _evaluator(options, network, scores)
     results = []
     for kind, load in loaders:
         run = None  # Frees its memory before the next one is loaded.
         run = load()
-        for how, captions in itertools.product(options.sampling_options, options.captions or (None,)):
+        for how, split in itertools.product(options.sampling_options, options.captions or (None,)):
             request = SampleRequest(
-                options.num, options.seed, options.untrained_num, captions=captions, settings=how
+                options.num, options.seed, options.untrained_num, caption_split=split, settings=how
             )
             measurement = evaluator.measurement(run, kind, request)
             distributed.require_same(measurement, "runs, data sets and references")
@@ -211,7 +215,10 @@ def _compatible(
 
 
 def _loaders(
-    options: Options, load_run: "Callable[..., Run]", reference: ReferenceImages
+    options: Options,
+    load_run: "Callable[..., Run]",
+    reference: ReferenceImages,
+    scores: captioned.CaptionScores,
 ) -> "Sequence[tuple[str, Callable[[], Run]]]":
     """Returns (kind of parameters, function that loads the run with them) for each combination.
 
@@ -238,15 +245,18 @@ def _loaders(
                 reference.require_class_names(run.dataset.class_names, what=what)
         for how in options.sampling_options:
             run.sampling(**how)
-        for captions in options.captions or (None,):
-            run.label_rule(captions)
+        for split in options.captions or (None,):
+            run.label_rule(split)
+        scores.check(run.dataset)
     if run is not None and len(loaders) == 1:
         loaded = run
         return [(loaders[0][0], lambda: loaded)]
     return loaders
 
 
-def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:
+def _evaluator(
+    options: Options, network: FeatureNetwork, scores: captioned.CaptionScores | None = None
+) -> Evaluator:
     return Evaluator(
         network,
         _metrics(options),
@@ -254,7 +264,7 @@ def _evaluator(options: Options, network: FeatureNetwork) -> Evaluator:
         explicit=options.metrics is not None,
         reference=options.reference,
         reference_split=options.reference_split,
-        clip=options.clip,
+        caption_scores=scores,
     )
 
 
@@ -357,11 +367,14 @@ def _check_features(options: Options) -> None:
 
 _MEANINGS = (
     (f"{TEST_IMAGES}_{ATTRIBUTES}", "the same for drawings instead of samples: about the best possible"),
+    (f"{HELD_OUT_IMAGES}_{ATTRIBUTES}", "the same for drawings instead of samples: about the best possible"),
     (f"{OTHER_CAPTIONS}_{ATTRIBUTES}", "the same for drawings of other captions: chance"),
+    (f"{HELD_OUT_IMAGES}_{CLIP_SCORE}", "the same for images of these captions instead of samples"),
     (f"{TEST_IMAGES}_{CLIP_SCORE}", "the same for images of these captions instead of samples"),
     (f"{OTHER_CAPTIONS}_{CLIP_SCORE}", "the same for images of other captions"),
     (CLIP_SCORE, "mean cosine of CLIP's embeddings of sample and caption, higher is better"),
-    (f"{TEST_IMAGES}_{NEAREST_OF_TEN}", "the same for pictures instead of samples: the best possible"),
+    (f"{TEST_IMAGES}_{NEAREST_OF_TEN}", "the same for the pictures themselves: about the best possible"),
+    (f"{HELD_OUT_IMAGES}_{NEAREST_OF_TEN}", "the same for the pictures themselves: about the best possible"),
     (f"{OTHER_CAPTIONS}_{NEAREST_OF_TEN}", "the same for pictures of other captions: chance"),
     (
         NEAREST_OF_TEN,

@@ -66,6 +66,8 @@ def plan(
         raw_config = raw_config.copy_and_resolve_references()
         raw_config.teacher_checkpoint = "any"  # Never read: only shapes matter, and they equal the student's.
     config = validation.validate(raw_config)
+    if num_classes is not None and config.data.encoder is not None:
+        raise InputError("--num_classes applies only to configs without config.data.encoder; remove it")
     condition = computations.condition(config) if num_classes is None else Classes(num_classes)
     size, compiled = _compile(program, config, described, condition)
     fitting = None

@@ -1,5 +1,6 @@
 """The figure of the program `report --prompts`: the same prompts and noise through several runs."""
 
+import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_output, write_output
 from mcm_jax.system.paths import Path
 from mcm_jax.text import prompts as texts
+from mcm_jax.text.encoders import Encoder
 
 if TYPE_CHECKING:
     from mcm_jax.runs.run import Run  # Slow to import.
@@ -27,10 +29,10 @@ _TITLE_WIDTH = 20  # characters
 def prompts_figure(
     workdirs: Sequence[Path], prompts: Path, out: Path, *, seed: int = 0, text_encoder: Path | None = None
 ) -> str:
-    """Draws a row of images for each run and writes the figure; returns the time of each run as text.
+    """Draws a row of images for each run and writes the figure; returns the seconds per image of each run.
 
-    Image n of every run has the same prompt and the same noise. The time is that of a second call, without
-    compilation.
+    Image n of every run has the same prompt and the same noise. The time does not include compiling and
+    embedding the prompts.
 
     Raises:
       InputError: a file can't be read or written, a run is not conditioned on captions, or there are too many
@@ -46,11 +48,16 @@ def prompts_figure(
         )
     from mcm_jax.runs.run import load_run
 
-    rows, lines = [], []
-    runs = [load_run(workdir) for workdir in workdirs]
-    for run in runs:
-        run.text_encoder(text_encoder)
-    for workdir, run in zip(workdirs, runs, strict=True):
+    encoder, rows, lines = text_encoder, [], []
+    for workdir in workdirs:
+        # Finds errors early, and loads the encoder once; only one run is in memory at a time.
+        encoder = load_run(workdir).text_encoder(encoder)
+    if isinstance(encoder, Encoder):
+        for note in texts.notes(encoder, captions):
+            print(note, file=sys.stderr)
+    for workdir in workdirs:
+        run = load_run(workdir)
+        run.text_encoder(encoder)
         images, seconds = _timed(run, captions, seed)
         label, time_of_one = _label(run), f"{seconds / len(captions):.3g} s an image"
         rows.append((f"{label}\n{time_of_one}", images))
@@ -60,11 +67,12 @@ def prompts_figure(
 
 
 def _timed(run: "Run", captions: Sequence[str], seed: int) -> tuple[np.ndarray, float]:
-    """The images and the seconds that they take; the first call compiles the sampler."""
-    batch = len(captions)
-    run.sample(batch, seed=seed, prompts=captions, batch_per_device=batch)
+    """The images and the seconds that they take, after a call that compiles and embeds the prompts."""
+    per_device = min(-(-len(captions) // run.mesh.size), run.config.sampling.batch_per_device)
+    arguments = {"seed": seed, "prompts": captions, "batch_per_device": per_device}
+    run.sample(len(captions), **arguments)
     began = time.monotonic()
-    images, _ = run.sample(batch, seed=seed, prompts=captions, batch_per_device=batch)
+    images, _ = run.sample(len(captions), **arguments)
     return images, time.monotonic() - began
 
 

@@ -67,6 +67,8 @@ class Run:
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
         self._encoder: encoders.Encoder | None = None
         self._opened: dict[str, pipeline.RecordSource] = {}
+        # The last prompts, embedded.
+        self._embedded: dict[tuple[str, ...], Callable[[slice], dict[str, np.ndarray]]] = {}
 
     def __repr__(self) -> str:
         steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
@@ -92,21 +94,24 @@ class Run:
         """The training seed."""
         return self.config.seed
 
-    def label_rule(self, captions: str | None = None) -> str:
-        """How `sample` draws classes, or captions of the split `captions`, if none are given.
+    def label_rule(self, caption_split: str | None = None) -> str:
+        """How `sample` draws classes, or captions of a split, if none are given.
 
         Raises:
-          InputError: `captions` is given for a run without captions, or the data set has no such split.
+          InputError: the run does not support `caption_split`.
         """
-        if self.dataset.encoding is None:
-            if captions is not None:
-                raise InputError("this run is conditioned on class labels, so no captions can be drawn")
+        if self.dataset.encoding is None and caption_split is None:
             return self.config.sampling.label_rule
-        split = captions or "test"
-        if split not in self.dataset.num_examples:
-            splits = ", ".join(self.dataset.num_examples)
-            raise InputError(f"captions={split}: {self.dataset.dataset} has only the splits {splits}")
-        return f"{split}_captions"
+        return f"{self._caption_split(caption_split)}_captions"
+
+    def _caption_split(self, given: str | None) -> str:
+        """The split from which captions are drawn, one that the run was not trained on."""
+        if self.dataset.encoding is None:
+            raise InputError("this run is conditioned on class labels, so no captions can be drawn")
+        splits = [split for split in self.dataset.num_examples if split != "train"]
+        if given is not None and given not in splits:
+            raise InputError(f"captions={given}: {self.dataset.dataset} has them in {' and '.join(splits)}")
+        return given or "test"
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> Sampling:
         """The settings that `sample` uses for these options, including defaults; see `samplers.resolve`."""
@@ -119,7 +124,7 @@ class Run:
         seed: int = 0,
         labels: Labels | None = None,
         prompts: Sequence[str] | None = None,
-        captions: str | None = None,
+        caption_split: str | None = None,
         first: int = 0,
         batch_per_device: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -135,7 +140,7 @@ class Run:
           labels: the class of each image; None draws classes by config.sampling.label_rule.
           prompts: the caption of each image, for a run with a text encoder; an empty one is no caption. None
             draws `drawn_captions`; the labels are those of their images. With prompts they are 0.
-          captions: the split that captions are drawn from; None: test.
+          caption_split: the split from which captions are drawn, test or heldout; None: test.
           first: index of the first image.
           progress: called after each batch with its number of images.
           options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults.
@@ -161,7 +166,7 @@ class Run:
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
         indices = np.arange(first, first + num, dtype=np.int32)
-        labels, cond_of = self._conditions(seed, indices, labels, prompts, captions)
+        labels, cond_of = self._conditions(seed, indices, labels, prompts, caption_split)
         images = np.empty((num, *build.image_shape(self.config)), np.uint8)
         run = self._compiled_sampler(settings)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
@@ -190,12 +195,13 @@ class Run:
         indices: Int[np.ndarray, " N"],
         labels: np.ndarray | None,
         prompts: Sequence[str] | None,
-        captions: str | None,
+        caption_split: str | None,
     ) -> tuple[Labels, Callable[[slice], Cond]]:
         """(labels, part -> the conditions of these images); see `sample`."""
         num, encoding = len(indices), self.dataset.encoding
-        self.label_rule(captions)  # Checks them.
         if encoding is None:
+            if caption_split is not None:
+                self._caption_split(caption_split)  # Raises InputError.
             if prompts is not None:
                 raise InputError("this run is conditioned on class labels; use labels instead of prompts")
             labels = self._labels(seed, indices) if labels is None else np.asarray(labels, np.int32)
@@ -206,22 +212,28 @@ class Run:
             raise InputError("this run is conditioned on captions; use prompts instead of labels")
         of = self.network.condition.of
         if prompts is None:
-            source, drawn = self._drawn(captions or "test", seed, indices)
+            source, drawn = self._drawn(self._caption_split(caption_split), seed, indices)
             return source.gather(drawn)[1], lambda part: of(source.batch(drawn[part]))
-        if captions is not None:
-            raise InputError("prompts and captions exclude each other; remove one")
+        if caption_split is not None:
+            raise InputError("prompts and caption_split exclude each other; remove one")
         if len(prompts) != num:
             raise InputError(f"{len(prompts)} prompts for {num} images; there must be one for each")
-        embedded = embeddings.embed(prompts, self.text_encoder().encode, encoding)
+        key = tuple(prompts)
+        if key not in self._embedded:
+            self._embedded = {key: embeddings.embed(prompts, self.text_encoder().encode, encoding)}
+        embedded = self._embedded[key]
         return np.zeros(num, np.int32), lambda part: of(embedded(part))
 
     def drawn_captions(
-        self, num: int, *, seed: int = 0, captions: str | None = None, first: int = 0
+        self, num: int, *, seed: int = 0, caption_split: str | None = None, first: int = 0
     ) -> list[str]:
-        """The captions that `sample` draws with the same arguments, for a run with captions."""
-        self.label_rule(captions)  # Checks them.
+        """The captions that `sample` draws with the same arguments.
+
+        Raises:
+          InputError: the run has no captions, or not in this split.
+        """
         indices = np.arange(first, first + num, dtype=np.int32)
-        source, drawn = self._drawn(captions or "test", seed, indices)
+        source, drawn = self._drawn(self._caption_split(caption_split), seed, indices)
         return source.captions(drawn)
 
     def _drawn(
@@ -235,11 +247,11 @@ class Run:
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return self._opened[split], np.asarray(sampling.draw_examples(keys, len(self._opened[split])))
 
-    def text_encoder(self, source: str | Path | None = None) -> encoders.Encoder:
+    def text_encoder(self, source: str | Path | encoders.Encoder | None = None) -> encoders.Encoder:
         """The text encoder that embedded the captions, loaded at the first call.
 
         Args:
-          source: its directory; None: the name of an encoder that is installed with this package.
+          source: its directory, or the loaded encoder; None: an encoder that is installed with this package.
 
         Raises:
           InputError: the run has no captions, or this is another encoder than theirs.
@@ -253,10 +265,13 @@ class Run:
                     f"prompts need the text encoder {encoding.encoder}: pass its directory as "
                     "--text_encoder, in Python to run.text_encoder"
                 )
-            found = encoders.load(source or encoding.encoder, length=encoding.length)
+            if isinstance(source, encoders.Encoder):
+                found = source
+            else:
+                found = encoders.load(source or encoding.encoder, length=encoding.length)
             if found.sha256 != encoding.encoder_sha256:
                 raise InputError(
-                    f"text encoder {source or encoding.encoder} is not the one that embedded this run's "
+                    f"text encoder {found.name} is not the one that embedded this run's "
                     f"captions, {encoding.encoder} (its hash is {found.sha256[:12]}, not "
                     f"{encoding.encoder_sha256[:12]}); use the same files"
                 )

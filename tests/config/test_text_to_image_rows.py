@@ -50,6 +50,12 @@ def test_no_other_rows(row):
         paper_rows.text_to_image(row)
 
 
+@pytest.mark.parametrize("steps", [3, 300])
+def test_steps_divide_the_teachers(steps):
+    with pytest.raises(InputError, match="must divide the 256 teacher steps"):
+        paper_rows.text_to_image(f"cd,steps={steps}")
+
+
 def test_what_a_network_is_conditioned_on():
     assert computations.condition(config("teacher")) == Captions(128, 4096, 4096)
     assert computations.condition(config("teacher", encoder="minilm")) == Captions(128, 384, 384)

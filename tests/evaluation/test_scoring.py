@@ -65,7 +65,7 @@ class FakeRun:
         x_var=None,
         guidance=None,
         rounding=None,
-        captions=None,
+        caption_split=None,
     ):
         how = (steps, sampler, noise_grid, x_var, guidance, rounding)
         self.asked.append(("sample", self.low, num, seed, *how, first))
@@ -89,7 +89,7 @@ class FakeRun:
             network_calls=steps or 4,
         )
 
-    def label_rule(self, captions=None):
+    def label_rule(self, caption_split=None):
         return "uniform"
 
     def untrained(self):

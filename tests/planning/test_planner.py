@@ -345,7 +345,7 @@ def test_the_papers_speeds():
     assert paper.steps_per_second(**small | {"num_chips": 16}, objective="ct") is None
     large = {"num_params": 1_250_000_000, "resolution": 128, "num_chips": 256}
     assert paper.steps_per_second(**large, objective="cd") == 1.8
-    # The paper does not state the count of its network for text to image.
-    text_to_image = {"num_params": 5, "resolution": 512, "num_chips": 256}
+    text_to_image = {"num_params": 4_972_147_724, "resolution": 512, "num_chips": 256}
+    assert paper.steps_per_second(**text_to_image | {"num_params": 10**9}, objective="cd") is None
     assert paper.steps_per_second(**text_to_image, objective="cd") == 0.71
     assert paper.steps_per_second(**text_to_image, objective="guidance") is None

@@ -14,7 +14,7 @@ ANNEALED = {"teacher_step": "addim", "teacher_steps_first": 64.0, "teacher_steps
 
 def fid(value, count=50_000, **changes):
     """A result of the small network on ImageNet64, 4 steps of CD, unless changed."""
-    name = "fid_50k" if count == 60_000 else f"fid_{count}"
+    name = "fid_50k" if count == 50_000 else f"fid_{count}"
     fields = {
         "dataset": "imagenet",
         "resolution": 64,

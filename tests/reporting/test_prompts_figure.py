@@ -1,6 +1,7 @@
 """The figure of prompts: one row for each run, from the same prompts and noise."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ class FakeRun:
         self.color = RED if workdir.name == "red" else BLUE
         self.objective = "diffusion" if workdir.name == "red" else "cd"
         self.asked = asked
+        self.mesh = SimpleNamespace(size=2)
+        self.config = SimpleNamespace(sampling=SimpleNamespace(batch_per_device=64))
 
     def text_encoder(self, directory):
-        self.asked.append(directory)
+        """A fake has none."""
 
     def sample(self, num, **how):
         self.asked.append(how)
@@ -44,9 +47,7 @@ def test_a_row_for_each_run(tmp_path, monkeypatch):
     first, second = text.splitlines()
     assert first.startswith("red: teacher, 4 steps of ddim, guidance 1, ") and first.endswith(" s an image")
     assert second.startswith("blue: student, 4 steps of ddim, ")
-    calls = [how for how in asked if how is not None]
-    assert len(calls) == 4 and all(how == calls[0] for how in calls)
-    assert calls[0]["prompts"] == ["a cat", "", "another cat"] and calls[0]["seed"] == 3
+    assert asked == [{"seed": 3, "prompts": ["a cat", "", "another cat"], "batch_per_device": 2}] * 4
     with Image.open(io.BytesIO((tmp_path / "out.png").read_bytes())) as image:
         pixels = np.asarray(image.convert("RGB"))
     rows = [np.flatnonzero((pixels == color).all(axis=2).any(axis=1)) for color in (RED, BLUE)]
