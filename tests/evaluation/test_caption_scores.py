@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from mcm_jax.data import embeddings, preparation
-from mcm_jax.evaluation import attributes, caption_scores, captioned, efficientnet, nearest_of_ten, scoring
+from mcm_jax.evaluation import (
+    attributes,
+    caption_scores,
+    captioned,
+    efficientnet,
+    evaluator,
+    nearest_of_ten,
+    scoring,
+)
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.nearest_of_ten import NearestOfTen
 from mcm_jax.runs import trainer
@@ -21,12 +29,15 @@ from tests.text import tiny as tiny_encoders
 assert small_network
 
 
+WIDTH = 16 * 16 * 3
+
+
 class Pixels(Extractor):
-    """The pixels themselves as features."""
+    """The pixels as features."""
 
     def __init__(self):
         self.network = dataclasses.replace(
-            efficientnet.network(efficientnet.load(), input_resolution=32), dimensions={"pool": 768}
+            efficientnet.network(efficientnet.load(), input_resolution=32), dimensions={"pool": WIDTH}
         )
 
     def __call__(self, images):
@@ -92,7 +103,7 @@ def test_a_picture_as_near_as_its_own_is_not_enough(emoji, three):
 
     class Same(Pixels):
         def __call__(self, images):
-            return {"pool": np.zeros((len(images), 768), np.float32)}
+            return {"pool": np.zeros((len(images), WIDTH), np.float32)}
 
     images, _, captions = everything(emoji, "heldout")
     points, most = NearestOfTen(emoji, Same())(images, captions)
@@ -132,8 +143,9 @@ def test_bounds(emoji, three):
     assert bounds[f"other_captions_nearest_of_ten_{count}"] < 1
 
 
-def test_a_run_is_scored_by_the_captions_that_it_draws(avatars, tmp_path, capsys):
+def test_a_run_is_scored_by_the_captions_that_it_draws(avatars, tmp_path, capsys, monkeypatch):
     """Samples replaced by the drawings of their captions have the score of the drawings."""
+    monkeypatch.setattr(evaluator, "Extractor", lambda network: Pixels())
     data_dir = avatars.path.parents[2]
     classifier = dataclasses.replace(attributes.train(avatars, epochs=1), accuracies=PERFECT)
     attributes.write(classifier, attributes.path_of(avatars))
