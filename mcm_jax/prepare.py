@@ -14,7 +14,7 @@ Captions, for text to image: avatars, emoji and coco have them; --encoder embeds
 captions.jsonl.
 
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
-captions.jsonl or in a .txt beside each image, or none.
+captions.jsonl or in a .txt beside each image, or none. PATH may also hold tar files, as of WebDataset.
 
 Weights of FID's feature network, converted once: --inception=FILE.
 """

@@ -42,9 +42,9 @@ def read(root: Path, images: Sequence[str], *, text_files: bool) -> Captions | N
     if content is not None:
         texts, broken = _of_lines(content.splitlines(), images)
         if not texts:
-            first = f" (line {broken[0]})" if broken else ""
+            example = f" (line {broken[0]})" if broken else ""
             raise InputError(
-                f"{printable(root / FILE)}: no line has a caption of an image{first}; write lines like "
+                f"{printable(root / FILE)}: no line has a caption of an image{example}; write lines like "
                 f"{_FORM}, or remove the file"
             )
         used, kind = {".jsonl": 1}, f"lines of {FILE}"
@@ -55,8 +55,8 @@ def read(root: Path, images: Sequence[str], *, text_files: bool) -> Captions | N
             return None
     missing = [printable(name) for name in images if name not in texts]
     notes = [
-        f"{len(broken)} {kind} are skipped: {_first(broken)}" if broken else "",
-        f"{len(missing)} images without a caption get an empty one: {_first(missing)}" if missing else "",
+        f"{len(broken)} {kind} are skipped: {first(broken)}" if broken else "",
+        f"{len(missing)} images without a caption get an empty one: {first(missing)}" if missing else "",
     ]
     return Captions({name: texts.get(name, "") for name in images}, used, tuple(filter(None, notes)))
 
@@ -83,7 +83,7 @@ def _of_line(line: bytes) -> tuple[str, str]:
     entry = json_text.loads(line)
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file", "caption")):
         raise ValueError(f"not of the form {_FORM}")
-    return entry["file"].removeprefix("./"), _checked(entry["caption"])
+    return entry["file"].removeprefix("./"), checked(entry["caption"])
 
 
 def _of_files(root: Path, images: Sequence[str]) -> tuple[dict[str, str], list[str], int]:
@@ -94,14 +94,14 @@ def _of_files(root: Path, images: Sequence[str]) -> tuple[dict[str, str], list[s
         try:
             content = read_if_exists(root / file)
             if content is not None:
-                texts[name] = _checked(content.decode("utf-8-sig"))
+                texts[name] = checked(content.decode("utf-8-sig"))
         except ValueError as error:
             broken[file] = f"{printable(file)}: {reason(error)}"
     # Images of one name but different suffixes share a text file.
     return texts, list(broken.values()), len({files[name] for name in texts} | set(broken))
 
 
-def _checked(text: str) -> str:
+def checked(text: str) -> str:
     """The caption on one line; ValueError if it is empty, too long or no Unicode."""
     text = " ".join(text.split())
     text.encode()
@@ -112,6 +112,7 @@ def _checked(text: str) -> str:
     return text
 
 
-def _first(names: Sequence[str]) -> str:
+def first(names: Sequence[str]) -> str:
+    """The first few names, and the number of the others."""
     more = f"; and {len(names) - _FEW} more" if len(names) > _FEW else ""
     return "; ".join(names[:_FEW]) + more

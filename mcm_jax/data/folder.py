@@ -180,11 +180,12 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
       InputError: Pillow cannot decode the file completely.
     """
     with images.naming(path), images.opened(read_bytes(path)) as image:
-        rgb = _to_rgb(images.upright(image))
+        rgb = to_rgb(images.upright(image))
     return square_area(rgb, resolution)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB on white; raises ValueError for floating-point pixels."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 256
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -17,7 +17,6 @@ import importlib.resources
 import io
 import itertools
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +30,7 @@ from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.data.stored import Stored
 from mcm_jax.system import versions
-from mcm_jax.system.errors import InputError, reason
+from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import reading
 from mcm_jax.system.paths import Path, checked_path
 
@@ -178,43 +177,13 @@ def _test_number(name: str) -> int | None:
     return number if 1 <= number <= COUNTS["test"] else None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Member:
-    name: str
-    offset: int  # where its data begins
-    size: int
-
-
-def _members(path: Path) -> list[_Member]:
+def _members(path: Path) -> list[tars.Member]:
     with reading(path) as file:
         return _members_of(file, str(path))
 
 
-def _members_of(file: io.BufferedIOBase, name: str) -> list[_Member]:
-    """Lists every file in a tar by its headers; InputError if it is truncated, damaged or exceeds a limit."""
-    end, offset, members = file.seek(0, io.SEEK_END), 0, []
-    try:
-        while (entry := _header_at(file, offset)) is not None:
-            if len(members) >= _MAX_MEMBERS:
-                raise ValueError(f"more than {_MAX_MEMBERS:,} files")
-            offset += tars.BLOCK
-            size = entry.size if entry.type not in tars.WITHOUT_CONTENT else 0
-            if not 0 <= size <= end - offset:
-                raise ValueError(f"a file of {size:,} bytes where {end - offset:,} follow")
-            if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                members.append(_Member(images.printable(entry.name), offset, size))
-            offset += -(-size // tars.BLOCK) * tars.BLOCK
-    except (tarfile.TarError, ValueError) as error:
-        raise InputError(
-            f"{name} is not a tar file or is truncated ({reason(error)}); download it again"
-        ) from error
-    return members
-
-
-def _header_at(file: io.BufferedIOBase, offset: int) -> tarfile.TarInfo | None:
-    """The header at an offset, as in `tars.header`."""
-    file.seek(offset)
-    return tars.header(file.read(tars.BLOCK))
+def _members_of(file: io.BufferedIOBase, name: str) -> list[tars.Member]:
+    return tars.members(file, name, most=_MAX_MEMBERS)
 
 
 class Prepared(Source):

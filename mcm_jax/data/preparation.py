@@ -15,7 +15,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mcm_jax.data import avatars, coco, emoji, folder, imagenet, layout, openmoji, pipeline, shards
+from mcm_jax.data import (
+    avatars,
+    coco,
+    emoji,
+    folder,
+    imagenet,
+    layout,
+    openmoji,
+    pipeline,
+    shards,
+    tar_folder,
+)
 from mcm_jax.data.layout import DatasetInfo, Records
 from mcm_jax.data.local_copy import local_copy, place
 from mcm_jax.system import files, paths, pictures
@@ -211,12 +222,14 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
         raise InputError(
             f"--name={name}: a name may contain only letters, digits, _ and -; choose one with --name=NAME"
         )
+    dataset = f"folder/{name}"
+    if found := tar_folder.find(root):
+        return _plan_tars(found, dataset, resolution, root)
     try:
         listing = folder.list_images(root, single_class=name)
         source = f"files {listing.fingerprint()}"
     except OSError as error:
         raise InputError(f"--manual_dir={root}: cannot read {error.filename} ({error.strerror})") from error
-    dataset = f"folder/{name}"
     config = folder.FolderConfig(
         name=layout.config_name(dataset, resolution), resolution=resolution, listing=listing
     )
@@ -226,6 +239,27 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
         source=source,
         preprocessing=folder.preprocessing(resolution),
         write=lambda staging: _by_builder(folder.Folder(config=config, data_dir=staging), staging),
+        notes=listing.notes,
+        reads=root,
+    )
+
+
+def _plan_tars(found: list[Path], dataset: str, resolution: int, root: Path) -> Plan:
+    listing, label = tar_folder.list_tars(found), dataset.partition("/")[2]
+    wanted = tar_folder.shards(listing, resolution=resolution, label=label)
+    features = tar_folder.features(resolution, label)
+    return Plan(
+        dataset=dataset,
+        resolution=resolution,
+        source=f"tars {listing.fingerprint}",
+        preprocessing=folder.preprocessing(resolution),
+        write=lambda staging: _by_shards(
+            _place(staging, dataset, resolution, features),
+            wanted,
+            workers=None,
+            license="That of the images.",
+        ),
+        resumes=True,
         notes=listing.notes,
         reads=root,
     )

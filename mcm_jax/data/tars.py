@@ -1,13 +1,16 @@
-"""Reads tar files header by header.
+"""Lists and reads tar files header by header.
 
 Python's own reader trusts headers: with damaged ones it can loop, recurse or read any number of bytes.
 """
 
+import dataclasses
 import gzip
 import io
 import tarfile
 import zlib
 from collections.abc import Collection
+
+from mcm_jax.system.errors import InputError, printable, reason
 
 BLOCK = 512  # bytes in a block of a tar
 # Types of entries: links, devices and folders; files, and attributes of the following file.
@@ -38,6 +41,50 @@ def header(block: bytes) -> tarfile.TarInfo | None:
     if entry.type not in (*WITHOUT_CONTENT, *_WITH_CONTENT):
         raise ValueError(f"an entry of type {entry.type.decode(errors='replace')!r}")
     return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in a tar."""
+
+    name: str
+    offset: int  # where its data begins
+    size: int
+
+
+def members(file: io.BufferedIOBase, name: str, *, most: int) -> list[Member]:
+    """Lists every file in a tar by its headers.
+
+    Args:
+      name: name of the tar, for messages.
+      most: the largest number of files.
+
+    Raises:
+      InputError: the tar is truncated, damaged or exceeds the limit.
+    """
+    end, offset, found = file.seek(0, io.SEEK_END), 0, []
+    try:
+        while (entry := _header_at(file, offset)) is not None:
+            if len(found) >= most:
+                raise ValueError(f"more than {most:,} files")
+            offset += BLOCK
+            size = entry.size if entry.type not in WITHOUT_CONTENT else 0
+            if not 0 <= size <= end - offset:
+                raise ValueError(f"a file of {size:,} bytes where {end - offset:,} follow")
+            if entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                found.append(Member(printable(entry.name), offset, size))
+            offset += -(-size // BLOCK) * BLOCK
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(
+            f"{name} is not a tar file or is truncated ({reason(error)}); download it again"
+        ) from error
+    return found
+
+
+def _header_at(file: io.BufferedIOBase, offset: int) -> tarfile.TarInfo | None:
+    """The header at an offset, as in `header`."""
+    file.seek(offset)
+    return header(file.read(BLOCK))
 
 
 def read_gzipped(file: io.BufferedIOBase, names: Collection[str], *, max_bytes: int) -> dict[str, bytes]:
