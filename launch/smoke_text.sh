@@ -34,17 +34,17 @@ settings=(--config.seed="$seed" --config.data.resolution=16 --config.training.sa
 
 mcm_run python -m mcm_jax.prepare --dataset=avatars --resolution=16 --num=20000 --caption_length=40 --classifier
 echo "== teacher"
-mcm_run python -m mcm_jax.train --config=avatars:teacher "${settings[@]}" --config.training.num_steps=4000 \
+mcm_run python -m mcm_jax.train --config=avatars:teacher "${settings[@]}" --config.training.num_steps=2000 \
   --workdir="$here/teacher"
 echo "== guidance"
-mcm_run python -m mcm_jax.train --config=avatars:guidance "${settings[@]}" --config.training.num_steps=1000 \
+mcm_run python -m mcm_jax.train --config=avatars:guidance "${settings[@]}" --config.training.num_steps=300 \
   --config.teacher_checkpoint="$here/teacher" --workdir="$here/guidance"
 echo "== cd, 4 steps"
-mcm_run python -m mcm_jax.train --config=avatars:cd,steps=4 "${settings[@]}" --config.training.num_steps=1000 \
+mcm_run python -m mcm_jax.train --config=avatars:cd,steps=4 "${settings[@]}" --config.training.num_steps=300 \
   --config.teacher_checkpoint="$here/guidance" --workdir="$here/cd4"
 echo "== evaluation"
 workdirs="$here/teacher,$here/guidance,$here/cd4"
-mcm_run python -m mcm_jax.evaluate --workdir="$workdirs" --captions=test,heldout --num=512 --untrained_num=0
+mcm_run python -m mcm_jax.evaluate --workdir="$workdirs" --captions=test,heldout --num=256 --untrained_num=0
 mcm_run python -m mcm_jax.report --runs="$runs"
 mcm_run python -m mcm_jax.report --prompts=launch/prompts.txt --runs="$workdirs" --out="$runs/prompts.png"
 

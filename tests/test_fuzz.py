@@ -2,7 +2,7 @@
 
 The files are valid small ones with bytes changed, removed, inserted or moved; JSON with other values; and
 pickles, archives and graphs put together from their parts. MCM_FUZZ_INPUTS=10000 tries that many inputs per
-reader instead of 200.
+reader instead of 300.
 """
 
 import copy
@@ -47,7 +47,7 @@ from tests.runs.test_workdirs import config as run_config
 from tests.tars import tar
 from tests.text import tiny as tiny_text
 
-INPUTS = int(os.environ.get("MCM_FUZZ_INPUTS", "200"))
+INPUTS = int(os.environ.get("MCM_FUZZ_INPUTS", "300"))
 
 # Values at which sizes and signs change.
 NUMBERS = st.sampled_from([0, 1, 2**7, 2**15 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1])

@@ -311,7 +311,7 @@ def test_large_splits_have_many_shards():
         ({"dataset": "openmoji", "num": 9}, "--num applies only to --dataset=avatars; remove it"),
         (
             {"dataset": "folder", "workers": 2},
-            "--workers applies only to --dataset=avatars or emoji or imagenet",
+            "--workers applies only to --dataset=avatars or emoji or coco or imagenet",
         ),
     ],
 )

@@ -132,7 +132,7 @@ def test_other_images_under_the_same_name_are_refused(images, tmp_path):
     [
         (
             {"dataset": "cifar"},
-            r"--dataset=cifar: it must be openmoji, avatars, emoji, imagenet, .*, imagenet/resized or folder",
+            r"--dataset=cifar: it must be openmoji, avatars, emoji, coco, imagenet, .* or folder",
         ),
         ({"resolution": 0}, r"--resolution=0: it must be from 1 to"),
         ({"resolution": 4096}, r"--resolution=4096: it must be from 1 to"),
