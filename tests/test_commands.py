@@ -27,7 +27,7 @@ from mcm_jax.evaluation.features import Extractor
 from mcm_jax.planning import planner
 from tests import commands
 from tests.commands import ROOT, Command
-from tests.data import test_emoji, test_imagenet
+from tests.data import test_coco, test_emoji, test_imagenet
 from tests.evaluation import test_inception_weights
 from tests.text import tiny as encoders
 
@@ -135,6 +135,7 @@ def small(command: Command) -> tuple[str, ...]:
             "openmoji": ("--resolution=16",),
             "avatars": ("--num=24", "--workers=0", "--resolution=16"),
             "emoji": ("--workers=0",),
+            "coco": ("--workers=0", "--resolution=8"),
         }.get(option(command, "--dataset"), ())
     if command.program == "sample":
         return ("--num=10",)
@@ -343,12 +344,15 @@ def make_up_data(name: str, directory: Path) -> None:
     """The files that the commands of a story name, in their true layout."""
     if name in ("openmoji", "folder", "text_to_image"):
         make_images(directory / "PATH")
-    if name == "text_to_image":
-        for n, image in enumerate((directory / "PATH").rglob("*.png")):
-            image.with_suffix(".txt").write_text(f"image {n}")
+    if name == "avatars":
+        test_coco.write(directory / "PATH", "array_record")
+    if name in ("avatars", "text_to_image"):
         encoder = directory / "DIRECTORY" / "t5-v1_1-xxl"
         encoder.mkdir(parents=True)
         encoders.write(encoder, encoders.T5)
+    if name == "text_to_image":
+        for n, image in enumerate((directory / "PATH").rglob("*.png")):
+            image.with_suffix(".txt").write_text(f"image {n}")
     if name == "emoji":
         test_emoji.write_tgz(directory / "FILE", test_emoji.package_files())
     if name != "imagenet64":
