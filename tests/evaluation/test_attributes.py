@@ -116,7 +116,13 @@ def small_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attributes, "_WIDTHS", (8, 8, 16))
         patch.setattr(attributes, "_BATCH", 32)
+        forget()
         yield
+    forget()
+
+
+def forget():
+    """Forgets networks of other sizes."""
     attributes._graph.cache_clear()
     attributes._apply.cache_clear()
 
