@@ -202,3 +202,15 @@ def test_captions_of_a_split_that_does_not_exist(teacher, tmp_path):
         options = scoring.Options(workdirs=(teacher,), captions=(captions,), cache_dir=tmp_path / "cache")
         with pytest.raises(InputError, match=message):
             scoring.evaluate(options, load_run)
+
+
+def test_a_clip_that_would_not_be_used(emoji, tmp_path):
+    for metrics, clip in ((("clip_score",), None), (("frechet",), tmp_path)):
+        with pytest.raises(InputError, match="--metrics=clip_score and --clip=DIRECTORY need each other"):
+            captioned.CaptionScores(metrics, explicit=True, clip=clip)
+    labelled = dataclasses.replace(emoji, encoding=None)
+    with pytest.raises(InputError, match="clip_score applies only to runs that are conditioned on captions"):
+        captioned.CaptionScores(("frechet",), explicit=False, clip=tmp_path).check(labelled)
+    clip = tiny_encoders.write(tmp_path / "clip-tiny", tiny_encoders.WHOLE_CLIP)
+    chosen = captioned.CaptionScores(("frechet",), explicit=False, clip=clip)
+    assert [score.name for score in chosen.of(emoji, Pixels())] == ["clip_score_clip-tiny", "nearest_of_ten"]
