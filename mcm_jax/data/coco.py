@@ -9,9 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
 
 from mcm_jax.data import images, layout
 from mcm_jax.data.resizing import square_area
@@ -30,15 +28,8 @@ def open_source(manual_dir: str) -> Stored:
 
 
 def features(resolution: int) -> tfds.features.FeaturesDict:
-    """image uint8 [r, r, 3], label (always 0), caption, and the file's name in COCO."""
-    return tfds.features.FeaturesDict(
-        {
-            "image": layout.image_feature(resolution),
-            "label": tfds.features.ClassLabel(names=[_CLASS]),
-            "caption": tfds.features.Text(),
-            "file": tfds.features.Text(),
-        }
-    )
+    """The features of a record; `file` is the image's name in COCO."""
+    return layout.captioned_features(resolution, class_name=_CLASS)
 
 
 def preprocessing(resolution: int) -> str:
@@ -61,20 +52,13 @@ def shards(source: Stored, *, resolution: int) -> list[Shard]:
 def _examples(source: Stored, name: str, part: range, resolution: int) -> Iterator[layout.Example]:
     for example in source.read(name, part):
         file = example["image/filename"].decode(errors="backslashreplace")
+        rgb = images.rgb(file, example["image"], remedy="prepare coco_captions again with TFDS")
         yield {
-            "image": _load(file, example["image"], resolution=resolution),
+            "image": square_area(rgb, resolution),
             "label": _CLASS,
             "caption": _first_caption(example),
             "file": file,
         }
-
-
-def _load(name: str, content: bytes, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
-    remedy = "prepare coco_captions again with TFDS"
-    with images.naming(name, remedy=remedy), images.opened(content) as opened:
-        opened.load()
-        rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
-    return square_area(rgb, resolution)
 
 
 def _first_caption(example: dict[str, Any]) -> str:

@@ -179,13 +179,19 @@ def load_image(path: Path, *, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     Raises:
       InputError: Pillow cannot decode the file completely.
     """
-    with images.naming(path), images.opened(read_bytes(path)) as image:
-        rgb = to_rgb(images.upright(image))
+    with images.naming(path):
+        content = read_bytes(path)
+    return decode(content, name=path, resolution=resolution)
+
+
+def decode(content: bytes, *, name: str | Path, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
+    """Decodes the content of an image's file as `load_image` does; `name` is for messages."""
+    with images.naming(name), images.opened(content) as image:
+        rgb = _to_rgb(images.upright(image))
     return square_area(rgb, resolution)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB on white; raises ValueError for floating-point pixels."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 256
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -260,12 +260,7 @@ def load(image: Encoded, *, resolution: int, preparation: Preparation) -> UInt8[
     Raises:
       InputError: the image cannot be decoded completely.
     """
-    with (
-        images.naming(image.name, remedy="download the tar again"),
-        images.opened(image.content) as opened,
-    ):
-        opened.load()
-        rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
+    rgb = images.rgb(image.name, image.content, remedy="download the tar again")
     return _PREPARATIONS[preparation](rgb, resolution)
 
 

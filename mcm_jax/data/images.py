@@ -165,6 +165,17 @@ def opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
+def rgb(name: str, content: bytes, *, remedy: str) -> Image.Image:
+    """Decodes an image of a published data set in RGB. Its EXIF orientation is ignored.
+
+    Raises:
+      InputError: it cannot be decoded completely.
+    """
+    with naming(name, remedy=remedy), opened(content) as image:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def turn(image: Image.Image) -> Image.Transpose | None:
     """The transpose for the EXIF orientation; None if none is needed or the tag cannot be read.
 

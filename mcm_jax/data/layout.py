@@ -138,6 +138,18 @@ def class_names_of(info: tfds.core.DatasetInfo) -> list[str]:
     return cast(Mapping[str, tfds.features.ClassLabel], info.features)["label"].names
 
 
+def captioned_features(resolution: int, *, class_name: str) -> tfds.features.FeaturesDict:
+    """Features of captioned images of one class: image uint8 [r, r, 3], label, caption, and file name."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": image_feature(resolution),
+            "label": tfds.features.ClassLabel(names=[class_name]),
+            "caption": tfds.features.Text(),
+            "file": tfds.features.Text(),
+        }
+    )
+
+
 def stored_records(builder: tfds.core.DatasetBuilder, split: str, **options: Any) -> Records:
     """Calls `builder.as_data_source`; TFDS's decorator hides its parameters from type checkers."""
     return cast(Any, builder).as_data_source(split, **options)

@@ -247,7 +247,7 @@ def _plan_folder(resolution: int, *, manual_dir: str | None, name: str | None) -
 def _plan_tars(found: list[Path], dataset: str, resolution: int, root: Path) -> Plan:
     listing, label = tar_folder.list_tars(found), dataset.partition("/")[2]
     wanted = tar_folder.shards(listing, resolution=resolution, label=label)
-    features = tar_folder.features(resolution, label)
+    features = layout.captioned_features(resolution, class_name=label)
     return Plan(
         dataset=dataset,
         resolution=resolution,

@@ -13,10 +13,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-import tensorflow_datasets as tfds
-
 from mcm_jax.data import captions, folder, images, layout, splits, tars
-from mcm_jax.data.resizing import square_area
 from mcm_jax.data.shards import Shard
 from mcm_jax.system import files, json_text, progress
 from mcm_jax.system.errors import InputError, printable, reason
@@ -135,18 +132,6 @@ def _read(file: io.BufferedIOBase, member: tars.Member) -> bytes:
     return file.read(member.size)
 
 
-def features(resolution: int, name: str) -> tfds.features.FeaturesDict:
-    """image uint8 [r, r, 3], label (always `name`), caption, and the file's name."""
-    return tfds.features.FeaturesDict(
-        {
-            "image": layout.image_feature(resolution),
-            "label": tfds.features.ClassLabel(names=[name]),
-            "caption": tfds.features.Text(),
-            "file": tfds.features.Text(),
-        }
-    )
-
-
 def shards(listing: Listing, *, resolution: int, label: str) -> list[Shard]:
     """A shard for each split of each tar."""
     return [
@@ -173,8 +158,7 @@ def _examples(
             if is_test != (split == "test"):
                 continue
             try:
-                with images.naming(name), images.opened(content) as image:
-                    pixels = square_area(folder.to_rgb(images.upright(image)), resolution)
+                pixels = folder.decode(content, name=name, resolution=resolution)
             except InputError as error:
                 print(f"note: skipped: {error}", file=sys.stderr, flush=True)
                 continue

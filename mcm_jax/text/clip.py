@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from mcm_jax.text import layers
 from mcm_jax.text.configs import Config
+from mcm_jax.text.layers import Block
 
 ACTIVATIONS = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
 
@@ -31,7 +32,7 @@ class Clip(nnx.Module):
         width = settings.width
         self.tokens = layers.embedding(settings.vocabulary, width)
         self.positions = layers.embedding(settings.longest, width)
-        self.blocks = nnx.List([_block(settings) for _ in range(settings.layers)])
+        self.blocks = nnx.List([settings.block() for _ in range(settings.layers)])
         self.norm = layers.layer_norm(width, epsilon=settings.epsilon)
         self.projection = layers.linear(width, settings.pooled_width, use_bias=False)
 
@@ -48,30 +49,36 @@ class Clip(nnx.Module):
         return before, self.projection(last)
 
 
-def _block(settings: "ClipSettings") -> layers.Block:
-    return layers.biased_block(
-        settings.width,
-        settings.hidden,
-        heads=settings.heads,
-        activation=ACTIVATIONS[settings.activation],
-        epsilon=settings.epsilon,
-        norm_first=True,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class ClipSettings:
-    """The sizes of a CLIP's text encoder; see `architectures.Settings`."""
+class TransformerSettings:
+    """The sizes of a transformer of CLIP, that of the texts or that of the images."""
 
-    vocabulary: int
     width: int
     hidden: int
     layers: int
     heads: int
-    longest: int
-    pooled_width: int
     activation: str
     epsilon: float
+
+    def block(self) -> Block:
+        """Builds one of its blocks."""
+        return layers.biased_block(
+            self.width,
+            self.hidden,
+            heads=self.heads,
+            activation=ACTIVATIONS[self.activation],
+            epsilon=self.epsilon,
+            norm_first=True,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSettings(TransformerSettings):
+    """The sizes of a CLIP's text encoder; see `architectures.Settings`."""
+
+    vocabulary: int
+    longest: int
+    pooled_width: int
 
     # Layer here -> layer in the file. The encoder of images is not read.
     NAMES: ClassVar[Mapping[str, str]] = {

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, PyTree, UInt8
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path
 from mcm_jax.text import files, layers, weights
-from mcm_jax.text.clip import ACTIVATIONS, ClipSettings
+from mcm_jax.text.clip import ACTIVATIONS, ClipSettings, TransformerSettings
 from mcm_jax.text.configs import Config
 
 # Mean and standard deviation of the training images' red, green and blue in [0, 1], published by OpenAI.
@@ -45,7 +45,7 @@ class ClipImages(nnx.Module):
         self.class_embedding = nnx.Param(jnp.zeros(width))
         self.positions = layers.embedding((settings.resolution // side) ** 2 + 1, width)
         self.norm_before = layers.layer_norm(width, epsilon=settings.epsilon)
-        self.blocks = nnx.List([_block(settings) for _ in range(settings.layers)])
+        self.blocks = nnx.List([settings.block() for _ in range(settings.layers)])
         self.norm_after = layers.layer_norm(width, epsilon=settings.epsilon)
         self.projection = layers.linear(width, settings.projection_width, use_bias=False)
 
@@ -59,30 +59,13 @@ class ClipImages(nnx.Module):
         return self.projection(self.norm_after(x[:, 0]))
 
 
-def _block(settings: "ClipImagesSettings") -> layers.Block:
-    return layers.biased_block(
-        settings.width,
-        settings.hidden,
-        heads=settings.heads,
-        activation=ACTIVATIONS[settings.activation],
-        epsilon=settings.epsilon,
-        norm_first=True,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
-class ClipImagesSettings:
+class ClipImagesSettings(TransformerSettings):
     """The sizes of a CLIP's image encoder; see `weights.Settings`."""
 
     resolution: int  # height and width of its images in pixels
     patch: int
-    width: int
-    hidden: int
-    layers: int
-    heads: int
     projection_width: int
-    activation: str
-    epsilon: float
 
     NAMES: ClassVar[Mapping[str, str]] = {
         "patches": "vision_model.embeddings.patch_embedding",
