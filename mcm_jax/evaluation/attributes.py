@@ -222,7 +222,9 @@ def train(info: layout.DatasetInfo, *, epochs: int = EPOCHS, seed: int = 0) -> C
     images, truth = (np.concatenate(each) for each in zip(*parts, strict=True))
     batch = min(_BATCH, len(images))
     steps = epochs * (len(images) // batch)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
+    rate = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE, steps // 10, steps)
+    # At the full rate from the start, all units of the hidden layer may die in the first updates.
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
     network = Network(info.resolution, rngs=nnx.Rngs(seed))
     graph, params = nnx.split(network)
 
