@@ -24,9 +24,7 @@ class Text(NamedTuple):
     mask: Bool[Array, "B T"]
 
 
-def _modulate(
-    h: Float[Array, "B *space C"], scale_shift: Float[Array, "B 2*C"]
-) -> Float[Array, "B *space C"]:
+def modulate(h: Float[Array, "B *space C"], scale_shift: Float[Array, "B 2*C"]) -> Float[Array, "B *space C"]:
     """h (1 + scale) + shift, with the same scale and shift at all positions of an example."""
     shape = (h.shape[0],) + (1,) * (h.ndim - 2) + (-1,)
     scale, shift = (part.reshape(shape) for part in jnp.split(scale_shift, 2, axis=-1))
@@ -57,14 +55,14 @@ def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) ->
 
 
 class GroupNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + 1e-6) scale + bias, with moments per group of channels, in float32.
+    """(x - mean) / sqrt(variance + epsilon) scale + bias, with moments per group of channels, in float32.
 
     Gives the same result as nnx.GroupNorm but sums over space first and over channels last: sums over a part
     of the channels cross the lanes of a TPU, which takes longer (by its compiler's estimate).
     """
 
-    def __init__(self, width: int, *, groups: int):
-        self.groups = groups
+    def __init__(self, width: int, *, groups: int, epsilon: float = 1e-6):
+        self.groups, self.epsilon = groups, epsilon
         self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
@@ -76,7 +74,7 @@ class GroupNorm(nnx.Module):
 
         mean = average(wide)
         variance = jnp.maximum(average(wide**2) - mean**2, 0)
-        factor = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]
+        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         offset = self.bias[...] - mean * factor
         return (wide * jnp.expand_dims(factor, space) + jnp.expand_dims(offset, space)).astype(x.dtype)
 
@@ -113,7 +111,7 @@ class ResNetBlock(nnx.Module):
         self, x: Float[Array, "B H W C"], scale_shift: Float[Array, "B 2*C"], key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         h = checkpoint_name(self.conv_1(jax.nn.swish(self.norm_1(x))), "conv_1")
-        h = _modulate(self.norm_2(h), scale_shift)
+        h = modulate(self.norm_2(h), scale_shift)
         h = dropout(jax.nn.swish(h), self.rate, key)
         return x + self.conv_2(h)
 
@@ -247,7 +245,7 @@ class TransformerBlock(nnx.Module):
     ) -> Float[Array, "B L C"]:
         # Otherwise, without a gradient, a TPU's compiler fuses both products into one slower operation.
         h = jax.nn.swish(_apart(checkpoint_name(self.mlp_in(self.norm_mlp(x)), "mlp_in")))
-        h = _modulate(h, scale_shift)
+        h = modulate(h, scale_shift)
         h = dropout(h, self.rate, key)
         x = x + self.mlp_out(h)
         return x + self.attention(self.norm_attention(x), text)

@@ -1,15 +1,15 @@
-"""How a network is placed on devices, given as three functions, so that networks do not depend on a mesh."""
+"""How a network is placed on devices, given as four functions, so that networks do not depend on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.models import attention
 
 
-def _identity(h: Array) -> Array:
+def _identity(h: PyTree) -> PyTree:
     return h
 
 
@@ -27,8 +27,11 @@ class Placement:
       attend: computes attention; see `attention.einsum`.
       by_column: (layer, x) -> layer(x), for a layer with many columns and an x with one row per example.
         The weights stay split by column, as exchanging the rows of x costs less than gathering the weights.
+      gather_block: applied to the parameters of a block before it computes; returns the same values, on every
+        device.
     """
 
     constrain: Callable[[Array], Array] = _identity
     attend: attention.AttentionFn = attention.einsum
     by_column: Callable[[nnx.Linear, Array], Array] = _apply_layer
+    gather_block: Callable[[PyTree], PyTree] = _identity

@@ -6,14 +6,13 @@
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import Affects, setting
@@ -21,9 +20,9 @@ from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, Text, TransformerBlo
 from mcm_jax.models.conditions import Caption, Captions, Condition
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
+from mcm_jax.models.remat import Remat, call_block, split_key
 
 StageKind = Literal["resnet", "transformer"]
-Remat = Literal["none", "full", "dots", "names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ class ResNetStage(nnx.Module):
 
     def __init__(self, stage: Stage, settings: UViTSettings, *, placement: Placement, rngs: nnx.Rngs):
         self.remat: Remat = settings.remat
-        self.saved, self.constrain = settings.saved, placement.constrain
+        self.saved, self.placement = settings.saved, placement
         self.modulations = Modulations(stage.blocks, stage.width, settings, placement=placement, rngs=rngs)
         self.blocks = nnx.List(
             ResNetBlock(
@@ -149,9 +148,10 @@ class ResNetStage(nnx.Module):
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], text: Text | None, key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         del text
-        call, keys = _call_block(self.remat, self.saved), _split(key, len(self.blocks))
+        call = call_block(self.placement, self.remat, self.saved)
+        keys = split_key(key, len(self.blocks))
         for block, scale_shift, block_key in zip(self.blocks, self.modulations(emb), keys, strict=True):
-            x = self.constrain(call(block, x, scale_shift, block_key))
+            x = call(block, x, scale_shift, block_key)
         return x
 
 
@@ -171,7 +171,7 @@ class TransformerStage(nnx.Module):
         """side: height and width of the feature map."""
         self.num_blocks, self.unroll = stage.blocks, settings.unroll
         self.remat: Remat = settings.remat
-        self.saved, self.constrain = settings.saved, placement.constrain
+        self.saved, self.placement = settings.saved, placement
         hidden = settings.mlp_factor * stage.width
         self.modulations = Modulations(stage.blocks, hidden, settings, placement=placement, rngs=rngs)
         self.position = nnx.Param(0.01 * jax.random.normal(rngs.params(), (side * side, stage.width)))
@@ -197,7 +197,7 @@ class TransformerStage(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         side = x.shape[1]
         keys = None if key is None else jax.random.split(key, self.num_blocks)
-        call = _call_block(self.remat, self.saved)
+        call = call_block(self.placement, self.remat, self.saved)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def run(
@@ -206,10 +206,10 @@ class TransformerStage(nnx.Module):
             scale_shift: Float[Array, "B M"],
             key: jax.Array | None,
         ) -> Float[Array, "B L C"]:
-            return self.constrain(call(block, x, scale_shift, text, key))
+            return call(block, x, scale_shift, text, key)
 
         x = rearrange(x, "b h w c -> b (h w) c") + self.position[...].astype(x.dtype)
-        x = self.constrain(x)
+        x = self.placement.constrain(x)
         return rearrange(run(x, self.blocks, self.modulations(emb), keys), "b (h w) c -> b h w c", h=side)
 
 
@@ -288,7 +288,7 @@ class UViT(nnx.Module):
           key: the randomness of dropout; None disables it.
         """
         levels = len(self.down)
-        keys = _split(key, 2 * levels + 1)
+        keys = split_key(key, 2 * levels + 1)
         emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, cond)).astype(self.dtype))
         text = self._text(cond)
         patches = rearrange(z_t, "b (h i) (w j) c -> b h w (i j c)", i=self.patch, j=self.patch)
@@ -333,21 +333,3 @@ def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     # HIGHEST makes this exact on accelerators that round float32 products by default.
     wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
     return repeat(wide, "b h w c -> b (h i) w c", i=2)
-
-
-def _call_block(remat: Remat, saved: tuple[Saved, ...]) -> Callable[..., Array]:
-    """Returns a function (block, x, ...) -> output; `remat` determines what it saves."""
-
-    def call(block: nnx.Module, x: Array, *others: PyTree) -> Array:
-        return block(x, *others)
-
-    policies = {
-        "full": None,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "names": jax.checkpoint_policies.save_only_these_names(*saved),
-    }
-    return call if remat == "none" else nnx.remat(call, policy=policies[remat])
-
-
-def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    return [None] * count if key is None else list(jax.random.split(key, count))

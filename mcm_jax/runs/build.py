@@ -62,7 +62,8 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
 
     def bind(params: Params) -> ModelFn:
         # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
-        params = sharding.gathered(mesh, network.rounded(params))
+        later = ("blocks",) if config.mesh.gather == "blocks" else ()
+        params = sharding.gathered(mesh, network.rounded(params), without=later)
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)
         )
@@ -103,6 +104,9 @@ def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
         attend=attend,
         by_column=functools.partial(sharding.by_column, mesh),
     )
+    if config.mesh.gather == "blocks":
+        gather = functools.partial(sharding.gathered, mesh)
+        placement = dataclasses.replace(placement, gather_block=gather)
     return dataclasses.replace(network, placement=placement)
 
 

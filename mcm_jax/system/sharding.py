@@ -1,8 +1,8 @@
 """The mesh and the shardings on it: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -40,6 +40,12 @@ class MeshSettings:
         1,
         "devices over which parameters are sharded too; each device gathers all for each part of a batch",
         low=1,
+        affects=Affects.NOTHING,
+    )
+    gather: Literal["all", "blocks"] = setting(
+        "all",
+        "which of the parameters sharded over fsdp a device gathers at once: all, before each part of a "
+        "batch, or those of one block, before it computes, which takes less memory and more communication",
         affects=Affects.NOTHING,
     )
 
@@ -105,17 +111,24 @@ def params_sharding(mesh: Mesh, abstract: PyTree) -> PyTree:
     return jax.tree.map_with_path(rule, abstract)
 
 
-def gathered(mesh: Mesh, params: PyTree) -> PyTree:
+def gathered(mesh: Mesh, params: PyTree, *, without: Collection[str] = ()) -> PyTree:
     """Gathers `params` on all devices, except those sharded by column.
 
     The gradient is summed over devices and sharded like the original parameters.
+
+    Args:
+      without: names of subtrees that stay sharded.
     """
+
+    def stays(path: tuple[object, ...]) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return _by_column(path) or not set(names).isdisjoint(without)
 
     @jax.custom_vjp
     def gather(params: PyTree) -> PyTree:
         own = params_sharding(mesh, params)
         shardings = jax.tree.map_with_path(
-            lambda path, sharding: sharding if _by_column(path) else replicated(mesh), own
+            lambda path, sharding: sharding if stays(path) else replicated(mesh), own
         )
         return jax.lax.with_sharding_constraint(params, shardings)
 

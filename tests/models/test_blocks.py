@@ -10,7 +10,7 @@ from mcm_jax.models import blocks
 def test_modulation_is_per_example():
     h = jnp.ones((2, 3, 3, 2))
     scale_shift = jnp.array([[0.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.0, 2.0]])
-    out = blocks._modulate(h, scale_shift)
+    out = blocks.modulate(h, scale_shift)
     np.testing.assert_allclose(out[:, 1, 2], [[1.5, 2.0], [2.0, 3.0]])
 
 
