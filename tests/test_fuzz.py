@@ -38,12 +38,12 @@ from mcm_jax.runs import workdirs
 from mcm_jax.text import encoders
 from tests.bench.test_cells import PROBLEMS, A
 from tests.data.test_imagenet import encoded, picture
-from tests.evaluation import test_archives, test_pth
 from tests.limits import refusal
 from tests.planning.test_table import RECORD as PLAN
 from tests.reporting import made_up
 from tests.runs.test_workdirs import DATASET
 from tests.runs.test_workdirs import config as run_config
+from tests.system import test_archives, test_pth
 from tests.tars import tar
 from tests.text import tiny as tiny_text
 

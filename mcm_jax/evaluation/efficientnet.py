@@ -20,9 +20,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from mcm_jax import records
-from mcm_jax.evaluation import pth
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.models.network import Params
+from mcm_jax.system import pth
 from mcm_jax.system.errors import InputError
 
 NETWORK = records.EFFICIENTNET

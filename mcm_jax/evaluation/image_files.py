@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mcm_jax.data.images import find, naming, opened, turn, upright
-from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.references import Blocks
 from mcm_jax.records import JsonObject
+from mcm_jax.system import archives
 from mcm_jax.system.errors import InputError, printable, reason
 from mcm_jax.system.files import read_bytes, reading
 from mcm_jax.system.paths import Path

@@ -25,10 +25,10 @@ from flax import nnx
 
 from mcm_jax import records
 from mcm_jax.data import layout
-from mcm_jax.evaluation import frozen_graph, inception, pickles, pth
+from mcm_jax.evaluation import frozen_graph, inception
 from mcm_jax.evaluation.features import FeatureNetwork
 from mcm_jax.evaluation.inception import Inception
-from mcm_jax.system import files
+from mcm_jax.system import files, pickles, pth
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import Path, as_path
 from mcm_jax.system.tensors import TensorFile

@@ -18,11 +18,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from mcm_jax.data.pixels import lacks_scaling
-from mcm_jax.evaluation import archives, pickles
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
-from mcm_jax.system import distributed, progress
+from mcm_jax.system import archives, distributed, pickles, progress
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.files import read_bytes
 from mcm_jax.system.paths import Path

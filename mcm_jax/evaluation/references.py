@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from jaxtyping import Float32, Float64, Int, UInt8
 
-from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.metrics import Moments
 from mcm_jax.evaluation.unfinished import Arrays, Unfinished, joined, part, read_saved
 from mcm_jax.records import JsonObject
-from mcm_jax.system import distributed, json_text
+from mcm_jax.system import archives, distributed, json_text
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import read_bytes, reading, require_writable, write_whole
 from mcm_jax.system.paths import Path, as_path

@@ -8,8 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mcm_jax.evaluation import archives
-from mcm_jax.system import distributed
+from mcm_jax.system import archives, distributed
 from mcm_jax.system.errors import reason
 from mcm_jax.system.files import reading, write_whole
 from mcm_jax.system.paths import Path

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from mcm_jax.evaluation import efficientnet, pth
+from mcm_jax.evaluation import efficientnet
 from mcm_jax.evaluation.features import Extractor
+from mcm_jax.system import pth
 from mcm_jax.system.errors import InputError
 
 STRIDES = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1]

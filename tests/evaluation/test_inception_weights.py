@@ -13,8 +13,8 @@ from flax import nnx
 
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.system.errors import InputError
-from tests.evaluation import test_pth
 from tests.limits import refusal
+from tests.system import test_pth
 
 
 def capitalised(name):

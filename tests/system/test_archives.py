@@ -8,9 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from mcm_jax.evaluation import archives
 from mcm_jax.evaluation.image_files import open_images
 from mcm_jax.evaluation.published import load_arrays
+from mcm_jax.system import archives
 from tests.limits import refusal
 
 ARRAYS = {

@@ -11,7 +11,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def run(
 
     Args:
       known: what stands for each name, (module, name), that the pickle may refer to. An object with a method
-        `set_state` receives what the pickle says about it.
+        `set_state` or `set_attributes` receives the state, or the attributes, that the pickle says it has.
       load_persistent: converts references to objects outside the pickle; None: there must be none.
 
     Raises:
@@ -78,6 +78,15 @@ def run(
     raise pickle.UnpicklingError("truncated")
 
 
+@runtime_checkable
+class HasAttributes(Protocol):
+    """An object whose attributes the pickle sets."""
+
+    def set_attributes(self, attributes: dict[str, Any]) -> None:
+        """Receives all attributes."""
+        ...
+
+
 # Instructions that push their argument.
 _ARGUMENTS = frozenset(
     "INT LONG BININT BININT1 BININT2 LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
@@ -90,6 +99,7 @@ _NEW: dict[str, Callable[[], object]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
 }
 
 
@@ -144,7 +154,7 @@ class _Machine:
                 stack.append(self._find(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 stack.append(self._find(*(_require(stack.pop(at), str) for at in (-2, -1))))
-            case "REDUCE":
+            case "REDUCE" | "NEWOBJ":
                 arguments = _require(stack.pop(), tuple)
                 self._pay_for(arguments)
                 stack.append(stack.pop()(*arguments))
@@ -165,6 +175,9 @@ class _Machine:
         return self._known[module, name]
 
     def _build(self, value: Any, state: Any) -> None:
+        if isinstance(state, dict) and isinstance(value, HasAttributes):
+            value.set_attributes(state)
+            return
         if isinstance(value, dict):  # Attributes of an OrderedDict, such as torch's versions of layers.
             return
         self._pay_for(_require(state, tuple))

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mcm_jax.evaluation import pickles
+from mcm_jax.system import pickles
 from mcm_jax.system.errors import InputError
 from tests.limits import refusal
 
@@ -88,7 +88,7 @@ BOMBS = {
     "tuples of tuples": (doubled(b")", b"\x86"), "values"),
     "lists": (b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(60)) + b".", "values"),
     "a key of tuples": (b"\x80\x02}" + doubled(b")", b"\x86")[2:-1] + b"K\x01s.", "tuple in place of a str"),
-    "a set of tuples": (b"\x80\x04\x8f(" + doubled(b")", b"\x86")[2:-1] + b"\x90.", "EMPTY_SET"),
+    "a set of tuples": (b"\x80\x04\x8f(" + doubled(b")", b"\x86")[2:-1] + b"\x90.", "ADDITEMS"),
     "duplicates": (b"\x80\x02)" + b"2\x86" * 60 + b".", "DUP"),
     "a list in itself": (b"\x80\x02]q\x00h\x00a.", "levels"),
     "deep lists": (b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".", "levels"),

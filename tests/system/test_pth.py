@@ -9,7 +9,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from mcm_jax.evaluation import pth
+from mcm_jax.system import pth
 from mcm_jax.system.errors import InputError
 from tests.limits import refusal
 
@@ -126,7 +126,7 @@ def test_reads_offsets_strides_scalars_and_shared_storages(layout):
         ("subprocess", "getoutput", "touch {marker}"),
         ("torch", "load", "x"),
         ("torch._utils", "_rebuild_parameter", "x"),
-        ("mcm_jax.evaluation.pth", "read", "x"),
+        ("mcm_jax.system.pth", "read", "x"),
     ],
 )
 def test_refuses_every_name_that_a_state_dict_does_not_need(tmp_path, module, name, argument, layout):

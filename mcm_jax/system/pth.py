@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mcm_jax.evaluation import archives, pickles
+from mcm_jax.system import archives, pickles
 from mcm_jax.system.errors import InputError, reason
 
 _MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
@@ -73,6 +73,19 @@ def read(content: bytes, *, name: str) -> dict[str, np.ndarray]:
         ) from error
 
 
+def read_storage(content: bytes) -> np.ndarray:
+    """Reads a storage that was saved alone, in the older layout.
+
+    Raises:
+      Exception: of any class; the content is not that, or damaged.
+    """
+    file = io.BytesIO(content)
+    storage, keys = _legacy_content(file)
+    if not isinstance(storage, _Storage) or keys != [storage.key]:
+        raise ValueError("not one storage")
+    return _legacy_numbers(file, storage)
+
+
 def _read_archive(file: io.BytesIO) -> dict[str, np.ndarray]:
     with archives.open_zip(file) as archive:
         (pickled,) = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
@@ -88,22 +101,32 @@ def _read_archive(file: io.BytesIO) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
-    file.seek(0)
-    if file.read(len(_MAGIC)) != _MAGIC:
-        raise ValueError("wrong magic number")
-    for _ in ("protocol version", "system info"):
-        _unpickled(file)
-    tensors, keys = _tensors(_unpickled(file)), _unpickled(file)
+    state, keys = _legacy_content(file)
+    tensors = _tensors(state)
     wanted = _storages(tensors)
     storages = {}
     for key in keys:
         if not isinstance(key, str):
             raise ValueError("the key of a storage is not text")
-        count = int.from_bytes(file.read(8), "little", signed=True)
-        if count != wanted[key].length:
-            raise ValueError("truncated")
-        storages[key] = _numbers(file.read(count * wanted[key].dtype.itemsize), wanted[key])
+        storages[key] = _legacy_numbers(file, wanted[key])
     return _arrays(tensors, storages)
+
+
+def _legacy_content(file: io.BytesIO) -> tuple[Any, Any]:
+    """(what was saved, keys of its storages); leaves the position before the first storage's numbers."""
+    file.seek(0)
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError("wrong magic number")
+    for _ in ("protocol version", "system info"):
+        _unpickled(file)
+    return _unpickled(file), _unpickled(file)
+
+
+def _legacy_numbers(file: io.BytesIO, storage: _Storage) -> np.ndarray:
+    count = int.from_bytes(file.read(8), "little", signed=True)
+    if count != storage.length:
+        raise ValueError("truncated")
+    return _numbers(file.read(count * storage.dtype.itemsize), storage)
 
 
 def _tensors(state: Mapping[str, object]) -> dict[str, _Tensor]:
@@ -121,7 +144,10 @@ def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
 
 
 def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    views = {name: _view(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+    views = {
+        name: view(storages[tensor.storage.key], tensor.offset, tensor.shape, tensor.strides)
+        for name, tensor in tensors.items()
+    }
     stored = sum(numbers.nbytes for numbers in storages.values())
     if sum(view.nbytes for view in views.values()) > _MAX_COPIES * stored:
         raise ValueError(f"its tensors take more than {_MAX_COPIES} times the memory of their storages")
@@ -157,13 +183,12 @@ _KNOWN = {
 } | {("torch", name): np.dtype(code) for name, code in _STORAGES.items()}
 
 
-def _view(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
-    """A strided view of the storage; raises ValueError if the view would leave the storage."""
-    sizes = (tensor.offset, *tensor.shape, *tensor.strides)
-    last = tensor.offset + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
-    )
-    if min(sizes) < 0 or 0 in tensor.shape or last >= len(numbers) or math.prod(tensor.shape) > len(numbers):
+def view(numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """A strided view of a storage; raises ValueError if the view would leave the storage."""
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if min(offset, *shape, *strides, 0) < 0 or 0 in shape or last >= len(numbers):
         raise ValueError("a tensor reaches outside its storage")
-    steps = [stride * numbers.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, steps)
+    if math.prod(shape) > len(numbers):
+        raise ValueError("a tensor reaches outside its storage")
+    steps = [stride * numbers.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps)

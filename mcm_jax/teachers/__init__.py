@@ -1,0 +1,1 @@
+"""Imports published networks as teachers."""
