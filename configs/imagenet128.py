@@ -8,7 +8,10 @@
     SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 5)
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
-SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measured with this code):
+SIZE is small or large. The rows adm128,cd,steps=S and adm128,ct,steps=S start from ADM's published network
+(docs/public_teachers.md).
+
+The paper's FIDs of 50,000 samples (none has been measured with this code):
 
     S     small,ct   small,cd   large,ct   large,cd
     1         16.0        8.5       14.5        7.0
@@ -50,11 +53,13 @@ On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 
 import ml_collections
 
-from mcm_jax.config import paper_rows
+from mcm_jax.config import paper_rows, public_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """Returns the config of a row, such as "small,teacher" or "large,cd,steps=8"."""
+    """Returns the config of a row, such as "small,teacher" or "adm128,cd,steps=4"."""
+    if public_rows.is_public(row, resolution=128):
+        return public_rows.imagenet(row, resolution=128)
     return paper_rows.imagenet(
         row,
         resolution=128,

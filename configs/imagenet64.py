@@ -8,7 +8,10 @@
     SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 3)
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
-SIZE is small or large. The paper's FIDs of 50,000 samples (none has been measured with this code):
+SIZE is small or large. The rows NETWORK,cd,steps=S and NETWORK,ct,steps=S start from a published network:
+edm2-s, edm2-m, edm2-l, edm2-xl, edm, openai_edm or adm64 (docs/public_teachers.md).
+
+The paper's FIDs of 50,000 samples (none has been measured with this code):
 
     S     small,ct   small,cd   small,cd,ddim   small,pd   large,ct   large,cd
     1          7.2        4.3            3.91       10.7        6.4        3.2
@@ -40,11 +43,13 @@ On another number of chips, add --config.mesh.fsdp=CHIPS. The commands:
 
 import ml_collections
 
-from mcm_jax.config import paper_rows
+from mcm_jax.config import paper_rows, public_rows
 
 
 def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
-    """Returns the config of a row, such as "small,teacher" or "large,cd,steps=8"."""
+    """Returns the config of a row, such as "small,teacher" or "edm2-s,cd,steps=4"."""
+    if public_rows.is_public(row, resolution=64):
+        return public_rows.imagenet(row, resolution=64)
     return paper_rows.imagenet(
         row,
         resolution=64,

@@ -16,6 +16,8 @@ captions.jsonl.
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
 captions.jsonl or in a .txt beside each image, or none. PATH may also hold tar files, as of WebDataset.
 
+A published network as a teacher: --teacher=FILE --workdir=DIR, with the --dataset that it was trained on.
+
 Weights of FID's feature network, converted once: --inception=FILE.
 """
 
@@ -98,6 +100,20 @@ def define_flags() -> None:
         False,
         "avatars: also train the network that finds attributes in samples, for evaluate; takes minutes.",
     )
+    paths.define_path(
+        "teacher",
+        None,
+        "File of a published network, to be written to --workdir as a teacher: a .pkl of EDM or EDM2, or a "
+        ".pt of OpenAI's ADM or consistency models. --dataset names the images that it was trained on.",
+    )
+    paths.define_path("workdir", None, "--teacher: directory to write it to.")
+    flags.DEFINE_enum(
+        "kind",
+        None,
+        ["openai_edm", "consistency"],
+        "--teacher: which of the two a .pt of consistency_models is; default: as its name begins (edm_, cd_ "
+        "or ct_).",
+    )
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace the existing data set.")
 
 
@@ -132,6 +148,10 @@ def main() -> None:
     )
     if values.classifier and values.dataset != avatars.NAME:
         raise InputError(f"--classifier applies only to {avatars.NAME}; remove it")
+    if (values.teacher is None) != (values.workdir is None):
+        raise InputError("--teacher=FILE and --workdir=DIR belong together; add the other")
+    if values.kind is not None and values.teacher is None:
+        raise InputError("--kind applies only to --teacher=FILE; remove it")
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
     encoder = _encoder(values.dataset, values.encoder, values.caption_length)
@@ -144,6 +164,13 @@ def main() -> None:
     print(report(info, built=built, data_dir=str(values.data_dir)))
     if values.classifier:
         print(_classifier(info, overwrite=values.overwrite))
+    if values.teacher is not None:
+        from mcm_jax.teachers import importer  # Slow to import.
+
+        source, workdir = values.teacher, values.workdir
+        print(
+            importer.import_teacher(source, workdir, dataset=info, data_dir=values.data_dir, kind=values.kind)
+        )
 
 
 def _classifier(info: layout.DatasetInfo, *, overwrite: bool) -> str:

@@ -210,6 +210,17 @@ class Reference(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin(Record):
+    """A published file that a run's parameters, or those of its first teacher, come from."""
+
+    kind: str
+    file: str
+    sha256: str
+    source: str
+    licence: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement(Record):
     """Everything that the results of an evaluated run depend on."""
 
@@ -227,6 +238,7 @@ class Measurement(Record):
     label_rule: str
     seed: int
     sampling: Sampling = dataclasses.field(metadata=_FLAT)
+    origin: Origin | None = None  # None: no parameters come from a published file
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
     asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics

@@ -29,6 +29,8 @@ from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_coco, test_emoji, test_imagenet
 from tests.evaluation import test_inception_weights
+from tests.teachers import golden
+from tests.teachers import images as teacher_images
 from tests.text import tiny as encoders
 
 # Sources in the order in which their commands are run. Those of a story share a directory: later ones sample
@@ -54,6 +56,7 @@ STORIES = {
     "text_to_image": ("configs/text_to_image.py",),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
     "imagenet128": ("configs/imagenet128.py",),
+    "public": ("docs/public_teachers.md",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
     "planning": ("launch/plan_table.sh", "launch/plan_scaling.sh", "docs/planning.md", "mcm_jax/plan.py"),
 }
@@ -100,6 +103,14 @@ PLAN = (
     *("--topology=v5e:2x2", "--config.mesh.fsdp=4", "--config.data.resolution=8"),
     "--config.training.accumulation_steps=1",
 )
+# Ten classes at 32x32, and the narrow network with random weights, take the place of ImageNet and EDM2-S.
+PUBLIC = (
+    *("--config.data.dataset=folder/ten", "--config.data.resolution=32"),
+    "--config.sampling.batch_per_device=8",
+    *("--config.edm2.widths=(8,16,24,32)", "--config.edm2.blocks=2", "--config.edm2.head_width=8"),
+    *("--config.training.num_steps=1", "--config.training.batch_size=8"),
+    *("--config.training.accumulation_steps=1", "--config.training.sample_every_steps=0"),
+)
 # ImageNet at 128x128 is not prepared: folder/tiny is in its place.
 TINY_DATA = ("--config.data.dataset=folder/tiny", "--config.data.data_dir=tiny", "--config.data.resolution=8")
 
@@ -107,6 +118,8 @@ TINY_DATA = ("--config.data.dataset=folder/tiny", "--config.data.data_dir=tiny",
 def small(command: Command) -> tuple[str, ...]:
     """The arguments that make a command small."""
     text = str(command)
+    if ":edm2-s," in text:
+        return PUBLIC
     if command.program == "train":
         arguments = TRAIN
         if ":small,pd," in text or ":progressive" in text:
@@ -130,6 +143,8 @@ def small(command: Command) -> tuple[str, ...]:
     if command.program == "prepare":
         if option(command, "--inception"):
             return ("--inception=made_up.pickle",)  # The published file's name contains its hash.
+        if option(command, "--teacher"):
+            return ("--dataset=folder", "--manual_dir=ten", "--resolution=32")
         return {
             "folder": ("--resolution=8",),
             "openmoji": ("--resolution=16",),
@@ -327,7 +342,7 @@ def make_images(directory: Path) -> None:
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(directory / name / f"{n}.png")
 
 
-def made_up_statistics(path: Path) -> None:
+def made_up_statistics(path: Path, *, side: int = 64) -> None:
     """A file of ADM's form, for FEATURES."""
     draw = np.random.default_rng(0)
     np.savez(
@@ -336,7 +351,7 @@ def made_up_statistics(path: Path) -> None:
         sigma=np.eye(FEATURES["pool"]),
         mu_s=draw.normal(size=FEATURES["spatial"]),
         sigma_s=np.eye(FEATURES["spatial"]),
-        arr_0=draw.integers(0, 256, (8, 64, 64, 3), np.uint8),
+        arr_0=draw.integers(0, 256, (8, side, side, 3), np.uint8),
     )
 
 
@@ -355,12 +370,17 @@ def make_up_data(name: str, directory: Path) -> None:
             image.with_suffix(".txt").write_text(f"image {n}")
     if name == "emoji":
         test_emoji.write_tgz(directory / "FILE", test_emoji.package_files())
-    if name != "imagenet64":
+    if name == "public":
+        teacher_images.write(directory / "ten")
+        (directory / "edm2-img64-s-1073741-0.075.pkl").write_bytes(golden.file("edm2-img64"))
+        made_up_statistics(directory / "VIRTUAL_imagenet64_labeled.npz", side=32)
+    if name not in ("imagenet64", "public"):
         return
-    test_imagenet.make_manual_dir(directory / "DIR")
     layers = test_inception_weights.random_layers()
     (directory / "made_up.pickle").write_bytes(test_inception_weights.as_pickle(layers))
-    made_up_statistics(directory / "imagenet64.npz")
+    if name == "imagenet64":
+        test_imagenet.make_manual_dir(directory / "DIR")
+        made_up_statistics(directory / "imagenet64.npz")
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from mcm_jax.evaluation import (
 from mcm_jax.planning import planner
 from mcm_jax.reporting import page, results
 from mcm_jax.runs import workdirs
+from mcm_jax.teachers import nvidia
 from mcm_jax.text import encoders
 from tests.bench.test_cells import PROBLEMS, A
 from tests.data.test_imagenet import encoded, picture
@@ -45,6 +46,7 @@ from tests.runs.test_workdirs import DATASET
 from tests.runs.test_workdirs import config as run_config
 from tests.system import test_archives, test_pth
 from tests.tars import tar
+from tests.teachers import test_nvidia
 from tests.text import tiny as tiny_text
 
 INPUTS = int(os.environ.get("MCM_FUZZ_INPUTS", "300"))
@@ -379,6 +381,10 @@ READERS = {
         lambda p: pickles.read(p.read_bytes(), name="x"),
     ),
     "pth": (lambda: damaged(pths()) | pth_of_parts(), read_pth),
+    "nvidia": (
+        lambda: damaged((test_nvidia.network(),)) | pickle_of_parts(),
+        lambda p: nvidia.read(p.read_bytes(), name="x"),
+    ),
     "reference": (lambda: damaged(NPZ + PICKLES) | npz_of_parts(), read_reference),
     "images in an npz": (lambda: damaged(NPZ) | npz_of_parts(), read_images),
     "cache": (lambda: damaged(NPZ) | npz_of_parts(), read_cache),

@@ -9,13 +9,16 @@ from mcm_jax import records
 from mcm_jax.records import Measurement, RecordError, Result
 from tests.reporting.made_up import RECORD, record
 
+ORIGIN = {"kind": "edm", "file": "a.pkl", "sha256": "f", "source": "s", "licence": "l"}
+
 
 def read(**changes) -> Result:
     return Result.from_json(record(**changes))
 
 
 def test_a_record_is_the_same_after_writing_and_reading():
-    for changes in ({}, {"sampler": "addim", "x_var": "measured", "x_var_eta": 0.75, "x_var_images": 1024}):
+    measured = {"sampler": "addim", "x_var": "measured", "x_var_eta": 0.75, "x_var_images": 1024}
+    for changes in ({}, measured, {"origin": ORIGIN}):
         result = read(**changes)
         assert result.to_json() == record(**changes)
         assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result

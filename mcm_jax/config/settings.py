@@ -14,8 +14,10 @@ import ml_collections
 from ml_collections import config_dict
 
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
-from mcm_jax.diffusion.schedules import EndPoints, Grid
+from mcm_jax.diffusion.schedules import LOGSNR_LIMIT, EndPoints, Grid
 from mcm_jax.fields import Affects, Settings, setting
+from mcm_jax.models.adm import ADMSettings
+from mcm_jax.models.edm2 import EDM2Settings
 from mcm_jax.models.uvit import UViTSettings
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.diffusion import Diffusion
@@ -39,6 +41,8 @@ SECTIONS = {
     "progressive": "progressive",
     "guidance": "guidance",
 }
+# The section of `Config` that holds an architecture's settings.
+ARCHITECTURES = {"uvit": "model", "adm": "adm", "edm2": "edm2"}
 # The objectives that are trained in stages.
 Staged = Tract | Progressive
 
@@ -93,6 +97,13 @@ class ScheduleSettings:
         "whether a shift moves the ends of the log-SNR (open; moved follows the formula literally)",
         affects=Affects.ALL,
     )
+    logsnr_min: float = setting(
+        -LOGSNR_LIMIT,
+        "log-SNR at t = 1 (open); imported networks were trained from -8.76 to 12.43",
+        high=0,
+        affects=Affects.ALL,
+    )
+    logsnr_max: float = setting(LOGSNR_LIMIT, "log-SNR at t = 0 (open)", low=0, affects=Affects.ALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +161,16 @@ class Config:
     teacher_checkpoint: str | None = setting(
         None, "workdir of the teacher; required except for diffusion (ct only starts from its parameters)"
     )
+    architecture: Literal["uvit", "adm", "edm2"] = setting(
+        "uvit",
+        "the network: uvit, with settings in config.model; or that of an imported teacher, adm or edm2, with "
+        "settings in config.adm or config.edm2",
+        affects=Affects.ALL,
+    )
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     model: UViTSettings = dataclasses.field(default_factory=UViTSettings)
+    adm: ADMSettings = dataclasses.field(default_factory=ADMSettings)
+    edm2: EDM2Settings = dataclasses.field(default_factory=EDM2Settings)
     schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
     diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
@@ -162,6 +181,11 @@ class Config:
     training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
     mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
+
+    @property
+    def network(self) -> UViTSettings | ADMSettings | EDM2Settings:
+        """The sizes of the selected architecture."""
+        return getattr(self, ARCHITECTURES[self.architecture])
 
     @property
     def loss(self) -> Diffusion | Consistency | Tract | Progressive | Guidance:

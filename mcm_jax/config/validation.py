@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeVar
 import ml_collections
 
 from mcm_jax import fields
-from mcm_jax.config.settings import SECTIONS, Config, Staged, without_none
+from mcm_jax.config.settings import ARCHITECTURES, SECTIONS, Config, Staged, without_none
+from mcm_jax.models.adm import ADMSettings
+from mcm_jax.models.edm2 import EDM2Settings
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
 
@@ -25,9 +27,10 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     result = _with_checked_paths(_read(Config, raw, prefix=""))
-    _check_model(result)
+    _check_network(result)
     _check_objective(result)
-    _check_unused(result)
+    _check_unused(result, SECTIONS, result.objective)
+    _check_unused(result, ARCHITECTURES, result.architecture)
     _check_optimizer(result)
     return result
 
@@ -90,16 +93,16 @@ def _check_objective(config: Config) -> None:
             )
 
 
-def _check_unused(config: Config) -> None:
-    """Rejects changed settings of objectives that are not selected, since they would have no effect."""
-    used = SECTIONS[config.objective]
-    for section in sorted(set(SECTIONS.values()) - {used}):
+def _check_unused(config: Config, sections: Mapping[str, str], selected: str) -> None:
+    """Rejects changed settings in sections that are not the selected one, since they would have no effect."""
+    used = sections[selected]
+    for section in sorted(set(sections.values()) - {used}):
         changed = getattr(config, section)
         for name, default in fields.flat(type(changed)()).items():
             value = getattr(changed, name)
             if value != default:
                 raise InputError(
-                    f"config.{section}.{name}={value!r} has no effect on {config.objective}, whose settings "
+                    f"config.{section}.{name}={value!r} has no effect on {selected}, whose settings "
                     f"are in config.{used}; leave it out"
                 )
 
@@ -129,7 +132,54 @@ def _check_stages(objective: str, stages: tuple[int, ...]) -> None:
             )
 
 
-def _check_model(config: Config) -> None:
+def _check_network(config: Config) -> None:
+    if config.mesh.data == 0:
+        raise InputError("config.mesh.data=0: use a positive number, or -1 for all remaining devices")
+    if config.architecture == "uvit":
+        _check_uvit(config)
+    else:
+        _check_unet(config)
+
+
+def _check_unet(config: Config) -> None:
+    name, network = f"config.{config.architecture}", config.network
+    assert isinstance(network, ADMSettings | EDM2Settings)
+    levels = len(network.widths)
+    if len(network.attention_levels) != levels:
+        raise InputError(
+            f"{name}.attention_levels={network.attention_levels!r} must have one entry for each of the "
+            f"{levels} levels of {name}.widths={network.widths!r}"
+        )
+    multiple = 2 ** max(levels - 1, 0)
+    if levels == 0 or config.data.resolution % multiple:
+        raise InputError(
+            f"config.data.resolution={config.data.resolution} can't be halved {levels - 1} times for the "
+            f"{levels} levels of {name}.widths; use a multiple of {multiple}, or fewer levels"
+        )
+    if config.data.encoder is not None:
+        raise InputError(
+            f"config.data.encoder={config.data.encoder!r}: config.architecture={config.architecture!r} "
+            "supports class labels only; leave it out"
+        )
+    for width in network.widths:
+        heads = network.num_heads(width)
+        if width % heads:
+            raise InputError(
+                f"{name}: its {heads} attention heads do not divide the width {width} in {name}.widths="
+                f"{network.widths!r}"
+            )
+        if isinstance(network, ADMSettings) and width % max(
+            1, min(network.groups, width // network.group_width)
+        ):
+            raise InputError(
+                f"{name}.groups={network.groups} and group_width={network.group_width} can't divide {width} "
+                f"in {name}.widths={network.widths!r}"
+            )
+    if network.widths[0] % 2:
+        raise InputError(f"{name}.widths={network.widths!r}: the first must be even")
+
+
+def _check_uvit(config: Config) -> None:
     model, stages = config.model, len(config.model.kinds)
     for name in ("widths", "blocks", "dropouts"):
         if len(getattr(model, name)) != stages:
@@ -160,8 +210,6 @@ def _check_model(config: Config) -> None:
                 )
     if model.embedding_width % 2:
         raise InputError(f"config.model.embedding_width={model.embedding_width} must be even")
-    if config.mesh.data == 0:
-        raise InputError("config.mesh.data=0: use a positive number, or -1 for all remaining devices")
 
 
 def _read(kind: type[_Settings], raw: Any, *, prefix: str) -> _Settings:

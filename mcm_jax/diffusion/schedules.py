@@ -51,14 +51,23 @@ def cosine(*, logsnr_min: float = -LOGSNR_LIMIT, logsnr_max: float = LOGSNR_LIMI
     return schedule
 
 
-def shifted(*, noise_resolution: int, image_resolution: int, end_points: EndPoints = "moved") -> Schedule:
+def shifted(
+    *,
+    noise_resolution: int,
+    image_resolution: int,
+    end_points: EndPoints = "moved",
+    logsnr_min: float = -LOGSNR_LIMIT,
+    logsnr_max: float = LOGSNR_LIMIT,
+) -> Schedule:
     """lambda_cos(t) + 2 log(n / r): at image resolution r, the noise level of resolution n.
 
     Args:
       noise_resolution: n, in pixels.
       image_resolution: r, in pixels.
       end_points: not in the paper. "moved" (our default) applies the formula unchanged, which shifts the end
-        points away from +-15; "kept" rescales t so that they stay at +-15.
+        points away from the limits; "kept" rescales t so that they stay there.
+      logsnr_min: the limit at t = 1.
+      logsnr_max: the limit at t = 0.
 
     Examples:
       >>> schedule = shifted(noise_resolution=32, image_resolution=64)
@@ -67,7 +76,7 @@ def shifted(*, noise_resolution: int, image_resolution: int, end_points: EndPoin
     """
     shift = 2 * math.log(noise_resolution / image_resolution)
     moved = 0.0 if end_points == "moved" else shift
-    base = cosine(logsnr_min=-LOGSNR_LIMIT - moved, logsnr_max=LOGSNR_LIMIT - moved)
+    base = cosine(logsnr_min=logsnr_min - moved, logsnr_max=logsnr_max - moved)
     return lambda t: base(t) + shift
 
 
@@ -77,8 +86,12 @@ def interpolated(
     noise_resolution_high: int,
     image_resolution: int,
     end_points: EndPoints = "moved",
+    logsnr_min: float = -LOGSNR_LIMIT,
+    logsnr_max: float = LOGSNR_LIMIT,
 ) -> Schedule:
     """(1 - t) shifted(n_low)(t) + t shifted(n_high)(t), with all resolutions in pixels.
+
+    The other arguments are those of `shifted`.
 
     Examples:
       The schedule of the paper's ImageNet64 runs:
@@ -88,7 +101,13 @@ def interpolated(
       [13.614, -15.0]
     """
     low, high = (
-        shifted(noise_resolution=n, image_resolution=image_resolution, end_points=end_points)
+        shifted(
+            noise_resolution=n,
+            image_resolution=image_resolution,
+            end_points=end_points,
+            logsnr_min=logsnr_min,
+            logsnr_max=logsnr_max,
+        )
         for n in (noise_resolution_low, noise_resolution_high)
     )
     return lambda t: (1 - t) * low(t) + t * high(t)

@@ -129,6 +129,7 @@ class Evaluator:
             resolution=run.dataset.resolution,
             data_preprocessing=run.dataset.preprocessing,
             training_seed=run.seed,
+            origin=run.origin,
             student_steps=run.student_steps,
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),

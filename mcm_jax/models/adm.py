@@ -58,11 +58,25 @@ class ADMSettings:
     remat: Literal["none", "full"] = setting(
         "none", "what the backward pass recomputes: nothing (none) or every block", affects=Affects.NOTHING
     )
+    attention: Literal["fused", "einsum"] = setting(
+        "fused",
+        "fused: a fused kernel where the devices are TPUs and the number of positions is a multiple of 128, "
+        "otherwise einsum; einsum: never a fused kernel",
+        affects=Affects.NOTHING,
+    )
 
     @property
     def predicts_variance(self) -> bool:
         """Whether half of the output is the variance of ADM's sampler, which is ignored here."""
         return self.preconditioning == "eps_cosine" or self.preconditioning == "eps_linear"
+
+    def num_groups(self, width: int) -> int:
+        """Groups of a group norm over `width` channels."""
+        return max(1, min(self.groups, width // self.group_width))
+
+    def num_heads(self, width: int) -> int:
+        """Heads of attention over `width` channels."""
+        return self.heads or max(1, width // self.head_width)
 
     def build(
         self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
@@ -75,7 +89,7 @@ class Attention(nnx.Module):
     """x + proj(softmax(q k^T / sqrt(head width)) v), with q, k, v from group_norm(x)."""
 
     def __init__(self, width: int, settings: ADMSettings, *, placement: Placement, rngs: nnx.Rngs):
-        self.heads = settings.heads or max(1, width // settings.head_width)
+        self.heads = settings.num_heads(width)
         self.attend = placement.attend
         dtype = jnp.dtype(settings.dtype)
         self.norm = _norm(width, settings)
@@ -197,5 +211,4 @@ class ADM(nnx.Module):
 
 
 def _norm(width: int, settings: ADMSettings) -> GroupNorm:
-    groups = min(settings.groups, width // settings.group_width)
-    return GroupNorm(width, groups=groups, epsilon=1e-5)
+    return GroupNorm(width, groups=settings.num_groups(width), epsilon=1e-5)

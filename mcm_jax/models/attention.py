@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 # (q, k, v, mask) -> softmax(q k^T) v; q is already scaled. The mask states which keys exist; None: all.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
-# The checkpoint name of the result and of all values that the kernel's gradient needs (see `uvit.Remat`).
+# The checkpoint name of the result and of all values that the kernel's gradient needs (see `remat.Remat`).
 NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
@@ -50,17 +50,18 @@ def fused(
 ) -> Float[Array, "B H L D"]:
     """softmax(q k^T) v by JAX's splash attention, whose weights never leave a TPU's vector memory.
 
-    Falls back to `einsum` if L, K or D is not a multiple of 128 (the kernel's tile size) or K exceeds 1024:
-    the kernel holds whole rows of weights, and longer rows do not fit. The compiler cannot partition a kernel
-    over devices; under a mesh, wrap it in `shard_map`.
+    Falls back to `einsum` if L or K is not a multiple of 128 (the kernel's tile size) or exceeds 1024: the
+    kernel holds whole rows of weights, and longer rows do not fit. Narrower heads are padded with zeros. The
+    compiler cannot partition a kernel over devices; under a mesh, wrap it in `shard_map`.
 
     Args:
       mask: as in `einsum`.
       interpret: run the kernel in Pallas's interpreter (slow), for tests without a TPU.
     """
     (_, heads, length, width), keys = q.shape, k.shape[2]
-    if length % _TILE or keys % _TILE or width % _TILE or max(length, keys) > _LONGEST:
+    if length % _TILE or keys % _TILE or max(length, keys) > _LONGEST:
         return einsum(q, k, v, mask)
+    q, k, v = (jnp.pad(part, [(0, 0)] * 3 + [(0, -width % _TILE)]) for part in (q, k, v))
     # A single block, which holds whole rows of weights.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=length,
@@ -85,4 +86,4 @@ def fused(
         ones = jnp.ones((len(q), length), jnp.int32)
         segments = splash_attention_kernel.SegmentIds(ones, mask.astype(jnp.int32))
     # The kernel returns a tuple only if it saves residuals.
-    return cast(Array, jax.vmap(kernel)(q, k, v, segments))
+    return cast(Array, jax.vmap(kernel)(q, k, v, segments))[..., :width]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import Affects, setting
@@ -49,6 +49,16 @@ class EDM2Settings:
     remat: Literal["none", "full"] = setting(
         "none", "what the backward pass recomputes: nothing (none) or every block", affects=Affects.NOTHING
     )
+    attention: Literal["fused", "einsum"] = setting(
+        "fused",
+        "fused: a fused kernel where the devices are TPUs and the number of positions is a multiple of 128, "
+        "otherwise einsum; einsum: never a fused kernel",
+        affects=Affects.NOTHING,
+    )
+
+    def num_heads(self, width: int) -> int:
+        """Heads of attention over `width` channels."""
+        return max(1, width // self.head_width)
 
     def build(
         self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
@@ -86,6 +96,20 @@ def pixel_norm(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     return (wide / (_EPSILON + rms)).astype(x.dtype)
 
 
+def normalised(params: PyTree) -> PyTree:
+    """Scales all weights as `unit` does: the forced normalisation after each update (equation 66).
+
+    It leaves the network's function as it is, up to 1e-4. Without it, weights grow in training, and the
+    effective learning rate falls.
+    """
+
+    def scaled(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+        return unit(leaf) if is_kernel else leaf
+
+    return jax.tree.map_with_path(scaled, params)
+
+
 class Weights(nnx.Module):
     """A linear layer or a convolution whose output channels have weights of length `gain`."""
 
@@ -110,7 +134,7 @@ class Attention(nnx.Module):
     """mix(x, proj(softmax(q k^T / sqrt(head width)) v)), with q, k and v normalised in each head."""
 
     def __init__(self, width: int, settings: EDM2Settings, *, placement: Placement, rngs: nnx.Rngs):
-        self.heads, self.attend = max(1, width // settings.head_width), placement.attend
+        self.heads, self.attend = settings.num_heads(width), placement.attend
         dtype = jnp.dtype(settings.dtype)
         self.qkv = Weights(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Weights(width, width, dtype=dtype, rngs=rngs)

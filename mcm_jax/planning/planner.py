@@ -88,7 +88,7 @@ def plan(
     unfused = None
     if isinstance(compiled, compilation.Plan) and any(one.attention for one in compiled.operations):
         unfused = compilation.seconds_unfused(
-            compiled, attention.einsum, described, dtype=jnp.dtype(config.model.dtype)
+            compiled, attention.einsum, described, dtype=jnp.dtype(config.network.dtype)
         )
     record = report.record(
         compiled,
@@ -130,8 +130,10 @@ def _smaller(program: str, config: "Config", num_chips: int) -> "Iterator[tuple[
             images //= 2
         yield from _changed(config, changes)
         return
-    if config.model.remat != "full":
-        changes.append(("model", "remat", "full"))
+    from mcm_jax.config.settings import ARCHITECTURES
+
+    if config.network.remat != "full":
+        changes.append((ARCHITECTURES[config.architecture], "remat", "full"))
     if config.mesh.fsdp != num_chips:
         if config.mesh.data != -1:
             changes.append(("mesh", "data", -1))

@@ -14,7 +14,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.diffusion import schedules
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
-from mcm_jax.models import attention
+from mcm_jax.models import attention, edm2
 from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
@@ -40,8 +40,8 @@ def condition(dataset: DatasetInfo) -> Condition:
 
 
 def network(config: Config, *, condition: Condition) -> Network:
-    """The UViT described by config.model, for images of config.data."""
-    return Network(config.model, image_shape(config), condition)
+    """The network that the config describes, for images of config.data."""
+    return Network(config.network, image_shape(config), condition)
 
 
 def schedule(config: Config) -> Schedule:
@@ -52,6 +52,8 @@ def schedule(config: Config) -> Schedule:
         noise_resolution_high=config.schedule.noise_resolution_high or resolution,
         image_resolution=resolution,
         end_points=config.schedule.end_points,
+        logsnr_min=config.schedule.logsnr_min,
+        logsnr_max=config.schedule.logsnr_max,
     )
 
 
@@ -95,7 +97,7 @@ def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
     """
     over_batch = sharding.batch_sharding(mesh)
     attend = attention.einsum
-    if config.model.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
+    if config.network.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
         attend = jax.shard_map(
             attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
         )
@@ -147,6 +149,7 @@ class Training:
             target_decay=config.target_decay,
             accumulation_steps=config.training.accumulation_steps,
             seed=config.seed,
+            project=edm2.normalised if config.architecture == "edm2" else None,
         )
 
     def _state(self, params: Params) -> TrainState:

@@ -20,7 +20,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
 from mcm_jax.diffusion.conditions import Cond
-from mcm_jax.records import Objective, Sampling, SamplingOptions
+from mcm_jax.records import Objective, Origin, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
@@ -48,6 +48,7 @@ class Run:
         parameters: Parameters = "ema",
         workdir: Path | None = None,
         checkpoint: str | None = None,
+        origin: Origin | None = None,
     ):
         """Most callers should use `load_run` instead.
 
@@ -58,10 +59,11 @@ class Run:
           workdir: the run's directory; None for a run that exists only in memory.
           checkpoint: identity of the checkpoint that contains them (see `workdirs.checkpoint_identity`); None
             if unknown. Measured variances are stored and reused only if workdir and checkpoint are given.
+          origin: the published file that the parameters, or the first teacher's, come from; None: none.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
-        self.workdir, self.checkpoint = workdir, checkpoint
+        self.workdir, self.checkpoint, self.origin = workdir, checkpoint, origin
         self.network = build.network(config, condition=build.condition(dataset))
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
@@ -463,6 +465,7 @@ def load_run(
         parameters=parameters,
         workdir=workdir,
         checkpoint=workdirs.checkpoint_identity(workdir, step),
+        origin=record.origin,
     )
 
 

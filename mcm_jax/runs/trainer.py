@@ -81,10 +81,14 @@ def _train_run(config: Config, workdir: Path) -> bool:
             accumulation_steps=config.training.accumulation_steps,
         )
         training = build.training(config, condition=build.condition(dataset), mesh=mesh)
+        origin = existing and existing.origin
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset)
+            origin = workdirs.read(_teacher_workdir(config)).origin
+            if origin is not None:
+                distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
         teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)
-        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=teacher)
+        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=teacher, origin=origin)
     distributed.require_same((dataset, run.teacher), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     with workdirs.claim(workdir, run, existing=existing, needed_bytes=room):
@@ -101,7 +105,7 @@ def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: 
         state, teacher_params = _start(training, checkpoints, batches)
         done, train_step = int(state.step), training.train_step()
         preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
-        count = count_parameters(training.abstract.params)
+        count = int(count_parameters(training.abstract.params))
         distributed.say(f"training {count:,} parameters")
         with _observer(
             config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)

@@ -22,7 +22,7 @@ from mcm_jax.config.settings import Config
 from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
-from mcm_jax.records import RUN_FILE
+from mcm_jax.records import RUN_FILE, Origin
 from mcm_jax.system import distributed, files, json_text, locks
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import Path, absolute, as_path, checked_path, resolved
@@ -39,11 +39,13 @@ class RunRecord:
     Attributes:
       teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None if there is
         no teacher or the file was written by an older version.
+      origin: the published file that the parameters, or those of the first teacher, come from; None: none.
     """
 
     config: Config
     dataset: DatasetInfo
     teacher: str | None = None
+    origin: Origin | None = None
 
 
 def checkpoint_identity(workdir: Path, step: int) -> str | None:
@@ -153,6 +155,7 @@ def read(workdir: Path) -> RunRecord:
             config=validation.read_saved(upgraded(content["config"])),
             dataset=DatasetInfo.from_json(content["dataset"], path=as_path(content["dataset"]["path"])),
             teacher=content.get("teacher"),
+            origin=Origin.from_json(content["origin"]) if content.get("origin") else None,
         )
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))

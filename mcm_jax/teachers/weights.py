@@ -57,7 +57,7 @@ def edm2(tensors: Tensors, numbers: Numbers) -> Imported:
             params["skip"] = reader.weights(f"{name}.conv_skip")
         if shape.attention:
             qkv, proj = (reader.kernel(f"{name}.{layer}") for layer in ("attn_qkv", "attn_proj"))
-            heads = shape.c_out // settings.head_width
+            heads = settings.num_heads(shape.c_out)
             params["attention"] = {"qkv": {"kernel": _NVIDIA_QKV(qkv, heads)}, "proj": {"kernel": proj}}
         return params
 
@@ -264,7 +264,7 @@ def _adm(
             params["skip"] = reader.layer(skip)
         if shape.attention:
             norm, qkv_name, proj = (f"{attention_name}.{layer}" for layer in names.attention)
-            heads = settings.heads or max(1, shape.c_out // settings.head_width)
+            heads = settings.num_heads(shape.c_out)
             reordered = {key: qkv(value, heads) for key, value in reader.layer(qkv_name).items()}
             params["attention"] = {"norm": reader.norm(norm), "qkv": reordered, "proj": reader.layer(proj)}
         return params

@@ -52,6 +52,7 @@ def make_train_step(
     target_decay: float | None = None,
     accumulation_steps: int = 1,
     seed: int,
+    project: Callable[[Params], Params] | None = None,
 ) -> jax.stages.Wrapped:
     """Returns `make_update` jitted on a mesh, with the state donated."""
     update = make_update(
@@ -61,6 +62,7 @@ def make_train_step(
         target_decay=target_decay,
         accumulation_steps=accumulation_steps,
         seed=seed,
+        project=project,
     )
     return jax.jit(
         update,
@@ -78,6 +80,7 @@ def make_update(
     target_decay: float | None = None,
     accumulation_steps: int = 1,
     seed: int,
+    project: Callable[[Params], Params] | None = None,
 ) -> TrainStep:
     """Returns (state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
 
@@ -89,6 +92,7 @@ def make_update(
       target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: no
         target network.
       accumulation_steps: number of parts of the batch, processed one after the other (see `accumulated`).
+      project: applied to the parameters after every update; None: they stay as they are.
     """
 
     def update(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -102,6 +106,8 @@ def make_update(
         loss, gradient = accumulated(value_and_grad, batch, key, parts=accumulation_steps)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if project is not None:
+            params = project(params)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
         target_params = None
         if target_decay is not None:

@@ -30,6 +30,7 @@ RECORD = {
     "clip": "last",
     "rounding": "nearest",
     "network_calls": 4,
+    "origin": None,
     "num_samples": 1024,
     "asked": ["frechet", "nearest"],
     "caption_scores": [],

@@ -33,7 +33,7 @@ PATHS = {
     "train": {"workdir"},
     "sample": {"workdir", "out", "data_dir", "prompts", "text_encoder"},
     "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip"},
-    "prepare": {"inception", "data_dir"},
+    "prepare": {"inception", "data_dir", "teacher", "workdir"},
     "plan": {"json", "hlo", "table", "scaling"},
     "report": {"runs", "out", "prompts", "text_encoder"},
     "findings": {"out"},

@@ -1,0 +1,81 @@
+"""Config rows that distil published ImageNet networks (see `teachers.importer`)."""
+
+import ml_collections
+
+from mcm_jax.config import rows
+from mcm_jax.config.settings import default_config
+from mcm_jax.models import preconditioning
+from mcm_jax.models.preconditioning import Preconditioning
+from mcm_jax.system.errors import InputError
+
+# Channels of EDM2's first level, by size; dropout of the sizes that were trained with it.
+_EDM2 = {"edm2-s": (192, 0.0), "edm2-m": (256, 0.1), "edm2-l": (320, 0.1), "edm2-xl": (384, 0.1)}
+_ADM: dict[str, Preconditioning] = {
+    "edm": "edm",
+    "openai_edm": "edm_1000",
+    "adm64": "eps_cosine",
+    "adm128": "eps_linear",
+}
+# By the resolution in pixels.
+NETWORKS = {64: (*_EDM2, "edm", "openai_edm", "adm64"), 128: ("adm128",)}
+
+
+def is_public(row: str, *, resolution: int) -> bool:
+    """Whether a row names one of the published networks."""
+    return not rows.parse_row(row)[0].isdisjoint(NETWORKS[resolution])
+
+
+def set_schedule(config: ml_collections.ConfigDict, kind: Preconditioning) -> None:
+    """Sets the paper's schedule, between the log-SNRs at which such networks were trained."""
+    low, high = preconditioning.logsnr_range(kind)
+    config.schedule.update(
+        noise_resolution_low=min(32, config.data.resolution),
+        logsnr_min=round(low, 2),
+        logsnr_max=round(high, 2),
+    )
+
+
+def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
+    """Returns the config of a row: a published network, and "cd,steps=S" or "ct,steps=S".
+
+    The batch, the learning rates and the number of updates are ours. They suit one GPU or eight TPU v5e.
+
+    Raises:
+      InputError: there is no such row.
+    """
+    words, numbers = rows.parse_row(row)
+    networks, systems = words & set(NETWORKS[resolution]), words & {"cd", "ct"}
+    if len(words) != 2 or len(networks) != 1 or len(systems) != 1 or set(numbers) != {"steps"}:
+        raise InputError(
+            f"there is no config row {row!r}: use one of {', '.join(NETWORKS[resolution])}, with cd,steps=S "
+            "or ct,steps=S"
+        )
+    (network,), (system,) = networks, systems
+    config = default_config()
+    config.data.update(dataset="imagenet", resolution=resolution)
+    config.objective = system
+    config.consistency.student_steps = numbers["steps"]
+    common = {"dtype": "bfloat16", "remat": "full"}
+    known: Preconditioning = "edm"
+    if network in _EDM2:
+        width, dropout = _EDM2[network]
+        config.architecture = "edm2"
+        config.edm2.update(widths=tuple(level * width for level in (1, 2, 3, 4)), dropout=dropout, **common)
+        # Its weights have an rms of 1, many times that of others, so that a step of this size is small.
+        config.optimizer.learning_rate = 1e-4
+    else:
+        known = _ADM[network]
+        config.architecture = "adm"
+        config.adm.update(preconditioning=known, **common)
+        if network == "adm128":
+            config.adm.update(
+                widths=(256, 256, 512, 768, 1024),
+                blocks=2,
+                attention_levels=(False, False, True, True, True),
+                heads=4,
+            )
+        config.optimizer.learning_rate = 2e-5
+    set_schedule(config, known)
+    config.optimizer.decay = "linear"
+    config.training.update(num_steps=30_000, batch_size=256, accumulation_steps=8)
+    return config

@@ -1,0 +1,181 @@
+"""Makes a workdir of a published network, so that it samples, evaluates and teaches like a trained run."""
+
+import dataclasses
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mcm_jax.config import public_rows, validation
+from mcm_jax.config.settings import default_config
+from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.models.adm import ADMSettings
+from mcm_jax.models.preconditioning import Preconditioning
+from mcm_jax.records import Origin
+from mcm_jax.runs import build, trainer, workdirs
+from mcm_jax.system import files, pth, sharding
+from mcm_jax.system.errors import InputError, reason
+from mcm_jax.system.paths import Path
+from mcm_jax.teachers import nvidia, weights
+from mcm_jax.teachers.weights import Imported
+from mcm_jax.training.checkpoints import Checkpoints
+from mcm_jax.training.state import TrainState
+
+_NVIDIA = "CC BY-NC-SA 4.0: non-commercial, share-alike"
+_OPENAI = "published for research, not for commercial deployment (model card); code MIT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of published network: its name, where it is from, and what it predicts."""
+
+    name: str
+    source: str
+    licence: str
+    preconditioning: Preconditioning
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("edm2", "github.com/NVlabs/edm2", _NVIDIA, "edm"),
+        Kind("edm", "github.com/NVlabs/edm", _NVIDIA, "edm"),
+        Kind("adm64", "github.com/openai/guided-diffusion", _OPENAI, "eps_cosine"),
+        Kind("adm128", "github.com/openai/guided-diffusion", _OPENAI, "eps_linear"),
+        Kind("openai_edm", "github.com/openai/consistency_models", _OPENAI, "edm_1000"),
+        Kind("consistency", "github.com/openai/consistency_models", _OPENAI, "consistency"),
+    )
+}
+
+
+def import_teacher(
+    file: Path, workdir: Path, *, dataset: DatasetInfo, data_dir: Path, kind: str | None = None
+) -> str:
+    """Converts the network in `file` and writes it to `workdir` as a finished diffusion model.
+
+    Args:
+      dataset: the images that its students will train on; their classes must be the network's, in its order.
+      data_dir: the directory of prepared data sets.
+      kind: the name of one of `KINDS`, needed only where the content does not show it.
+
+    Returns:
+      A description of what was imported, in lines.
+
+    Raises:
+      InputError: the file is no such network or is damaged, it does not fit the data set, or `workdir` cannot
+        be used.
+    """
+    content = files.read_bytes(file)
+    imported, found = read(content, name=file.name, kind=kind)
+    if imported.num_classes != dataset.num_classes or dataset.encoding is not None:
+        conditions = "captions" if dataset.encoding is not None else f"{dataset.num_classes} classes"
+        raise InputError(
+            f"--teacher={file} was trained on {imported.num_classes} classes, but {dataset.dataset} has "
+            f"{conditions}; use the images that it was trained on"
+        )
+    config = validation.validate(_config(imported, found, dataset=dataset, data_dir=data_dir))
+    origin = Origin(
+        kind=found.name,
+        file=file.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        source=found.source,
+        licence=found.licence,
+    )
+    record = workdirs.RunRecord(config=config, dataset=dataset, origin=origin)
+    _write(workdir, record, imported)
+    size = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
+    return "\n".join(
+        (
+            f"{file.name}: {found.name} with {size:,} parameters, from {found.source}",
+            f"  licence: {found.licence}",
+            f"  sha256 {origin.sha256}",
+            f"  classes are taken to be in the order of {dataset.dataset}: 0 is {dataset.class_names[0]}",
+            f"  {workdir}",
+            f"next: python -m mcm_jax.sample --workdir={workdir} --num=16 --steps=32 --out=samples.png",
+        )
+    )
+
+
+def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Imported, Kind]:
+    """Converts the content of a file, and finds out which kind of network it is.
+
+    Args:
+      name: the file's name, for error messages.
+      kind: as in `import_teacher`.
+
+    Raises:
+      InputError: the content is no such network, is damaged, or is of another kind.
+    """
+    try:
+        if nvidia.recognises(content):
+            tensors, numbers = nvidia.read(content, name=name)
+            found, convert = ("edm2", weights.edm2) if "unet.out_gain" in tensors else ("edm", weights.edm)
+            imported = convert(tensors, numbers)
+        elif pth.recognises(content):
+            tensors = pth.read(content, name=name)
+            found = _openai_kind(tensors, name=name, kind=kind)
+            imported = weights.openai(tensors, preconditioning=KINDS[found].preconditioning)
+        else:
+            raise InputError(
+                f"--teacher={name} is neither a .pkl of EDM or EDM2 nor a .pt of OpenAI's ADM or consistency "
+                "models"
+            )
+    except InputError:
+        raise
+    except (LookupError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"--teacher={name} is damaged, or not a network of the supported kinds ({reason(error)}); get "
+            "the file from its source again"
+        ) from error
+    if kind not in (None, found):
+        raise InputError(f"--teacher={name} is of kind {found}, not {kind}; remove --kind")
+    return imported, KINDS[found]
+
+
+def _openai_kind(tensors: weights.Tensors, *, name: str, kind: str | None) -> str:
+    if len(tensors["out.2.weight"]) == 6:  # ADM also predicts a variance for each channel.
+        levels = len(weights.openai_settings(tensors, "eps_cosine").widths)
+        return "adm128" if levels == 5 else "adm64"
+    # A diffusion model and a consistency model of consistency_models differ only in their files' names.
+    named = {"edm_": "openai_edm", "cd_": "consistency", "ct_": "consistency"}
+    found = next((found for start, found in named.items() if name.startswith(start)), kind)
+    if found is None:
+        raise InputError(
+            f"--teacher={name} is a diffusion or a consistency model, and its content does not show which; "
+            "add --kind=openai_edm or --kind=consistency"
+        )
+    return found
+
+
+def _config(
+    imported: Imported, kind: Kind, *, dataset: DatasetInfo, data_dir: Path
+) -> ml_collections.ConfigDict:
+    config = default_config()
+    config.architecture = "adm" if isinstance(imported.settings, ADMSettings) else "edm2"
+    config[config.architecture].update(dataclasses.asdict(imported.settings))
+    config.data.update(dataset=dataset.dataset, data_dir=str(data_dir), resolution=dataset.resolution)
+    public_rows.set_schedule(config, kind.preconditioning)
+    # It counts as finished: students start only from finished teachers.
+    config.training.num_steps = 1
+    config.sampling.update(sampler="heun", teacher_steps=32, noise_grid="karras")
+    return config
+
+
+def _write(workdir: Path, record: workdirs.RunRecord, imported: Imported) -> None:
+    """Writes run.json and a checkpoint at update 1, without a state of an optimizer."""
+    config, dataset = record.config, record.dataset
+    mesh = sharding.make_mesh(data=-1, fsdp=1)
+    network = build.network(config, condition=build.condition(dataset))
+    wanted = jax.tree.map(np.shape, network.abstract_params)
+    if jax.tree.map(np.shape, imported.params) != wanted:
+        raise InputError(f"--workdir={workdir}: the file's tensors have other shapes than the network")
+    existing = workdirs.existing_run(workdir, config)
+    size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(imported.params))
+    with workdirs.claim(workdir, record, existing=existing, needed_bytes=size), Checkpoints(workdir) as saved:
+        params = sharding.replicate(mesh, imported.params)
+        # It is finished, so no optimizer's state is needed; but Orbax rejects an empty one.
+        opt_state = {"none": jnp.zeros(())}
+        state = TrainState(jnp.ones((), jnp.int32), params=params, ema_params=params, opt_state=opt_state)
+        saved.finish(state, trainer.train_batches(config), step=1)

@@ -1,0 +1,159 @@
+"""A published file becomes a run that samples, and teaches a student that starts as its copy."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import imagenet64, imagenet128
+from mcm_jax.config import public_rows, validation
+from mcm_jax.data import preparation
+from mcm_jax.models import edm2
+from mcm_jax.runs import trainer, workdirs
+from mcm_jax.runs.run import load_run
+from mcm_jax.system.errors import InputError
+from mcm_jax.teachers import importer
+from tests.teachers import golden, images
+
+LICENCE = "CC BY-NC-SA 4.0: non-commercial, share-alike"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """(data_dir, info) of images of ten classes, as many as the narrow networks have."""
+    directory = tmp_path_factory.mktemp("ten")
+    images.write(directory / "images")
+    plan = preparation.plan(dataset="folder", resolution=32, manual_dir=str(directory / "images"), name="ten")
+    info, _ = preparation.prepare(plan, data_dir=directory / "data", overwrite=False)
+    return directory / "data", info
+
+
+def write(directory, name, *, called=None):
+    path = directory / (called or f"{name}.pkl")
+    path.write_bytes(golden.file(name))
+    return path
+
+
+def student(data_dir, teacher):
+    """The config of a student of the narrow EDM2."""
+    config = imagenet64.get_config("edm2-s,cd,steps=4")
+    config.data.update(dataset="folder/ten", data_dir=str(data_dir), resolution=32)
+    config.edm2.update(widths=(8, 16, 24, 32), blocks=2, head_width=8, dtype="float32", remat="none")
+    config.training.update(num_steps=1, batch_size=8, accumulation_steps=1, sample_every_steps=0)
+    config.teacher_checkpoint = str(teacher)
+    return config
+
+
+@pytest.mark.slow
+def test_an_imported_network_teaches(data, tmp_path, capsys):
+    data_dir, info = data
+    file, workdir = write(tmp_path, "edm2-img64"), tmp_path / "teacher"
+    report = importer.import_teacher(file, workdir, dataset=info, data_dir=data_dir)
+    assert LICENCE in report and "edm2 with 377,829 parameters" in report
+    teacher = load_run(workdir)
+    jax.tree.map(np.testing.assert_array_equal, teacher.params, golden.imported("edm2-img64", "edm").params)
+
+    assert trainer.train(student(data_dir, workdir), tmp_path / "student")
+    assert LICENCE in capsys.readouterr().out
+    record = workdirs.read(tmp_path / "student")
+    assert record.origin is not None and record.origin.licence == LICENCE
+    raw = load_run(tmp_path / "student", parameters="raw").params
+    normalised = edm2.normalised(raw)
+    # After the update, the weights have unit rows; normalising them again changes 1e-4 of them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), raw, normalised)
+    # Frequencies and phases are not learned.
+    for name in ("frequencies", "phases"):
+        np.testing.assert_array_equal(raw[name], teacher.params[name])
+
+    again = importer.import_teacher(file, workdir, dataset=info, data_dir=data_dir)
+    assert again == report
+    mistaken = student(data_dir, workdir)
+    mistaken.schedule.logsnr_max = 15.0
+    with pytest.raises(InputError, match=r"its schedule\.logsnr_max is 12\.43, this run's is 15\.0"):
+        trainer.train(mistaken, tmp_path / "other")
+
+
+def test_normalising_leaves_the_function_as_it_is():
+    imported = golden.imported("edm2-img64", "edm")
+    kernel = jnp.asarray(imported.params["encoder"][0]["conv_0"]["kernel"])
+    unit = edm2.unit(kernel)
+    rms = np.sqrt(np.mean(np.square(unit), axis=(0, 1, 2)))
+    np.testing.assert_allclose(rms, 1, atol=1e-3)
+    assert np.ptp(np.sqrt(np.mean(np.square(kernel), axis=(0, 1, 2)))) > 0.1
+    np.testing.assert_allclose(edm2.unit(unit), unit, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "kind", "found"),
+    [
+        ("edm2-img64", "any.pkl", None, "edm2"),
+        ("edm-imagenet64-adm", "any.pkl", None, "edm"),
+        ("guided-diffusion-64", "any.pt", None, "adm64"),
+        ("guided-diffusion-128", "any.pt", None, "adm128"),
+        ("consistency-models-64", "edm_imagenet64_ema.pt", None, "openai_edm"),
+        ("consistency-models-64", "ct_imagenet64.pt", None, "consistency"),
+        ("consistency-models-64", "any.pt", "consistency", "consistency"),
+    ],
+)
+def test_the_kind_is_found(name, called, kind, found):
+    imported, its = importer.read(golden.file(name), name=called, kind=kind)
+    assert its.name == found
+    assert imported.num_classes == 10
+    assert getattr(imported.settings, "preconditioning", "edm") == its.preconditioning
+
+
+def test_bad_files_are_refused_in_one_line(data, tmp_path):
+    data_dir, info = data
+    openai = golden.file("consistency-models-64")
+    for content, name, kind, message in (
+        (openai, "model.pt", None, "add --kind=openai_edm or --kind=consistency"),
+        (openai, "cd_model.pt", "openai_edm", "is of kind consistency, not openai_edm"),
+        (golden.file("edm2-img64"), "x.pkl", "consistency", "is of kind edm2, not consistency"),
+        (b"\x89PNG", "x.png", None, "is neither a .pkl of EDM or EDM2 nor a .pt"),
+        (openai[:10_000], "cd_x.pt", None, "cd_x.pt: not a .pth of plain tensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            importer.read(content, name=name, kind=kind)
+    few = dataclasses.replace(info, class_names=info.class_names[:3])
+    file = write(tmp_path, "edm2-img64")
+    with pytest.raises(InputError, match="was trained on 10 classes, but folder/ten has 3 classes"):
+        importer.import_teacher(file, tmp_path / "run", dataset=few, data_dir=data_dir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_row_of_a_published_network_is_valid():
+    for file, resolution in ((imagenet64, 64), (imagenet128, 128)):
+        for network, system in itertools.product(public_rows.NETWORKS[resolution], ("cd", "ct")):
+            config = file.get_config(f"{network},{system},steps=4")
+            config.teacher_checkpoint = "any"
+            validation.validate(config)
+    with pytest.raises(InputError, match="there is no config row 'edm2-s,cd': use one of edm2-s"):
+        imagenet64.get_config("edm2-s,cd")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_levels": (True,)}, "must have one entry for each of the 4 levels"),
+        ({"head_width": 5}, "attention heads do not divide the width"),
+        ({"groups": 5}, "can't divide 192 in config.adm.widths"),
+        ({"widths": (192, 384, 576, 768, 768, 768, 768, 768)}, "attention_levels"),
+    ],
+)
+def test_bad_sizes_are_refused(change, message):
+    config = imagenet64.get_config("adm64,cd,steps=4")
+    config.teacher_checkpoint = "any"
+    config.adm.update(change)
+    with pytest.raises(InputError, match=message):
+        validation.validate(config)
+
+
+def test_settings_of_another_architecture_are_refused():
+    config = imagenet64.get_config("adm64,cd,steps=4")
+    config.teacher_checkpoint = "any"
+    config.model.dtype = "bfloat16"
+    with pytest.raises(InputError, match=r"config\.model\.dtype='bfloat16' has no effect on adm"):
+        validation.validate(config)
