@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Text to image on a small scale: draws captioned avatars, trains a diffusion teacher, distils its guided prediction
 # and then a student of 4 steps, scores all three by the attributes that their samples show, and draws captions whose
-# combinations never occur in training. Takes about 25 minutes on 2 cores, including the installation (estimated).
+# combinations never occur in training. Takes about 20 minutes on 2 cores, including the installation.
 #
 #   bash launch/smoke_text.sh                          writes to runs/smoke_text, training seed 0
 #   bash launch/smoke_text.sh --runs=DIR --seed=1      another directory, another training seed

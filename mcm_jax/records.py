@@ -63,6 +63,18 @@ def count_of(name: str) -> int | None:
     return 50_000 if found.group("count") == "50k" else int(found.group("count"))
 
 
+def caption_score_of(name: str) -> str | None:
+    """A metric's name without the number of images if it scores captions: 'attributes'; None for others.
+
+    Examples:
+      >>> caption_score_of("clip_score_vit_2000"), caption_score_of("fid_2000")
+      ('clip_score_vit', None)
+    """
+    score, _, count = name.rpartition("_")
+    known = score.startswith(CAPTION_SCORES) and count.removesuffix("k").isdecimal()
+    return score if known else None
+
+
 _Record = TypeVar("_Record", bound="Record")
 _Value = TypeVar("_Value")
 

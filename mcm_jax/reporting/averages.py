@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mcm_jax.records import OBJECTIVES, count_of, with_count
+from mcm_jax.records import OBJECTIVES, caption_score_of, count_of, with_count
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
 # Settings that do not affect learning, or that each result states itself.
@@ -15,6 +15,8 @@ _NOT_LEARNED = {
     "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
     "data": ("data_dir", "in_memory_gb", "max_corrupt_records"),
     "model": ("remat", "saved", "unroll", "attention"),
+    "adm": ("remat", "attention"),
+    "edm2": ("remat", "attention"),
     "training": ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "sample_every_steps"),
 }
 
@@ -37,6 +39,12 @@ class Group:
         """The names of all distances, in descending order of sample count."""
         names = {name for result in self.results for name in result.metrics if count_of(name) is not None}
         return tuple(sorted(names, key=lambda name: -(count_of(name) or 0)))
+
+    @property
+    def caption_scores(self) -> tuple[str, ...]:
+        """The names of all scores by captions, sorted."""
+        names = {name for result in self.results for name in result.metrics}
+        return tuple(sorted(name for name in names if caption_score_of(name) is not None))
 
     @property
     def rank_deficient(self) -> bool:

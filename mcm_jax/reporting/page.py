@@ -5,7 +5,7 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
-from mcm_jax.records import NEAREST, count_of
+from mcm_jax.records import NEAREST, caption_score_of, count_of
 from mcm_jax.reporting import averages, plots, results, tables
 from mcm_jax.reporting.averages import Estimate, Group
 from mcm_jax.reporting.results import Collection, RunResult
@@ -76,9 +76,10 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group's distances, the one over all samples first, and its distance to the nearest training image."""
+    """A group: scores by captions, distances (the one over all samples first), and nearest images."""
 
     group: Group
+    scores: tuple[Measured, ...]
     distances: tuple[Measured, ...]
     nearest: Measured | None
 
@@ -97,15 +98,19 @@ def prepare(collection: Collection) -> Content:
     groups, notes = averages.group(collection)
     sections = []
     for group in groups:
-        distances = []
-        for metric in group.distances:
-            estimates, left_out = averages.estimates(group, metric, collection.descriptions)
-            notes += left_out
-            bounds = tables.distance_bounds(group, metric)
-            distances.append(Measured(metric, tuple(estimates), tuple(bounds)))
+        measured: dict[str, list[Measured]] = {"scores": [], "distances": []}
+        for kind, metrics, bounds_of in (
+            ("scores", group.caption_scores, tables.score_bounds),
+            ("distances", group.distances, tables.distance_bounds),
+        ):
+            for metric in metrics:
+                estimates, left_out = averages.estimates(group, metric, collection.descriptions)
+                notes += left_out
+                measured[kind].append(Measured(metric, tuple(estimates), tuple(bounds_of(group, metric))))
         estimates, _ = averages.estimates(group, NEAREST, collection.descriptions)
         nearest = Measured(NEAREST, tuple(estimates), tuple(tables.nearest_bounds(group)))
-        sections.append(Section(group, tuple(distances), nearest if estimates else None))
+        scores, distances = tuple(measured["scores"]), tuple(measured["distances"])
+        sections.append(Section(group, scores, distances, nearest if estimates else None))
     return Content(collection, tuple(sections), tuple(dict.fromkeys([*collection.notes, *notes])))
 
 
@@ -157,7 +162,7 @@ def page(content: Content) -> str:
 
 
 def _all_measured(section: Section) -> list[Measured]:
-    return [*section.distances, *([section.nearest] if section.nearest else [])]
+    return [*section.scores, *section.distances, *([section.nearest] if section.nearest else [])]
 
 
 def _section(section: Section) -> str:
@@ -166,6 +171,7 @@ def _section(section: Section) -> str:
         f"<h2>{_text(tables.heading(group.conditions))}</h2>",
         f'<p class="small">{_text(tables.conditions_text(group))}</p>',
     ]
+    parts += [_measured(group, measured) for measured in section.scores]
     for measured in section.distances:
         parts += [_measured(group, measured), _plot(group, measured)]
     if group.rank_deficient:
@@ -189,6 +195,8 @@ def _measured(group: Group, measured: Measured, *, titled: bool = True) -> str:
 
 
 def _title(group: Group, metric: str) -> str:
+    if caption_score_of(metric) is not None:
+        return "Samples and their captions"
     count = count_of(metric)
     return "Distance of all samples" if metric == group.distance else f"Distance of the first {count} samples"
 

@@ -6,12 +6,18 @@ import re
 from collections.abc import Sequence
 
 from mcm_jax.records import (
+    ATTRIBUTES,
+    CLIP_SCORE,
+    HELD_OUT_IMAGES,
     MEAN_IMAGE,
     NEAREST,
+    NEAREST_OF_TEN,
+    OTHER_CAPTIONS,
     TEST_IMAGES,
     UNTRAINED_NETWORK,
     JsonObject,
     Reference,
+    caption_score_of,
     count_of,
 )
 from mcm_jax.reporting.averages import Estimate, Group, bounds
@@ -26,6 +32,16 @@ _COLUMNS = {
     "tract": "TRACT",
 }
 _PARAMETERS = {"ema": "averaged (EMA) parameters", "raw": "parameters of the last update (raw)"}
+_SCORES = {
+    ATTRIBUTES: (
+        "the share of the captions' attributes that a classifier finds in the samples; higher is better"
+    ),
+    CLIP_SCORE: "the mean cosine of CLIP's embeddings of sample and caption; higher is better",
+    NEAREST_OF_TEN: (
+        "the share of samples that are nearer to their caption's picture than to nine others of the same "
+        "design; higher is better"
+    ),
+}
 _LABELS = {
     "uniform": "classes drawn uniformly",
     "train_frequency": "classes drawn as often as in the training set",
@@ -165,6 +181,19 @@ def distance_bounds(group: Group, metric: str) -> list[Bound]:
     return sorted(found, key=lambda bound: bound.low)
 
 
+def score_bounds(group: Group, metric: str) -> list[Bound]:
+    """The scores of real images with these captions and with others, as bounds."""
+    score, found = caption_score_of(metric), []
+    for name, (low, high) in bounds(group).items():
+        if name.startswith((f"{TEST_IMAGES}_{score}_", f"{HELD_OUT_IMAGES}_{score}_")):
+            found.append(
+                Bound("the captions' own images", low, high, "real images, so about the best possible score.")
+            )
+        elif name.startswith(f"{OTHER_CAPTIONS}_{score}_"):
+            found.append(Bound("other captions", low, high, "real images of other captions, so chance."))
+    return sorted(found, key=lambda bound: -bound.high)
+
+
 def nearest_bounds(group: Group) -> list[Bound]:
     """The distance from test images to their nearest training image, as a bound."""
     meaning = (
@@ -242,6 +271,8 @@ def metric_text(group: Group, metric: str) -> str:
     """One sentence that explains a table's numbers."""
     if metric == NEAREST:
         return "The feature distance from each sample to its nearest training image, averaged over samples."
+    if (score := caption_score_of(metric)) is not None:
+        return f"The score {metric}: {_SCORES[next(name for name in _SCORES if score.startswith(name))]}."
     count = count_of(metric)
     which = (
         "all samples"

@@ -137,6 +137,38 @@ def test_openmoji_is_attributed_only_where_it_is_used(tmp_path):
     assert "OpenMoji" not in page.page(made) and "OpenMoji" not in page.markdown(made)
 
 
+def test_scores_by_captions_are_averaged_and_explained(tmp_path):
+    for seed, score in ((0, 0.90), (1, 0.94)):
+        scored = record(
+            dataset="avatars",
+            training_seed=seed,
+            metrics=RECORD["metrics"] | {"attributes_1024": score},
+            bounds={"test_images_attributes_2000": 1.0, "other_captions_attributes_2000": 0.065},
+        )
+        write(tmp_path / f"cd4_{seed}", scored, config=config(seed=seed))
+    made = content(tmp_path)
+    text = page.markdown(made)
+    # The standard error of 0.90 and 0.94 is 0.02.
+    assert "The score attributes_1024: the share of" in text and "0.920 ± 0.020 (n = 2)" in text
+    assert "- The captions' own images, 1.000: real images, so about the best possible score." in text
+    assert "Other captions, 0.065: real images of other captions, so chance." in text.replace(
+        "0.0650", "0.065"
+    )
+    assert text.index("0.920") < text.index("Frechet distance fd_")
+    shown = page.page(made)
+    assert "Samples and their captions" in shown and "0.920 ± 0.020 (n = 2)" in shown
+
+
+def test_the_licence_of_a_published_network_is_stated_once(tmp_path):
+    origin = {"kind": "edm", "file": "a.pkl", "sha256": "f", "source": "github.com/a", "licence": "CC"}
+    for name in ("cd4", "cd8"):
+        write(tmp_path / name, record(origin=origin))
+    line = "Trained from a.pkl of github.com/a; licence: CC."
+    assert page.page(content(tmp_path)).count(line) == 1
+    write(tmp_path / "own", record())
+    assert page.page(content(tmp_path)).count(line) == 1
+
+
 def test_notes_are_on_the_page_and_in_the_markdown(tmp_path):
     path = write(tmp_path / "cd4", record())
     with open(path, "a") as file:
