@@ -203,7 +203,7 @@ class ADM(nnx.Module):
         return self.conv_out(jax.nn.swish(self.norm_out(h.astype(jnp.float32))))
 
     def embedding(self, level: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:
-        """swish(W2 swish(W1 [cos, sin](level)) + label): what every block's scale and shift are made of."""
+        """swish(W2 swish(W1 sinusoidal(level)) + label): what every block's scale and shift are made of."""
         sin, cos = jnp.split(sinusoidal(level, width=self.dense_1.in_features), 2, axis=-1)
         h = self.dense_2(jax.nn.swish(self.dense_1(jnp.concatenate([cos, sin], axis=-1))))
         label = jnp.take(self.labels[...], cond, axis=0, mode="fill", fill_value=0)

@@ -24,6 +24,8 @@ from mcm_jax.training import optimizer, step
 from mcm_jax.training.state import Params, TrainState
 
 CHANNELS = 3
+# Names of the networks' parts that consist of blocks.
+_BLOCKS = ("blocks", "encoder", "decoder")
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
@@ -64,7 +66,7 @@ def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
 
     def bind(params: Params) -> ModelFn:
         # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
-        later = ("blocks",) if config.mesh.gather == "blocks" else ()
+        later = _BLOCKS if config.mesh.gather == "blocks" else ()
         params = sharding.gathered(mesh, network.rounded(params), without=later)
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)

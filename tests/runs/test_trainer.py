@@ -373,14 +373,21 @@ def assert_trained_alike(params, expected):
 
 @pytest.mark.multi_device
 @pytest.mark.parametrize(
-    ("objective", "shape"),
+    ("objective", "shape", "gather"),
     # The whole run below is ct's of (8, 1).
-    [("diffusion", (8, 1)), ("diffusion", (2, 4)), ("cd", (8, 1)), ("cd", (2, 4)), ("ct", (2, 4))],
+    [
+        ("diffusion", (8, 1), "all"),
+        ("diffusion", (2, 4), "all"),
+        ("cd", (8, 1), "all"),
+        ("cd", (2, 4), "all"),
+        ("cd", (2, 4), "blocks"),
+        ("ct", (2, 4), "all"),
+    ],
 )
 def test_eight_devices_train_the_real_objectives_like_one(
-    objective, shape, tiny_data, made_up_teacher, alone, split
+    objective, shape, gather, tiny_data, made_up_teacher, alone, split
 ):
-    losses, params = three_updates(objective, mesh_of(*shape), tiny_data, made_up_teacher)
+    losses, params = three_updates(objective, mesh_of(*shape), tiny_data, made_up_teacher, gather=gather)
     np.testing.assert_allclose(losses, alone(objective)[0], rtol=1e-4)
     assert_trained_alike(params, alone(objective)[1])
 
@@ -403,8 +410,10 @@ def three_updates_config(objective, tiny_data, teacher):
     return config
 
 
-def three_updates(objective, mesh, tiny_data, teacher):
-    config = validation.validate(three_updates_config(objective, tiny_data, teacher))
+def three_updates(objective, mesh, tiny_data, teacher, *, gather="all"):
+    raw_config = three_updates_config(objective, tiny_data, teacher)
+    raw_config.mesh.gather = gather
+    config = validation.validate(raw_config)
     training = build.training(config, condition=Classes(2), mesh=mesh)
     assert mesh.shape["fsdp"] == 1 or any(
         not s.is_fully_replicated for s in jax.tree.leaves(training.shardings)

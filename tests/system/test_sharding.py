@@ -96,6 +96,15 @@ def test_gathered_parameters_are_everywhere_and_their_gradient_is_not():
     np.testing.assert_allclose(gradient["b"], 2 * params["b"])
 
 
+def test_named_parts_are_not_gathered():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = {"blocks": {"w": jnp.ones((2**7, 2**7))}, "w": jnp.ones((2**7, 2**7))}
+    params = jax.device_put(params, sharding.params_sharding(mesh, params))
+    found = jax.jit(lambda params: sharding.gathered(mesh, params, without=("blocks",)))(params)
+    assert found["w"].sharding.is_fully_replicated
+    assert not found["blocks"]["w"].sharding.is_fully_replicated
+
+
 def test_a_layer_by_column_sends_rows_and_keeps_its_weights_where_they_lie():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     rng = np.random.default_rng(0)
