@@ -152,6 +152,10 @@ def main() -> None:
         raise InputError("--teacher=FILE and --workdir=DIR belong together; add the other")
     if values.kind is not None and values.teacher is None:
         raise InputError("--kind applies only to --teacher=FILE; remove it")
+    if values.teacher is not None:
+        from mcm_jax.teachers import importer  # Slow to import.
+
+        importer.check(values.teacher, kind=values.kind)  # Before the data, which may take hours.
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
     encoder = _encoder(values.dataset, values.encoder, values.caption_length)
@@ -165,7 +169,7 @@ def main() -> None:
     if values.classifier:
         print(_classifier(info, overwrite=values.overwrite))
     if values.teacher is not None:
-        from mcm_jax.teachers import importer  # Slow to import.
+        from mcm_jax.teachers import importer
 
         source, workdir = values.teacher, values.workdir
         print(

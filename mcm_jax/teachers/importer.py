@@ -67,7 +67,7 @@ def import_teacher(
       InputError: the file is no such network or is damaged, it does not fit the data set, or `workdir` cannot
         be used.
     """
-    content = files.read_bytes(file)
+    content = _content(file)
     imported, found = read(content, name=file.name, kind=kind)
     if imported.num_classes != dataset.num_classes or dataset.encoding is not None:
         conditions = "captions" if dataset.encoding is not None else f"{dataset.num_classes} classes"
@@ -96,6 +96,18 @@ def import_teacher(
             f"next: python -m mcm_jax.sample --workdir={workdir} --num=16 --steps=32 --out=samples.png",
         )
     )
+
+
+def check(file: Path, *, kind: str | None = None) -> None:
+    """Raises InputError unless `file` is a network that can be imported; arguments as in `import_teacher`."""
+    read(_content(file), name=file.name, kind=kind)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return files.read_bytes(file)
+    except OSError as error:
+        raise InputError(f"--teacher={file} can't be read ({reason(error)})") from error
 
 
 def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Imported, Kind]:
@@ -172,6 +184,8 @@ def _write(workdir: Path, record: workdirs.RunRecord, imported: Imported) -> Non
     if jax.tree.map(np.shape, imported.params) != wanted:
         raise InputError(f"--workdir={workdir}: the file's tensors have other shapes than the network")
     existing = workdirs.existing_run(workdir, config)
+    if existing is not None and existing.origin != record.origin:
+        raise InputError(f"--workdir={workdir} contains another network; choose another directory")
     size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(imported.params))
     with workdirs.claim(workdir, record, existing=existing, needed_bytes=size), Checkpoints(workdir) as saved:
         params = sharding.replicate(mesh, imported.params)

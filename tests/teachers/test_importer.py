@@ -70,6 +70,10 @@ def test_an_imported_network_teaches(data, tmp_path, capsys):
 
     again = importer.import_teacher(file, workdir, dataset=info, data_dir=data_dir)
     assert again == report
+    other = write(tmp_path, "edm2-img64", called="other.pkl")
+    with pytest.raises(InputError, match="contains another network; choose another directory"):
+        importer.import_teacher(other, workdir, dataset=info, data_dir=data_dir)
+    assert workdirs.read(workdir).origin == record.origin
     mistaken = student(data_dir, workdir)
     mistaken.schedule.logsnr_max = 15.0
     with pytest.raises(InputError, match=r"its schedule\.logsnr_max is 12\.43, this run's is 15\.0"):
@@ -122,6 +126,8 @@ def test_bad_files_are_refused_in_one_line(data, tmp_path):
     with pytest.raises(InputError, match="was trained on 10 classes, but folder/ten has 3 classes"):
         importer.import_teacher(file, tmp_path / "run", dataset=few, data_dir=data_dir)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"--teacher=.*missing\.pkl can't be read"):
+        importer.check(tmp_path / "missing.pkl")
 
 
 def test_every_row_of_a_published_network_is_valid():
