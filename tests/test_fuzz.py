@@ -24,17 +24,11 @@ from hypothesis import strategies as st
 from mcm_jax import records
 from mcm_jax.bench import cells
 from mcm_jax.data import folder, imagenet, layout
-from mcm_jax.evaluation import (
-    compatibility,
-    image_files,
-    inception_weights,
-    pickles,
-    pth,
-    unfinished,
-)
+from mcm_jax.evaluation import compatibility, image_files, inception_weights, unfinished
 from mcm_jax.planning import planner
 from mcm_jax.reporting import page, results
 from mcm_jax.runs import workdirs
+from mcm_jax.system import pickles, pth
 from mcm_jax.teachers import nvidia
 from mcm_jax.text import encoders
 from tests.bench.test_cells import PROBLEMS, A

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# Not needed, but this takes minutes and gigabytes: it runs with the other tests of the parity extra.
+pytest.importorskip("torch")
+
 from mcm_jax.models.conditions import Classes
 from mcm_jax.models.network import Network
 from mcm_jax.teachers import weights
