@@ -131,6 +131,8 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()  # It shows no totals; the builders have their own progress bars.
     values = flags.FLAGS
+    if values.teacher is not None and (values.inception is not None or values.host != "1/1"):
+        raise InputError("--teacher excludes --inception and --host; import it with another command")
     if values.inception is not None:
         from mcm_jax.evaluation import inception_weights  # Slow to import.
 

@@ -221,6 +221,10 @@ class Reference(Record):
         return self.file or self.split or ""
 
 
+# The kind of published files that contain consistency models, not diffusion models.
+CONSISTENCY = "consistency"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin(Record):
     """A published file that a run's parameters, or those of its first teacher, come from."""

@@ -100,10 +100,11 @@ class ScheduleSettings:
     logsnr_min: float = setting(
         -LOGSNR_LIMIT,
         "log-SNR at t = 1 (open); imported networks were trained from -8.76 to 12.43",
-        high=0,
+        low=-30,
+        high=-1,
         affects=Affects.ALL,
     )
-    logsnr_max: float = setting(LOGSNR_LIMIT, "log-SNR at t = 0 (open)", low=0, affects=Affects.ALL)
+    logsnr_max: float = setting(LOGSNR_LIMIT, "log-SNR at t = 0 (open)", low=1, high=30, affects=Affects.ALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +164,8 @@ class Config:
     )
     architecture: Literal["uvit", "adm", "edm2"] = setting(
         "uvit",
-        "the network: uvit, with settings in config.model; or that of an imported teacher, adm or edm2, with "
-        "settings in config.adm or config.edm2",
+        "the network: uvit, with settings in config.model, or, for imported teachers, adm or edm2, "
+        "with settings in config.adm or config.edm2",
         affects=Affects.ALL,
     )
     data: DataSettings = dataclasses.field(default_factory=DataSettings)

@@ -11,6 +11,7 @@ import ml_collections
 
 from mcm_jax import fields
 from mcm_jax.config.settings import ARCHITECTURES, SECTIONS, Config, Staged, without_none
+from mcm_jax.models import unet
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.edm2 import EDM2Settings
 from mcm_jax.system.errors import InputError
@@ -161,20 +162,24 @@ def _check_unet(config: Config) -> None:
             f"config.data.encoder={config.data.encoder!r}: config.architecture={config.architecture!r} "
             "supports class labels only; leave it out"
         )
-    for width in network.widths:
-        heads = network.num_heads(width)
-        if width % heads:
+    shapes = [
+        shape
+        for blocks in (unet.encoder, unet.decoder)
+        for shape in blocks(network.widths, network.blocks, network.attention_levels)
+    ]
+    for shape in shapes:
+        heads = network.num_heads(shape.c_out)
+        if shape.attention and shape.c_out % heads:
             raise InputError(
-                f"{name}: its {heads} attention heads do not divide the width {width} in {name}.widths="
+                f"{name}: its {heads} attention heads do not divide the width {shape.c_out} in {name}.widths="
                 f"{network.widths!r}"
             )
-        if isinstance(network, ADMSettings) and width % max(
-            1, min(network.groups, width // network.group_width)
-        ):
-            raise InputError(
-                f"{name}.groups={network.groups} and group_width={network.group_width} can't divide {width} "
-                f"in {name}.widths={network.widths!r}"
-            )
+        for width in (shape.c_in + shape.c_skip, shape.c_out):
+            if isinstance(network, ADMSettings) and width % network.num_groups(width):
+                raise InputError(
+                    f"{name}.groups={network.groups} and group_width={network.group_width} can't divide "
+                    f"{width} channels of a block for {name}.widths={network.widths!r}"
+                )
     if network.widths[0] % 2:
         raise InputError(f"{name}.widths={network.widths!r}: the first must be even")
 

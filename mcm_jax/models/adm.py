@@ -1,6 +1,6 @@
 """ADM's U-Net (arXiv:2105.05233).
 
-EDM on ImageNet (arXiv:2206.00364) and consistency models (arXiv:2303.01469) have the same one.
+EDM on ImageNet (arXiv:2206.00364) and consistency models (arXiv:2303.01469) use the same network.
 """
 
 import dataclasses
@@ -60,8 +60,8 @@ class ADMSettings:
     )
     attention: Literal["fused", "einsum"] = setting(
         "fused",
-        "fused: a fused kernel where the devices are TPUs and the number of positions is a multiple of 128, "
-        "otherwise einsum; einsum: never a fused kernel",
+        "fused: a fused kernel if the devices are TPUs and the number of positions is a multiple of 128, at "
+        "most 1024, otherwise einsum; einsum: never a fused kernel",
         affects=Affects.NOTHING,
     )
 
@@ -188,7 +188,7 @@ class ADM(nnx.Module):
         self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
     ) -> Float[Array, "B H W D"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
-        emb = self.embedding(level, cond).astype(self.conv_in.dtype)
+        emb = self.placement.constrain(self.embedding(level, cond).astype(self.conv_in.dtype))
         call = call_block(self.placement, self.settings.remat)
         keys = iter(split_key(key, len(self.encoder) + len(self.decoder)))
         h = self.placement.constrain(self.conv_in(x.astype(self.conv_in.dtype)))

@@ -51,8 +51,8 @@ class EDM2Settings:
     )
     attention: Literal["fused", "einsum"] = setting(
         "fused",
-        "fused: a fused kernel where the devices are TPUs and the number of positions is a multiple of 128, "
-        "otherwise einsum; einsum: never a fused kernel",
+        "fused: a fused kernel if the devices are TPUs and the number of positions is a multiple of 128, at "
+        "most 1024, otherwise einsum; einsum: never a fused kernel",
         affects=Affects.NOTHING,
     )
 
@@ -240,7 +240,7 @@ class EDM2(nnx.Module):
         self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
-        emb = self.embedding(level, cond).astype(self.conv_in.dtype)
+        emb = self.placement.constrain(self.embedding(level, cond).astype(self.conv_in.dtype))
         call = call_block(self.placement, self.settings.remat)
         keys = iter(split_key(key, len(self.encoder) + len(self.decoder)))
         # The channel of ones takes the place of a bias.

@@ -2,8 +2,8 @@
 
 EDM's networks denoise x + sigma eps at any sigma = exp(-lambda / 2). With alpha^2 = sigmoid(lambda), our
 noisy image z_t is alpha (x + sigma eps). Their formulas (arXiv:2206.00364, table 1) are written here in alpha
-and in s = alpha sigma, the standard deviation of our noise. Then no divisor vanishes at high or low noise,
-and float32 is exact enough at every log-SNR.
+and in s = alpha sigma, the standard deviation of our noise. Then no divisor of EDM's formulas vanishes at
+high or low noise, and float32 is exact enough at every log-SNR.
 """
 
 import functools

@@ -15,6 +15,7 @@ from mcm_jax.data import pipeline
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.objectives.progressive import Progressive
+from mcm_jax.records import CONSISTENCY
 from mcm_jax.runs import build, workdirs
 from mcm_jax.runs.run import Run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
@@ -67,6 +68,11 @@ def _train_run(config: Config, workdir: Path) -> bool:
     if existing is not None and _is_finished(config, workdir):
         distributed.say(f"{workdir} is finished: all {config.training.num_steps} updates are done")
         return True
+    if existing is not None and existing.origin is not None and config.teacher_checkpoint is None:
+        raise InputError(
+            f"--workdir={workdir} contains the imported network {existing.origin.file}, which can't be "
+            "trained further; start a student in another directory"
+        )
     with distributed.fail_together():
         dataset = pipeline.describe(
             data_dir=config.data.data_dir,
@@ -85,6 +91,11 @@ def _train_run(config: Config, workdir: Path) -> bool:
         if config.teacher_checkpoint is not None:
             check_teacher(config, dataset)
             origin = workdirs.read(_teacher_workdir(config)).origin
+            if origin is not None and origin.kind == CONSISTENCY:
+                raise InputError(
+                    f"config.teacher_checkpoint={config.teacher_checkpoint} is the consistency model "
+                    f"{origin.file}; use a diffusion model"
+                )
             if origin is not None:
                 distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
         teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)

@@ -54,6 +54,8 @@ def run(
     file: io.BytesIO,
     known: Mapping[tuple[str, str], object],
     load_persistent: Callable[[Any], object] | None = None,
+    *,
+    max_instructions: int = _MAX_INSTRUCTIONS,
 ) -> Any:
     """Executes the pickle that begins at the file's position, and leaves the position behind it.
 
@@ -61,6 +63,7 @@ def run(
       known: what stands for each name, (module, name), that the pickle may refer to. An object with a method
         `set_state` or `set_attributes` receives the state, or the attributes, that the pickle says it has.
       load_persistent: converts references to objects outside the pickle; None: there must be none.
+      max_instructions: limit on the work.
 
     Raises:
       Exception: of any class; the pickle is damaged or exceeds a limit.
@@ -69,8 +72,8 @@ def run(
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         if instruction.name == "STOP":
             return machine.stack.pop()
-        if count >= _MAX_INSTRUCTIONS:
-            raise pickle.UnpicklingError(f"more than {_MAX_INSTRUCTIONS:,} instructions")
+        if count >= max_instructions:
+            raise pickle.UnpicklingError(f"more than {max_instructions:,} instructions")
         # Among larger integers many have the same hash, and arithmetic with them can take any time.
         if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER_BITS:
             raise pickle.UnpicklingError(f"an integer of more than {_MAX_INTEGER_BITS} bits")

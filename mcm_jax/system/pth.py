@@ -80,7 +80,8 @@ def read_storage(content: bytes) -> np.ndarray:
       Exception: of any class; the content is not that, or damaged.
     """
     file = io.BytesIO(content)
-    storage, keys = _legacy_content(file)
+    # A file may contain thousands of storages, each with pickles of its own: these take few instructions.
+    storage, keys = _legacy_content(file, max_instructions=200)
     if not isinstance(storage, _Storage) or keys != [storage.key]:
         raise ValueError("not one storage")
     return _legacy_numbers(file, storage)
@@ -112,14 +113,14 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     return _arrays(tensors, storages)
 
 
-def _legacy_content(file: io.BytesIO) -> tuple[Any, Any]:
+def _legacy_content(file: io.BytesIO, **limits: int) -> tuple[Any, Any]:
     """(what was saved, keys of its storages); leaves the position before the first storage's numbers."""
     file.seek(0)
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("wrong magic number")
     for _ in ("protocol version", "system info"):
-        _unpickled(file)
-    return _unpickled(file), _unpickled(file)
+        _unpickled(file, **limits)
+    return _unpickled(file, **limits), _unpickled(file, **limits)
 
 
 def _legacy_numbers(file: io.BytesIO, storage: _Storage) -> np.ndarray:
@@ -154,8 +155,8 @@ def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dic
     return {name: view.copy() for name, view in views.items()}
 
 
-def _unpickled(file: io.BytesIO) -> Any:
-    return pickles.run(file, _KNOWN, _storage)
+def _unpickled(file: io.BytesIO, **limits: int) -> Any:
+    return pickles.run(file, _KNOWN, _storage, **limits)
 
 
 def _storage(reference: tuple[Any, ...]) -> _Storage:

@@ -13,9 +13,9 @@ from mcm_jax.config.settings import default_config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.preconditioning import Preconditioning
-from mcm_jax.records import Origin
+from mcm_jax.records import CONSISTENCY, Origin
 from mcm_jax.runs import build, trainer, workdirs
-from mcm_jax.system import files, pth, sharding
+from mcm_jax.system import files, pth
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 from mcm_jax.teachers import nvidia, weights
@@ -45,7 +45,7 @@ KINDS = {
         Kind("adm64", "github.com/openai/guided-diffusion", _OPENAI, "eps_cosine"),
         Kind("adm128", "github.com/openai/guided-diffusion", _OPENAI, "eps_linear"),
         Kind("openai_edm", "github.com/openai/consistency_models", _OPENAI, "edm_1000"),
-        Kind("consistency", "github.com/openai/consistency_models", _OPENAI, "consistency"),
+        Kind(CONSISTENCY, "github.com/openai/consistency_models", _OPENAI, "consistency"),
     )
 }
 
@@ -75,6 +75,13 @@ def import_teacher(
             f"--teacher={file} was trained on {imported.num_classes} classes, but {dataset.dataset} has "
             f"{conditions}; use the images that it was trained on"
         )
+    if imported.resolution != dataset.resolution:
+        raise InputError(
+            f"--teacher={file} was trained on images of {imported.resolution}x{imported.resolution} pixels; "
+            f"add --resolution={imported.resolution}"
+        )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(imported.params)):
+        raise InputError(f"--teacher={file} contains NaN or infinity; get the file from its source again")
     config = validation.validate(_config(imported, found, dataset=dataset, data_dir=data_dir))
     origin = Origin(
         kind=found.name,
@@ -93,7 +100,7 @@ def import_teacher(
             f"  sha256 {origin.sha256}",
             f"  classes are taken to be in the order of {dataset.dataset}: 0 is {dataset.class_names[0]}",
             f"  {workdir}",
-            f"next: python -m mcm_jax.sample --workdir={workdir} --num=16 --steps=32 --out=samples.png",
+            f"next: python -m mcm_jax.sample --workdir={workdir} --num=16 --out=samples.png",
         )
     )
 
@@ -136,7 +143,8 @@ def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Importe
             )
     except InputError:
         raise
-    except (LookupError, ValueError, ArithmeticError) as error:
+    # A damaged file can lack any tensor, or have one of any shape.
+    except Exception as error:
         raise InputError(
             f"--teacher={name} is damaged, or not a network of the supported kinds ({reason(error)}); get "
             "the file from its source again"
@@ -171,24 +179,27 @@ def _config(
     public_rows.set_schedule(config, kind.preconditioning)
     # It counts as finished: students start only from finished teachers.
     config.training.num_steps = 1
-    config.sampling.update(sampler="heun", teacher_steps=32, noise_grid="karras")
+    config.data.in_memory_gb = 0.0
+    if kind.preconditioning == "consistency":
+        config.sampling.update(sampler="ddim", teacher_steps=1)
+    else:
+        config.sampling.update(sampler="heun", teacher_steps=32, noise_grid="karras")
     return config
 
 
 def _write(workdir: Path, record: workdirs.RunRecord, imported: Imported) -> None:
     """Writes run.json and a checkpoint at update 1, without a state of an optimizer."""
     config, dataset = record.config, record.dataset
-    mesh = sharding.make_mesh(data=-1, fsdp=1)
     network = build.network(config, condition=build.condition(dataset))
     wanted = jax.tree.map(np.shape, network.abstract_params)
     if jax.tree.map(np.shape, imported.params) != wanted:
-        raise InputError(f"--workdir={workdir}: the file's tensors have other shapes than the network")
+        raise InputError("--teacher: the file's tensors have other shapes than the network; get it again")
     existing = workdirs.existing_run(workdir, config)
     if existing is not None and existing.origin != record.origin:
         raise InputError(f"--workdir={workdir} contains another network; choose another directory")
     size = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(imported.params))
     with workdirs.claim(workdir, record, existing=existing, needed_bytes=size), Checkpoints(workdir) as saved:
-        params = sharding.replicate(mesh, imported.params)
+        params = jax.tree.map(jnp.asarray, imported.params)
         # It is finished, so no optimizer's state is needed; but Orbax rejects an empty one.
         opt_state = {"none": jnp.zeros(())}
         state = TrainState(jnp.ones((), jnp.int32), params=params, ema_params=params, opt_state=opt_state)

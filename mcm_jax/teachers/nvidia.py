@@ -18,6 +18,9 @@ _PROTOCOL_4 = b"\x80\x04"
 # Modules may be parts of several others. The real networks have a few hundred, in six levels.
 _MAX_MODULES = 10_000
 _MAX_DEPTH = 20
+_MAX_PATH = 500
+# The narrow network of EDM in the tests takes 32,000; the published one has twice as many tensors.
+_MAX_INSTRUCTIONS = 300_000
 # The tensors together may take this many times the bytes of the file: they may share storages.
 _MAX_COPIES = 10
 
@@ -27,21 +30,21 @@ def recognises(content: bytes) -> bool:
     return content.startswith(_PROTOCOL_4)
 
 
-def read(content: bytes, *, name: str) -> tuple[dict[str, np.ndarray], dict[str, int | float]]:
+def read(content: bytes, *, name: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Reads the network with averaged weights.
 
     Args:
       name: the file's name, for the error message.
 
     Returns:
-      (tensors, numbers): parameters and buffers by name, such as "unet.enc.64x64_conv.weight"; and all
-      attributes of modules that are numbers, such as "unet.enc.16x16_block0.num_heads".
+      (tensors, numbers): parameters and buffers by name, such as "unet.enc.64x64_conv.weight"; and the
+      modules' numbers of heads, such as "unet.enc.16x16_block0.num_heads".
 
     Raises:
       InputError: the pickle holds no such network, exceeds a limit, or is damaged.
     """
     try:
-        network = pickles.run(io.BytesIO(content), _KNOWN)["ema"]
+        network = pickles.run(io.BytesIO(content), _KNOWN, max_instructions=_MAX_INSTRUCTIONS)["ema"]
         tensors, numbers, bytes_left = {}, {}, _MAX_COPIES * len(content)
         for path, attributes in _modules(network):
             for key in ("_parameters", "_buffers"):
@@ -50,15 +53,14 @@ def read(content: bytes, *, name: str) -> tuple[dict[str, np.ndarray], dict[str,
                         continue
                     if not isinstance(tensor, np.ndarray):
                         raise ValueError(f"{path}{leaf} is not a tensor")
-                    bytes_left -= tensor.nbytes
+                    bytes_left -= tensor.nbytes + len(path)
                     if bytes_left < 0:
                         raise ValueError(
                             f"its tensors take more than {_MAX_COPIES} times the memory of the file"
                         )
                     tensors[path + leaf] = tensor
-            numbers |= {
-                path + leaf: value for leaf, value in attributes.items() if isinstance(value, int | float)
-            }
+            if isinstance(heads := attributes.get("num_heads"), int):
+                numbers[f"{path}num_heads"] = heads
         return {path: tensor.copy() for path, tensor in tensors.items()}, numbers
     # A malicious or truncated file can raise any exception; in every case it is unusable.
     except Exception as error:
@@ -89,6 +91,8 @@ def _modules(network: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{path or 'ema'} is not a module")
         yield path, module.attributes
         parts = module.attributes.get("_modules", {})
+        if len(parts) > left or len(path) > _MAX_PATH:
+            raise ValueError(f"more than {_MAX_MODULES:,} modules, or a path of over {_MAX_PATH} characters")
         waiting.extend((f"{path}{name}.", part, depth + 1) for name, part in reversed(parts.items()))
 
 

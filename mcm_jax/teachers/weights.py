@@ -17,6 +17,8 @@ from mcm_jax.models.network import Params
 from mcm_jax.models.preconditioning import Preconditioning
 from mcm_jax.models.unet import BlockShape
 
+# Levels of OpenAI's networks -> height and width of their images.
+_OPENAI_RESOLUTIONS = {4: 64, 5: 128}
 Tensors = Mapping[str, np.ndarray]
 Numbers = Mapping[str, int | float]
 
@@ -25,6 +27,7 @@ class Imported(NamedTuple):
     """A network for images of 3 channels and class labels, with its parameters in float32."""
 
     settings: ADMSettings | EDM2Settings
+    resolution: int
     num_classes: int
     params: Params
 
@@ -75,7 +78,7 @@ def edm2(tensors: Tensors, numbers: Numbers) -> Imported:
     }
     # The weight of its own training loss, which is not used here.
     reader.check_unread(ignored=("logvar_fourier.", "logvar_linear."))
-    return Imported(settings, len(params["labels"]["kernel"]), params)
+    return Imported(settings, sides[0], len(params["labels"]["kernel"]), params)
 
 
 def edm(tensors: Tensors, numbers: Numbers) -> Imported:
@@ -110,6 +113,7 @@ def edm(tensors: Tensors, numbers: Numbers) -> Imported:
                 "model.out_conv",
             ),
         ),
+        resolution=sides[0],
         labels=lambda reader: reader.kernel("model.map_label"),
         qkv=_NVIDIA_QKV,
         ignored=(".resample_filter",),
@@ -157,6 +161,7 @@ def openai(
             attention=("norm", "qkv", "proj_out"),
             outside=("time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"),
         ),
+        resolution=_OPENAI_RESOLUTIONS[len(settings.widths)],
         labels=lambda reader: reader.tensor("label_emb.weight"),
         qkv=_LEGACY_QKV if settings.heads else _OPENAI_QKV,
     )
@@ -165,9 +170,10 @@ def openai(
 def openai_settings(tensors: Tensors, preconditioning: Preconditioning) -> ADMSettings:
     """The sizes of a published network, from the names and shapes of its tensors; raises KeyError."""
     levels = 1 + sum(name.endswith(".in_layers.2.weight") for name in tensors if _is_up(name))
-    per_level = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks."))
-    per_level //= levels
-    # Of each level, its first block comes after the convolution or the block that halves the resolution.
+    if levels not in _OPENAI_RESOLUTIONS:
+        raise ValueError(f"{levels} levels; the published networks for 64x64 and 128x128 have 4 and 5")
+    per_level = len({name.split(".")[1] for name in tensors if name.startswith("input_blocks.")}) // levels
+    # The first block of each level follows the convolution or the block that halves the resolution.
     first = [1 + per_level * level for level in range(levels)]
     widths = tuple(len(tensors[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in first)
     settings = ADMSettings(
@@ -244,6 +250,7 @@ def _adm(
     settings: ADMSettings,
     names: _Names,
     *,
+    resolution: int,
     labels: Callable[[_Reader], np.ndarray],
     qkv: "_Reorder",
     ignored: Sequence[str] = (),
@@ -282,7 +289,7 @@ def _adm(
         "conv_out": reader.layer(conv_out),
     }
     reader.check_unread(ignored)
-    return Imported(settings, len(params["labels"]), params)
+    return Imported(settings, resolution, len(params["labels"]), params)
 
 
 # (weights or biases with the channels of q, k and v last, heads) -> the same, ordered (qkv, head, channel)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from configs import imagenet64, imagenet128
 from mcm_jax.config import public_rows, validation
 from mcm_jax.data import preparation
 from mcm_jax.models import edm2
+from mcm_jax.records import RUN_FILE
 from mcm_jax.runs import trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system.errors import InputError
@@ -80,6 +83,21 @@ def test_an_imported_network_teaches(data, tmp_path, capsys):
         trainer.train(mistaken, tmp_path / "other")
 
 
+def test_an_import_is_not_trained_further_and_a_consistency_model_teaches_none(data, tmp_path):
+    data_dir, info = data
+    workdir = tmp_path / "teacher"
+    importer.import_teacher(write(tmp_path, "edm2-img64"), workdir, dataset=info, data_dir=data_dir)
+    record = json.loads((workdir / RUN_FILE).read_text())
+    record["config"]["training"]["num_steps"] = 5
+    with pytest.raises(InputError, match=r"imported network edm2-img64\.pkl, which can't be trained further"):
+        trainer.train(ml_collections.ConfigDict(record["config"]), workdir)
+    record["config"]["training"]["num_steps"] = 1
+    record["origin"]["kind"] = "consistency"
+    (workdir / RUN_FILE).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"is the consistency model edm2-img64\.pkl; use a diffusion model"):
+        trainer.train(student(data_dir, workdir), tmp_path / "student")
+
+
 def test_normalising_leaves_the_function_as_it_is():
     imported = golden.imported("edm2-img64", "edm")
     kernel = jnp.asarray(imported.params["encoder"][0]["conv_0"]["kernel"])
@@ -125,6 +143,9 @@ def test_bad_files_are_refused_in_one_line(data, tmp_path):
     file = write(tmp_path, "edm2-img64")
     with pytest.raises(InputError, match="was trained on 10 classes, but folder/ten has 3 classes"):
         importer.import_teacher(file, tmp_path / "run", dataset=few, data_dir=data_dir)
+    small = dataclasses.replace(info, resolution=16)
+    with pytest.raises(InputError, match="on images of 32x32 pixels; add --resolution=32"):
+        importer.import_teacher(file, tmp_path / "run", dataset=small, data_dir=data_dir)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"--teacher=.*missing\.pkl can't be read"):
         importer.check(tmp_path / "missing.pkl")
@@ -145,7 +166,8 @@ def test_every_row_of_a_published_network_is_valid():
     [
         ({"attention_levels": (True,)}, "must have one entry for each of the 4 levels"),
         ({"head_width": 5}, "attention heads do not divide the width"),
-        ({"groups": 5}, "can't divide 192 in config.adm.widths"),
+        ({"groups": 5}, "can't divide 192 channels of a block"),
+        ({"widths": (100, 200), "attention_levels": (False, False)}, "can't divide 200 channels of a block"),
         ({"widths": (192, 384, 576, 768, 768, 768, 768, 768)}, "attention_levels"),
     ],
 )

@@ -102,6 +102,6 @@ def test_refuses_more_modules_or_bytes_than_its_file_may_have():
     for _ in range(15):  # 2^15 modules by reference.
         part = module(modules={"a": part, "b": part})
     refused(part, "modules")
-    whole = parameter((6,), (1,), of=storage())
-    many = {f"w{n}": parameter((10**5, 6), (0, 1), of=whole) for n in range(9)}
-    refused(module(many), "")
+    many = {f"part{n}": module() for n in range(20)}
+    refused(module(modules={"a" * 600: module(modules=many)}), "a path of over 500 characters")
+    refused(module({"w": parameter((10**5, 6), (0, 1))}), "")
