@@ -205,7 +205,8 @@ class Checkpoints:
         damaged: dict[str, str] = {}
         for name in entries:
             try:
-                state = self._restore(int(name), _with_shardings(abstract, shardings), data)
+                with _interruptible():
+                    state = self._restore(int(name), _with_shardings(abstract, shardings), data)
             except DamagedError as error:
                 damaged[name] = str(error)
                 continue
@@ -327,7 +328,8 @@ class Checkpoints:
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
         try:
-            return self._read(step, {item: _with_shardings(abstract, shardings)})[item]
+            with _interruptible():
+                return self._read(step, {item: _with_shardings(abstract, shardings)})[item]
         except DamagedError as error:
             if not (self.directory / str(step)).exists():
                 raise InputError(f"checkpoint {step} under {self.directory} was deleted meanwhile") from error
@@ -406,7 +408,8 @@ def _agreed(read: Callable[[], T]) -> T:
 def _interruptible() -> Generator[None, None, None]:
     """Raises KeyboardInterrupt if Ctrl-C interrupts the block, whatever the block makes of it.
 
-    Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file.
+    Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file, and
+    JAX ignores one in some of its callbacks.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Ctrl-C only interrupts the main thread.

@@ -44,7 +44,7 @@ FEATURE_METRICS = tuple(name for name in protocol.METRICS if name not in records
 class FakeRun:
     """What `runs.run.load_run` returns, with noise for samples; writes down what it was asked for."""
 
-    objective, student_steps, checkpoint_step, seed = "cd", 4, 300, 17
+    objective, student_steps, checkpoint_step, seed, origin = "cd", 4, 300, 17, None
 
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
@@ -160,6 +160,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "resolution": SIDE,
         "data_preprocessing": "none",
         "training_seed": 17,
+        "origin": None,
         "student_steps": 4,
         "checkpoint_step": 300,
         "parameters": "ema",

@@ -52,7 +52,7 @@ def test_the_kernel_masks_keys_too():
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 1, 256, 128)])
+@pytest.mark.parametrize("shape", [(2, 2, 128, 128), (1, 1, 256, 128), (1, 2, 128, 64)])
 def test_the_kernel_is_what_is_written_out(shape):
     """Value and gradients, by the kernel's text run on the CPU; it sums in another order, in float32."""
     q, k, v, w = draw(shape)
@@ -83,7 +83,7 @@ def test_the_kernel_names_what_its_gradient_needs():
     assert kept(attention.NAME) - kept() == q.size + q.size // 128
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 2, 128, 32), (1, 1, 1152, 128)])
+@pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 1, 1152, 128)])
 def test_what_the_kernel_has_no_tiles_for_is_written_out(shape):
     q, k, v, _ = draw(shape)
     np.testing.assert_array_equal(attention.fused(q, k, v), attention.einsum(q, k, v))
