@@ -48,6 +48,36 @@ class DamagedError(InputError):
     """A checkpoint cannot be read, or differs from what was saved."""
 
 
+@contextlib.contextmanager
+def _interruptible() -> Generator[None, None, None]:
+    """Raises KeyboardInterrupt if Ctrl-C interrupts the block, whatever the block makes of it.
+
+    Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file, and
+    Python ignores one in a destructor.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C only interrupts the main thread.
+        return
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        interrupted.set()
+        if callable(previous):
+            previous(number, frame)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 class Checkpoints:
     """The checkpoints in workdir/checkpoints; a context manager that waits for the last save on exit.
 
@@ -191,6 +221,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saving, self._retry_at = step, None
 
+    @_interruptible()
     def restore(self, abstract: TrainState, shardings: TrainState, data: Batches) -> TrainState:
         """Restores the newest undamaged state with `shardings`, and `data` to its position at that step.
 
@@ -205,8 +236,7 @@ class Checkpoints:
         damaged: dict[str, str] = {}
         for name in entries:
             try:
-                with _interruptible():
-                    state = self._restore(int(name), _with_shardings(abstract, shardings), data)
+                state = self._restore(int(name), _with_shardings(abstract, shardings), data)
             except DamagedError as error:
                 damaged[name] = str(error)
                 continue
@@ -314,6 +344,7 @@ class Checkpoints:
         data.set_state(state)
         data.start_prefetch()
 
+    @_interruptible()
     def restore_params(
         self, abstract: Params, shardings: Params, *, parameters: Parameters, step: int | None = None
     ) -> Params:
@@ -328,8 +359,7 @@ class Checkpoints:
         item = _ITEMS[parameters]
         step = steps[-1] if step is None else step
         try:
-            with _interruptible():
-                return self._read(step, {item: _with_shardings(abstract, shardings)})[item]
+            return self._read(step, {item: _with_shardings(abstract, shardings)})[item]
         except DamagedError as error:
             if not (self.directory / str(step)).exists():
                 raise InputError(f"checkpoint {step} under {self.directory} was deleted meanwhile") from error
@@ -402,36 +432,6 @@ def _agreed(read: Callable[[], T]) -> T:
     if not distributed.all_true(damage is None):
         raise DamagedError(damage or "another process cannot read it")
     return cast(T, result)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Generator[None, None, None]:
-    """Raises KeyboardInterrupt if Ctrl-C interrupts the block, whatever the block makes of it.
-
-    Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file, and
-    JAX ignores one in some of its callbacks.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C only interrupts the main thread.
-        return
-    interrupted = threading.Event()
-
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
-        interrupted.set()
-        if callable(previous):
-            previous(number, frame)
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except Exception as error:
-        if interrupted.is_set():
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
 
 
 def _is_damage(error: Exception) -> bool:
