@@ -446,7 +446,7 @@ def test_an_interrupted_read_is_no_damage(two_checkpoints, tmp_path, capsys):
             with contextlib.suppress(KeyboardInterrupt):
                 restore(checkpoints)
                 missed += 1
-    assert len(restored) < 25 and missed < 3
+    assert len(restored) < 25 and missed < 10
     assert "damaged" not in capsys.readouterr().out
     assert sorted(os.listdir(workdir / "checkpoints")) == ["20", "3"]
 
