@@ -55,17 +55,18 @@ def _interruptible() -> Generator[None, None, None]:
     Orbax turns a KeyboardInterrupt in one of its coroutines into an error like that of a damaged file, and
     Python ignores one in a destructor.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C only interrupts the main thread.
+    previous = signal.getsignal(signal.SIGINT)
+    # Ctrl-C only interrupts the main thread. Background jobs of a shell script ignore it.
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
         return
     interrupted = threading.Event()
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
         interrupted.set()
-        if callable(previous):
-            previous(number, frame)
+        previous(number, frame)
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except Exception as error:
