@@ -69,7 +69,7 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
         known = _ADM[network]
         config.architecture = "adm"
         config.adm.update(preconditioning=known, **common)
-        if known in ("eps_cosine", "eps_linear"):
+        if preconditioning.predicts_eps(known):
             # x_hat = (z_t - s eps) / alpha, with 1 / alpha up to 80: bfloat16 would be too coarse.
             config.adm.dtype = "float32"
         if network == "adm128":

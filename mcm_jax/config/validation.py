@@ -11,9 +11,8 @@ import ml_collections
 
 from mcm_jax import fields
 from mcm_jax.config.settings import ARCHITECTURES, SECTIONS, Config, Staged, without_none
-from mcm_jax.models import unet
 from mcm_jax.models.adm import ADMSettings
-from mcm_jax.models.edm2 import EDM2Settings
+from mcm_jax.models.unet import UNetSettings
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
 
@@ -136,15 +135,15 @@ def _check_stages(objective: str, stages: tuple[int, ...]) -> None:
 def _check_network(config: Config) -> None:
     if config.mesh.data == 0:
         raise InputError("config.mesh.data=0: use a positive number, or -1 for all remaining devices")
-    if config.architecture == "uvit":
-        _check_uvit(config)
+    network = config.network
+    if isinstance(network, UNetSettings):
+        _check_unet(config, network)
     else:
-        _check_unet(config)
+        _check_uvit(config)
 
 
-def _check_unet(config: Config) -> None:
-    name, network = f"config.{config.architecture}", config.network
-    assert isinstance(network, ADMSettings | EDM2Settings)
+def _check_unet(config: Config, network: UNetSettings) -> None:
+    name = f"config.{config.architecture}"
     levels = len(network.widths)
     if len(network.attention_levels) != levels:
         raise InputError(
@@ -162,19 +161,14 @@ def _check_unet(config: Config) -> None:
             f"config.data.encoder={config.data.encoder!r}: config.architecture={config.architecture!r} "
             "supports class labels only; leave it out"
         )
-    shapes = [
-        shape
-        for blocks in (unet.encoder, unet.decoder)
-        for shape in blocks(network.widths, network.blocks, network.attention_levels)
-    ]
-    for shape in shapes:
+    for shape in (*network.encoder, *network.decoder):
         heads = network.num_heads(shape.c_out)
         if shape.attention and shape.c_out % heads:
             raise InputError(
                 f"{name}: its {heads} attention heads do not divide the width {shape.c_out} in {name}.widths="
                 f"{network.widths!r}"
             )
-        for width in (shape.c_in + shape.c_skip, shape.c_out):
+        for width in (shape.c_joined, shape.c_out):
             if isinstance(network, ADMSettings) and width % network.num_groups(width):
                 raise InputError(
                     f"{name}.groups={network.groups} and group_width={network.group_width} can't divide "

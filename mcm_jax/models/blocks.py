@@ -54,6 +54,15 @@ def dropout(h: Float[Array, "B L *rest"], rate: float, key: jax.Array | None) ->
     return jnp.where(stays.reshape(examples, -1, *rest)[:, :length], h * (256 / kept), 0)
 
 
+def doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+    """Repeats every pixel twice in height and in width."""
+    # Along the width, multiply by a 0/1 matrix, which is faster on a TPU than moving pixels.
+    twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
+    # HIGHEST makes this exact on accelerators that round float32 products by default.
+    wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
+    return repeat(wide, "b h w c -> b (h i) w c", i=2)
+
+
 class GroupNorm(nnx.Module):
     """(x - mean) / sqrt(variance + epsilon) scale + bias, with moments per group of channels, in float32.
 

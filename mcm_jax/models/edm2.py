@@ -7,22 +7,19 @@ and sums and concatenations are scaled. There are no biases, and no norms except
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import Affects, setting
-from mcm_jax.models import preconditioning, unet
+from mcm_jax.models import unet
 from mcm_jax.models.blocks import dropout
 from mcm_jax.models.conditions import Classes, Condition
 from mcm_jax.models.placement import Placement
-from mcm_jax.models.remat import call_block, split_key
-from mcm_jax.models.unet import BlockShape
+from mcm_jax.models.unet import BlockShape, UNet, UNetSettings
 
 _EPSILON = 1e-4
 # Share of the block's own branch, and of its attention, in its output.
@@ -31,34 +28,12 @@ _CLIP = 256.0
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM2Settings:
-    """All sizes of EDM2's U-Net and how it computes. Levels are listed from the top resolution down."""
+class EDM2Settings(UNetSettings):
+    """All sizes of EDM2's U-Net and how it computes."""
 
-    widths: tuple[int, ...] = setting(
-        (192, 384, 576, 768), "channels of each level", low=1, affects=Affects.ALL
-    )
-    blocks: int = setting(3, "blocks of each level in the encoder", low=1, affects=Affects.ALL)
     attention_levels: tuple[bool, ...] = setting(
         (False, False, True, True), "whether the blocks of each level have attention", affects=Affects.ALL
     )
-    head_width: int = setting(64, "channels of an attention head", low=1, affects=Affects.ALL)
-    dropout: float = setting(0.0, "dropout of every block, to the nearest 1/256", low=0, high=0.99)
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "dtype of the activations", affects=Affects.TRAINING | Affects.SAMPLES
-    )
-    remat: Literal["none", "full"] = setting(
-        "none", "what the backward pass recomputes: nothing (none) or every block", affects=Affects.NOTHING
-    )
-    attention: Literal["fused", "einsum"] = setting(
-        "fused",
-        "fused: a fused kernel if the devices are TPUs and the number of positions is a multiple of 128, at "
-        "most 1024, otherwise einsum; einsum: never a fused kernel",
-        affects=Affects.NOTHING,
-    )
-
-    def num_heads(self, width: int) -> int:
-        """Heads of attention over `width` channels."""
-        return max(1, width // self.head_width)
 
     def build(
         self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
@@ -140,10 +115,8 @@ class Attention(nnx.Module):
         self.proj = Weights(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        qkv = rearrange(self.qkv(x), "b h w (n heads d) -> n b heads (h w) d", n=3, heads=self.heads)
-        q, k, v = pixel_norm(qkv)
-        h = self.attend(q * q.shape[-1] ** -0.5, k, v)
-        return mix(x, self.proj(rearrange(h, "b heads (h w) d -> b h w (heads d)", h=x.shape[1])), _BALANCE)
+        h = unet.attended(self.qkv(x), heads=self.heads, attend=self.attend, normalise=pixel_norm)
+        return mix(x, self.proj(h), _BALANCE)
 
 
 class Block(nnx.Module):
@@ -154,14 +127,13 @@ class Block(nnx.Module):
         shape: BlockShape,
         settings: EDM2Settings,
         *,
-        is_encoder: bool,
         placement: Placement,
         rngs: nnx.Rngs,
     ):
-        c_in, c_out, dtype = shape.c_in + shape.c_skip, shape.c_out, jnp.dtype(settings.dtype)
+        c_in, c_out, dtype = shape.c_joined, shape.c_out, jnp.dtype(settings.dtype)
         self.resampling: unet.Resampling | None = shape.resampling
-        self.rate, self.is_encoder = settings.dropout, is_encoder
-        self.conv_0 = Weights(3, 3, c_out if is_encoder else c_in, c_out, dtype=dtype, rngs=rngs)
+        self.rate, self.is_encoder = settings.dropout, shape.part == "enc"
+        self.conv_0 = Weights(3, 3, c_out if self.is_encoder else c_in, c_out, dtype=dtype, rngs=rngs)
         self.emb_gain = nnx.Param(jnp.zeros(()))
         self.emb = Weights(4 * settings.widths[0], c_out, dtype=dtype, rngs=rngs)
         self.conv_1 = Weights(3, 3, c_out, c_out, dtype=dtype, rngs=rngs)
@@ -187,8 +159,8 @@ class Block(nnx.Module):
         return x if self.skip is None else self.skip(x)
 
 
-class EDM2(nnx.Module):
-    """(z_t, log-SNR, label, dropout key) -> v_hat, in float32 whatever precision the layers compute in."""
+class EDM2(UNet):
+    """See `UNet`."""
 
     def __init__(
         self,
@@ -202,55 +174,30 @@ class EDM2(nnx.Module):
         """shape: (resolution, resolution, channels) of an image."""
         if not isinstance(condition, Classes):
             raise ValueError("EDM2's U-Net supports class labels only")
-        self.settings, self.placement, self.num_classes = settings, placement, condition.num_classes
+        self.num_classes = condition.num_classes
         width, dtype, float32 = settings.widths[0], jnp.dtype(settings.dtype), jnp.dtype(jnp.float32)
-        sizes = settings.widths, settings.blocks, settings.attention_levels
 
-        def make_block(shape: BlockShape, is_encoder: bool) -> Block:
-            return Block(shape, settings, is_encoder=is_encoder, placement=placement, rngs=rngs)
+        def make_block(shape: BlockShape) -> Block:
+            return Block(shape, settings, placement=placement, rngs=rngs)
 
+        super().__init__(settings, "edm", channels=shape[-1], placement=placement, make_block=make_block)
         # Both are random but not learned.
         self.frequencies = nnx.Param(2 * jnp.pi * jax.random.normal(rngs.params(), (width,)))
         self.phases = nnx.Param(2 * jnp.pi * jax.random.uniform(rngs.params(), (width,)))
         self.noise = Weights(width, 4 * width, dtype=float32, rngs=rngs)
         self.labels = Weights(condition.num_classes, 4 * width, dtype=float32, rngs=rngs)
         self.conv_in = Weights(3, 3, shape[-1] + 1, width, dtype=dtype, rngs=rngs)
-        self.encoder = nnx.List(make_block(shape, is_encoder=True) for shape in unet.encoder(*sizes))
-        self.decoder = nnx.List(make_block(shape, is_encoder=False) for shape in unet.decoder(*sizes))
-        self.takes_skip = tuple(shape.c_skip > 0 for shape in unet.decoder(*sizes))
         self.conv_out = Weights(3, 3, width, shape[-1], dtype=float32, rngs=rngs)
         self.out_gain = nnx.Param(jnp.zeros(()))
-
-    def __call__(
-        self,
-        z_t: Float[Array, "B H W C"],
-        logsnr_t: Float[Array, " B"],
-        cond: Cond,
-        key: jax.Array | None,
-    ) -> Float[Array, "B H W C"]:
-        """Predicts v.
-
-        Args:
-          cond: labels; the network was not trained for the last one, 'any class', whose embedding is zero.
-          key: the randomness of dropout; None disables it.
-        """
-        return preconditioning.v_hat("edm", lambda x, level: self.predict(x, level, cond, key), z_t, logsnr_t)
 
     def predict(
         self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
     ) -> Float[Array, "B H W C"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
         emb = self.placement.constrain(self.embedding(level, cond).astype(self.conv_in.dtype))
-        call = call_block(self.placement, self.settings.remat)
-        keys = iter(split_key(key, len(self.encoder) + len(self.decoder)))
         # The channel of ones takes the place of a bias.
         h = self.placement.constrain(self.conv_in(jnp.pad(x, [(0, 0)] * 3 + [(0, 1)], constant_values=1)))
-        skips = [h]
-        for block in self.encoder:
-            h = call(block, h, emb, next(keys))
-            skips.append(h)
-        for block, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
-            h = call(block, join(h, skips.pop()) if takes_skip else h, emb, next(keys))
+        h = self.blocks(h, emb, key, join=join)
         return self.conv_out(h, self.out_gain[...])
 
     def embedding(self, level: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:

@@ -8,8 +8,9 @@ high or low noise, and float32 is exact enough at every log-SNR.
 
 import functools
 import math
+import typing
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,8 @@ from mcm_jax.diffusion import process
 #   consistency  F of a consistency model, which returns x itself at SIGMA_MIN; 1000 ln(sigma) / 4
 #   eps_cosine   eps; the step, 0 to 999, of a cosine schedule
 #   eps_linear   eps; the step, 0 to 999, of a schedule with linear betas
-Preconditioning = Literal["edm", "edm_1000", "consistency", "eps_cosine", "eps_linear"]
+Steps = Literal["eps_cosine", "eps_linear"]
+Preconditioning = Literal["edm", "edm_1000", "consistency", Steps]
 
 SIGMA_DATA = 0.5
 SIGMA_MIN = 0.002
@@ -44,7 +46,7 @@ def v_hat(
     At log-SNRs for which a network that predicts eps has no step, it predicts that of the nearest step.
     """
     z_t = z_t.astype(jnp.float32)
-    if preconditioning == "eps_cosine" or preconditioning == "eps_linear":
+    if predicts_eps(preconditioning):
         logsnrs = step_logsnrs(preconditioning)
         logsnr_t = jnp.clip(logsnr_t, logsnrs[-1], logsnrs[0])
         # Its training had whole steps only; the embedding of a step is continuous.
@@ -63,6 +65,11 @@ def v_hat(
     return (1 - SIGMA_DATA**2) * alpha * s / n**2 * z_t - SIGMA_DATA / n * f
 
 
+def predicts_eps(preconditioning: Preconditioning) -> TypeGuard[Steps]:
+    """Whether the network predicts eps, and was trained with 1,000 steps."""
+    return preconditioning in typing.get_args(Steps)
+
+
 def logsnr_range(preconditioning: Preconditioning) -> tuple[float, float]:
     """The lowest and highest log-SNR at which such networks were trained.
 
@@ -71,7 +78,7 @@ def logsnr_range(preconditioning: Preconditioning) -> tuple[float, float]:
       [-8.76, 12.43]
     """
     lowest, highest = -2 * math.log(SIGMA_MAX), -2 * math.log(SIGMA_MIN)
-    if preconditioning == "eps_cosine" or preconditioning == "eps_linear":
+    if predicts_eps(preconditioning):
         logsnrs = step_logsnrs(preconditioning)
         # The last steps of the cosine are almost pure noise. There, x_hat = (z_t - s eps) / alpha has up to
         # 20,000 times the error of eps.
@@ -80,7 +87,7 @@ def logsnr_range(preconditioning: Preconditioning) -> tuple[float, float]:
 
 
 @functools.cache
-def step_logsnrs(schedule: Literal["eps_cosine", "eps_linear"]) -> Float[np.ndarray, " 1000"]:
+def step_logsnrs(schedule: Steps) -> Float[np.ndarray, " 1000"]:
     """The log-SNR of each of the 1,000 steps, descending (arXiv:2102.09672, section 3.2)."""
     if schedule == "eps_cosine":
         u = np.linspace(0, 1, 1001)

@@ -10,13 +10,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.fields import Affects, setting
-from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, Text, TransformerBlock, make_norm
+from mcm_jax.models.blocks import Norm, ResNetBlock, Saved, Text, TransformerBlock, doubled, make_norm
 from mcm_jax.models.conditions import Caption, Captions, Condition
 from mcm_jax.models.embeddings import Conditioning, NoiseScale
 from mcm_jax.models.placement import Placement
@@ -300,7 +300,7 @@ class UViT(nnx.Module):
             h = self.constrain(_pooled(self.down[level], h))
         h = self.middle(h, emb, text, keys[levels])
         for level in reversed(range(levels)):
-            h = self.constrain(_doubled(self.up[level](h)))
+            h = self.constrain(doubled(self.up[level](h)))
             if self.skips[level]:
                 # Both terms have unit variance at initialisation, and so does their sum over sqrt 2.
                 h = (h + skips[level]) * 0.5**0.5
@@ -324,12 +324,3 @@ def _pooled(projection: nnx.Linear, x: Float[Array, "B H W C"]) -> Float[Array, 
     y = jax.lax.conv_general_dilated(x, taps, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert projection.bias is not None
     return y + projection.bias[...].astype(x.dtype)
-
-
-def _doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Repeats every pixel twice in height and in width."""
-    # Along the width, multiply by a 0/1 matrix, which is faster on a TPU than moving pixels.
-    twice = jnp.repeat(jnp.eye(x.shape[2], dtype=x.dtype), 2, axis=0)
-    # HIGHEST makes this exact on accelerators that round float32 products by default.
-    wide = jnp.einsum("vw,bhwc->bhvc", twice, x, precision=jax.lax.Precision.HIGHEST)
-    return repeat(wide, "b h w c -> b (h i) w c", i=2)

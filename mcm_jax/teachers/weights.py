@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from einops import rearrange
 
-from mcm_jax.models import unet
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.edm2 import EDM2Settings
 from mcm_jax.models.network import Params
@@ -48,15 +47,15 @@ def edm2(tensors: Tensors, numbers: Numbers) -> Imported:
         head_width=_head_width(tensors, numbers, "unet.dec.{0}x{0}_in0".format(sides[-1]), "attn_proj"),
     )
 
-    def block(part: str, shape: BlockShape) -> Params:
-        name = f"unet.{part}.{sides[shape.level]}x{sides[shape.level]}_{shape.name}"
+    def block(shape: BlockShape) -> Params:
+        name = f"unet.{shape.part}.{sides[shape.level]}x{sides[shape.level]}_{shape.name}"
         params: Params = {
             "conv_0": reader.weights(f"{name}.conv_res0"),
             "emb_gain": reader.tensor(f"{name}.emb_gain"),
             "emb": reader.weights(f"{name}.emb_linear"),
             "conv_1": reader.weights(f"{name}.conv_res1"),
         }
-        if shape.c_in + shape.c_skip != shape.c_out:
+        if shape.c_joined != shape.c_out:
             params["skip"] = reader.weights(f"{name}.conv_skip")
         if shape.attention:
             qkv, proj = (reader.kernel(f"{name}.{layer}") for layer in ("attn_qkv", "attn_proj"))
@@ -64,15 +63,14 @@ def edm2(tensors: Tensors, numbers: Numbers) -> Imported:
             params["attention"] = {"qkv": {"kernel": _NVIDIA_QKV(qkv, heads)}, "proj": {"kernel": proj}}
         return params
 
-    sizes = settings.widths, settings.blocks, settings.attention_levels
     params = {
         "frequencies": reader.tensor("unet.emb_fourier.freqs"),
         "phases": reader.tensor("unet.emb_fourier.phases"),
         "noise": reader.weights("unet.emb_noise"),
         "labels": reader.weights("unet.emb_label"),
         "conv_in": reader.weights(f"unet.enc.{sides[0]}x{sides[0]}_conv"),
-        "encoder": {i: block("enc", shape) for i, shape in enumerate(unet.encoder(*sizes))},
-        "decoder": {i: block("dec", shape) for i, shape in enumerate(unet.decoder(*sizes))},
+        "encoder": {i: block(shape) for i, shape in enumerate(settings.encoder)},
+        "decoder": {i: block(shape) for i, shape in enumerate(settings.decoder)},
         "conv_out": reader.weights("unet.out_conv"),
         "out_gain": reader.tensor("unet.out_gain"),
     }
@@ -94,8 +92,8 @@ def edm(tensors: Tensors, numbers: Numbers) -> Imported:
         preconditioning="edm",
     )
 
-    def block_name(part: str, shape: BlockShape) -> tuple[str, str]:
-        name = f"model.{part}.{sides[shape.level]}x{sides[shape.level]}_{shape.name}"
+    def block_name(shape: BlockShape) -> tuple[str, str]:
+        name = f"model.{shape.part}.{sides[shape.level]}x{sides[shape.level]}_{shape.name}"
         return name, name
 
     return _adm(
@@ -130,11 +128,11 @@ def openai(
         shapes say.
     """
     settings = settings or openai_settings(tensors, preconditioning)
-    names, sizes = {}, (settings.widths, settings.blocks, settings.attention_levels)
-    for i, shape in enumerate(unet.encoder(*sizes)):
-        names["enc", shape.level, shape.name] = (f"input_blocks.{i + 1}.0", f"input_blocks.{i + 1}.1")
+    names = {}
+    for i, shape in enumerate(settings.encoder):
+        names[shape] = (f"input_blocks.{i + 1}.0", f"input_blocks.{i + 1}.1")
     i, attends = -1, False
-    for shape in unet.decoder(*sizes):
+    for shape in settings.decoder:
         if shape.name == "in0":
             name, attention = "middle_block.0", "middle_block.1"
         elif shape.name == "in1":
@@ -144,12 +142,12 @@ def openai(
         else:
             i, attends = i + 1, shape.attention
             name, attention = f"output_blocks.{i}.0", f"output_blocks.{i}.1"
-        names["dec", shape.level, shape.name] = (name, attention)
+        names[shape] = (name, attention)
     return _adm(
         tensors,
         settings,
         _Names(
-            block_name=lambda part, shape: names[part, shape.level, shape.name],
+            block_name=names.__getitem__,
             block=(
                 "in_layers.0",
                 "in_layers.2",
@@ -233,13 +231,13 @@ class _Names:
     """How a file names the layers of an ADM network.
 
     Attributes:
-      block_name: (enc or dec, block) -> names of the block and of its attention.
+      block_name: block -> its name, and that of its attention.
       block: a block's layers, in the order norm_0, conv_0, affine, norm_1, conv_1, skip.
       attention: norm, qkv, proj.
       outside: dense_1, dense_2, conv_in, norm_out, conv_out.
     """
 
-    block_name: Callable[[str, BlockShape], tuple[str, str]]
+    block_name: Callable[[BlockShape], tuple[str, str]]
     block: tuple[str, str, str, str, str, str]
     attention: tuple[str, str, str]
     outside: tuple[str, str, str, str, str]
@@ -257,8 +255,8 @@ def _adm(
 ) -> Imported:
     reader = _Reader(tensors)
 
-    def block(part: str, shape: BlockShape) -> Params:
-        name, attention_name = names.block_name(part, shape)
+    def block(shape: BlockShape) -> Params:
+        name, attention_name = names.block_name(shape)
         norm_0, conv_0, affine, norm_1, conv_1, skip = (f"{name}.{layer}" for layer in names.block)
         params: Params = {
             "norm_0": reader.norm(norm_0),
@@ -267,7 +265,7 @@ def _adm(
             "norm_1": reader.norm(norm_1),
             "conv_1": reader.layer(conv_1),
         }
-        if shape.c_in + shape.c_skip != shape.c_out:
+        if shape.c_joined != shape.c_out:
             params["skip"] = reader.layer(skip)
         if shape.attention:
             norm, qkv_name, proj = (f"{attention_name}.{layer}" for layer in names.attention)
@@ -276,15 +274,14 @@ def _adm(
             params["attention"] = {"norm": reader.norm(norm), "qkv": reordered, "proj": reader.layer(proj)}
         return params
 
-    sizes = settings.widths, settings.blocks, settings.attention_levels
     dense_1, dense_2, conv_in, norm_out, conv_out = names.outside
     params = {
         "dense_1": reader.layer(dense_1),
         "dense_2": reader.layer(dense_2),
         "labels": labels(reader),
         "conv_in": reader.layer(conv_in),
-        "encoder": {i: block("enc", shape) for i, shape in enumerate(unet.encoder(*sizes))},
-        "decoder": {i: block("dec", shape) for i, shape in enumerate(unet.decoder(*sizes))},
+        "encoder": {i: block(shape) for i, shape in enumerate(settings.encoder)},
+        "decoder": {i: block(shape) for i, shape in enumerate(settings.decoder)},
         "norm_out": reader.norm(norm_out),
         "conv_out": reader.layer(conv_out),
     }

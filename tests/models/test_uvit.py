@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mcm_jax.models import attention, embeddings, uvit
+from mcm_jax.models import attention, blocks, embeddings, uvit
 from mcm_jax.models.conditions import Classes
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
@@ -223,7 +223,7 @@ def test_down_is_a_pool_and_a_projection(projection):
 def test_up_doubles_every_pixel_exactly(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5), dtype)
     expected = np.asarray(x, np.float32).repeat(2, 1).repeat(2, 2)
-    np.testing.assert_array_equal(np.asarray(uvit._doubled(x), np.float32), expected)
+    np.testing.assert_array_equal(np.asarray(blocks.doubled(x), np.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
