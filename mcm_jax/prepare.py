@@ -154,10 +154,11 @@ def main() -> None:
         raise InputError("--teacher=FILE and --workdir=DIR belong together; add the other")
     if values.kind is not None and values.teacher is None:
         raise InputError("--kind applies only to --teacher=FILE; remove it")
+    teacher = None
     if values.teacher is not None:
         from mcm_jax.teachers import importer  # Slow to import.
 
-        importer.check(values.teacher, kind=values.kind)  # Before the data, which may take hours.
+        teacher = importer.load(values.teacher, kind=values.kind)  # Before the data, which may take hours.
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
     encoder = _encoder(values.dataset, values.encoder, values.caption_length)
@@ -170,13 +171,10 @@ def main() -> None:
     print(report(info, built=built, data_dir=str(values.data_dir)))
     if values.classifier:
         print(_classifier(info, overwrite=values.overwrite))
-    if values.teacher is not None:
+    if teacher is not None:
         from mcm_jax.teachers import importer
 
-        source, workdir = values.teacher, values.workdir
-        print(
-            importer.import_teacher(source, workdir, dataset=info, data_dir=values.data_dir, kind=values.kind)
-        )
+        print(importer.write(teacher, values.workdir, dataset=info, data_dir=values.data_dir))
 
 
 def _classifier(info: layout.DatasetInfo, *, overwrite: bool) -> str:

@@ -10,7 +10,8 @@ from mcm_jax.system.errors import InputError
 
 # Channels of EDM2's first level, by size; dropout of the sizes that were trained with it.
 _EDM2 = {"edm2-s": (192, 0.0), "edm2-m": (256, 0.1), "edm2-l": (320, 0.1), "edm2-xl": (384, 0.1)}
-_ADM: dict[str, Preconditioning] = {
+# Kinds of networks with ADM's U-Net.
+ADM: dict[str, Preconditioning] = {
     "edm": "edm",
     "openai_edm": "edm_1000",
     "adm64": "eps_cosine",
@@ -58,7 +59,6 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     # The annealing ends before the training, as in the paper, though both are shorter.
     config.consistency.update(student_steps=numbers["steps"], anneal_steps=20_000)
     common = {"dtype": "bfloat16", "remat": "full"}
-    known: Preconditioning = "edm"
     if network in _EDM2:
         width, dropout = _EDM2[network]
         config.architecture = "edm2"
@@ -66,10 +66,9 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
         # Its weights have an rms of 1, many times that of others, so that a step of this size is small.
         config.optimizer.learning_rate = 1e-4
     else:
-        known = _ADM[network]
         config.architecture = "adm"
-        config.adm.update(preconditioning=known, **common)
-        if preconditioning.predicts_eps(known):
+        config.adm.update(preconditioning=ADM[network], **common)
+        if preconditioning.predicts_eps(ADM[network]):
             # x_hat = (z_t - s eps) / alpha, with 1 / alpha up to 80: bfloat16 would be too coarse.
             config.adm.dtype = "float32"
         if network == "adm128":
@@ -80,7 +79,7 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
                 heads=4,
             )
         config.optimizer.learning_rate = 2e-5
-    set_schedule(config, known)
+    set_schedule(config, ADM.get(network, "edm"))
     config.optimizer.decay = "linear"
     config.training.update(num_steps=30_000, batch_size=256, accumulation_steps=8)
     return config

@@ -19,6 +19,7 @@ from mcm_jax.models import unet
 from mcm_jax.models.blocks import dropout
 from mcm_jax.models.conditions import Classes, Condition
 from mcm_jax.models.placement import Placement
+from mcm_jax.models.preconditioning import Preconditioning
 from mcm_jax.models.unet import BlockShape, UNet, UNetSettings
 
 _EPSILON = 1e-4
@@ -34,6 +35,11 @@ class EDM2Settings(UNetSettings):
     attention_levels: tuple[bool, ...] = setting(
         (False, False, True, True), "whether the blocks of each level have attention", affects=Affects.ALL
     )
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """EDM's."""
+        return "edm"
 
     def build(
         self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
@@ -180,7 +186,9 @@ class EDM2(UNet):
         def make_block(shape: BlockShape) -> Block:
             return Block(shape, settings, placement=placement, rngs=rngs)
 
-        super().__init__(settings, "edm", channels=shape[-1], placement=placement, make_block=make_block)
+        super().__init__(
+            settings, settings.preconditioning, channels=shape[-1], placement=placement, make_block=make_block
+        )
         # Both are random but not learned.
         self.frequencies = nnx.Param(2 * jnp.pi * jax.random.normal(rngs.params(), (width,)))
         self.phases = nnx.Param(2 * jnp.pi * jax.random.uniform(rngs.params(), (width,)))

@@ -96,21 +96,19 @@ class Content:
 def prepare(collection: Collection) -> Content:
     """Groups and averages the results."""
     groups, notes = averages.group(collection)
+
+    def measured(group: Group, metric: str, bounds: Sequence[Bound]) -> Measured:
+        estimates, left_out = averages.estimates(group, metric, collection.descriptions)
+        notes.extend(left_out)
+        return Measured(metric, tuple(estimates), tuple(bounds))
+
     sections = []
     for group in groups:
-        measured: dict[str, list[Measured]] = {"scores": [], "distances": []}
-        for kind, metrics, bounds_of in (
-            ("scores", group.caption_scores, tables.score_bounds),
-            ("distances", group.distances, tables.distance_bounds),
-        ):
-            for metric in metrics:
-                estimates, left_out = averages.estimates(group, metric, collection.descriptions)
-                notes += left_out
-                measured[kind].append(Measured(metric, tuple(estimates), tuple(bounds_of(group, metric))))
+        scores = [measured(group, name, tables.score_bounds(group, name)) for name in group.caption_scores]
+        distances = [measured(group, name, tables.distance_bounds(group, name)) for name in group.distances]
         estimates, _ = averages.estimates(group, NEAREST, collection.descriptions)
         nearest = Measured(NEAREST, tuple(estimates), tuple(tables.nearest_bounds(group)))
-        scores, distances = tuple(measured["scores"]), tuple(measured["distances"])
-        sections.append(Section(group, scores, distances, nearest if estimates else None))
+        sections.append(Section(group, tuple(scores), tuple(distances), nearest if estimates else None))
     return Content(collection, tuple(sections), tuple(dict.fromkeys([*collection.notes, *notes])))
 
 

@@ -89,13 +89,7 @@ def _train_run(config: Config, workdir: Path) -> bool:
         training = build.training(config, condition=build.condition(dataset), mesh=mesh)
         origin = existing and existing.origin
         if config.teacher_checkpoint is not None:
-            check_teacher(config, dataset)
-            origin = workdirs.read(_teacher_workdir(config)).origin
-            if origin is not None and origin.kind == CONSISTENCY:
-                raise InputError(
-                    f"config.teacher_checkpoint={config.teacher_checkpoint} is the consistency model "
-                    f"{origin.file}; use a diffusion model"
-                )
+            origin = check_teacher(config, dataset).origin
             if origin is not None:
                 distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
         teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)
@@ -139,8 +133,8 @@ def _is_finished(config: Config, workdir: Path) -> bool:
         return (checkpoints.latest_step() or 0) >= config.training.num_steps
 
 
-def check_teacher(config: Config, dataset: DatasetInfo) -> None:
-    """Raises InputError unless config.teacher_checkpoint is a finished and compatible run."""
+def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
+    """Returns the teacher's record; InputError unless it is a finished and compatible run."""
     path = _teacher_workdir(config)
     try:
         teacher = workdirs.read(path)
@@ -149,6 +143,11 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
     except InputError as error:
         raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
     teacher_config, teacher_data = teacher.config, teacher.dataset
+    if teacher.origin is not None and teacher.origin.kind == CONSISTENCY:
+        raise InputError(
+            f"config.teacher_checkpoint={path} is the consistency model {teacher.origin.file}; use a "
+            "diffusion model"
+        )
     _check_teacher_steps(config, teacher_config)
     if config.teacher_guidance > 0 and not teacher_config.supports_guidance:
         raise InputError(
@@ -186,6 +185,7 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> None:
                 f"config.teacher_checkpoint={path} has another network: its {name} is {its[name]}, this "
                 f"run's is {ours}; make them equal or choose another teacher"
             )
+    return teacher
 
 
 def _described(dataset: DatasetInfo) -> str:

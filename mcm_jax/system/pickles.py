@@ -21,7 +21,7 @@ from mcm_jax.system.errors import InputError, reason
 Plain = Any
 
 # Inception's weights take 16,000 instructions, statistics a hundred. This many take half a second.
-_MAX_INSTRUCTIONS = 100_000
+MAX_INSTRUCTIONS = 100_000
 _MAX_DEPTH = 50
 # A pickle may refer to a part of itself again and again. All references together may copy, or hand to
 # functions, this many times the bytes of the file.
@@ -55,7 +55,7 @@ def run(
     known: Mapping[tuple[str, str], object],
     load_persistent: Callable[[Any], object] | None = None,
     *,
-    max_instructions: int = _MAX_INSTRUCTIONS,
+    max_instructions: int = MAX_INSTRUCTIONS,
 ) -> Any:
     """Executes the pickle that begins at the file's position, and leaves the position behind it.
 
@@ -295,7 +295,7 @@ class _Copier:
     """
 
     def __init__(self, max_bytes: int):
-        self._values_left, self._bytes_left = _MAX_INSTRUCTIONS, max_bytes
+        self._values_left, self._bytes_left = MAX_INSTRUCTIONS, max_bytes
 
     def copy(self, value: Any, depth: int = 0) -> Plain:
         if isinstance(value, _Array):
@@ -305,7 +305,7 @@ class _Copier:
         self._bytes_left -= len(value) if isinstance(value, str | bytes | bytearray) else 0
         if self._values_left < 0 or self._bytes_left < 0 or depth > _MAX_DEPTH:
             raise pickle.UnpicklingError(
-                f"it has more than {_MAX_INSTRUCTIONS:,} values, {_MAX_COPIES} copies or {_MAX_DEPTH} levels"
+                f"it has more than {MAX_INSTRUCTIONS:,} values, {_MAX_COPIES} copies or {_MAX_DEPTH} levels"
             )
         if isinstance(value, dict):
             return {key: self.copy(part, depth + 1) for key, part in value.items()}

@@ -113,14 +113,14 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     return _arrays(tensors, storages)
 
 
-def _legacy_content(file: io.BytesIO, **limits: int) -> tuple[Any, Any]:
+def _legacy_content(file: io.BytesIO, max_instructions: int = pickles.MAX_INSTRUCTIONS) -> tuple[Any, Any]:
     """(what was saved, keys of its storages); leaves the position before the first storage's numbers."""
     file.seek(0)
     if file.read(len(_MAGIC)) != _MAGIC:
         raise ValueError("wrong magic number")
     for _ in ("protocol version", "system info"):
-        _unpickled(file, **limits)
-    return _unpickled(file, **limits), _unpickled(file, **limits)
+        _unpickled(file, max_instructions)
+    return _unpickled(file, max_instructions), _unpickled(file, max_instructions)
 
 
 def _legacy_numbers(file: io.BytesIO, storage: _Storage) -> np.ndarray:
@@ -146,7 +146,7 @@ def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
 
 def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     views = {
-        name: view(storages[tensor.storage.key], tensor.offset, tensor.shape, tensor.strides)
+        name: strided(storages[tensor.storage.key], tensor.offset, tensor.shape, tensor.strides)
         for name, tensor in tensors.items()
     }
     stored = sum(numbers.nbytes for numbers in storages.values())
@@ -155,8 +155,8 @@ def _arrays(tensors: dict[str, _Tensor], storages: dict[str, np.ndarray]) -> dic
     return {name: view.copy() for name, view in views.items()}
 
 
-def _unpickled(file: io.BytesIO, **limits: int) -> Any:
-    return pickles.run(file, _KNOWN, _storage, **limits)
+def _unpickled(file: io.BytesIO, max_instructions: int = pickles.MAX_INSTRUCTIONS) -> Any:
+    return pickles.run(file, _KNOWN, _storage, max_instructions=max_instructions)
 
 
 def _storage(reference: tuple[Any, ...]) -> _Storage:
@@ -184,12 +184,11 @@ _KNOWN = {
 } | {("torch", name): np.dtype(code) for name, code in _STORAGES.items()}
 
 
-def view(numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+def strided(numbers: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
     """A strided view of a storage; raises ValueError if the view would leave the storage."""
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min(offset, *shape, *strides, 0) < 0 or 0 in shape or last >= len(numbers):
-        raise ValueError("a tensor reaches outside its storage")
-    if math.prod(shape) > len(numbers):
+    outside = min((offset, *shape, *strides)) < 0 or last >= len(numbers)
+    if outside or 0 in shape or math.prod(shape) > len(numbers):
         raise ValueError("a tensor reaches outside its storage")
     steps = [stride * numbers.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,79 +25,86 @@ from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
 
 _NVIDIA = "CC BY-NC-SA 4.0: non-commercial, share-alike"
+_OPENAI_PRECONDITIONING: dict[str, Preconditioning] = {**public_rows.ADM, CONSISTENCY: "consistency"}
 _OPENAI = "published for research, not for commercial deployment (model card); code MIT"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of published network: its name, where it is from, and what it predicts."""
+class Kind(NamedTuple):
+    """A kind of published network: where it is from, under which licence."""
 
-    name: str
     source: str
     licence: str
-    preconditioning: Preconditioning
 
 
 KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("edm2", "github.com/NVlabs/edm2", _NVIDIA, "edm"),
-        Kind("edm", "github.com/NVlabs/edm", _NVIDIA, "edm"),
-        Kind("adm64", "github.com/openai/guided-diffusion", _OPENAI, "eps_cosine"),
-        Kind("adm128", "github.com/openai/guided-diffusion", _OPENAI, "eps_linear"),
-        Kind("openai_edm", "github.com/openai/consistency_models", _OPENAI, "edm_1000"),
-        Kind(CONSISTENCY, "github.com/openai/consistency_models", _OPENAI, "consistency"),
-    )
+    "edm2": Kind("github.com/NVlabs/edm2", _NVIDIA),
+    "edm": Kind("github.com/NVlabs/edm", _NVIDIA),
+    "adm64": Kind("github.com/openai/guided-diffusion", _OPENAI),
+    "adm128": Kind("github.com/openai/guided-diffusion", _OPENAI),
+    "openai_edm": Kind("github.com/openai/consistency_models", _OPENAI),
+    CONSISTENCY: Kind("github.com/openai/consistency_models", _OPENAI),
 }
 
 
-def import_teacher(
-    file: Path, workdir: Path, *, dataset: DatasetInfo, data_dir: Path, kind: str | None = None
-) -> str:
-    """Converts the network in `file` and writes it to `workdir` as a finished diffusion model.
+class Teacher(NamedTuple):
+    """A published network, and the file that it was read from."""
+
+    network: Imported
+    origin: Origin
+
+
+def load(file: Path, *, kind: str | None = None) -> Teacher:
+    """Reads a published file and converts its network.
+
+    Args:
+      kind: the name of one of `KINDS`, needed only where the content does not show it.
+
+    Raises:
+      InputError: the file is no such network, or is damaged.
+    """
+    try:
+        content = files.read_bytes(file)
+    except OSError as error:
+        raise InputError(f"--teacher={file} can't be read ({reason(error)})") from error
+    network, found = read(content, name=file.name, kind=kind)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(network.params)):
+        raise InputError(f"--teacher={file} contains NaN or infinity; get the file from its source again")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Teacher(network, Origin(kind=found, file=file.name, sha256=sha256, **KINDS[found]._asdict()))
+
+
+def write(teacher: Teacher, workdir: Path, *, dataset: DatasetInfo, data_dir: Path) -> str:
+    """Writes the network to `workdir` as a finished diffusion model.
 
     Args:
       dataset: the images that its students will train on; their classes must be the network's, in its order.
       data_dir: the directory of prepared data sets.
-      kind: the name of one of `KINDS`, needed only where the content does not show it.
 
     Returns:
-      A description of what was imported, in lines.
+      A description of what was written, in lines.
 
     Raises:
-      InputError: the file is no such network or is damaged, it does not fit the data set, or `workdir` cannot
-        be used.
+      InputError: the network does not fit the data set, or `workdir` cannot be used.
     """
-    content = _content(file)
-    imported, found = read(content, name=file.name, kind=kind)
-    if imported.num_classes != dataset.num_classes or dataset.encoding is not None:
+    network, origin = teacher
+    if network.num_classes != dataset.num_classes or dataset.encoding is not None:
         conditions = "captions" if dataset.encoding is not None else f"{dataset.num_classes} classes"
         raise InputError(
-            f"--teacher={file} was trained on {imported.num_classes} classes, but {dataset.dataset} has "
-            f"{conditions}; use the images that it was trained on"
+            f"--teacher={origin.file} was trained on {network.num_classes} classes, but {dataset.dataset} "
+            f"has {conditions}; use the images that it was trained on"
         )
-    if imported.resolution != dataset.resolution:
+    if network.resolution != dataset.resolution:
         raise InputError(
-            f"--teacher={file} was trained on images of {imported.resolution}x{imported.resolution} pixels; "
-            f"add --resolution={imported.resolution}"
+            f"--teacher={origin.file} was trained on images of {network.resolution}x{network.resolution} "
+            f"pixels; add --resolution={network.resolution}"
         )
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(imported.params)):
-        raise InputError(f"--teacher={file} contains NaN or infinity; get the file from its source again")
-    config = validation.validate(_config(imported, found, dataset=dataset, data_dir=data_dir))
-    origin = Origin(
-        kind=found.name,
-        file=file.name,
-        sha256=hashlib.sha256(content).hexdigest(),
-        source=found.source,
-        licence=found.licence,
-    )
-    record = workdirs.RunRecord(config=config, dataset=dataset, origin=origin)
-    _write(workdir, record, imported)
-    size = sum(leaf.size for leaf in jax.tree.leaves(imported.params))
+    config = validation.validate(_config(network, dataset=dataset, data_dir=data_dir))
+    _write(workdir, workdirs.RunRecord(config=config, dataset=dataset, origin=origin), network)
+    size = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     return "\n".join(
         (
-            f"{file.name}: {found.name} with {size:,} parameters, from {found.source}",
-            f"  licence: {found.licence}",
+            f"{origin.file}: {origin.kind} with {size:,} parameters, from {origin.source}",
+            f"  licence: {origin.licence}",
             f"  sha256 {origin.sha256}",
             f"  classes are taken to be in the order of {dataset.dataset}: 0 is {dataset.class_names[0]}",
             f"  {workdir}",
@@ -105,24 +113,12 @@ def import_teacher(
     )
 
 
-def check(file: Path, *, kind: str | None = None) -> None:
-    """Raises InputError unless `file` is a network that can be imported; arguments as in `import_teacher`."""
-    read(_content(file), name=file.name, kind=kind)
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return files.read_bytes(file)
-    except OSError as error:
-        raise InputError(f"--teacher={file} can't be read ({reason(error)})") from error
-
-
-def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Imported, Kind]:
-    """Converts the content of a file, and finds out which kind of network it is.
+def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Imported, str]:
+    """Converts the content of a file; also returns the name of its kind.
 
     Args:
       name: the file's name, for error messages.
-      kind: as in `import_teacher`.
+      kind: as in `load`.
 
     Raises:
       InputError: the content is no such network, is damaged, or is of another kind.
@@ -135,7 +131,7 @@ def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Importe
         elif pth.recognises(content):
             tensors = pth.read(content, name=name)
             found = _openai_kind(tensors, name=name, kind=kind)
-            imported = weights.openai(tensors, preconditioning=KINDS[found].preconditioning)
+            imported = weights.openai(tensors, preconditioning=_OPENAI_PRECONDITIONING[found])
         else:
             raise InputError(
                 f"--teacher={name} is neither a .pkl of EDM or EDM2 nor a .pt of OpenAI's ADM or consistency "
@@ -151,7 +147,7 @@ def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Importe
         ) from error
     if kind not in (None, found):
         raise InputError(f"--teacher={name} is of kind {found}, not {kind}; remove --kind")
-    return imported, KINDS[found]
+    return imported, found
 
 
 def _openai_kind(tensors: weights.Tensors, *, name: str, kind: str | None) -> str:
@@ -159,7 +155,7 @@ def _openai_kind(tensors: weights.Tensors, *, name: str, kind: str | None) -> st
         levels = len(weights.openai_settings(tensors, "eps_cosine").widths)
         return "adm128" if levels == 5 else "adm64"
     # A diffusion model and a consistency model of consistency_models differ only in their files' names.
-    named = {"edm_": "openai_edm", "cd_": "consistency", "ct_": "consistency"}
+    named = {"edm_": "openai_edm", "cd_": CONSISTENCY, "ct_": CONSISTENCY}
     found = next((found for start, found in named.items() if name.startswith(start)), kind)
     if found is None:
         raise InputError(
@@ -169,18 +165,16 @@ def _openai_kind(tensors: weights.Tensors, *, name: str, kind: str | None) -> st
     return found
 
 
-def _config(
-    imported: Imported, kind: Kind, *, dataset: DatasetInfo, data_dir: Path
-) -> ml_collections.ConfigDict:
-    config = default_config()
-    config.architecture = "adm" if isinstance(imported.settings, ADMSettings) else "edm2"
-    config[config.architecture].update(dataclasses.asdict(imported.settings))
+def _config(network: Imported, *, dataset: DatasetInfo, data_dir: Path) -> ml_collections.ConfigDict:
+    config, settings = default_config(), network.settings
+    config.architecture = "adm" if isinstance(settings, ADMSettings) else "edm2"
+    config[config.architecture].update(dataclasses.asdict(settings))
     config.data.update(dataset=dataset.dataset, data_dir=str(data_dir), resolution=dataset.resolution)
-    public_rows.set_schedule(config, kind.preconditioning)
+    public_rows.set_schedule(config, settings.preconditioning)
     # It counts as finished: students start only from finished teachers.
     config.training.num_steps = 1
     config.data.in_memory_gb = 0.0
-    if kind.preconditioning == "consistency":
+    if settings.preconditioning == "consistency":
         config.sampling.update(sampler="ddim", teacher_steps=1)
     else:
         config.sampling.update(sampler="heun", teacher_steps=32, noise_grid="karras")

@@ -116,7 +116,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: obj
         raise ValueError("the description of a tensor is damaged")
     if not all(isinstance(one, int) for one in (offset, *shape, *strides)):
         raise ValueError("the description of a tensor is damaged")
-    return pth.view(storage, offset, shape, strides)
+    return pth.strided(storage, offset, shape, strides)
 
 
 def _load_from_bytes(content: Any) -> np.ndarray:

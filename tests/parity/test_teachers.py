@@ -4,8 +4,6 @@ No file of weights is needed: each tensor follows from its name, by NumPy's lega
 guaranteed.
 """
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,34 +22,6 @@ from tests.teachers import golden
 CLOSE = 1e-4
 
 
-def formula(name: str, shape: tuple[int, ...], *, edm2: bool) -> np.ndarray:
-    """The tensor of this name, as the golden files were made."""
-    random, leaf = np.random.RandomState(zlib.crc32(name.encode())), name.split(".")[-1]
-    if leaf == "phases":
-        values = 2 * np.pi * random.random_sample(shape)
-    else:
-        normal = random.standard_normal(shape)
-        if leaf == "freqs":
-            values = 2 * np.pi * normal
-        elif leaf == "out_gain":
-            values = 1 + 0.1 * normal
-        elif leaf == "emb_gain":
-            values = 0.5 * normal
-        elif leaf == "resample_filter":
-            values = np.full(shape, 0.25)
-        elif len(shape) == 1:
-            values = 1 + 0.2 * normal if leaf == "weight" else 0.2 * normal
-        elif edm2:
-            rows = np.exp(0.3 * random.standard_normal(shape[0]))
-            values = normal * rows.reshape(-1, *[1] * (len(shape) - 1))
-        elif name.endswith(("label_emb.weight", "map_label.weight")):
-            values = 0.5 * normal
-        else:
-            values = normal / np.sqrt(np.prod(shape[1:]))
-    single = np.asarray(values, np.float32)
-    return single.astype(np.float16).astype(np.float32) if edm2 else single
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -64,7 +34,7 @@ def formula(name: str, shape: tuple[int, ...], *, edm2: bool) -> np.ndarray:
 )
 def test_the_true_network_at_its_true_size(name, kind):
     edm2 = name == "edm2-img64"
-    tensors = {key: formula(key, shape, edm2=edm2) for key, shape in golden.shapes(name).items()}
+    tensors = {key: golden.formula(key, shape, edm2=edm2) for key, shape in golden.shapes(name).items()}
     if edm2:
         imported = weights.edm2(tensors, {"unet.dec.8x8_in0.num_heads": 12})
     elif kind == "edm":

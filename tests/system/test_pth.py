@@ -59,6 +59,7 @@ def _save_call(pickler, value):
     pickler.save(value.function)
     pickler.save(value.arguments)
     pickler.write(pickle.REDUCE)
+    pickler.memoize(value)
 
 
 _Writer.dispatch[_Call] = _save_call

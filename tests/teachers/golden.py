@@ -8,6 +8,7 @@ the true network.
 import dataclasses
 import json
 import lzma
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,31 @@ def imported(name: str, preconditioning: Preconditioning) -> Imported:
         weights.openai_settings(tensors, preconditioning), groups=4, group_width=1, head_width=8
     )
     return weights.openai(tensors, settings, preconditioning=preconditioning)
+
+
+def formula(name: str, shape: tuple[int, ...], *, edm2: bool) -> np.ndarray:
+    """The tensor of this name in the golden files: NumPy guarantees its legacy generator's stream."""
+    random, leaf = np.random.RandomState(zlib.crc32(name.encode())), name.split(".")[-1]
+    if leaf == "phases":
+        values = 2 * np.pi * random.random_sample(shape)
+    else:
+        normal = random.standard_normal(shape)
+        if leaf == "freqs":
+            values = 2 * np.pi * normal
+        elif leaf == "out_gain":
+            values = 1 + 0.1 * normal
+        elif leaf == "emb_gain":
+            values = 0.5 * normal
+        elif leaf == "resample_filter":
+            values = np.full(shape, 0.25)
+        elif len(shape) == 1:
+            values = 1 + 0.2 * normal if leaf == "weight" else 0.2 * normal
+        elif edm2:
+            rows = np.exp(0.3 * random.standard_normal(shape[0]))
+            values = normal * rows.reshape(-1, *[1] * (len(shape) - 1))
+        elif name.endswith(("label_emb.weight", "map_label.weight")):
+            values = 0.5 * normal
+        else:
+            values = normal / np.sqrt(np.prod(shape[1:]))
+    single = np.asarray(values, np.float32)
+    return single.astype(np.float16).astype(np.float32) if edm2 else single

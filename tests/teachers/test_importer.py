@@ -54,7 +54,7 @@ def student(data_dir, teacher):
 def test_an_imported_network_teaches(data, tmp_path, capsys):
     data_dir, info = data
     file, workdir = write(tmp_path, "edm2-img64"), tmp_path / "teacher"
-    report = importer.import_teacher(file, workdir, dataset=info, data_dir=data_dir)
+    report = importer.write(importer.load(file), workdir, dataset=info, data_dir=data_dir)
     assert LICENCE in report and "edm2 with 377,829 parameters" in report
     teacher = load_run(workdir)
     jax.tree.map(np.testing.assert_array_equal, teacher.params, golden.imported("edm2-img64", "edm").params)
@@ -71,11 +71,11 @@ def test_an_imported_network_teaches(data, tmp_path, capsys):
     for name in ("frequencies", "phases"):
         np.testing.assert_array_equal(raw[name], teacher.params[name])
 
-    again = importer.import_teacher(file, workdir, dataset=info, data_dir=data_dir)
+    again = importer.write(importer.load(file), workdir, dataset=info, data_dir=data_dir)
     assert again == report
     other = write(tmp_path, "edm2-img64", called="other.pkl")
     with pytest.raises(InputError, match="contains another network; choose another directory"):
-        importer.import_teacher(other, workdir, dataset=info, data_dir=data_dir)
+        importer.write(importer.load(other), workdir, dataset=info, data_dir=data_dir)
     assert workdirs.read(workdir).origin == record.origin
     mistaken = student(data_dir, workdir)
     mistaken.schedule.logsnr_max = 15.0
@@ -86,7 +86,7 @@ def test_an_imported_network_teaches(data, tmp_path, capsys):
 def test_an_import_is_not_trained_further_and_a_consistency_model_teaches_none(data, tmp_path):
     data_dir, info = data
     workdir = tmp_path / "teacher"
-    importer.import_teacher(write(tmp_path, "edm2-img64"), workdir, dataset=info, data_dir=data_dir)
+    importer.write(importer.load(write(tmp_path, "edm2-img64")), workdir, dataset=info, data_dir=data_dir)
     record = json.loads((workdir / RUN_FILE).read_text())
     record["config"]["training"]["num_steps"] = 5
     with pytest.raises(InputError, match=r"imported network edm2-img64\.pkl, which can't be trained further"):
@@ -109,22 +109,22 @@ def test_normalising_leaves_the_function_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("name", "called", "kind", "found"),
+    ("name", "called", "kind", "found", "preconditioning"),
     [
-        ("edm2-img64", "any.pkl", None, "edm2"),
-        ("edm-imagenet64-adm", "any.pkl", None, "edm"),
-        ("guided-diffusion-64", "any.pt", None, "adm64"),
-        ("guided-diffusion-128", "any.pt", None, "adm128"),
-        ("consistency-models-64", "edm_imagenet64_ema.pt", None, "openai_edm"),
-        ("consistency-models-64", "ct_imagenet64.pt", None, "consistency"),
-        ("consistency-models-64", "any.pt", "consistency", "consistency"),
+        ("edm2-img64", "any.pkl", None, "edm2", "edm"),
+        ("edm-imagenet64-adm", "any.pkl", None, "edm", "edm"),
+        ("guided-diffusion-64", "any.pt", None, "adm64", "eps_cosine"),
+        ("guided-diffusion-128", "any.pt", None, "adm128", "eps_linear"),
+        ("consistency-models-64", "edm_imagenet64_ema.pt", None, "openai_edm", "edm_1000"),
+        ("consistency-models-64", "ct_imagenet64.pt", None, "consistency", "consistency"),
+        ("consistency-models-64", "any.pt", "consistency", "consistency", "consistency"),
     ],
 )
-def test_the_kind_is_found(name, called, kind, found):
+def test_the_kind_is_found(name, called, kind, found, preconditioning):
     imported, its = importer.read(golden.file(name), name=called, kind=kind)
-    assert its.name == found
+    assert its == found
     assert imported.num_classes == 10
-    assert getattr(imported.settings, "preconditioning", "edm") == its.preconditioning
+    assert imported.settings.preconditioning == preconditioning
 
 
 def test_bad_files_are_refused_in_one_line(data, tmp_path):
@@ -142,13 +142,13 @@ def test_bad_files_are_refused_in_one_line(data, tmp_path):
     few = dataclasses.replace(info, class_names=info.class_names[:3])
     file = write(tmp_path, "edm2-img64")
     with pytest.raises(InputError, match="was trained on 10 classes, but folder/ten has 3 classes"):
-        importer.import_teacher(file, tmp_path / "run", dataset=few, data_dir=data_dir)
+        importer.write(importer.load(file), tmp_path / "run", dataset=few, data_dir=data_dir)
     small = dataclasses.replace(info, resolution=16)
     with pytest.raises(InputError, match="on images of 32x32 pixels; add --resolution=32"):
-        importer.import_teacher(file, tmp_path / "run", dataset=small, data_dir=data_dir)
+        importer.write(importer.load(file), tmp_path / "run", dataset=small, data_dir=data_dir)
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"--teacher=.*missing\.pkl can't be read"):
-        importer.check(tmp_path / "missing.pkl")
+        importer.load(tmp_path / "missing.pkl")
 
 
 def test_every_row_of_a_published_network_is_valid():
