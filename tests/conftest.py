@@ -26,7 +26,9 @@ if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
 # Workers of pytest-xdist inherit XLA_FLAGS; repeated flags would change the keys of the compilation cache.
 flags = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in FLAGS), *FLAGS])
-os.environ["JAX_PLATFORMS"] = "cpu"
+# launch/gpu_check.sh sets MCM_TEST_GPU=1.
+GPU = os.environ.get("MCM_TEST_GPU") == "1"
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if GPU else "cpu"
 CACHE = str(Path(__file__).parents[1] / ".xla_cache")
 os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -129,3 +131,5 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("multi_device") and DEVICES != 8:
             item.add_marker(pytest.mark.skip(reason="needs MCM_TEST_DEVICES=8, see launch/test.sh"))
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, see launch/gpu_check.sh"))

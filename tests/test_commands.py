@@ -46,7 +46,13 @@ STORIES = {
             "launch/smoke.sh",
         ),
         *("docs/findings.md", "launch/findings.sh", "mcm_jax/findings.py"),
-        *("docs/architecture.md", "CONTRIBUTING.md", "launch/test.sh", "docs/speed.md"),
+        *(
+            "docs/architecture.md",
+            "CONTRIBUTING.md",
+            "launch/test.sh",
+            "docs/speed.md",
+            "launch/gpu_check.sh",
+        ),
         *("docs/clusters.md", "launch/docker.sh", "launch/gke/train.sh", "launch/slurm.sbatch"),
         *("launch/tpu_host.sh", "launch/tpu_pod.sh"),
     ),
@@ -84,6 +90,7 @@ NOT_RUN = {
 DRY = {
     "bash launch/docker.sh": "needs Docker",
     "bash launch/tpu_pod.sh": "needs Google Cloud; tests/test_clusters.py imitates it",
+    "bash launch/gpu_check.sh": "needs a GPU; tests/parity/test_gpu_check.py runs its comparison in small",
     "bash launch/gke/train.sh": "needs a Kubernetes cluster; tests/test_clusters.py imitates it",
     "bash launch/slurm.sbatch": "needs SLURM; tests/test_clusters.py imitates it",
     "bash launch/smoke.sh --seed=": "the same programs as with seed 0",

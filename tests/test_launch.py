@@ -75,6 +75,28 @@ def test_parity_has_an_environment_of_its_own():
     assert result.stdout.splitlines()[-1] == "+ python -m pytest tests/parity -x"
 
 
+def test_a_check_of_a_gpu_separates_jax_from_pytorch():
+    result = dry_run("gpu_check.sh", "--out=checked.json")
+    assert result.returncode == 0, result.stderr
+    commands = [line.removeprefix("+ ") for line in result.stdout.splitlines() if line.startswith("+ ")]
+    installed = [command for command in commands if "--editable" in command]
+    assert [(command.split()[0], command.split()[-1]) for command in installed] == [
+        ("/nonexistent/.venv-torch/bin/python", ".[benchmark]"),
+        ("/nonexistent/.venv/bin/python", ".[gpu,test]"),
+    ]
+    assert commands[-2:] == [
+        "python3 -m pytest tests/test_gpu.py",
+        "python3 -m tests.benchmarks.gpu --out=checked.json "
+        "--torch_python=/nonexistent/.venv-torch/bin/python",
+    ]
+
+
+def test_a_small_check_of_a_gpu_needs_none():
+    result = dry_run("gpu_check.sh", "--small", "--installed")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("+ python3 -m tests.benchmarks.gpu ") and "--small" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [

@@ -1,10 +1,11 @@
-"""Attention softmax(q k^T) v over a feature map and a text: with einsum, or a fused TPU kernel."""
+"""Attention softmax(q k^T) v over a feature map and a text: by einsum, or a fused kernel of TPUs or GPUs."""
 
 from collections.abc import Callable
 from typing import cast
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float
@@ -15,6 +16,7 @@ AttentionFn = Callable[..., Float[Array, "B H L D"]]
 NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
+_WIDEST = 128
 
 
 def einsum(
@@ -40,7 +42,7 @@ def einsum(
     return checkpoint_name(jnp.einsum("bhqk,bhkd->bhqd", weights, v), NAME)
 
 
-def fused(
+def splash(
     q: Float[Array, "B H L D"],
     k: Float[Array, "B H K D"],
     v: Float[Array, "B H K D"],
@@ -87,3 +89,32 @@ def fused(
         segments = splash_attention_kernel.SegmentIds(ones, mask.astype(jnp.int32))
     # The kernel returns a tuple only if it saves residuals.
     return cast(Array, jax.vmap(kernel)(q, k, v, segments))[..., :width]
+
+
+def cudnn(
+    q: Float[Array, "B H L D"],
+    k: Float[Array, "B H K D"],
+    v: Float[Array, "B H K D"],
+    mask: Bool[Array, "B K"] | None = None,
+) -> Float[Array, "B H L D"]:
+    """softmax(q k^T) v by cuDNN's flash attention, whose weights never leave an NVIDIA GPU's multiprocessors.
+
+    Falls back to `einsum` for what the kernel does not support: float32, heads that are wider than 128 or not
+    a multiple of 8, and, with a mask, an odd L or K. Its gradient sums in an order that changes between runs.
+
+    Args:
+      mask: as in `einsum`.
+    """
+    (_, _, length, width), keys = q.shape, k.shape[2]
+    odd = mask is not None and (length % 2 or keys % 2)
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > _WIDEST or odd:
+        return einsum(q, k, v, mask)
+    by_position = [rearrange(part, "b h l d -> b l h d") for part in (q, k, v)]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, length, keys))
+    h = jax.nn.dot_product_attention(*by_position, mask=mask, scale=1.0, implementation="cudnn")
+    return checkpoint_name(rearrange(h, "b l h d -> b h l d"), NAME)
+
+
+# The fused kernel of each platform, by JAX's name of the platform.
+FUSED: dict[str, AttentionFn] = {"tpu": splash, "gpu": cudnn}

@@ -127,8 +127,8 @@ class UNetSettings:
     )
     attention: Literal["fused", "einsum"] = setting(
         "fused",
-        "fused: a fused kernel if the devices are TPUs and the number of positions is a multiple of 128, at "
-        "most 1024, otherwise einsum; einsum: never a fused kernel",
+        "fused: a fused kernel on TPUs if the number of positions is a multiple of 128, at most 1024, and on "
+        "NVIDIA GPUs in bfloat16, otherwise einsum; einsum: never a fused kernel",
         affects=Affects.NOTHING,
     )
 

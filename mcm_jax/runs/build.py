@@ -99,10 +99,10 @@ def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
     """
     over_batch = sharding.batch_sharding(mesh)
     attend = attention.einsum
-    if config.network.attention == "fused" and mesh.devices.flat[0].platform == "tpu":
-        attend = jax.shard_map(
-            attention.fused, mesh=mesh, in_specs=over_batch.spec, out_specs=over_batch.spec, check_vma=False
-        )
+    platform = mesh.devices.flat[0].platform
+    if config.network.attention == "fused" and platform in attention.FUSED:
+        kernel, spec = attention.FUSED[platform], over_batch.spec
+        attend = jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     placement = Placement(
         constrain=functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch),
         attend=attend,

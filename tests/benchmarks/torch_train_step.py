@@ -1,7 +1,7 @@
 """Our train step against PyTorch eager: same network, parameters, batch, loss and optimizer.
 
     pip install -e '.[benchmark]'
-    python tests/benchmarks/torch_train_step.py --batch_size=128
+    python -m tests.benchmarks.torch_train_step --batch_size=128
 
 First loss and all gradients of both are compared on the same inputs (an independent check of
 mcm_jax.models.uvit), then our jitted step and PyTorch's take turns. A step is: times and noise drawn,
@@ -24,9 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
-import torch_uvit
 from absl import flags
 from ml_collections import config_flags
 
@@ -38,6 +36,7 @@ from mcm_jax.models.network import Network
 from mcm_jax.runs import build
 from mcm_jax.system import command_line, sharding
 from mcm_jax.training import optimizer, step
+from tests.benchmarks import torch_uvit
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parents[2] / "configs/openmoji.py:teacher"), "A diffusion config."
@@ -70,7 +69,7 @@ def main() -> None:
 
 def check_agreement(config: Config, network: Network, *, batch_size: int = 8) -> None:
     """Raises AssertionError if the loss or a gradient differs by more than float32 explains."""
-    params, batch, key = _random_params(network), _batch(network, batch_size), jax.random.key(2)
+    params, batch, key = torch_uvit.random_params(network), _batch(network, batch_size), jax.random.key(2)
     loss_fn = build.loss_fn(config, network, mesh=sharding.make_mesh(data=-1, fsdp=1))
     loss, grads = jax.jit(
         jax.value_and_grad(lambda params: loss_fn(params, None, None, batch, key, jnp.zeros((), int)).mean())
@@ -83,7 +82,7 @@ def check_agreement(config: Config, network: Network, *, batch_size: int = 8) ->
     torch_loss = _torch_loss(model, *_torch_batch(batch), eps, t)
     torch_loss.backward()
     np.testing.assert_allclose(torch_loss.item(), loss, rtol=1e-5)
-    expected = torch_uvit.to_torch_layout(_by_path(grads), model)
+    expected = torch_uvit.to_torch_layout(grads, model)
     largest = max(grad.abs().max().item() for grad in expected.values())
     for name, parameter in model.named_parameters():
         # Relative to the tensor's largest entry: small ones are sums of large terms that cancel.
@@ -122,7 +121,7 @@ def jax_steps(config: Config, network: Network, batch: Batch) -> Iterator[None]:
     """One train step, finished, for every `next`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
-    state = step.init_state(_random_params(network), adam)
+    state = step.init_state(torch_uvit.random_params(network), adam)
     state_sharding = sharding.params_sharding(mesh, state)
     state = jax.device_put(state, state_sharding)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -144,7 +143,7 @@ def jax_steps(config: Config, network: Network, batch: Batch) -> Iterator[None]:
 def torch_steps(config: Config, network: Network, batch: Batch) -> Iterator[None]:
     """One train step for every `next`, in the fastest form of each part that PyTorch offers on CPUs."""
     settings = config.optimizer
-    model = _torch_network(network, _random_params(network))
+    model = _torch_network(network, torch_uvit.random_params(network))
     params = list(model.parameters())
     ema_params = [parameter.detach().clone() for parameter in params]
     torch_adam = torch.optim.Adam(
@@ -180,24 +179,8 @@ def _torch_loss(
     return torch.mean((alpha * eps - sigma * x - v_hat) ** 2)
 
 
-def _random_params(network: Network) -> Any:
-    """Parameters with noise on top: at initialisation half of the gradients are zero."""
-    params = network.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return optax.apply_updates(params, jax.tree.unflatten(tree, noise))
-
-
 def _torch_network(network: Network, params: Any) -> torch_uvit.UViT:
-    model = torch_uvit.UViT(network)
-    model.load_state_dict(torch_uvit.to_torch_layout(_by_path(params), model))
-    return model.to(memory_format=torch.channels_last)
-
-
-def _by_path(params: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {".".join(str(entry.key) for entry in path): np.asarray(leaf) for path, leaf in leaves}
+    return torch_uvit.with_params(network, params).to(memory_format=torch.channels_last)
 
 
 def _batch(network: Network, size: int) -> Batch:

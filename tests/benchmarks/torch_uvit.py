@@ -1,54 +1,92 @@
-"""UViT of SPEC 6 once more, in PyTorch eager: the yardstick, and an independent check, of our own.
+"""The UViT of SPEC 6 in PyTorch: the yardstick of benchmarks, and an independent check of ours.
 
-Written from SPEC 6 in PyTorch's idiom, with the forms that PyTorch runs fastest on CPUs: images are
-channels_last, attention is one fused call. Only what a benchmark needs: float32, no dropout.
+Written from SPEC 6 in PyTorch's idiom, in the forms that PyTorch runs fastest: images are channels_last and
+attention is one fused call. Parameters are float32; every layer rounds them to the dtype of its input, as
+ours does.
 """
 
 import math
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcm_jax.models.network import Network
+from mcm_jax.models.network import Network, Params
 from mcm_jax.models.uvit import Stage, UViTSettings
 
 # flax.nnx's default; PyTorch's is 1e-5.
 NORM_EPSILON = 1e-6
 
 
-class ChannelNorm(nn.LayerNorm):
+def rounded(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, rounded(self.weight, x), rounded(self.bias, x))
+
+
+class Conv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, rounded(self.weight, x), rounded(self.bias, x), padding=self.padding)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes in float32 and returns the dtype of x, as do all of PyTorch's norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = rounded(self.weight, x), rounded(self.bias, x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class ChannelNorm(LayerNorm):
     """Layer norm over the channels of NCHW; no copy where the memory is channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, rounded(self.weight, x), rounded(self.bias, x), self.eps)
+
+
+def make_norm(width: int, settings: UViTSettings) -> nn.Module:
+    """Over the channels of NCHW."""
+    if settings.resnet_norm == "layer":
+        return ChannelNorm(width, NORM_EPSILON)
+    return GroupNorm(min(32, width // 4), width, NORM_EPSILON)
+
+
 class ResNetBlock(nn.Module):
-    def __init__(self, width: int, settings: UViTSettings):
+    def __init__(self, stage: Stage, settings: UViTSettings):
         super().__init__()
-        self.norm_1 = ChannelNorm(width, NORM_EPSILON)
-        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm_2 = ChannelNorm(width, NORM_EPSILON)
-        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
+        width = stage.width
+        self.norm_1 = make_norm(width, settings)
+        self.conv_1 = Conv(width, width, 3, padding=1)
+        self.norm_2 = make_norm(width, settings)
+        self.dropout = nn.Dropout(stage.dropout)
+        self.conv_2 = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
         scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
         h = self.norm_2(h) * (1 + scale) + shift
-        return x + self.conv_2(F.silu(h))
+        return x + self.conv_2(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
     def __init__(self, width: int, settings: UViTSettings):
         super().__init__()
         self.head_width = settings.head_width
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q = nn.LayerNorm(settings.head_width, NORM_EPSILON)
-        self.norm_k = nn.LayerNorm(settings.head_width, NORM_EPSILON)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.norm_q = LayerNorm(settings.head_width, NORM_EPSILON)
+        self.norm_k = LayerNorm(settings.head_width, NORM_EPSILON)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
@@ -58,19 +96,20 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, settings: UViTSettings):
+    def __init__(self, stage: Stage, settings: UViTSettings):
         super().__init__()
-        hidden = settings.mlp_factor * width
-        self.norm_mlp = nn.LayerNorm(width, NORM_EPSILON, bias=False)
-        self.mlp_in = nn.Linear(width, hidden)
-        self.mlp_out = nn.Linear(hidden, width)
-        self.norm_attention = nn.LayerNorm(width, NORM_EPSILON, bias=False)
+        width, hidden = stage.width, settings.mlp_factor * stage.width
+        self.norm_mlp = LayerNorm(width, NORM_EPSILON, bias=False)
+        self.mlp_in = Linear(width, hidden)
+        self.dropout = nn.Dropout(stage.dropout)
+        self.mlp_out = Linear(hidden, width)
+        self.norm_attention = LayerNorm(width, NORM_EPSILON, bias=False)
         self.attention = SelfAttention(width, settings)
 
     def forward(self, x: Tensor, scale_shift: Tensor) -> Tensor:
         h = F.silu(self.mlp_in(self.norm_mlp(x)))
         scale, shift = scale_shift[:, None].chunk(2, dim=-1)
-        x = x + self.mlp_out(h * (1 + scale) + shift)
+        x = x + self.mlp_out(self.dropout(h * (1 + scale) + shift))
         return x + self.attention(self.norm_attention(x))
 
 
@@ -80,7 +119,7 @@ class Modulations(nn.Module):
     def __init__(self, blocks: int, channels: int, settings: UViTSettings):
         super().__init__()
         self.blocks = blocks
-        self.columns = nn.Linear(settings.embedding_width, blocks * 2 * channels)
+        self.columns = Linear(settings.embedding_width, blocks * 2 * channels)
 
     def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
         return self.columns(emb).unflatten(1, (self.blocks, -1)).unbind(1)
@@ -90,7 +129,7 @@ class ResNetStage(nn.Module):
     def __init__(self, stage: Stage, settings: UViTSettings):
         super().__init__()
         self.modulations = Modulations(stage.blocks, stage.width, settings)
-        self.blocks = nn.ModuleList(ResNetBlock(stage.width, settings) for _ in range(stage.blocks))
+        self.blocks = nn.ModuleList(ResNetBlock(stage, settings) for _ in range(stage.blocks))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for block, scale_shift in zip(self.blocks, self.modulations(emb), strict=True):
@@ -103,12 +142,12 @@ class TransformerStage(nn.Module):
         super().__init__()
         self.modulations = Modulations(stage.blocks, settings.mlp_factor * stage.width, settings)
         self.position = nn.Parameter(torch.zeros(side * side, stage.width))
-        blocks = (TransformerBlock(stage.width, settings) for _ in range(stage.blocks))
+        blocks = (TransformerBlock(stage, settings) for _ in range(stage.blocks))
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         batch, width, height, _ = x.shape
-        x = x.permute(0, 2, 3, 1).reshape(batch, -1, width) + self.position
+        x = x.permute(0, 2, 3, 1).reshape(batch, -1, width) + self.position.to(x.dtype)
         for block, scale_shift in zip(self.blocks, self.modulations(emb), strict=True):
             x = block(x, scale_shift)
         return x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
@@ -119,8 +158,8 @@ class Conditioning(nn.Module):
         settings = network.settings
         super().__init__()
         self.scale = settings.noise_scale
-        self.dense_1 = nn.Linear(settings.embedding_width, settings.embedding_width)
-        self.dense_2 = nn.Linear(settings.embedding_width, settings.embedding_width)
+        self.dense_1 = Linear(settings.embedding_width, settings.embedding_width)
+        self.dense_2 = Linear(settings.embedding_width, settings.embedding_width)
         self.classes = nn.Embedding(network.condition.num_classes + 1, settings.embedding_width)
 
     def forward(self, logsnr: Tensor, label: Tensor) -> Tensor:
@@ -129,7 +168,7 @@ class Conditioning(nn.Module):
         else:
             position = 1000 * (15 - logsnr) / 30
         half = self.dense_1.in_features // 2
-        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half) / half)
+        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=logsnr.device) / half)
         angles = position[:, None] * frequencies
         h = torch.cat([angles.sin(), angles.cos()], dim=1)
         return self.dense_2(F.silu(self.dense_1(h))) + self.classes(label)
@@ -141,8 +180,6 @@ class UViT(nn.Module):
     def __init__(self, network: Network):
         settings = network.settings
         super().__init__()
-        if settings.resnet_norm != "layer" or settings.dtype != "float32":
-            raise ValueError("the benchmark knows resnet_norm='layer', dtype='float32' only")
         *outer, middle = settings.stages
         widths = [stage.width for stage in settings.stages]
 
@@ -156,18 +193,19 @@ class UViT(nn.Module):
 
         self.has_skip = [stage.kind == "resnet" for stage in outer]
         self.conditioning = Conditioning(network)
-        self.conv_in = nn.Conv2d(network.shape[-1], widths[0], 3, padding=1)
+        self.conv_in = Conv(network.shape[-1], widths[0], 3, padding=1)
         self.down_stages = make_stages()
-        self.down = nn.ModuleList(nn.Conv2d(widths[i], widths[i + 1], 1) for i in range(len(outer)))
+        self.down = nn.ModuleList(Conv(widths[i], widths[i + 1], 1) for i in range(len(outer)))
         self.middle = make_stage(middle, len(outer))
-        self.up = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in range(len(outer)))
+        self.up = nn.ModuleList(Conv(widths[i + 1], widths[i], 1) for i in range(len(outer)))
         self.up_stages = make_stages()
-        self.norm_out = ChannelNorm(widths[0], NORM_EPSILON)
-        self.conv_out = nn.Conv2d(widths[0], network.shape[-1], 3, padding=1)
+        self.norm_out = make_norm(widths[0], settings)
+        self.dtype = getattr(torch, settings.dtype)
+        self.conv_out = Conv(widths[0], network.shape[-1], 3, padding=1)
 
     def forward(self, z_t: Tensor, logsnr_t: Tensor, label: Tensor) -> Tensor:
-        emb = F.silu(self.conditioning(logsnr_t, label))
-        h, skips = self.conv_in(z_t), []
+        emb = F.silu(self.conditioning(logsnr_t, label)).to(self.dtype)
+        h, skips = self.conv_in(z_t.to(self.dtype)), []
         for stage, down in zip(self.down_stages, self.down, strict=True):
             skips.append(stage(h, emb))
             h = down(F.avg_pool2d(skips[-1], 2))
@@ -177,19 +215,37 @@ class UViT(nn.Module):
             if self.has_skip[level]:
                 h = (h + skips[level]) / math.sqrt(2)
             h = self.up_stages[level](h, emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h)).float())
 
 
-def to_torch_layout(arrays: Mapping[str, np.ndarray], model: nn.Module) -> dict[str, Tensor]:
+def random_params(network: Network, seed: int = 0) -> Params:
+    """Our parameters with noise on top: at initialisation half of the gradients are zero."""
+    params = network.init(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [a + 0.05 * jax.random.normal(key, a.shape) for a, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def with_params(network: Network, params: Params) -> UViT:
+    """PyTorch's network with our parameters."""
+    model = UViT(network)
+    model.load_state_dict(to_torch_layout(params, model))
+    return model
+
+
+def to_torch_layout(params: Params, model: nn.Module) -> dict[str, Tensor]:
     """Our parameters (or gradients) under PyTorch's names, shapes and order of axes.
 
     Args:
-      arrays: 'middle.blocks.mlp_in.kernel' -> array; stacked transformer blocks lead with their axis.
+      params: stacked transformer blocks lead with their axis.
       model: the UViT that names and shapes are wanted for.
 
     Raises:
       ValueError: an array is missing, left over or of another size.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {".".join(str(entry.key) for entry in path): np.asarray(leaf) for path, leaf in leaves}
     used, tensors = set(), {}
     for name, parameter in model.named_parameters():
         array, path = _find(arrays, name)

@@ -44,7 +44,7 @@ def test_the_kernel_masks_keys_too():
     def value_and_grad(attend):
         return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * w), argnums=(0, 1, 2))(*arrays)
 
-    value, gradients = value_and_grad(functools.partial(attention.fused, interpret=True))
+    value, gradients = value_and_grad(functools.partial(attention.splash, interpret=True))
     expected, expected_gradients = value_and_grad(attention.einsum)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
@@ -60,7 +60,7 @@ def test_the_kernel_is_what_is_written_out(shape):
     def value_and_grad(attend):
         return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv) * w), argnums=(0, 1, 2))(q, k, v)
 
-    value, gradients = value_and_grad(functools.partial(attention.fused, interpret=True))
+    value, gradients = value_and_grad(functools.partial(attention.splash, interpret=True))
     expected, expected_gradients = value_and_grad(attention.einsum)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
@@ -70,7 +70,7 @@ def test_the_kernel_is_what_is_written_out(shape):
 def test_the_kernel_names_what_its_gradient_needs():
     """So that it is not run again where that is kept: the result, and a sum for every query."""
     q, k, v, _ = draw((1, 2, 128, 128))
-    attend = functools.partial(attention.fused, interpret=True)
+    attend = functools.partial(attention.splash, interpret=True)
 
     def kept(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -83,7 +83,40 @@ def test_the_kernel_names_what_its_gradient_needs():
     assert kept(attention.NAME) - kept() == q.size + q.size // 128
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "masked"),
+    [
+        ((1, 2, 64, 128), jnp.float32, False),
+        ((1, 2, 64, 256), jnp.bfloat16, False),
+        ((1, 2, 64, 20), jnp.bfloat16, False),
+        ((1, 2, 63, 64), jnp.bfloat16, True),
+    ],
+)
+def test_what_cudnn_does_not_support_is_written_out(shape, dtype, masked):
+    q, k, v = (part.astype(dtype) for part in draw(shape)[:3])
+    mask = jnp.arange(shape[2])[None] < 5 if masked else None
+    np.testing.assert_array_equal(attention.cudnn(q, k, v, mask), attention.einsum(q, k, v, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_gets_positions_before_heads(masked, monkeypatch):
+    """JAX's own written-out form takes the place of the kernel."""
+    attend = jax.nn.dot_product_attention
+
+    def written_out(*qkv, implementation, **options):
+        assert implementation == "cudnn"
+        return attend(*qkv, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", written_out)
+    q, _, _, _ = draw((2, 3, 6, 8))
+    k, v = draw((2, 3, 10, 8))[1:3]
+    mask = jnp.arange(10) < jnp.array([[4], [10]]) if masked else None
+    found = attention.cudnn(*(part.astype(jnp.bfloat16) for part in (q, k, v)), mask)
+    # bfloat16 keeps 8 bits.
+    np.testing.assert_allclose(found.astype(jnp.float32), attention.einsum(q, k, v, mask), atol=0.03)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 64, 128), (1, 1, 1152, 128)])
 def test_what_the_kernel_has_no_tiles_for_is_written_out(shape):
     q, k, v, _ = draw(shape)
-    np.testing.assert_array_equal(attention.fused(q, k, v), attention.einsum(q, k, v))
+    np.testing.assert_array_equal(attention.splash(q, k, v), attention.einsum(q, k, v))

@@ -162,7 +162,7 @@ def test_the_fused_attention_is_a_kernel_on_a_tpu():
     queries = jax.ShapeDtypeStruct((2, 2, 256, 128), jnp.bfloat16, sharding=there)
 
     def gradient(q, k, v):
-        return jax.grad(lambda *qkv: jnp.sum(attention.fused(*qkv).astype(jnp.float32)), argnums=(0, 1, 2))(
+        return jax.grad(lambda *qkv: jnp.sum(attention.splash(*qkv).astype(jnp.float32)), argnums=(0, 1, 2))(
             q, k, v
         )
 
