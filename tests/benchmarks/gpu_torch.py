@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -109,8 +110,12 @@ class Programs:
         # Only this program needs the package.
         from pytorch_fid import inception
 
-        # The same network as FID's but for the weights, which take no part in the time.
-        model = inception.InceptionV3([3], use_fid_inception=False)
+        # Random weights instead of a download; they take no part in the time.
+        with (
+            mock.patch.object(inception, "load_state_dict_from_url"),
+            mock.patch.object(torch.nn.Module, "load_state_dict"),
+        ):
+            model = inception.InceptionV3([3])
         model = model.eval().requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
         compute = torch.compile(model) if variant == "torch.compile" else model
         size = gpu_settings.features_batch(small=self.small)
