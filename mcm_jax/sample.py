@@ -45,11 +45,15 @@ _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps. Default: the run's
 _SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
-    ["ddim", "addim", "noisy_ddim", "ddpm", "heun"],
-    "Default: the run's own. heun calls the network twice in each step except the last.",
+    ["ddim", "addim", "noisy_ddim", "ddpm", "heun", "consistency"],
+    "Default: the run's own. heun calls the network twice in each step except the last; consistency adds new "
+    "noise in each step.",
 )
 _NOISE_GRID = flags.DEFINE_enum(
-    "noise_grid", None, ["schedule", "karras"], "Noise levels. Default: the run's own."
+    "noise_grid",
+    None,
+    ["schedule", "karras", "published_cd", "published_ct"],
+    "Noise levels. Default: the run's own.",
 )
 _X_VAR = flags.DEFINE_enum(
     "x_var",

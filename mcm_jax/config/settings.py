@@ -115,7 +115,8 @@ class SamplingSettings:
     teacher_steps: int = setting(512, "steps of the teacher's sampler", low=1, affects=Affects.SAMPLES)
     noise_grid: Grid = setting(
         "schedule",
-        "a teacher's noise levels: schedule (uniform in t) or karras; students use schedule",
+        "a teacher's noise levels: schedule (uniform in t), karras, or those of published consistency models "
+        "(published_cd, published_ct); students use schedule",
         affects=Affects.SAMPLES,
     )
     x_var: XVar = setting(

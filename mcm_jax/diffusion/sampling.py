@@ -10,7 +10,7 @@ from mcm_jax.diffusion import process, steps
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 
-Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun"]
+Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun", "consistency"]
 XVar = Literal["analytic", "measured"]
 Clip = Literal["last", "every", "never"]
 
@@ -95,10 +95,12 @@ def sample(
         dropout.
       z_1: standard normal noise.
       cond: what each image shows, such as class labels.
-      keys: one key per image, for the noise of noisy_ddim and ddpm.
+      keys: one key per image, for the noise of noisy_ddim, ddpm and consistency.
       logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid` or
         `schedules.karras_grid`.
-      sampler: use "ddim" for students, which have already learned aDDIM's adjustment.
+      sampler: use "ddim" for students, which have already learned aDDIM's adjustment. "consistency" adds new
+        noise to x_hat in each step (arXiv:2303.01469, algorithm 1, without their sigma_min of 0.002, which
+        reduces the noise by less than 1e-5 of itself at the published noise levels).
       x_var: for addim and noisy_ddim, the variance per pixel of x given z_t at every grid point; None uses
         the analytic variance. Guidance does not change it, as it belongs to the conditional prediction.
       clip: not in the paper. Clip x_hat in the "last" step (our default), in "every" step, or "never" (for
@@ -137,8 +139,10 @@ def sample(
         x_hat, eps_hat = predict(z_t, logsnr_t)
         if sampler == "addim":
             return steps.addim(x_hat, z_t, x_var=x_var_t, **times)
-        if sampler in ("noisy_ddim", "ddpm"):
+        if sampler in ("noisy_ddim", "ddpm", "consistency"):
             noise = _normal(keys, _STEPS + i, z_t.shape[1:])
+            if sampler == "consistency":
+                return process.diffuse(x_hat, noise, logsnr_t=logsnr_s)
             if sampler == "ddpm":
                 return steps.ddpm(x_hat, z_t, noise, **times)
             return steps.noisy_ddim(x_hat, z_t, noise, x_var=x_var_t, **times)

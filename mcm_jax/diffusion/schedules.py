@@ -14,7 +14,10 @@ from jaxtyping import Array, Float
 
 Schedule = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 EndPoints = Literal["moved", "kept"]
-Grid = Literal["schedule", "karras"]
+Grid = Literal["schedule", "karras", "published_cd", "published_ct"]
+# Position of the second of two noise levels between the first of `karras_grid` (0) and its last (1). In the
+# examples of github.com/openai/consistency_models, cd has points 0 and 22 of 40, ct points 0 and 106 of 201.
+_SECOND = {"published_cd": 22 / 39, "published_ct": 106 / 200}
 
 # |log-SNR| at the ends of the cosine schedule; not in the paper. With 15, sigma_0 = alpha_1 = 5.5e-4, a
 # fourteenth of a grey level.
@@ -141,6 +144,27 @@ def karras_grid(
       >>> [round(value, 2) for value in karras_grid(3).tolist()]
       [-8.76, -1.84, 12.43]
     """
-    i = np.linspace(0.0, 1.0, num_steps)
-    root = sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    return _karras(np.linspace(0.0, 1.0, num_steps), sigma_max=sigma_max, sigma_min=sigma_min, rho=rho)
+
+
+def published_grid(kind: Literal["published_cd", "published_ct"], num_steps: int) -> Float[Array, " N"]:
+    """The noise levels at which the published consistency models are sampled in one or two steps.
+
+    Args:
+      kind: whether the model was distilled (cd) or trained without a teacher (ct).
+
+    Examples:
+      >>> [round(value, 2) for value in published_grid("published_cd", 2).tolist()]
+      [-8.76, 0.83]
+    """
+    if num_steps not in (1, 2):
+        raise ValueError(f"published consistency models are sampled in 1 or 2 steps, not {num_steps}")
+    return _karras(np.array([0.0, _SECOND[kind]][:num_steps]))
+
+
+def _karras(
+    position: Float[np.ndarray, " N"], *, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0
+) -> Float[Array, " N"]:
+    """Log-SNRs at positions from 0 (sigma_max) to 1 (sigma_min)."""
+    root = sigma_max ** (1 / rho) + position * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
     return jnp.asarray(-2 * rho * np.log(root), jnp.float32)

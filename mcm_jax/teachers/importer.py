@@ -98,7 +98,7 @@ def write(teacher: Teacher, workdir: Path, *, dataset: DatasetInfo, data_dir: Pa
             f"--teacher={origin.file} was trained on images of {network.resolution}x{network.resolution} "
             f"pixels; add --resolution={network.resolution}"
         )
-    config = validation.validate(_config(network, dataset=dataset, data_dir=data_dir))
+    config = validation.validate(_config(teacher, dataset=dataset, data_dir=data_dir))
     _write(workdir, workdirs.RunRecord(config=config, dataset=dataset, origin=origin), network)
     size = sum(leaf.size for leaf in jax.tree.leaves(network.params))
     return "\n".join(
@@ -165,8 +165,8 @@ def _openai_kind(tensors: weights.Tensors, *, name: str, kind: str | None) -> st
     return found
 
 
-def _config(network: Imported, *, dataset: DatasetInfo, data_dir: Path) -> ml_collections.ConfigDict:
-    config, settings = default_config(), network.settings
+def _config(teacher: Teacher, *, dataset: DatasetInfo, data_dir: Path) -> ml_collections.ConfigDict:
+    config, settings = default_config(), teacher.network.settings
     config.architecture = "adm" if isinstance(settings, ADMSettings) else "edm2"
     config[config.architecture].update(dataclasses.asdict(settings))
     config.data.update(dataset=dataset.dataset, data_dir=str(data_dir), resolution=dataset.resolution)
@@ -175,7 +175,8 @@ def _config(network: Imported, *, dataset: DatasetInfo, data_dir: Path) -> ml_co
     config.training.num_steps = 1
     config.data.in_memory_gb = 0.0
     if settings.preconditioning == "consistency":
-        config.sampling.update(sampler="ddim", teacher_steps=1)
+        grid = "published_ct" if teacher.origin.file.startswith("ct_") else "published_cd"
+        config.sampling.update(sampler="consistency", teacher_steps=1, noise_grid=grid, clip="every")
     else:
         config.sampling.update(sampler="heun", teacher_steps=32, noise_grid="karras")
     return config

@@ -85,3 +85,14 @@ def test_karras_grid(num_steps):
         # sigma / alpha of a variance preserving process is exp(-lambda / 2).
         np.testing.assert_allclose(logsnr[i], -2 * np.log(sigma), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(schedules.karras_grid(1), [-2 * np.log(80)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "position", "points"), [("published_cd", 22, 40), ("published_ct", 106, 201)]
+)
+def test_the_grids_of_published_consistency_models(kind, position, points):
+    every = schedules.karras_grid(points)
+    np.testing.assert_array_equal(schedules.published_grid(kind, 2), every[jnp.array([0, position])])
+    np.testing.assert_array_equal(schedules.published_grid(kind, 1), every[:1])
+    with pytest.raises(ValueError, match="1 or 2 steps, not 3"):
+        schedules.published_grid(kind, 3)

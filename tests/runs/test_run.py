@@ -289,6 +289,16 @@ def test_a_variance_for_a_sampler_that_takes_none(run):
         run.sampling(sampler="ddim", x_var="measured")
 
 
+@pytest.mark.parametrize("noise_grid", ["published_cd", "published_ct"])
+def test_the_noise_levels_of_published_students(run, noise_grid):
+    images, _ = run.sample(2, steps=2, sampler="consistency", noise_grid=noise_grid)
+    assert not np.array_equal(images, run.sample(2, steps=2, sampler="consistency")[0])
+    with pytest.raises(
+        InputError, match=f"noise_grid={noise_grid} has noise levels for 1 or 2 steps, not for 3"
+    ):
+        run.sampling(steps=3, noise_grid=noise_grid)
+
+
 def test_a_student_warns_of_another_grid(student):
     with pytest.warns(UserWarning, match="trained on its schedule's grid but is sampled on karras"):
         student.sample(2, noise_grid="karras")

@@ -14,7 +14,7 @@ from configs import imagenet64, imagenet128
 from mcm_jax.config import public_rows, validation
 from mcm_jax.data import preparation
 from mcm_jax.models import edm2
-from mcm_jax.records import RUN_FILE
+from mcm_jax.records import RUN_FILE, Origin
 from mcm_jax.runs import trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system.errors import InputError
@@ -96,6 +96,20 @@ def test_an_import_is_not_trained_further_and_a_consistency_model_teaches_none(d
     (workdir / RUN_FILE).write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"is the consistency model edm2-img64\.pkl; use a diffusion model"):
         trainer.train(student(data_dir, workdir), tmp_path / "student")
+
+
+@pytest.mark.parametrize(("file", "grid"), [("cd_x.pt", "published_cd"), ("ct_x.pt", "published_ct")])
+def test_a_published_student_is_sampled_as_its_authors_do(data, tmp_path, file, grid):
+    data_dir, info = data
+    origin = Origin(kind="consistency", file=file, sha256="0" * 64, source="here", licence="none")
+    imported = golden.imported("consistency-models-64", "consistency")
+    teacher = importer.Teacher(imported._replace(resolution=32), origin)
+    importer.write(teacher, tmp_path / "run", dataset=info, data_dir=data_dir)
+    run = load_run(tmp_path / "run")
+    usual = run.sampling()
+    assert (usual.steps, usual.sampler, usual.noise_grid, usual.clip) == (1, "consistency", grid, "every")
+    one, two = (run.sample(2, steps=steps)[0] for steps in (None, 2))
+    assert one.shape == two.shape and not np.array_equal(one, two)
 
 
 def test_normalising_leaves_the_function_as_it_is():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.models import preconditioning as preconditionings
 from mcm_jax.models.conditions import Classes
 from mcm_jax.models.edm2 import EDM2Settings
@@ -190,6 +191,25 @@ def test_consistency_samplers_end_to_end():
     sigma = (80 ** (1 / 7) + 22 / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     two = denoise(one + np.sqrt(sigma**2 - 0.002**2) * noise[1:2], sigma)
     np.testing.assert_allclose(two, want["twostep_sample"], atol=3 * LOOSE, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "key"), [(1, "onestep_sample"), (2, "twostep_sample")])
+def test_our_sampler_is_that_of_the_published_consistency_models(steps, key, monkeypatch):
+    want = golden.expected("consistency-models-64")
+    noise = jnp.asarray(want["twostep_noise"].transpose(0, 2, 3, 1))
+    monkeypatch.setattr(sampling, "_normal", lambda keys, purpose, shape: noise[1:2])
+    made, params = network("consistency-models-64", "consistency")
+    got = sampling.sample(
+        lambda *arguments: _apply(made)(params, *arguments[:3]),
+        noise[:1],
+        jnp.array([3]),
+        jax.random.split(jax.random.key(0), 1),
+        logsnr=schedules.published_grid("published_cd", steps),
+        sampler="consistency",
+        clip="every",
+    )
+    # Ours starts from sigma / sqrt(1 + sigma^2) = 0.99992 times their noise.
+    np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want[key], atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), golden.NETWORKS[:-1])
