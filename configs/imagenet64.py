@@ -8,8 +8,12 @@
     SIZE,pd,steps=S                    progressive distillation with aDDIM, 1024 -> 512 ... -> S (table 3)
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
-SIZE is small or large. The rows NETWORK,cd,steps=S and NETWORK,ct,steps=S start from a published network:
-edm2-s, edm2-m, edm2-l, edm2-xl, edm, openai_edm or adm64 (docs/public_teachers.md).
+SIZE is small or large. These rows start from a published network, edm2-s, edm2-m, edm2-l, edm2-xl, edm,
+openai_edm or adm64 (docs/public_teachers.md):
+
+    NETWORK,ct,steps=S
+    NETWORK,cd,steps=S
+    NETWORK,cd,heun,steps=S            not of adm64: with the choices of another published distillation
 
 The paper's FIDs of 50,000 samples (none has been measured with this code):
 

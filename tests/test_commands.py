@@ -98,9 +98,12 @@ DRY = {
 }
 
 # How programs are made small: arguments that replace a command's own of the same names.
-TRAIN = (
+MODEL = (
     *("--config.model.kinds=('resnet',)", "--config.model.widths=(8,)", "--config.model.blocks=(1,)"),
     *("--config.model.dropouts=(0.0,)", "--config.model.embedding_width=16", "--config.model.dtype=float32"),
+)
+TRAIN = (
+    *MODEL,
     *("--config.training.num_steps=2", "--config.training.batch_size=8", "--config.mesh.fsdp=1"),
     *("--config.training.sample_every_steps=0", "--config.optimizer.warmup_steps=0"),
     *("--config.sampling.teacher_steps=2", "--config.sampling.batch_per_device=8"),
@@ -122,10 +125,16 @@ PUBLIC = (
 TINY_DATA = ("--config.data.dataset=folder/tiny", "--config.data.data_dir=tiny", "--config.data.resolution=8")
 
 
+def two_levels(network: str) -> tuple[str, ...]:
+    """The network of a published teacher with two levels, a block each."""
+    sizes = {"widths": "(32,32)", "blocks": 1, "attention_levels": "(False,True)", "head_width": 32}
+    return tuple(f"--config.{network}.{field}={value}" for field, value in sizes.items())
+
+
 def small(command: Command) -> tuple[str, ...]:
     """The arguments that make a command small."""
     text = str(command)
-    if ":edm2-s," in text:
+    if ":edm2-s," in text and command.program != "plan":
         return PUBLIC
     if command.program == "train":
         arguments = TRAIN
@@ -169,6 +178,9 @@ def small(command: Command) -> tuple[str, ...]:
     if command.program == "plan" and option(command, "--config"):
         # FID's network takes the TPU's compiler eight minutes, whatever the batch.
         instead = ("--program=sample",) if "--program=features" in text else ()
+        for network in ("edm2", "adm"):
+            if f":{network}" in text:
+                return (*PLAN[len(MODEL) :], *two_levels(network))
         return (*PLAN, *instead)
     return ()
 

@@ -81,8 +81,14 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleSettings:
-    """The noise schedule (SPEC 2): cosine, shifted or interpolated by its two resolutions."""
+    """The noise schedule (SPEC 2): cosine, shifted or interpolated by its two resolutions, or Karras's."""
 
+    kind: Literal["cosine", "karras"] = setting(
+        "cosine",
+        "cosine, with the resolutions below; or karras (not the paper's): EDM's grid from logsnr_min to "
+        "logsnr_max",
+        affects=Affects.ALL,
+    )
     noise_resolution_low: int | None = setting(
         None,
         "n_low of the interpolated schedule in pixels; None: the image's resolution",

@@ -116,6 +116,30 @@ def interpolated(
     return lambda t: (1 - t) * low(t) + t * high(t)
 
 
+def karras(
+    *, logsnr_min: float = -2 * math.log(80.0), logsnr_max: float = -2 * math.log(0.002), rho: float = 7.0
+) -> Schedule:
+    """sigma(t) = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, as log-SNR.
+
+    Uniform steps in t are the grid of Karras et al. 2022, with our sigma_t / alpha_t for their sigma.
+
+    Args:
+      logsnr_min: -2 log sigma_max, at t = 1.
+      logsnr_max: -2 log sigma_min, at t = 0.
+
+    Examples:
+      >>> [round(value, 2) for value in karras()(jnp.array([0.0, 0.5, 1.0])).tolist()]
+      [12.43, -1.84, -8.76]
+    """
+    low, high = (math.exp(-logsnr / 2 / rho) for logsnr in (logsnr_max, logsnr_min))
+    # log1p of the distance from the nearer end is exact there.
+    return lambda t: jnp.where(
+        t < 0.5,
+        logsnr_max - 2 * rho * jnp.log1p(t * (high / low - 1)),
+        logsnr_min - 2 * rho * jnp.log1p((1 - t) * (low / high - 1)),
+    )
+
+
 def uniform_grid(schedule: Schedule, num_steps: int) -> Float[Array, " N"]:
     """Log-SNRs at t = 1, 1 - 1/N, ..., 1/N, at which a sampler with N = num_steps >= 1 calls the network.
 

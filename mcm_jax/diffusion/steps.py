@@ -148,6 +148,20 @@ def heun(
     return z_s + over_pixels(gain, z_s) * (eps_hat_s - eps_hat_t) / 2
 
 
+def heun_x(x_hat_t: Image, x_hat_s: Image, *, logsnr_t: PerExample, logsnr_s: PerExample) -> Image:
+    """The x whose DDIM step from t to s equals Heun's step: x_hat_t + (r / 2) (x_hat_s - x_hat_t).
+
+    r = exp((lambda_s - lambda_t) / 2) is the ratio of sigma / alpha at t and at s. This follows from `heun`,
+    as eps_hat_s - eps_hat_t = (alpha_s / sigma_s) (x_hat_t - x_hat_s) where z_s is the DDIM step of x_hat_t.
+
+    Args:
+      x_hat_t: prediction at z_t.
+      x_hat_s: prediction at z_s, the DDIM step of x_hat_t.
+    """
+    half_r = over_pixels(jnp.exp((logsnr_s - logsnr_t) / 2) / 2, x_hat_t)
+    return x_hat_t + half_r * (x_hat_s - x_hat_t)
+
+
 def composed_x(
     x_first: Image,
     x_second: Image,

@@ -47,7 +47,9 @@ def network(config: Config, *, condition: Condition) -> Network:
 
 
 def schedule(config: Config) -> Schedule:
-    """The interpolated schedule; a plain or shifted cosine if both noise resolutions are equal."""
+    """Karras's schedule, or the interpolated one: a plain or shifted cosine if its resolutions are equal."""
+    if config.schedule.kind == "karras":
+        return schedules.karras(logsnr_min=config.schedule.logsnr_min, logsnr_max=config.schedule.logsnr_max)
     resolution = config.data.resolution
     return schedules.interpolated(
         noise_resolution_low=config.schedule.noise_resolution_low or resolution,

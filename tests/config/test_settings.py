@@ -65,7 +65,7 @@ def test_every_setting_is_documented():
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
-        ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim"),
+        ("consistency", "teacher_step", "euler", "'euler' must be one of addim, ddim, heun"),
         ("consistency", "huber_epsilon", 0.0, "must be at least 1e-30"),
         ("optimizer", "b1", 1.5, "must be at most 0.999999"),
         ("optimizer", "learning_rate", 1e30, "must be at most 10"),

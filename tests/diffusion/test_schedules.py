@@ -1,3 +1,5 @@
+import math
+
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -67,6 +69,17 @@ def test_every_schedule_falls(low, high, end_points):
     logsnr = np.asarray(schedule(T[::10]), np.float64)
     assert np.all(np.isfinite(logsnr))
     assert logsnr[0] > logsnr[-1]
+
+
+def test_karras():
+    """Uniform steps are the grid of 1,281 points, but for the rounding of t times a slope of up to 50."""
+    logsnr = schedules.karras()(T[::-1])
+    np.testing.assert_allclose(logsnr, schedules.karras_grid(1281), rtol=0, atol=4e-6)
+    t = np.float32([1e-6, 1e-3, 0.3, 0.7, 1 - 1e-6])
+    ends = [math.exp(limit / 2 / 5) for limit in (-10.0, 6.0)]
+    root = ends[0] + t.astype(np.float64) * (ends[1] - ends[0])
+    actual = schedules.karras(logsnr_min=-6.0, logsnr_max=10.0, rho=5.0)(jnp.asarray(t))
+    np.testing.assert_allclose(actual, -10 * np.log(root), rtol=0, atol=2e-6)
 
 
 def test_uniform_grid():

@@ -227,6 +227,30 @@ def test_ddim_teacher_is_addim_without_variance():
     assert not np.allclose(ddim, loss(0.3, teacher=teacher))
 
 
+def test_heuns_step_calls_the_teacher_where_ddim_leads():
+    """The target's x, against Heun's step in sigma = sigma_t / alpha_t, in float64."""
+    t, s = jnp.linspace(-6.0, 3.0, 8), jnp.linspace(-5.0, 8.0, 8)
+    teacher = linear_model(0.2)
+    z_t = process.diffuse(X, jax.random.normal(KEY, SHAPE), logsnr_t=t)
+    found = constant_grid(teacher_step="heun")._teacher_x(
+        networks(perfect, teacher), X, z_t, COND, logsnr_t=t, logsnr_s=s
+    )
+    z_s = steps.ddim(found, z_t, logsnr_t=t, logsnr_s=s)
+    for n in range(8):
+        (a_t, s_t), (a_s, s_s) = (reference.alpha_sigma(float(logsnr[n])) for logsnr in (t, s))
+        image = np.asarray(z_t[n], np.float64)
+        eps_t = (image - a_t * numpy_x_hat(0.2, image, float(t[n]))) / s_t
+        euler = a_s * (image / a_t + (s_s / a_s - s_t / a_t) * eps_t)
+        eps_s = (euler - a_s * numpy_x_hat(0.2, euler, float(s[n]))) / s_s
+        expected = reference.heun(None, eps_t, eps_s, image, float(t[n]), float(s[n]))
+        np.testing.assert_allclose(z_s[n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_consistency_training_has_no_heun_step():
+    """Its step takes the data, with which every integrator is exact."""
+    np.testing.assert_array_equal(loss(0.3, teacher_step="heun"), loss(0.3, teacher_step="ddim"))
+
+
 def numpy_x_hat(theta, z_t, logsnr):
     """x_hat of `linear_model(theta)` for one example of class 0, in float64."""
     alpha, sigma = reference.alpha_sigma(logsnr)

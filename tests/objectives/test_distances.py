@@ -64,3 +64,6 @@ def test_weights():
     snr = np.exp([-15.0, 0.0, 4.0])
     weights = [distances.weight(logsnr, kind=k) for k in ("snr_plus_one", "sqrt_snr_plus_one", "max_snr_one")]
     np.testing.assert_allclose(weights, [1 + snr, np.sqrt(1 + snr), np.maximum(snr, 1)], rtol=1e-6)
+    sigma = snr**-0.5
+    expected = np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
+    np.testing.assert_allclose(distances.weight(logsnr, kind="edm"), expected, rtol=1e-6)

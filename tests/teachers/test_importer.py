@@ -15,7 +15,7 @@ from mcm_jax.config import public_rows, validation
 from mcm_jax.data import preparation
 from mcm_jax.models import edm2
 from mcm_jax.records import RUN_FILE, Origin
-from mcm_jax.runs import trainer, workdirs
+from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system.errors import InputError
 from mcm_jax.teachers import importer
@@ -173,6 +173,18 @@ def test_every_row_of_a_published_network_is_valid():
             validation.validate(config)
     with pytest.raises(InputError, match="there is no config row 'edm2-s,cd': use one of edm2-s"):
         imagenet64.get_config("edm2-s,cd")
+    with pytest.raises(InputError, match="there is no config row 'adm64,cd,heun,steps=4'"):
+        imagenet64.get_config("adm64,cd,heun,steps=4")
+
+
+def test_the_row_of_a_published_distillation_has_its_choices():
+    row = imagenet64.get_config("edm2-s,cd,heun,steps=4")
+    settings = row.consistency
+    assert (row.schedule.kind, settings.teacher_step, settings.loss_weight) == ("karras", "heun", "edm")
+    assert (settings.teacher_steps_first, settings.teacher_steps_last) == (256, 1024)
+    row.teacher_checkpoint = "teacher"
+    schedule = build.schedule(validation.validate(row))
+    np.testing.assert_allclose(np.exp(-schedule(jnp.array([1.0, 0.0])) / 2), [80, 0.002], rtol=1e-2)
 
 
 @pytest.mark.parametrize(
