@@ -48,8 +48,10 @@ mcm_environment() {
   local extras="$*" python="${PYTHON:-python3}" venv="${MCM_VENV:-$PWD/.venv}" stamp wanted
   case "${MCM_ACCELERATOR:-cpu}" in
     cpu) export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" ;;
-    gpu) extras="$extras gpu" ;;
-    tpu) extras="$extras tpu gcs" ;; # Where there are TPUs, there are buckets.
+    # Without the accelerator, JAX would compute on the CPU. It stays available beside the accelerator.
+    gpu) extras="$extras gpu" && export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}" ;;
+    # Where there are TPUs, there are buckets.
+    tpu) extras="$extras tpu gcs" && export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" ;;
     *)
       echo "error: MCM_ACCELERATOR=$MCM_ACCELERATOR must be cpu, gpu or tpu" >&2
       return 2

@@ -42,6 +42,21 @@ def test_smoke_installs_the_variant_and_runs_the_whole_job(accelerator, extra):
     assert rows == ["teacher", "cd,steps=1", "cd,steps=4", "ct,steps=1", "ct,steps=4"]
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "given", "platforms"),
+    [("cpu", "", "cpu"), ("gpu", "", "cuda,cpu"), ("tpu", "", "tpu,cpu"), ("gpu", "rocm", "rocm")],
+)
+def test_a_broken_accelerator_is_no_reason_to_compute_on_the_cpu(accelerator, given, platforms):
+    """JAX fails where one of these platforms does."""
+    code = '. launch/environment.sh; mcm_environment >/dev/null; echo "$JAX_PLATFORMS"'
+    environment = {**os.environ, "MCM_DRY_RUN": "1", "MCM_VENV": "/nonexistent/.venv"}
+    environment |= {"MCM_ACCELERATOR": accelerator, "JAX_PLATFORMS": given}
+    result = subprocess.run(
+        ["bash", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == platforms
+
+
 def test_two_ways_to_request_a_dry_run():
     result = dry_run("smoke.sh", "--dry-run", MCM_DRY_RUN="")
     assert (result.returncode, result.stdout) == (0, dry_run("smoke.sh").stdout)

@@ -34,7 +34,7 @@ from mcm_jax.records import (
     SamplingOptions,
     count_of,
 )
-from mcm_jax.system import distributed
+from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import append_line, require_output, require_writable
 from mcm_jax.system.paths import Path, as_path
@@ -144,7 +144,10 @@ def evaluate(options: Options, load_run: "Callable[..., Run]") -> list[Result]:
             distributed.require_same(measurement, "runs, data sets and references")
             result = None if options.again else evaluator.stored(run, measurement)
             if distributed.broadcast(result is None):
-                distributed.say(f"{run.workdir}: sampling {options.num} images with its {kind} parameters")
+                distributed.say(
+                    f"{run.workdir}: sampling {options.num} images with its {kind} parameters on "
+                    f"{sharding.description(run.mesh)}"
+                )
                 result = evaluator.score(run, measurement, request, again=options.again)
             else:
                 distributed.say(f"{run.workdir}: measured before; add --again to measure it again")

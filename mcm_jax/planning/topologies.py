@@ -11,7 +11,7 @@ from mcm_jax.system.errors import InputError
 from mcm_jax.system.sharding import Device
 
 # The slices that Google Cloud offers; libtpu supports more.
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT}
 
@@ -65,8 +65,10 @@ def describe(name: str) -> Topology:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip.topology_prefix + shape, **chip.config
-    )
     bounds = tuple(int(n) for n in re.split("x", shape))
+    # Hosts have four chips by default.
+    host = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(bounds) == 1 else {}
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=chip.topology_prefix + shape, **chip.config, **host
+    )
     return Topology(name, chip, bounds, tuple(described.devices))

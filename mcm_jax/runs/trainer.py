@@ -111,7 +111,7 @@ def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: 
         done, train_step = int(state.step), training.train_step()
         preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
         count = int(count_parameters(training.abstract.params))
-        distributed.say(f"training {count:,} parameters")
+        distributed.say(f"training {count:,} parameters on {sharding.description(mesh)}")
         with _observer(
             config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
         ) as run_observer:

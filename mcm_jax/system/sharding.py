@@ -24,6 +24,7 @@ class Device(Protocol):
 
     id: int
     platform: str
+    device_kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,21 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) 
         (data // slices, fsdp), (slices, 1), chosen, allow_split_physical_axes=True
     )
     return Mesh(arranged, names, axis_types=types)
+
+
+def description(mesh: Mesh) -> str:
+    """The devices of a mesh in words.
+
+    Examples:
+      >>> description(make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]))
+      '1 x cpu'
+    """
+    parts = [f"{mesh.size} x {mesh.devices.flat[0].device_kind}"]
+    if jax.process_count() > 1:
+        parts.append(f"{jax.process_count()} processes")
+    if mesh.size > 1:
+        parts.append(f"mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}")
+    return ", ".join(parts)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

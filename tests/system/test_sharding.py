@@ -24,6 +24,7 @@ def test_the_mesh_covers_all_devices(data, fsdp, shape):
     assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
     assert set(mesh.devices.flat) == set(jax.devices())
+    assert sharding.description(mesh) == f"8 x cpu, mesh data {shape[0]} x fsdp {shape[1]}"
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 2), (-1, 3), (-1, 16), (4, 4), (1, 1)])
