@@ -407,12 +407,16 @@ def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
 # SLURM.
 
 
+# What follows srun's own options: the task, which the imitation runs.
+SRUN = "--kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=8"
+
+
 def slurm(tmp_path, code):
-    make_tool(tmp_path, "srun", f'echo "$*" >>"{tmp_path}/calls"; exit {code}')
+    make_tool(tmp_path, "srun", f'echo "$*" >>"{tmp_path}/calls"; shift 3; SLURM_PROCID=0 SLURM_NTASKS=1 exec "$@"')
     make_tool(tmp_path, "scontrol", f'echo "$*" >>"{tmp_path}/calls"')
     make_tool(tmp_path, "pip", "")
     (tmp_path / "venv/bin").mkdir(parents=True)
-    make_tool(tmp_path / "venv/bin", "python", "")
+    make_tool(tmp_path / "venv/bin", "python", f'[ "${{2:-}}" != mcm_jax.train ] || exit {code}')
     make_tool(tmp_path / "venv/bin", "pip", "")
     job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "MCM_VENV": str(tmp_path / "venv")}
     result = launch("slurm.sbatch", *RUN, tools=tmp_path, **job)
@@ -422,15 +426,17 @@ def slurm(tmp_path, code):
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_a_stopped_slurm_job_is_queued_again(code, tmp_path):
     result, calls = slurm(tmp_path, code)
-    assert result.returncode == code
-    assert calls[0] == f"--kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
+    assert result.returncode == (0 if code == 130 else code)
+    assert calls[0] == f"{SRUN} bash launch/slurm.sbatch --task python -m mcm_jax.train {' '.join(RUN)}"
     assert calls[1:] == (["requeue 7"] if code == 130 else [])
+    assert not list(ROOT.glob("slurm-*"))
 
 
 def test_the_commands_of_a_slurm_job():
     *install, run = commands(launch("slurm.sbatch", "--dry-run", *RUN))
     assert install[1].endswith("--editable .[gpu]")
-    assert run == f"srun --kill-on-bad-exit=1 --gpu-bind=none python -m mcm_jax.train {' '.join(RUN)}"
+    task = f"bash launch/slurm.sbatch --task python -m mcm_jax.train {' '.join(RUN)}"
+    assert run == f"srun {SRUN} {task}"
 
 
 def test_a_slurm_job_requests_a_task_for_each_gpu_and_a_warning():
