@@ -13,7 +13,7 @@ openai_edm or adm64 (docs/public_teachers.md):
 
     NETWORK,ct,steps=S
     NETWORK,cd,steps=S
-    NETWORK,cd,heun,steps=S            not of adm64: with the choices of another published distillation
+    NETWORK,cd,heun,steps=S            the same with Heun as the teacher's step, on EDM's grid (except adm64)
 
 The paper's FIDs of 50,000 samples (none has been measured with this code):
 

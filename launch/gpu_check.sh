@@ -6,7 +6,7 @@
 #
 #   bash launch/gpu_check.sh                     writes runs/gpu.json
 #   bash launch/gpu_check.sh --out=FILE
-#   bash launch/gpu_check.sh --installed         uses python3 as it is, with JAX, PyTorch and this package's dependencies
+#   bash launch/gpu_check.sh --installed         uses python3 as it is, with the extras gpu, test and benchmark
 #   bash launch/gpu_check.sh --small             a tiny network and no tests: shows on any machine that the script works
 #   bash launch/gpu_check.sh --dry-run           only prints the commands, as MCM_DRY_RUN=1 does
 set -euo pipefail
@@ -26,6 +26,7 @@ for argument in "$@"; do
   esac
 done
 torch_python=python3
+code=0
 if [ -z "$installed" ]; then
   # CUDA's libraries have different versions in JAX and in PyTorch.
   torch="${MCM_VENV:-$PWD/.venv}-torch"
@@ -36,6 +37,8 @@ if [ -z "$installed" ]; then
 fi
 if [ ${#small[@]} -eq 0 ]; then
   export MCM_TEST_GPU=1
-  mcm_run python3 -m pytest tests/test_gpu.py
+  mcm_run python3 -m pytest tests/test_gpu.py || code=$?
 fi
-mcm_run python3 -m tests.benchmarks.gpu --out="$out" --torch_python="$torch_python" ${small[@]+"${small[@]}"}
+# The times are worth having if a test has failed.
+mcm_run python3 -m tests.benchmarks.gpu --out="$out" --torch_python="$torch_python" ${small[@]+"${small[@]}"} || code=$?
+exit "$code"

@@ -46,8 +46,8 @@ _SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
     ["ddim", "addim", "noisy_ddim", "ddpm", "heun", "consistency"],
-    "Default: the run's own. heun calls the network twice in each step except the last; consistency adds new "
-    "noise in each step.",
+    "Default: the run's own. heun calls the network twice in each step except the last; consistency, for "
+    "consistency models of one step, adds new noise in each step.",
 )
 _NOISE_GRID = flags.DEFINE_enum(
     "noise_grid",

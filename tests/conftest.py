@@ -10,7 +10,9 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-# Must be set before the first import of JAX.
+# Must be set before the first import of JAX. launch/gpu_check.sh sets MCM_TEST_GPU=1.
+GPU = os.environ.get("MCM_TEST_GPU") == "1"
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if GPU else "cpu"
 DEVICES = int(os.environ.get("MCM_TEST_DEVICES", "1"))
 FLAGS = (
     f"--xla_force_host_platform_device_count={DEVICES}",
@@ -25,16 +27,15 @@ if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
     FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 # Workers of pytest-xdist inherit XLA_FLAGS; repeated flags would change the keys of the compilation cache.
 flags = os.environ.get("XLA_FLAGS", "").split()
-os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in FLAGS), *FLAGS])
-# launch/gpu_check.sh sets MCM_TEST_GPU=1.
-GPU = os.environ.get("MCM_TEST_GPU") == "1"
-os.environ["JAX_PLATFORMS"] = "cuda,cpu" if GPU else "cpu"
+if not GPU:  # A GPU is tested as it is used.
+    os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in flags if flag not in FLAGS), *FLAGS])
 CACHE = str(Path(__file__).parents[1] / ".xla_cache")
 os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# With the lowest effort, plans for TPUs compile in a third of the time.
-os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
+if not GPU:
+    # With the lowest effort, plans for TPUs compile in a third of the time.
+    os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
 
 from jaxtyping import install_import_hook
 

@@ -412,7 +412,9 @@ SRUN = "--kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=8"
 
 
 def slurm(tmp_path, code):
-    make_tool(tmp_path, "srun", f'echo "$*" >>"{tmp_path}/calls"; shift 3; SLURM_PROCID=0 SLURM_NTASKS=1 exec "$@"')
+    make_tool(
+        tmp_path, "srun", f'echo "$*" >>"{tmp_path}/calls"; shift 3; SLURM_PROCID=0 SLURM_NTASKS=1 exec "$@"'
+    )
     make_tool(tmp_path, "scontrol", f'echo "$*" >>"{tmp_path}/calls"')
     make_tool(tmp_path, "pip", "")
     (tmp_path / "venv/bin").mkdir(parents=True)

@@ -42,7 +42,7 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
 
     "cd,heun,steps=S", for networks of EDM, follows a published multistep distillation of EDM2-S in PyTorch
     (FID 3.44, 2.32 and 1.79 at 2, 4 and 8 steps) in what is known of it: Heun's step of the teacher, 256 to
-    1,024 steps on EDM's grid, and EDM's weight.
+    1,024 steps on EDM's grid, and the root of EDM's weight.
 
     The batch, the learning rates and the number of updates are ours. They suit one GPU or eight TPU v5e.
 
@@ -55,9 +55,10 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     if networks <= {*_EDM2, "edm", "openai_edm"}:
         systems.append({"cd", "heun"})
     if len(networks) != 1 or rest not in systems or set(numbers) != {"steps"}:
+        heun = ", or a network of EDM with cd,heun,steps=S" if resolution == 64 else ""
         raise InputError(
             f"there is no config row {row!r}: use one of {', '.join(NETWORKS[resolution])}, with cd,steps=S "
-            "or ct,steps=S, or a network of EDM with cd,heun,steps=S"
+            f"or ct,steps=S{heun}"
         )
     (network,), system = networks, "ct" if "ct" in rest else "cd"
     config = default_config()
@@ -88,9 +89,12 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
         config.optimizer.learning_rate = 2e-5
     set_schedule(config, ADM.get(network, "edm"))
     if "heun" in rest:
-        config.schedule.kind = "karras"
+        default = default_config().schedule
+        config.schedule.update(
+            kind="karras", noise_resolution_low=default.noise_resolution_low, end_points=default.end_points
+        )
         config.consistency.update(
-            teacher_step="heun", teacher_steps_first=256.0, teacher_steps_last=1024.0, loss_weight="edm"
+            teacher_step="heun", teacher_steps_first=256.0, teacher_steps_last=1024.0, loss_weight="sqrt_edm"
         )
     config.optimizer.decay = "linear"
     config.training.update(num_steps=30_000, batch_size=256, accumulation_steps=8)

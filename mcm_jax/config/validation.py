@@ -10,7 +10,15 @@ from typing import Any, Literal, TypeVar
 import ml_collections
 
 from mcm_jax import fields
-from mcm_jax.config.settings import ARCHITECTURES, SECTIONS, Config, Staged, without_none
+from mcm_jax.config.settings import (
+    ARCHITECTURES,
+    SECTIONS,
+    Config,
+    ScheduleSettings,
+    Staged,
+    without_none,
+)
+from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
 from mcm_jax.system.errors import InputError
@@ -29,6 +37,7 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     result = _with_checked_paths(_read(Config, raw, prefix=""))
     _check_network(result)
     _check_objective(result)
+    _check_schedule(result)
     _check_unused(result, SECTIONS, result.objective)
     _check_unused(result, ARCHITECTURES, result.architecture)
     _check_optimizer(result)
@@ -75,6 +84,10 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             "config.guidance.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
         )
+    if objective == "ct" and config.consistency.teacher_step == "heun":
+        raise InputError(
+            "config.consistency.teacher_step=heun has no effect on ct, which has no teacher; leave it out"
+        )
     if objective == "ct" and config.teacher_guidance > 0:
         raise InputError(
             f"config.consistency.teacher_guidance={config.teacher_guidance} has no effect on ct, which "
@@ -91,6 +104,23 @@ def _check_objective(config: Config) -> None:
                 f"config.diffusion.levels={config.diffusion.levels!r}: {side} does not divide "
                 f"config.data.resolution={config.data.resolution}"
             )
+
+
+def _check_schedule(config: Config) -> None:
+    if config.schedule.kind == "karras":
+        for name in ("noise_resolution_low", "noise_resolution_high", "end_points"):
+            value = getattr(config.schedule, name)
+            if value != getattr(ScheduleSettings(), name):
+                raise InputError(
+                    f"config.schedule.{name}={value!r} has no effect on config.schedule.kind=karras; "
+                    "leave it out"
+                )
+    grid, steps = config.sampling.noise_grid, config.sampling.teacher_steps
+    if schedules.is_published(grid) and steps > 2:
+        raise InputError(
+            f"config.sampling.noise_grid={grid} has noise levels for 1 or 2 steps, not for "
+            f"config.sampling.teacher_steps={steps}"
+        )
 
 
 def _check_unused(config: Config, sections: Mapping[str, str], selected: str) -> None:

@@ -96,8 +96,8 @@ def sample(
       z_1: standard normal noise.
       cond: what each image shows, such as class labels.
       keys: one key per image, for the noise of noisy_ddim, ddpm and consistency.
-      logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid` or
-        `schedules.karras_grid`.
+      logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid`,
+        `schedules.karras_grid` or `schedules.published_grid`.
       sampler: use "ddim" for students, which have already learned aDDIM's adjustment. "consistency" adds new
         noise to x_hat in each step (arXiv:2303.01469, algorithm 1, without their sigma_min of 0.002, which
         reduces the noise by less than 1e-5 of itself at the published noise levels).

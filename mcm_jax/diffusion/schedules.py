@@ -5,8 +5,9 @@ All schedules are within 2e-6 of float64 at every float32 t in [0, 1].
 """
 
 import math
+import typing
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float
 
 Schedule = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 EndPoints = Literal["moved", "kept"]
-Grid = Literal["schedule", "karras", "published_cd", "published_ct"]
+Published = Literal["published_cd", "published_ct"]
+Grid = Literal["schedule", "karras", Published]
 # Position of the second of two noise levels between the first of `karras_grid` (0) and its last (1). In the
 # examples of github.com/openai/consistency_models, cd has points 0 and 22 of 40, ct points 0 and 106 of 201.
 _SECOND = {"published_cd": 22 / 39, "published_ct": 106 / 200}
@@ -171,7 +173,12 @@ def karras_grid(
     return _karras(np.linspace(0.0, 1.0, num_steps), sigma_max=sigma_max, sigma_min=sigma_min, rho=rho)
 
 
-def published_grid(kind: Literal["published_cd", "published_ct"], num_steps: int) -> Float[Array, " N"]:
+def is_published(grid: Grid) -> TypeGuard[Published]:
+    """Whether a grid is one of `published_grid`."""
+    return grid in typing.get_args(Published)
+
+
+def published_grid(kind: Published, num_steps: int) -> Float[Array, " N"]:
     """The noise levels at which the published consistency models are sampled in one or two steps.
 
     Args:

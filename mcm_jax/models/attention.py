@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 # (q, k, v, mask) -> softmax(q k^T) v; q is already scaled. The mask states which keys exist; None: all.
 AttentionFn = Callable[..., Float[Array, "B H L D"]]
-# The checkpoint name of the result and of all values that the kernel's gradient needs (see `remat.Remat`).
+# The checkpoint name of the result and of what `splash` needs for its gradient (see `remat.Remat`). What
+# `cudnn` needs has no name, so it is computed again.
 NAME = "attention"
 _TILE = 128
 _LONGEST = 1024
@@ -100,7 +101,8 @@ def cudnn(
     """softmax(q k^T) v by cuDNN's flash attention, whose weights never leave an NVIDIA GPU's multiprocessors.
 
     Falls back to `einsum` for what the kernel does not support: float32, heads that are wider than 128 or not
-    a multiple of 8, and, with a mask, an odd L or K. Its gradient sums in an order that changes between runs.
+    a multiple of 8, and, with a mask, an odd L or K. The order of the sums in its gradient changes between
+    runs.
 
     Args:
       mask: as in `einsum`.
@@ -116,5 +118,7 @@ def cudnn(
     return checkpoint_name(rearrange(h, "b l h d -> b h l d"), NAME)
 
 
-# The fused kernel of each platform, by JAX's name of the platform.
-FUSED: dict[str, AttentionFn] = {"tpu": splash, "gpu": cudnn}
+def fused(platform: str) -> AttentionFn | None:
+    """The fused kernel of a platform, None if there is none; "cuda" stands for NVIDIA GPUs since Ampere."""
+    kernels: dict[str, AttentionFn] = {"tpu": splash, "cuda": cudnn}
+    return kernels.get(platform)

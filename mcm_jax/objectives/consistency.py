@@ -52,7 +52,8 @@ class Consistency:
     )
     loss_weight: LossWeight = setting(
         "sqrt_snr_plus_one",
-        "w_t (open); the root makes the unsquared distance in x one in v, see `distances.weight`",
+        "w_t (open); sqrt_snr_plus_one makes the unsquared distance in x one in v, see `distances.weight`; "
+        "sqrt_edm is the root of EDM's weight (not the paper's)",
     )
     target_network: TargetNetwork = setting(
         "student", "the network of x_ref: the student itself, or its averaged parameters (ema)"
@@ -133,7 +134,16 @@ class Consistency:
                 null_cond=networks.null_cond,
             )
             if self.teacher_step == "heun":
-                return self._heun_x(networks, x_teacher, z_t, cond, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+                z_s = steps.ddim(x_teacher, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
+                x_second, _ = teacher_prediction(
+                    networks.teacher,
+                    z_s,
+                    cond,
+                    logsnr_t=logsnr_s,
+                    teacher_guidance=self.teacher_guidance,
+                    null_cond=networks.null_cond,
+                )
+                return steps.heun_x(x_teacher, x_second, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
         return teacher_x(
             x_teacher,
             z_t,
@@ -142,28 +152,6 @@ class Consistency:
             logsnr_s=logsnr_s,
             teacher_step="ddim" if self.teacher_step == "heun" else self.teacher_step,
         )
-
-    def _heun_x(
-        self,
-        networks: Networks,
-        x_teacher: Float[Array, "B ..."],
-        z_t: Float[Array, "B ..."],
-        cond: Cond,
-        *,
-        logsnr_t: Float[Array, " B"],
-        logsnr_s: Float[Array, " B"],
-    ) -> Float[Array, "B ..."]:
-        """The x of Heun's step, from x_teacher at z_t and a second prediction at the end of its DDIM step."""
-        assert networks.teacher is not None
-        x_second, _ = teacher_prediction(
-            networks.teacher,
-            steps.ddim(x_teacher, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s),
-            cond,
-            logsnr_t=logsnr_s,
-            teacher_guidance=self.teacher_guidance,
-            null_cond=networks.null_cond,
-        )
-        return steps.heun_x(x_teacher, x_second, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
 
 
 def teacher_prediction(

@@ -9,7 +9,7 @@ from mcm_jax.diffusion import process
 
 Distance = Literal["huber", "squared"]
 Reduction = Literal["mean", "sum"]
-LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "edm"]
+LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "sqrt_edm"]
 
 
 def distance(
@@ -34,16 +34,17 @@ def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, 
 
 
 def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its square root, max(SNR(t), 1), or "edm".
+    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its square root, max(SNR(t), 1), or "sqrt_edm".
 
     SNR + 1 turns the squared distance in x into the squared distance in v; sqrt(SNR + 1) does the same for
     the unsquared distance of a small huber_epsilon. max(SNR, 1) is the weight of progressive distillation
-    and TRACT, which gives the larger of the squared distances in x and in eps. sqrt(SNR + 4) ("edm") is the
-    inverse of EDM's c_out, sqrt(s^2 + 0.25) / (0.5 s) with s = sigma / alpha.
+    and TRACT, which gives the larger of the squared distances in x and in eps. sqrt(SNR + 4) ("sqrt_edm")
+    is the root of EDM's weight, sqrt(s^2 + 0.25) / (0.5 s) with s = sigma / alpha, for the unsquared
+    distance.
     """
     snr = jnp.exp(logsnr_t)
     if kind == "max_snr_one":
         return jnp.maximum(snr, 1.0)
-    if kind == "edm":
+    if kind == "sqrt_edm":
         return jnp.sqrt(4 + snr)
     return 1 + snr if kind == "snr_plus_one" else jnp.sqrt(1 + snr)

@@ -101,9 +101,9 @@ def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
     """
     over_batch = sharding.batch_sharding(mesh)
     attend = attention.einsum
-    platform = mesh.devices.flat[0].platform
-    if config.network.attention == "fused" and platform in attention.FUSED:
-        kernel, spec = attention.FUSED[platform], over_batch.spec
+    kernel = attention.fused(sharding.kernel_platform(mesh))
+    if config.network.attention == "fused" and kernel is not None:
+        spec = over_batch.spec
         attend = jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     placement = Placement(
         constrain=functools.partial(jax.lax.with_sharding_constraint, shardings=over_batch),

@@ -165,6 +165,12 @@ class Run:
                 "expect worse images",
                 stacklevel=2,
             )
+        if self.student_steps not in (None, 1) and settings.sampler == "consistency":
+            warnings.warn(
+                f"this student of {self.student_steps} steps predicts an image only in its last step, but "
+                "the sampler consistency adds noise to every prediction; expect worse images",
+                stacklevel=2,
+            )
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
         indices = np.arange(first, first + num, dtype=np.int32)

@@ -82,13 +82,13 @@ def resolve(
     x_var = _known("x_var", x_var or settings.x_var, X_VARS) if takes_variance else None
     measured = x_var == "measured"
     steps = steps or settings.teacher_steps
-    grid = _known("noise_grid", noise_grid or settings.noise_grid, NOISE_GRIDS)
-    if grid in ("published_cd", "published_ct") and steps > 2:
-        raise InputError(f"noise_grid={grid} has noise levels for 1 or 2 steps, not for {steps}")
+    kind = _known("noise_grid", noise_grid or settings.noise_grid, NOISE_GRIDS)
+    if schedules.is_published(kind) and steps > 2:
+        raise InputError(f"noise_grid={kind} has noise levels for 1 or 2 steps, not for {steps}")
     return Sampling(
         steps=steps,
         sampler=chosen,
-        noise_grid=grid,
+        noise_grid=kind,
         x_var=x_var,
         x_var_eta=settings.x_var_eta if measured else None,
         x_var_images=settings.x_var_images if measured else None,
@@ -111,8 +111,9 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
     """The log-SNRs at which the network is called."""
     if settings.noise_grid == "karras":
         return schedules.karras_grid(settings.steps)
-    if settings.noise_grid == "published_cd" or settings.noise_grid == "published_ct":
-        return schedules.published_grid(settings.noise_grid, settings.steps)
+    kind = _known("noise_grid", settings.noise_grid, NOISE_GRIDS)
+    if schedules.is_published(kind):
+        return schedules.published_grid(kind, settings.steps)
     return schedules.uniform_grid(build.schedule(config), settings.steps)
 
 

@@ -82,6 +82,19 @@ def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) 
     return Mesh(arranged, names, axis_types=types)
 
 
+def kernel_platform(mesh: Mesh) -> str:
+    """The platform for which kernels are chosen: "cuda" for NVIDIA GPUs since Ampere, else JAX's name.
+
+    JAX calls all GPUs "gpu", those of AMD too.
+    """
+    device = mesh.devices.flat[0]
+    # Devices of a described topology have no client.
+    version = getattr(getattr(device, "client", None), "platform_version", "")
+    if device.platform == "gpu" and "cuda" in version and float(device.compute_capability) >= 8:
+        return "cuda"
+    return device.platform
+
+
 def description(mesh: Mesh) -> str:
     """The devices of a mesh in words.
 

@@ -10,8 +10,9 @@ import ml_collections
 import numpy as np
 
 from mcm_jax.config import public_rows, validation
-from mcm_jax.config.settings import default_config
+from mcm_jax.config.settings import Config, default_config
 from mcm_jax.data.layout import DatasetInfo
+from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.preconditioning import Preconditioning
 from mcm_jax.records import CONSISTENCY, Origin
@@ -107,10 +108,20 @@ def write(teacher: Teacher, workdir: Path, *, dataset: DatasetInfo, data_dir: Pa
             f"  licence: {origin.licence}",
             f"  sha256 {origin.sha256}",
             f"  classes are taken to be in the order of {dataset.dataset}: 0 is {dataset.class_names[0]}",
+            *_notes(config),
             f"  {workdir}",
             f"next: python -m mcm_jax.sample --workdir={workdir} --num=16 --out=samples.png",
         )
     )
+
+
+def _notes(config: Config) -> list[str]:
+    grid = config.sampling.noise_grid
+    if not schedules.is_published(grid):
+        return []
+    return [
+        f"  two steps use the noise levels of {grid}; --noise_grid=published_cd or published_ct changes them"
+    ]
 
 
 def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Imported, str]:

@@ -3,9 +3,10 @@
     bash launch/gpu_check.sh
 
 The network is that of ImageNet64 small, in bfloat16. PyTorch's is written independently; before anything is
-timed, the losses and gradients of both are compared on a tiny network. Each library has a process of its own;
-the two compile at the same time and then take turns. In bfloat16 programs, what remains in float32 uses TF32
-in both libraries; features are computed in full float32 in both.
+timed, the losses and gradients of both are compared on a tiny network, on the CPU. Each library has a process
+of its own; one after the other compiles, then they take turns. torch.compile runs in its default mode. In
+bfloat16 programs, what remains in float32 uses TF32 in both libraries; features are computed in full float32
+in both.
 
 Writes one JSON file. A ratio below 1 means that JAX is faster. --small runs everything with a tiny network,
 on any machine.
@@ -54,20 +55,34 @@ def main(_: list[str]) -> None:
     if _SERVE.value is not None:
         _serve(_SERVE.value)
         return
-    servers = {name: _start(name) for name in sorted(set(VARIANTS.values()))}
-    described = {name: json.loads(server.stdout.readline()) for name, server in servers.items()}
+    servers, record = {}, {}
+    for name in sorted(set(VARIANTS.values())):
+        servers[name] = _start(name)
+        # Waits until its programs are compiled: XLA chooses kernels by their time on the GPU.
+        line = servers[name].stdout.readline()
+        if not line:
+            sys.exit(f"error: the process of {name} has ended before its first answer")
+        record[name] = json.loads(line)
+    _check_devices(record["jax"]["platform"], record["torch"]["platform"])
     variants = [name for name in VARIANTS if _COMPILED.value or name != "torch.compile"]
-    results = {case: _compare(servers, case, variants) for case in _CASES.value}
-    for server in servers.values():
-        server.stdin.close()
-        server.wait()
-    record = {**described, "batch_size": _BATCH_SIZE.value, "turns": _TURNS.value, "results": results}
-    _derive(record)
+    results: dict[str, Any] = {}
+    record |= {"batch_size": _BATCH_SIZE.value, "turns": _TURNS.value, "results": results}
     Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
-    Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n")
+    for case in _CASES.value:
+        results[case] = _compare(servers, case, variants)
+        _derive(record, case)
+        Path(_OUT.value).write_text(json.dumps(record, indent=1) + "\n")
+    for server in servers.values():
+        server.kill()
     _print(record)
     if any("error" in found for case in results.values() for found in case.values()):
         sys.exit(1)
+
+
+def _check_devices(ours: str, theirs: str) -> None:
+    """Refuses a comparison of a GPU with a CPU, and one of two CPUs as if they were GPUs."""
+    if ours != theirs or (ours != "gpu" and not _SMALL.value):
+        sys.exit(f"error: JAX runs on a {ours} and PyTorch on a {theirs}; install both for the GPU")
 
 
 def _start(name: str) -> subprocess.Popen:
@@ -81,8 +96,11 @@ def _start(name: str) -> subprocess.Popen:
 
 
 def _ask(server: subprocess.Popen, variant: str, case: str, count: int) -> dict[str, Any]:
-    server.stdin.write(json.dumps([variant, case, count]) + "\n")
-    line = server.stdout.readline()
+    try:
+        server.stdin.write(json.dumps([variant, case, count]) + "\n")
+        line = server.stdout.readline()
+    except BrokenPipeError:
+        line = ""
     return json.loads(line) if line else {"error": f"the process of {variant} has ended"}
 
 
@@ -91,7 +109,7 @@ def _compare(servers: dict[str, subprocess.Popen], case: str, variants: list[str
     found: dict[str, Any] = {}
     counts = {}
     for variant in variants:
-        # The first call compiles; the second estimates how many calls fill a turn.
+        # The second answer estimates how many calls fill a turn.
         for count in (1, 2):
             found[variant] = _ask(servers[VARIANTS[variant]], variant, case, count)
         if "error" not in found[variant]:
@@ -105,32 +123,31 @@ def _compare(servers: dict[str, subprocess.Popen], case: str, variants: list[str
                     found[variant] = answer
                 else:
                     found[variant]["turns"].append(answer["seconds"])
-                    found[variant]["peak_gib"] = answer["peak_gib"]
     return found
 
 
-def _derive(record: dict[str, Any]) -> None:
+def _derive(record: dict[str, Any], case: str) -> None:
     """Adds medians, images per second, shares of the card's peak, and ratios of JAX's time to the others'."""
+    variants = record["results"][case]
     device = record["jax"]["device"]
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
-    for case, variants in record["results"].items():
-        ours = variants["jax"].get("turns")
-        images = record["batch_size"]
-        if case == "features":
-            images = gpu_settings.features_batch(small=_SMALL.value)
-        flops = record["jax"]["flops"].get(case)
-        for found in variants.values():
-            if "error" in found:
-                continue
-            del found["seconds"]
-            seconds = found["median_seconds"] = statistics.median(found["turns"])
-            found["images_per_second"] = images / seconds
-            if flops is not None:
-                found["tflops_per_second"] = flops / seconds / 1e12
-                found["share_of_peak"] = None if peak is None else flops / seconds / peak
-            if ours:
-                ratios = [a / b for a, b in zip(ours, found["turns"], strict=True)]
-                found["ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    ours = variants["jax"].get("turns")
+    images = record["batch_size"]
+    if case == "features":
+        images = gpu_settings.features_batch(small=_SMALL.value)
+    flops = record["torch"]["flops"].get(case)
+    for found in variants.values():
+        if "error" in found:
+            continue
+        del found["seconds"]
+        seconds = found["median_seconds"] = statistics.median(found["turns"])
+        found["images_per_second"] = images / seconds
+        if flops is not None:
+            found["tflops_per_second"] = flops / seconds / 1e12
+            found["share_of_peak"] = None if peak is None else flops / seconds / peak
+        if ours:
+            ratios = [a / b for a, b in zip(ours, found["turns"], strict=True)]
+            found["ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def _print(record: dict[str, Any]) -> None:
@@ -164,7 +181,6 @@ def _serve(name: str) -> None:
         from tests.benchmarks import gpu_torch as programs
     server = programs.Programs(small=_SMALL.value, batch_size=_BATCH_SIZE.value)
     runs: dict[tuple[str, str], Run] = {}
-    # Compiles before the first question, while the other process does the same.
     failed: dict[tuple[str, str], str] = {}
     for variant, process in VARIANTS.items():
         if process != name or (variant == "torch.compile" and not _COMPILED.value):
@@ -185,9 +201,12 @@ def _serve(name: str) -> None:
             print(json.dumps({"error": failed[variant, case]}), file=answers)
             continue
         begin = time.perf_counter()
-        runs[variant, case](count)
-        seconds = (time.perf_counter() - begin) / count
-        print(json.dumps({"seconds": seconds, "peak_gib": server.peak_gib()}), file=answers)
+        try:
+            runs[variant, case](count)
+            answer = {"seconds": (time.perf_counter() - begin) / count}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":

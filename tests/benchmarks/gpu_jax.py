@@ -11,11 +11,9 @@ from mcm_jax.evaluation import features, inception_weights
 from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding, software
+from mcm_jax.training.state import TrainState
 from tests.benchmarks import gpu_settings
 from tests.benchmarks.gpu_settings import NUM_CLASSES
-
-# Calls of the network with a gradient (three times the cost of one without) and without, per example.
-CALLS = {"ct": 3 + 1, "cd": 3 + 1 + 1, "sample": gpu_settings.STUDENT_STEPS}
 
 
 class Programs:
@@ -32,9 +30,8 @@ class Programs:
             for system, config in self.configs.items()
         }
         self.network = self.trainings["ct"].network
-        # A train step consumes its state, so the teacher has its own copy.
         self.teacher = jax.jit(self.network.init)(jax.random.key(0))
-        self.state = self.trainings["ct"].init(jax.random.key(0))
+        self.state = self._fresh_state()
         key_x, key_label = jax.random.split(jax.random.key(1))
         self.batch = {
             "image": jax.random.uniform(key_x, (batch_size, *self.network.shape), minval=-1.0),
@@ -47,23 +44,17 @@ class Programs:
             return self._features()
         return self._sample() if case == "sample" else self._train(case)
 
+    def _fresh_state(self) -> TrainState:
+        return self.trainings["ct"].init(jax.random.key(0))
+
     def description(self) -> dict[str, Any]:
-        config = self.configs["ct"]
-        forward = jax.jit(build.network(gpu_settings.counted(config), condition=Classes(NUM_CLASSES)).apply)
-        arguments = (self.teacher, self.batch["image"], jnp.zeros(self.batch_size), self.batch["label"], None)
-        cost = forward.lower(*arguments).cost_analysis()
-        flops = float(cost["flops"]) if cost else 0.0
+        device = jax.devices()[0]
         return {
-            "device": jax.devices()[0].device_kind,
+            "device": device.device_kind,
+            "platform": device.platform,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.teacher)),
-            "flops_of_a_call": flops,
-            "flops": {case: calls * flops for case, calls in CALLS.items()},
             "versions": software.library_versions(),
         }
-
-    def peak_gib(self) -> float | None:
-        stats = jax.devices()[0].memory_stats()
-        return stats["peak_bytes_in_use"] / 2**30 if stats else None
 
     def _train(self, system: str) -> Callable[[int], None]:
         train_step = self.trainings[system].train_step()
@@ -71,7 +62,8 @@ class Programs:
 
         def run(count: int) -> None:
             for _ in range(count):
-                self.state, _ = train_step(self.state, teacher, self.batch)
+                state, self.state = self.state, None  # A step consumes its state, even if it fails.
+                self.state, _ = train_step(state or self._fresh_state(), teacher, self.batch)
             jax.block_until_ready(self.state)
 
         return run

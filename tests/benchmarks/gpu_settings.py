@@ -2,9 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from configs import imagenet64
 from mcm_jax.config import validation
 from mcm_jax.config.settings import Config
+from mcm_jax.models.conditions import Classes
+from mcm_jax.runs import build
 
 # S and N_teacher of both students.
 STUDENT_STEPS, TEACHER_STEPS = 8, 64.0
@@ -35,9 +40,19 @@ def in_float32(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def counted(config: Config) -> Config:
-    """The same with attention as matrix products, whose operations a compiler counts."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="einsum"))
+def flops(config: Config) -> dict[str, float]:
+    """Floating-point operations by case, of which JAX counts those of a call on the CPU only."""
+    # A compiler counts matrix products, but not what a kernel does.
+    written_out = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="einsum"))
+    network, batch = build.network(written_out, condition=Classes(NUM_CLASSES)), config.training.batch_size
+    image, logsnr, label = (
+        jax.ShapeDtypeStruct((batch, *shape), dtype)
+        for shape, dtype in ((network.shape, jnp.float32), ((), jnp.float32), ((), jnp.int32))
+    )
+    lowered = jax.jit(network.apply).lower(network.abstract_params, image, logsnr, label, None)
+    call = float(lowered.cost_analysis()["flops"])
+    # A call with a gradient costs as much as three without.
+    return {"ct": (3 + 1) * call, "cd": (3 + 1 + 1) * call, "sample": STUDENT_STEPS * call}
 
 
 def features_batch(*, small: bool) -> int:

@@ -34,6 +34,10 @@ class Programs:
         network = build.network(self.config, condition=Classes(NUM_CLASSES))
         self.model, self.teacher = (make_model(network).train() for _ in range(2))
         self.teacher.eval().requires_grad_(False)
+        # For sampling, the parameters are rounded once.
+        self.rounded = torch_uvit.rounded_copy(self.teacher)
+        # XLA also chooses convolutions by their time.
+        torch.backends.cudnn.benchmark = True
         parameters, settings = list(self.model.parameters()), self.config.optimizer
         self.ema = [parameter.detach().clone() for parameter in parameters]
         self.adam = torch.optim.Adam(
@@ -64,10 +68,8 @@ class Programs:
 
     def description(self) -> dict[str, Any]:
         versions = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
-        return {"versions": versions, "threads": torch.get_num_threads()}
-
-    def peak_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None
+        platform = "gpu" if DEVICE.type == "cuda" else "cpu"
+        return {"platform": platform, "versions": versions, "flops": gpu_settings.flops(self.config)}
 
     def _train(self, variant: str, *, with_teacher: bool) -> Callable[[], None]:
         consistency = self.config.consistency
@@ -98,7 +100,7 @@ class Programs:
         return step
 
     def _sample(self, variant: str) -> Callable[[], None]:
-        model = torch.compile(self.teacher) if variant == "torch.compile" else self.teacher
+        model = torch.compile(self.rounded) if variant == "torch.compile" else self.rounded
 
         def step() -> None:
             z_1 = torch.randn_like(self.x)

@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper in PyTorch, with its DDIM and invDDIM as printed, in float32."""
+"""Algorithm 1 of the paper in PyTorch, with its DDIM and invDDIM as printed."""
 
 import dataclasses
 import math

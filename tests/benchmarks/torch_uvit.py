@@ -5,6 +5,7 @@ attention is one fused call. Parameters are float32; every layer rounds them to 
 ours does.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -216,6 +217,15 @@ class UViT(nn.Module):
                 h = (h + skips[level]) / math.sqrt(2)
             h = self.up_stages[level](h, emb)
         return self.conv_out(F.silu(self.norm_out(h)).float())
+
+
+def rounded_copy(model: UViT) -> UViT:
+    """A copy whose layers have their parameters in the network's dtype, and need not round them."""
+    result = copy.deepcopy(model)
+    for name, module in result.named_children():
+        if name not in ("conditioning", "conv_out"):
+            module.to(model.dtype)
+    return result
 
 
 def random_params(network: Network, seed: int = 0) -> Params:

@@ -66,4 +66,4 @@ def test_weights():
     np.testing.assert_allclose(weights, [1 + snr, np.sqrt(1 + snr), np.maximum(snr, 1)], rtol=1e-6)
     sigma = snr**-0.5
     expected = np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
-    np.testing.assert_allclose(distances.weight(logsnr, kind="edm"), expected, rtol=1e-6)
+    np.testing.assert_allclose(distances.weight(logsnr, kind="sqrt_edm"), expected, rtol=1e-6)

@@ -180,7 +180,7 @@ def test_every_row_of_a_published_network_is_valid():
 def test_the_row_of_a_published_distillation_has_its_choices():
     row = imagenet64.get_config("edm2-s,cd,heun,steps=4")
     settings = row.consistency
-    assert (row.schedule.kind, settings.teacher_step, settings.loss_weight) == ("karras", "heun", "edm")
+    assert (row.schedule.kind, settings.teacher_step, settings.loss_weight) == ("karras", "heun", "sqrt_edm")
     assert (settings.teacher_steps_first, settings.teacher_steps_last) == (256, 1024)
     row.teacher_checkpoint = "teacher"
     schedule = build.schedule(validation.validate(row))
