@@ -3,8 +3,8 @@
 # for the TPU slices that its authors used, without a TPU, and prints one table: the compiler's estimates beside the
 # paper's measured speeds. Each of its rows of ImageNet appears twice: as configured, and in a plain form (attention
 # without a fused kernel, every block recomputed, blocks in a loop). Then it plans the distillation of published
-# networks, sampling from the small networks, and computing features of the samples. Makes the plans one after another; each takes 5 to 30 minutes on 2 cores and up to 15 GB of
-# memory.
+# networks, sampling from the small networks, and computing features of the samples. Makes the plans one after another;
+# each takes 5 to 30 minutes on 2 cores and up to 15 GB of memory.
 #
 #   bash launch/plan_table.sh                     writes to runs/plan
 #   bash launch/plan_table.sh --out=DIR --plain=no
@@ -54,9 +54,9 @@ plan text-to-image-cd "${row[@]}"
 plan text-to-image-cd-guided "${row[@]}" --config.consistency.teacher_guidance=0.5
 echo "== cd of published networks"
 for network in edm2-s adm64; do
-  row="--config=imagenet64:$network,cd,steps=4"
-  plan "$network-8" "$row" --topology=v5e:2x4
-  plan "$network-64" "$row" --topology=v5e:8x8 --config.training.accumulation_steps=1
+  row=("--config=imagenet64:$network,cd,steps=4")
+  plan "$network-8" "${row[@]}" --topology=v5e:2x4
+  plan "$network-64" "${row[@]}" --topology=v5e:8x8 --config.training.accumulation_steps=1
 done
 for resolution in 64 128; do
   echo "== imagenet$resolution, small, sampling"

@@ -88,6 +88,36 @@ def test_values_that_are_not_allowed(section, field, value, message):
     assert f"config.{section}.{field}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"schedule.kind": "karras", "schedule.noise_resolution_low": 8},
+            r"schedule\.noise_resolution_low=8 has no effect on config\.schedule\.kind=karras",
+        ),
+        (
+            {"schedule.kind": "karras", "schedule.end_points": "kept"},
+            r"schedule\.end_points='kept' has no effect",
+        ),
+        (
+            {"sampling.noise_grid": "published_ct", "sampling.teacher_steps": 3},
+            r"published_ct has noise levels for 1 or 2 steps, not for config\.sampling\.teacher_steps=3",
+        ),
+        (
+            {"objective": "ct", "consistency.teacher_step": "heun"},
+            r"consistency\.teacher_step=heun has no effect on ct",
+        ),
+    ],
+)
+def test_settings_that_have_no_effect_together(changes, message):
+    raw = rows.tiny("cd,steps=4", dataset="openmoji", resolution=16)
+    raw.teacher_checkpoint = "runs/teacher"
+    validation.validate(raw)
+    raw.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+        validation.validate(raw)
+
+
 @pytest.mark.parametrize(("warmup_steps", "num_steps"), [(100, 50), (100, 100), (1, 1)])
 def test_a_warmup_that_is_not_shorter_than_the_run(warmup_steps, num_steps):
     raw = default_config()

@@ -299,6 +299,11 @@ def test_the_noise_levels_of_published_students(run, noise_grid):
         run.sampling(steps=3, noise_grid=noise_grid)
 
 
+def test_new_noise_suits_only_students_of_one_step(student):
+    with pytest.warns(UserWarning, match="the sampler consistency adds noise to every prediction"):
+        student.sample(2, sampler="consistency")
+
+
 def test_a_student_warns_of_another_grid(student):
     with pytest.warns(UserWarning, match="trained on its schedule's grid but is sampled on karras"):
         student.sample(2, noise_grid="karras")
