@@ -263,7 +263,8 @@ class Shell:
             copy(ROOT / name, directory / name)
         bin_ = directory / ".venv" / "bin"
         bin_.mkdir(parents=True)
-        (directory / ".venv-parity").symlink_to(".venv")
+        for name in ("parity", "torch"):
+            (directory / f".venv-{name}").symlink_to(".venv")
         (bin_ / "activate").write_text(f"PATH={shlex.quote(str(bin_))}:$PATH\n")
         for name in _PASSED_ON:
             (bin_ / name).write_text(_PASS_ON.format(bash=bash))

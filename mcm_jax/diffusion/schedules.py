@@ -186,7 +186,7 @@ def published_grid(kind: Published, num_steps: int) -> Float[Array, " N"]:
 
     Examples:
       >>> [round(value, 2) for value in published_grid("published_cd", 2).tolist()]
-      [-8.76, 0.83]
+      [-8.76, -0.65]
     """
     if num_steps not in (1, 2):
         raise ValueError(f"published consistency models are sampled in 1 or 2 steps, not {num_steps}")

@@ -90,6 +90,8 @@ def test_three_steps_by_hand(sampler):
             z_s = steps.noisy_ddim(x_hat, z_t, fresh, x_var=variance, **times)
         elif sampler == "ddpm":
             z_s = steps.ddpm(x_hat, z_t, fresh, **times)
+        elif sampler == "consistency":
+            z_s = process.diffuse(x_hat, fresh, logsnr_t=s)
         elif sampler == "heun":
             z_s = steps.heun(z_s, eps_hat, predict(z_s, s)[1], **times)
         z_t = z_s

@@ -17,6 +17,7 @@ from mcm_jax import records
 from mcm_jax.config.settings import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
+from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 from tests import forks
 from tests.evaluation.pixels import PixelExtractor, network
@@ -50,6 +51,7 @@ class FakeRun:
         self.workdir, self.parameters = Path(workdir), parameters
         self.config = Config(seed=17)
         self.dataset = DATASET
+        self.mesh = sharding.make_mesh(data=-1, fsdp=1)
         self.asked = [] if asked is None else asked
         self.low = 0 if parameters == "ema" else 100
 
