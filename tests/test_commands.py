@@ -266,8 +266,8 @@ def small_parts(monkeypatch):
     compile_, compiled = planner._compile, {}
 
     def compile_once(program, config, *rest, **others):
-        """Once for each program and objective: eight seconds, and in small most rows hardly differ."""
-        key = (program, config.objective)
+        """Once for each program, objective and architecture: in small, most rows hardly differ."""
+        key = (program, config.objective, config.architecture)
         if key not in compiled:
             compiled[key] = compile_(program, config, *rest, **others)
         return compiled[key]
