@@ -7,6 +7,7 @@ their x. This reduces Algorithm 1's invDDIM(DDIM(x_ref, aDDIM(x_teacher, z_t)), 
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -125,24 +126,17 @@ class Consistency:
         """`teacher_x` with the teacher's prediction (CD) or with the data (CT)."""
         x_teacher, x_cond = x, x
         if networks.teacher is not None:
-            x_teacher, x_cond = teacher_prediction(
+            predict = functools.partial(
+                teacher_prediction,
                 networks.teacher,
-                z_t,
-                cond,
-                logsnr_t=logsnr_t,
+                cond=cond,
                 teacher_guidance=self.teacher_guidance,
                 null_cond=networks.null_cond,
             )
+            x_teacher, x_cond = predict(z_t, logsnr_t=logsnr_t)
             if self.teacher_step == "heun":
                 z_s = steps.ddim(x_teacher, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
-                x_second, _ = teacher_prediction(
-                    networks.teacher,
-                    z_s,
-                    cond,
-                    logsnr_t=logsnr_s,
-                    teacher_guidance=self.teacher_guidance,
-                    null_cond=networks.null_cond,
-                )
+                x_second, _ = predict(z_s, logsnr_t=logsnr_s)
                 return steps.heun_x(x_teacher, x_second, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
         return teacher_x(
             x_teacher,
