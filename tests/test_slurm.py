@@ -34,7 +34,6 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
-SchedulerParameters=requeue_delay=0
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool
 SlurmctldPidFile={directory}/slurmctld.pid
