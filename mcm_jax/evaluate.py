@@ -61,6 +61,12 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "guidance", [], "Guidance weights, separated by commas; 0 means none. Default: the run's own."
     )
+    paths.define_path(
+        "guide",
+        None,
+        "Autoguidance: directory of a worse diffusion model, which --guidance leads away from. Default: the "
+        "run itself, without class or caption.",
+    )
     flags.DEFINE_list(
         "captions",
         [],

@@ -161,6 +161,10 @@ class Sampling(Record):
     x_var_eta: float | None = None
     x_var_images: int | None = None
     guidance: float
+    # The model that guidance leads away from, by its published file or its workdir, and its checkpoint's
+    # identity; None: the run itself, without condition.
+    guide: str | None = _usual(None, otherwise="guided by {guide}")
+    guide_checkpoint: str | None = None
     clip: str = _usual("last", otherwise="clipped in {clip} step")
     rounding: str = _usual("nearest", otherwise="{rounding} rounding")  # of pixels to bytes
     network_calls: int  # for one image

@@ -64,6 +64,12 @@ _X_VAR = flags.DEFINE_enum(
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Guidance weight g; 0 means none. Default: the run's own.", lower_bound=0
 )
+_GUIDE = paths.define_path(
+    "guide",
+    None,
+    "Autoguidance: directory of a worse diffusion model, which --guidance leads away from. Default: the run "
+    "itself, without class or caption.",
+)
 _ROUNDING = flags.DEFINE_enum(
     "rounding", "nearest", ["nearest", "floor"], "How pixels are rounded to bytes; ADM's scripts use floor."
 )
@@ -119,6 +125,8 @@ def _sample_to(out: Path) -> None:
         checkpoint_step=_CHECKPOINT_STEP.value,
         data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
     )
+    if _GUIDE.value is not None:
+        run = run.guided_by(load_run(_GUIDE.value))
     labels, prompts = None, _prompts()
     if prompts is not None:
         encoder = run.text_encoder(_TEXT_ENCODER.value)

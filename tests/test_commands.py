@@ -391,7 +391,8 @@ def make_up_data(name: str, directory: Path) -> None:
         test_emoji.write_tgz(directory / "FILE", test_emoji.package_files())
     if name == "public":
         teacher_images.write(directory / "ten")
-        (directory / "edm2-img64-s-1073741-0.075.pkl").write_bytes(golden.file("edm2-img64"))
+        for kind in ("s-1073741-0.075", "s-1073741-0.045", "xs-0134217-0.110"):
+            (directory / f"edm2-img64-{kind}.pkl").write_bytes(golden.file("edm2-img64"))
         made_up_statistics(directory / "VIRTUAL_imagenet64_labeled.npz", side=32)
     if name not in ("imagenet64", "public"):
         return

@@ -20,6 +20,7 @@ from mcm_jax.models.network import Network
 from mcm_jax.runs import build, samplers, trainer
 from mcm_jax.runs.run import load_run
 from mcm_jax.system import sharding
+from mcm_jax.training.state import TeacherParams
 from tests import tiny
 from tests.teachers import golden
 
@@ -84,7 +85,7 @@ def loss_and_gradient(settings, mesh):
 
     def function(params, teacher, batch):
         def mean(params):
-            return losses(params, teacher, None, batch, jax.random.key(0), jnp.int32(0)).mean()
+            return losses(params, TeacherParams(teacher), None, batch, jax.random.key(0), jnp.int32(0)).mean()
 
         return jax.value_and_grad(mean)(params)
 

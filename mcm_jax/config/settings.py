@@ -169,6 +169,11 @@ class Config:
     teacher_checkpoint: str | None = setting(
         None, "workdir of the teacher; required except for diffusion (ct only starts from its parameters)"
     )
+    guide_checkpoint: str | None = setting(
+        None,
+        "workdir of a worse diffusion model, which teacher_guidance leads away from (autoguidance); None: "
+        "from the teacher's own prediction for 'any class'",
+    )
     architecture: Literal["uvit", "adm", "edm2"] = setting(
         "uvit",
         "the network: uvit, with settings in config.model, or, for imported teachers, adm or edm2, "

@@ -54,11 +54,14 @@ def read_saved(raw: Mapping[str, Any]) -> Config:
 
 def _with_checked_paths(config: Config) -> Config:
     """Expands `~` in the config's paths; raises InputError for paths that cannot be opened."""
-    teacher, data_dir = config.teacher_checkpoint, config.data.data_dir
-    if teacher is not None:
-        teacher = str(checked_path(teacher, "config.teacher_checkpoint"))
-    data = dataclasses.replace(config.data, data_dir=str(checked_path(data_dir, "config.data.data_dir")))
-    return dataclasses.replace(config, teacher_checkpoint=teacher, data=data)
+    data_dir = str(checked_path(config.data.data_dir, "config.data.data_dir"))
+    checkpoints = {
+        name: str(checked_path(path, f"config.{name}"))
+        for name in ("teacher_checkpoint", "guide_checkpoint")
+        if (path := getattr(config, name)) is not None
+    }
+    data = dataclasses.replace(config.data, data_dir=data_dir)
+    return dataclasses.replace(config, data=data, **checkpoints)
 
 
 def _check_objective(config: Config) -> None:
@@ -92,6 +95,11 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             f"config.consistency.teacher_guidance={config.teacher_guidance} has no effect on ct, which "
             "does not distil a teacher; leave it at 0"
+        )
+    if config.guide_checkpoint is not None and config.teacher_guidance == 0:
+        raise InputError(
+            f"config.guide_checkpoint={config.guide_checkpoint} has no effect without guidance of a teacher; "
+            "set config.consistency.teacher_guidance or config.guidance.teacher_guidance, or leave it out"
         )
     if config.sampling.guidance > 0 and not config.supports_guidance:
         raise InputError(

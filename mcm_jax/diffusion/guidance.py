@@ -1,4 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022; SPEC 3)."""
+"""Guidance leads away from the prediction of a worse model.
+
+In classifier-free guidance (Ho & Salimans 2022; SPEC 3), this is the network itself without condition, in
+autoguidance (Karras et al. 2024, arXiv:2406.02507) a smaller or less trained one with the same condition.
+"""
 
 import jax
 from jaxtyping import Array, Float
@@ -8,9 +12,9 @@ from mcm_jax.diffusion.network import ModelFn
 
 
 def guide(
-    conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], *, guidance: float
+    x: Float[Array, "B ..."], x_guide: Float[Array, "B ..."], *, guidance: float
 ) -> Float[Array, "B ..."]:
-    """x_g = x_cond + g (x_cond - x_uncond); g = 0 means no guidance.
+    """x_g = x + g (x - x_guide); g = 0 means no guidance.
 
     The same formula holds for v and eps, which are linear in x.
 
@@ -19,16 +23,16 @@ def guide(
       >>> guide(jnp.full((1, 2), 3.0), jnp.full((1, 2), 2.0), guidance=0.5).tolist()
       [[3.5, 3.5]]
     """
-    return conditional + guidance * (conditional - unconditional)
+    return x + guidance * (x - x_guide)
 
 
-def guided(model_fn: ModelFn, *, guidance: float, null_cond: NullCond) -> ModelFn:
-    """Returns a network that calls model_fn twice and returns the guided prediction.
+def guided(model_fn: ModelFn, guide_fn: ModelFn, *, guidance: float) -> ModelFn:
+    """Returns a network that calls both and returns the guided prediction.
 
     Args:
       model_fn: the network to guide.
-      guidance: g.
-      null_cond: the condition that stands for none, such as the label that means 'any class'.
+      guide_fn: a worse network for the same images, such as `without_condition`(model_fn).
+      guidance: g. Autoguidance writes w = 1 + g.
     """
 
     def guided_fn(
@@ -37,8 +41,26 @@ def guided(model_fn: ModelFn, *, guidance: float, null_cond: NullCond) -> ModelF
         cond: Cond,
         key: jax.Array | None,
     ) -> Float[Array, "B ..."]:
-        v_cond = model_fn(z_t, logsnr_t, cond, key)
-        v_uncond = model_fn(z_t, logsnr_t, unconditional(cond, null_cond), key)
-        return guide(v_cond, v_uncond, guidance=guidance)
+        v = model_fn(z_t, logsnr_t, cond, key)
+        v_guide = guide_fn(z_t, logsnr_t, cond, key)
+        return guide(v, v_guide, guidance=guidance)
 
     return guided_fn
+
+
+def without_condition(model_fn: ModelFn, null_cond: NullCond) -> ModelFn:
+    """Returns model_fn with every condition replaced: the guide of classifier-free guidance.
+
+    Args:
+      null_cond: the condition that stands for none, such as the label that means 'any class'.
+    """
+
+    def unconditional_fn(
+        z_t: Float[Array, "B ..."],
+        logsnr_t: Float[Array, " B"],
+        cond: Cond,
+        key: jax.Array | None,
+    ) -> Float[Array, "B ..."]:
+        return model_fn(z_t, logsnr_t, unconditional(cond, null_cond), key)
+
+    return unconditional_fn

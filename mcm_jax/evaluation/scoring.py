@@ -71,6 +71,7 @@ class Options:
     noise_grid: str | None = None
     x_var: str | None = None
     guidance: tuple[float, ...] = ()
+    guide: Path | None = None
     captions: tuple[str, ...] = ()
     rounding: str = "nearest"
     seed: int = 0
@@ -228,9 +229,13 @@ def _loaders(
     Every combination is loaded once here, so that errors are found before any sampling. Only one run is in
     memory at a time, as a device may have no room for more.
     """
-    load = functools.partial(load_run, data_dir=options.data_dir)
+
+    def guided_run(workdir: Path, **chosen: object) -> "Run":
+        run = load_run(workdir, data_dir=options.data_dir, **chosen)
+        return run if options.guide is None else run.guided_by(load_run(options.guide))
+
     loaders = [
-        (kind, functools.partial(load, workdir, parameters=kind, checkpoint_step=step))
+        (kind, functools.partial(guided_run, workdir, parameters=kind, checkpoint_step=step))
         for workdir in options.workdirs
         for kind in PARAMETERS[options.parameters]
         for step in options.checkpoint_step or (None,)
@@ -301,6 +306,7 @@ _SAMPLING_ONLY = (
         "noise_grid",
         "x_var",
         "guidance",
+        "guide",
         "captions",
         "rounding",
         "seed",

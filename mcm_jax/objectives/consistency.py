@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mcm_jax.diffusion import guidance, process, segments, steps
-from mcm_jax.diffusion.conditions import Cond, NullCond, unconditional
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.fields import setting
 from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
@@ -129,9 +129,9 @@ class Consistency:
             predict = functools.partial(
                 teacher_prediction,
                 networks.teacher,
+                networks.require_guide(),
                 cond=cond,
                 teacher_guidance=self.teacher_guidance,
-                null_cond=networks.null_cond,
             )
             x_teacher, x_cond = predict(z_t, logsnr_t=logsnr_t)
             if self.teacher_step == "heun":
@@ -150,25 +150,25 @@ class Consistency:
 
 def teacher_prediction(
     teacher_fn: ModelFn,
+    guide_fn: ModelFn,
     z_t: Float[Array, "B ..."],
     cond: Cond,
     *,
     logsnr_t: Float[Array, " B"],
     teacher_guidance: float,
-    null_cond: NullCond,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
     """(guided, conditional) x_hat of the teacher, without dropout; both are equal if teacher_guidance = 0.
 
-    Guidance costs a second call. The paper does not say where guidance enters; ours takes the step with the
-    guided prediction but uses the x_var of the conditional prediction in aDDIM (SPEC 3).
+    Guidance costs a call of the guide. The paper does not say where guidance enters; ours takes the step with
+    the guided prediction but uses the x_var of the conditional prediction in aDDIM (SPEC 3).
     """
     v_cond = teacher_fn(z_t, logsnr_t, cond, None)
     x_cond = process.x_from_v(v_cond, z_t, logsnr_t=logsnr_t)
     if teacher_guidance == 0:
         return x_cond, x_cond
-    v_uncond = teacher_fn(z_t, logsnr_t, unconditional(cond, null_cond), None)
-    x_uncond = process.x_from_v(v_uncond, z_t, logsnr_t=logsnr_t)
-    return guidance.guide(x_cond, x_uncond, guidance=teacher_guidance), x_cond
+    v_guide = guide_fn(z_t, logsnr_t, cond, None)
+    x_guide = process.x_from_v(v_guide, z_t, logsnr_t=logsnr_t)
+    return guidance.guide(x_cond, x_guide, guidance=teacher_guidance), x_cond
 
 
 def teacher_x(

@@ -16,8 +16,8 @@ from mcm_jax.objectives.objective import Networks
 class Guidance:
     """||v_g - v_hat(z_t)||^2 / d, t ~ U(0, 1): one call of the student learns two calls of the teacher.
 
-    v_g = v_cond + g (v_cond - v_uncond) is the guided teacher's prediction, g = teacher_guidance. The student
-    is a diffusion model of guided images.
+    v_g = v + g (v - v_guide) is the guided teacher's prediction, g = teacher_guidance. The student is a
+    diffusion model of guided images.
     """
 
     teacher_guidance: float = setting(0.0, "g of the teacher's prediction; it must be above 0", low=0)
@@ -36,8 +36,6 @@ class Guidance:
         logsnr_t = networks.schedule(jax.random.uniform(key_t, x.shape[:1]))
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-        teacher = guided(
-            networks.require_teacher(), guidance=self.teacher_guidance, null_cond=networks.null_cond
-        )
+        teacher = guided(networks.require_teacher(), networks.require_guide(), guidance=self.teacher_guidance)
         v_target = teacher(z_t, logsnr_t, cond, None)
         return process.mean_square(v_target - networks.student(z_t, logsnr_t, cond, key_dropout))

@@ -6,6 +6,7 @@ from typing import Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
+from mcm_jax.diffusion import guidance
 from mcm_jax.diffusion.conditions import Cond, NullCond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
@@ -18,6 +19,7 @@ class Networks:
     Attributes:
       student: f, the trained network; its parameters are differentiated.
       teacher: the model to distil; None for objectives without a teacher.
+      guide: the worse model that a guided teacher leads away from; None: the teacher without condition.
       target: the network that predicts x_ref, for example with averaged parameters; None: the student itself.
       schedule: the noise schedule.
       null_cond: the condition that stands for none, such as the label that means 'any class'.
@@ -25,6 +27,7 @@ class Networks:
 
     student: ModelFn
     teacher: ModelFn | None = None
+    guide: ModelFn | None = None
     target: ModelFn | None = None
     schedule: Schedule
     null_cond: NullCond
@@ -34,6 +37,10 @@ class Networks:
         if self.teacher is None:
             raise ValueError("this objective distils a teacher, but there is none")
         return self.teacher
+
+    def require_guide(self) -> ModelFn:
+        """The model that a guided teacher leads away from; raises ValueError if there is no teacher."""
+        return self.guide or guidance.without_condition(self.require_teacher(), self.null_cond)
 
 
 class Objective(Protocol):

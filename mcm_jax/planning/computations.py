@@ -16,9 +16,10 @@ from mcm_jax.config.settings import Config, stage_configs
 from mcm_jax.evaluation import inception_weights
 from mcm_jax.evaluation.features import BATCH_PER_DEVICE, program
 from mcm_jax.models.conditions import Captions, Classes, Condition
-from mcm_jax.runs import build, samplers
+from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import as_path
 from mcm_jax.system.sharding import Device
 
 # Classes of the data sets that can be planned for before they are prepared.
@@ -70,19 +71,22 @@ def train(config: Config, devices: Sequence[Device], *, condition: Condition) ->
     """The train step (one update), of the last stage if there are several.
 
     Raises:
-      InputError: the mesh or the batch size of `config` does not match the number of devices.
+      InputError: the mesh or the batch size of `config` does not match the number of devices, or there is no
+        run at config.guide_checkpoint.
     """
     _, config = stage_configs(config, Path())[-1]
     settings = config.training
     mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
-    training = build.training(config, condition=condition, mesh=mesh)
+    guide = (
+        None if config.guide_checkpoint is None else workdirs.read(as_path(config.guide_checkpoint)).config
+    )
+    training = build.training(config, condition=condition, mesh=mesh, guide=guide)
     batch = {
         "image": jax.ShapeDtypeStruct((settings.batch_size, *build.image_shape(config)), jnp.float32),
         **condition.abstract(settings.batch_size),
     }
-    teacher = training.abstract.params if config.distils else None
-    arguments = (training.abstract, teacher, batch)
+    arguments = (training.abstract, training.abstract_teacher, batch)
     num_params = _count(training.abstract.params)
     return Program(training.train_step(), arguments, mesh, num_params, settings.batch_size)
 

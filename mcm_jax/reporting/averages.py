@@ -12,7 +12,7 @@ from mcm_jax.reporting.results import Collection, Conditions, RunDescription, Ru
 
 # Settings that do not affect learning, or that each result states itself.
 _NOT_LEARNED = {
-    "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
+    "": ("seed", "teacher_checkpoint", "guide_checkpoint", "mesh", "sampling"),
     "data": ("data_dir", "in_memory_gb", "max_corrupt_records"),
     "model": ("remat", "saved", "unroll", "attention"),
     "adm": ("remat", "attention"),

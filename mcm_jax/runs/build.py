@@ -21,7 +21,7 @@ from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
-from mcm_jax.training.state import Params, TrainState
+from mcm_jax.training.state import Params, TeacherParams, TrainState
 
 CHANNELS = 3
 # Names of the networks' parts that consist of blocks.
@@ -61,31 +61,38 @@ def schedule(config: Config) -> Schedule:
     )
 
 
-def loss_fn(config: Config, network: Network, *, mesh: Mesh) -> step.LossFn:
-    """Returns (params, teacher_params, target_params, batch, key, train_step) -> loss of each example."""
-    network = placed(config, network, mesh=mesh)
-    constrain = network.placement.constrain
+def loss_fn(config: Config, network: Network, *, guide: Network | None = None, mesh: Mesh) -> step.LossFn:
+    """Returns (params, teacher_params, target_params, batch, key, train_step) -> loss of each example.
 
-    def bind(params: Params) -> ModelFn:
+    Args:
+      network: the student's and the teacher's network.
+      guide: that of the model that guidance leads away from, `placed`; None: the teacher itself.
+    """
+    network = placed(config, network, mesh=mesh)
+
+    def bind(network: Network, params: Params) -> ModelFn:
         # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
         later = _BLOCKS if config.mesh.gather == "blocks" else ()
         params = sharding.gathered(mesh, network.rounded(params), without=later)
+        constrain = network.placement.constrain
         return lambda z_t, logsnr_t, cond, key: constrain(
             network.apply(params, constrain(z_t), logsnr_t, cond, key)
         )
 
     def loss_fn(
         params: Params,
-        teacher_params: Params,
+        teacher_params: TeacherParams | None,
         target_params: Params,
         batch: step.Batch,
         key: Array,
         train_step: Array,
     ) -> Float[Array, " B"]:
+        teacher, guide_params = teacher_params or TeacherParams(None)
         networks = Networks(
-            student=bind(params),
-            teacher=None if teacher_params is None else bind(teacher_params),
-            target=None if target_params is None else bind(target_params),
+            student=bind(network, params),
+            teacher=None if teacher is None else bind(network, teacher),
+            guide=None if guide is None else bind(guide, guide_params),
+            target=None if target_params is None else bind(network, target_params),
             schedule=schedule(config),
             null_cond=network.condition.null,
         )
@@ -131,6 +138,20 @@ class Training:
     optimizer: optax.GradientTransformation
     abstract: TrainState  # shapes and dtypes of a state
     shardings: TrainState  # shardings of its arrays
+    guide: Network | None = None  # of the model that guidance leads away from; None: the teacher itself
+
+    @property
+    def abstract_teacher(self) -> TeacherParams | None:
+        """The parameters that every update reads; None if the objective distils no teacher."""
+        if not self.config.distils:
+            return None
+        guide = None if self.guide is None else self.guide.abstract_params
+        return TeacherParams(self.abstract.params, guide)
+
+    @property
+    def teacher_shardings(self) -> TeacherParams | None:
+        """The shardings of `abstract_teacher`: the teacher's are those of the student."""
+        return sharding.params_sharding(self.mesh, self.abstract_teacher)
 
     def init(self, key: jax.Array) -> TrainState:
         """Returns a state with newly initialized parameters."""
@@ -141,14 +162,14 @@ class Training:
         return self._jit(self._state)(params)
 
     def train_step(self) -> jax.stages.Wrapped:
-        """Returns the jitted update; the teacher's parameters are sharded like the student's."""
+        """Returns the jitted update."""
         config = self.config
         return step.make_train_step(
-            loss_fn(config, self.network, mesh=self.mesh),
+            loss_fn(config, self.network, guide=self.guide, mesh=self.mesh),
             self.optimizer,
             mesh=self.mesh,
             state_sharding=self.shardings,
-            teacher_sharding=self.shardings.params if config.distils else None,
+            teacher_sharding=self.teacher_shardings,
             ema_decay=config.optimizer.ema_decay,
             target_decay=config.target_decay,
             accumulation_steps=config.training.accumulation_steps,
@@ -163,12 +184,18 @@ class Training:
         return jax.jit(init, out_shardings=self.shardings)
 
 
-def training(config: Config, *, condition: Condition, mesh: Mesh) -> Training:
-    """The network, optimizer and abstract state that the config describes."""
+def training(config: Config, *, condition: Condition, mesh: Mesh, guide: Config | None = None) -> Training:
+    """The network, optimizer and abstract state that the config describes.
+
+    Args:
+      guide: the config of the run at config.guide_checkpoint.
+    """
     built = network(config, condition=condition)
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
     init_state = functools.partial(step.init_state, optimizer=adam, target_decay=config.target_decay)
     abstract = jax.eval_shape(init_state, built.abstract_params)
+    if guide is not None:
+        guide = dataclasses.replace(guide, mesh=config.mesh)
     return Training(
         config=config,
         mesh=mesh,
@@ -176,4 +203,5 @@ def training(config: Config, *, condition: Condition, mesh: Mesh) -> Training:
         optimizer=adam,
         abstract=abstract,
         shardings=sharding.params_sharding(mesh, abstract),
+        guide=None if guide is None else placed(guide, network(guide, condition=condition), mesh=mesh),
     )

@@ -20,7 +20,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
 from mcm_jax.diffusion.conditions import Cond
-from mcm_jax.records import Objective, Origin, Sampling, SamplingOptions
+from mcm_jax.records import CONSISTENCY, Objective, Origin, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
@@ -49,6 +49,7 @@ class Run:
         workdir: Path | None = None,
         checkpoint: str | None = None,
         origin: Origin | None = None,
+        guide: samplers.Guide | None = None,
     ):
         """Most callers should use `load_run` instead.
 
@@ -60,10 +61,11 @@ class Run:
           checkpoint: identity of the checkpoint that contains them (see `workdirs.checkpoint_identity`); None
             if unknown. Measured variances are stored and reused only if workdir and checkpoint are given.
           origin: the published file that the parameters, or the first teacher's, come from; None: none.
+          guide: the model that guidance leads away from; None: the run itself, without condition.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
-        self.workdir, self.checkpoint, self.origin = workdir, checkpoint, origin
+        self.workdir, self.checkpoint, self.origin, self.guide = workdir, checkpoint, origin, guide
         self.network = build.network(config, condition=build.condition(dataset))
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
@@ -117,7 +119,7 @@ class Run:
 
     def sampling(self, **options: Unpack[SamplingOptions]) -> Sampling:
         """The settings that `sample` uses for these options, including defaults; see `samplers.resolve`."""
-        return samplers.resolve(self.config, **options)
+        return samplers.resolve(self.config, guide=self.guide, **options)
 
     def sample(
         self,
@@ -176,12 +178,13 @@ class Run:
         indices = np.arange(first, first + num, dtype=np.int32)
         labels, cond_of = self._conditions(seed, indices, labels, prompts, caption_split)
         images = np.empty((num, *build.image_shape(self.config)), np.uint8)
-        run = self._compiled_sampler(settings)
+        run, guide = self._compiled_sampler(settings), self._guide(settings)
+        params = self.params if guide is None else (self.params, guide.params)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
         for start in range(0, num, batch):
             part = slice(start, min(start + batch, num))
             on_mesh = self._on_mesh((indices[part], cond_of(part)), batch)
-            drawn, finite = map(sharding.gather, run(self.params, key, x_var, *on_mesh))
+            drawn, finite = map(sharding.gather, run(params, key, x_var, *on_mesh))
             if not finite[: part.stop - start].all():
                 remedy = " or a smaller guidance weight" if settings.guidance > 0 else ""
                 raise samplers.NonFiniteSamplesError(
@@ -286,6 +289,38 @@ class Run:
             self._encoder = found
         return self._encoder
 
+    def guided_by(self, guide: "Run") -> "Run":
+        """The same run, with `guide` as the model that its guidance leads away from (autoguidance).
+
+        Raises:
+          InputError: the guide is a student, or was trained for images of another size, or other conditions.
+
+        Examples:
+          A model is guided by a smaller or less trained one of the same images:
+
+          >>> run = mcm_jax.load("runs/edm2-s").guided_by(mcm_jax.load("runs/edm2-xs"))  # doctest: +SKIP
+          >>> images, labels = run.sample(16, guidance=1.0)  # doctest: +SKIP
+        """
+        name = str(guide.workdir or "the guide") if guide.origin is None else guide.origin.file
+        for run, what in ((guide, name), (self, str(self.workdir or "this run"))):
+            if run.student_steps is not None or (run.origin and run.origin.kind == CONSISTENCY):
+                raise InputError(
+                    f"{what} is a student of few steps; only a diffusion model can guide or be guided by "
+                    "another"
+                )
+        ours, its = self.dataset, guide.dataset
+        inputs = [encoding and encoding.input for encoding in (ours.encoding, its.encoding)]
+        if (ours.class_names, ours.resolution, inputs[0]) != (its.class_names, its.resolution, inputs[1]):
+            raise InputError(
+                f"{name} was trained on {its.dataset} at {its.resolution}x{its.resolution}, which differs in "
+                f"classes, captions or size from {ours.dataset} at {ours.resolution}x{ours.resolution}; a "
+                "guide must match the run that it guides"
+            )
+        run = copy.copy(self)
+        run.guide = samplers.Guide(name, guide.checkpoint, guide.network, guide.params)
+        run._compiled = {}
+        return run
+
     def with_params(self, params: Params) -> "Run":
         """The same run with other parameters (of no known checkpoint); shares the compiled samplers."""
         run = copy.copy(self)
@@ -296,7 +331,9 @@ class Run:
         """The same run with newly initialized parameters, as before its first update."""
         init = jax.jit(self.network.init, out_shardings=sharding.replicated(self.mesh))
         params = init(build.init_key(self.config.seed))
-        return Run(self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0)
+        return Run(
+            self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0, guide=self.guide
+        )
 
     def images(self, split: str) -> tuple[Images, Labels]:
         """Loads all images and labels of a split of the run's data set; see `check_data`."""
@@ -349,10 +386,18 @@ class Run:
 
     def _compiled_sampler(self, settings: Sampling) -> jax.stages.Wrapped:
         if settings not in self._compiled:
+            guide = self._guide(settings)
             self._compiled[settings] = samplers.make_sampler(
-                self.config, self.network, settings, mesh=self.mesh
+                self.config,
+                self.network,
+                settings,
+                guide=guide and guide.network,
+                mesh=self.mesh,
             )
         return self._compiled[settings]
+
+    def _guide(self, settings: Sampling) -> samplers.Guide | None:
+        return None if settings.guide is None else self.guide
 
     def x_var(self, settings: Sampling) -> Float[Array, " N"] | None:
         """Measured variance per pixel of x given z_t at each point of the grid; None if it is analytic.

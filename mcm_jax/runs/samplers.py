@@ -16,7 +16,7 @@ from mcm_jax.config.settings import Config
 from mcm_jax.data.pixels import Rounding, to_uint8
 from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.diffusion.conditions import Cond
-from mcm_jax.diffusion.guidance import guided
+from mcm_jax.diffusion.guidance import guided, without_condition
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.models.network import Network
@@ -35,6 +35,23 @@ ROUNDINGS: tuple[Rounding, ...] = typing.get_args(Rounding)
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guide:
+    """A worse model of the same images, which guidance leads away from (autoguidance).
+
+    Attributes:
+      name: its published file or its workdir.
+      checkpoint: the identity of its checkpoint; None: unknown.
+      network: its network, which may have other sizes.
+      params: its parameters.
+    """
+
+    name: str
+    checkpoint: str | None
+    network: Network
+    params: Params
+
+
 class NonFiniteSamplesError(InputError):
     """Samples contain NaN or infinity."""
 
@@ -48,17 +65,22 @@ def resolve(
     x_var: str | None = None,
     guidance: int | float | None = None,
     rounding: str | None = None,
+    guide: Guide | None = None,
 ) -> Sampling:
     """Returns the settings for sampling a run of `config` with these arguments; None means the run's default.
 
     A student's defaults are its own number of steps, DDIM, the schedule's grid and no guidance. By default,
     samples are rounded to the nearest byte.
 
+    Args:
+      guide: the model that guidance leads away from; None: the network itself, without condition.
+
     Raises:
-      InputError: a name is not one of the choices, guidance is negative, not finite or used with a network
-        that was trained without label dropout, or x_var is used with a sampler that uses no variance.
+      InputError: a name is not one of the choices, guidance is negative, not finite or used without a guide
+        with a network that was trained without label dropout, x_var is used with a sampler that uses no
+        variance, or there is a guide but no guidance.
     """
-    settings = config.sampling
+    settings, asked = config.sampling, guidance
     if config.student_steps is not None:
         settings = dataclasses.replace(
             settings,
@@ -71,11 +93,16 @@ def resolve(
     guidance = settings.guidance if guidance is None else guidance
     if not 0 <= guidance < math.inf:
         raise InputError(f"guidance={guidance} must be a finite number of at least 0")
-    if guidance > 0 and not config.supports_guidance:
+    if guide is not None and guidance == 0 and asked is None:
+        raise InputError(
+            f"the guide {guide.name} has no effect without guidance; set guidance, for example to 1"
+        )
+    if guidance > 0 and guide is None and not config.supports_guidance:
         raise InputError(
             f"guidance {guidance} needs a diffusion model trained with config.diffusion.label_dropout above "
-            "0, which this model was not; use guidance 0"
+            "0, which this model was not, or a guide; use guidance 0, or add a guide"
         )
+    guide = guide if guidance > 0 else None
     takes_variance = chosen in ("addim", "noisy_ddim")
     if x_var is not None and not takes_variance:
         raise InputError(f"x_var={x_var} has no effect on {chosen}; it applies to addim and noisy_ddim")
@@ -93,6 +120,8 @@ def resolve(
         x_var_eta=settings.x_var_eta if measured else None,
         x_var_images=settings.x_var_images if measured else None,
         guidance=guidance,
+        guide=None if guide is None else guide.name,
+        guide_checkpoint=None if guide is None else guide.checkpoint,
         clip=settings.clip,
         network_calls=sampling.network_calls(chosen, steps) * (2 if guidance else 1),
         rounding=_known("rounding", rounding or "nearest", ROUNDINGS),
@@ -117,11 +146,16 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
     return schedules.uniform_grid(build.schedule(config), settings.steps)
 
 
-def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: Mesh) -> jax.stages.Wrapped:
+def make_sampler(
+    config: Config, network: Network, settings: Sampling, *, guide: Network | None = None, mesh: Mesh
+) -> jax.stages.Wrapped:
     """Returns jitted (params, key, x_var, image indices, cond) -> (images, finite), sharded over the mesh.
 
     The images are uint8; `finite` states for each whether it was finite before rounding. Image n depends only
     on (key, n), its condition, the parameters and `settings`. For x_var, see `sampling.sample`.
+
+    Args:
+      guide: the guide's network; `params` is then a pair, the network's and the guide's.
     """
     network, logsnr = build.placed(config, network, mesh=mesh), grid(config, settings)
     sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)
@@ -132,9 +166,14 @@ def make_sampler(config: Config, network: Network, settings: Sampling, *, mesh: 
     ) -> tuple[Array, Array]:
         keys = sampling.image_keys(key, indices)
         # The parameters are rounded once for all steps.
-        model_fn = functools.partial(network.apply, network.rounded(params))
+        own_params = params if guide is None else params[0]
+        model_fn = functools.partial(network.apply, network.rounded(own_params))
         if settings.guidance > 0:
-            model_fn = guided(model_fn, guidance=settings.guidance, null_cond=network.condition.null)
+            if guide is None:
+                guide_fn = without_condition(model_fn, network.condition.null)
+            else:
+                guide_fn = functools.partial(guide.apply, guide.rounded(params[1]))
+            model_fn = guided(model_fn, guide_fn, guidance=settings.guidance)
         x = sampling.sample(
             model_fn,
             sampling.initial_noise(keys, network.shape),

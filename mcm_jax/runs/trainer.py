@@ -7,6 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 from clu.parameter_overview import count_parameters
+from jax.sharding import Mesh
 
 from mcm_jax import fields
 from mcm_jax.config import validation
@@ -25,7 +26,7 @@ from mcm_jax.system.paths import Path, as_path
 from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop, observer
 from mcm_jax.training.checkpoints import Batches, Checkpoints
-from mcm_jax.training.state import Params, TrainState
+from mcm_jax.training.state import Params, TeacherParams, TrainState
 
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 
@@ -86,18 +87,37 @@ def _train_run(config: Config, workdir: Path) -> bool:
             batch_size=config.training.batch_size,
             accumulation_steps=config.training.accumulation_steps,
         )
-        training = build.training(config, condition=build.condition(dataset), mesh=mesh)
-        origin = existing and existing.origin
-        if config.teacher_checkpoint is not None:
-            origin = check_teacher(config, dataset).origin
-            if origin is not None:
-                distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
-        teacher = workdirs.teacher_identity(config) or (existing and existing.teacher)
-        run = workdirs.RunRecord(config=config, dataset=dataset, teacher=teacher, origin=origin)
-    distributed.require_same((dataset, run.teacher), "the data sets and teachers")
+        run, guide = _record(config, dataset, existing)
+        training = build.training(config, condition=build.condition(dataset), mesh=mesh, guide=guide)
+    distributed.require_same((dataset, run.teacher, run.guide), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     with workdirs.claim(workdir, run, existing=existing, needed_bytes=room):
         return _train_from_newest(training, dataset, workdir)
+
+
+def _record(
+    config: Config, dataset: DatasetInfo, existing: workdirs.RunRecord | None
+) -> tuple[workdirs.RunRecord, Config | None]:
+    """Checks teacher and guide; returns the record of the run, and the guide's config if there is a guide."""
+    origin, guide = existing and existing.origin, None
+    if config.teacher_checkpoint is not None:
+        origin = check_teacher(config, dataset).origin
+        if origin is not None:
+            distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
+    if config.guide_checkpoint is not None:
+        guide = check_guide(config, dataset)
+        if guide.origin is not None:
+            distributed.say(
+                f"its guide is {guide.origin.file} from {guide.origin.source}: {guide.origin.licence}"
+            )
+    identities = {
+        name: workdirs.newest_identity(path) or (existing and getattr(existing, name))
+        for name, path in (("teacher", config.teacher_checkpoint), ("guide", config.guide_checkpoint))
+    }
+    record = workdirs.RunRecord(
+        config=config, dataset=dataset, origin=origin or (guide and guide.origin), **identities
+    )
+    return record, guide and guide.config
 
 
 def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: Path) -> bool:
@@ -136,42 +156,18 @@ def _is_finished(config: Config, workdir: Path) -> bool:
 def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
     """Returns the teacher's record; InputError unless it is a finished and compatible run."""
     path = _teacher_workdir(config)
-    try:
-        teacher = workdirs.read(path)
-        with Checkpoints(path) as checkpoints:
-            done = checkpoints.require()[-1]
-    except InputError as error:
-        raise InputError(f"config.teacher_checkpoint={path}: {error}") from error
+    teacher = finished_run(path, dataset, what=f"config.teacher_checkpoint={path}")
     teacher_config, teacher_data = teacher.config, teacher.dataset
-    if teacher.origin is not None and teacher.origin.kind == CONSISTENCY:
-        raise InputError(
-            f"config.teacher_checkpoint={path} is the consistency model {teacher.origin.file}; use a "
-            "diffusion model"
-        )
     _check_teacher_steps(config, teacher_config)
-    if config.teacher_guidance > 0 and not teacher_config.supports_guidance:
+    if (
+        config.teacher_guidance > 0
+        and config.guide_checkpoint is None
+        and not teacher_config.supports_guidance
+    ):
         raise InputError(
             f"config.{SECTIONS[config.objective]}.teacher_guidance={config.teacher_guidance}: "
             f"config.teacher_checkpoint={path} was not trained for 'any class'; train a diffusion model with "
-            "config.diffusion.label_dropout=0.1"
-        )
-    if done < teacher_config.training.num_steps:
-        raise InputError(
-            f"config.teacher_checkpoint={path} has completed {done} of its "
-            f"{teacher_config.training.num_steps} updates; finish its training first, because every start of "
-            "the student must load the same teacher"
-        )
-    if teacher_data.class_names != dataset.class_names:
-        raise InputError(
-            f"config.teacher_checkpoint={path} was trained on the {teacher_data.num_classes} classes of "
-            f"{teacher_data.dataset}, not the {dataset.num_classes} of {dataset.dataset}; use the "
-            "teacher's data set"
-        )
-    encodings = teacher_data.encoding, dataset.encoding
-    if len({encoding and encoding.input for encoding in encodings}) > 1:
-        raise InputError(
-            f"config.teacher_checkpoint={path} was trained with {_described(teacher_data)}, this run's data "
-            f"has {_described(dataset)}; use the teacher's"
+            "config.diffusion.label_dropout=0.1, or set config.guide_checkpoint to a worse model"
         )
     if teacher_config.student_steps is not None and teacher_data.fingerprints != dataset.fingerprints:
         raise InputError(
@@ -186,6 +182,55 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
                 f"run's is {ours}; make them equal or choose another teacher"
             )
     return teacher
+
+
+def check_guide(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
+    """Returns the guide's record; InputError unless it is a finished diffusion model of such images."""
+    what = f"config.guide_checkpoint={config.guide_checkpoint}"
+    guide = finished_run(as_path(config.guide_checkpoint or ""), dataset, what=what)
+    if guide.config.student_steps is not None:
+        raise InputError(
+            f"{what} is a {guide.config.objective} student; use the workdir of a diffusion model"
+        )
+    return guide
+
+
+def finished_run(path: Path, dataset: DatasetInfo, *, what: str) -> workdirs.RunRecord:
+    """Returns the record of the diffusion model or student in `path`.
+
+    Raises:
+      InputError: it is not finished, or was not trained for the size and the conditions of `dataset`.
+    """
+    try:
+        run = workdirs.read(path)
+        with Checkpoints(path) as checkpoints:
+            done = checkpoints.require()[-1]
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    if run.origin is not None and run.origin.kind == CONSISTENCY:
+        raise InputError(f"{what} is the consistency model {run.origin.file}; use a diffusion model")
+    if done < run.config.training.num_steps:
+        raise InputError(
+            f"{what} has completed {done} of its {run.config.training.num_steps} updates; finish its "
+            "training first, because every start of the student must load the same model"
+        )
+    its = run.dataset
+    if its.class_names != dataset.class_names:
+        raise InputError(
+            f"{what} was trained on the {its.num_classes} classes of {its.dataset}, not the "
+            f"{dataset.num_classes} of {dataset.dataset}; use its data set"
+        )
+    if its.resolution != dataset.resolution:
+        raise InputError(
+            f"{what} was trained on images of {its.resolution}x{its.resolution} pixels, not "
+            f"{dataset.resolution}x{dataset.resolution}; use its resolution"
+        )
+    if len({encoding and encoding.input for encoding in (its.encoding, dataset.encoding)}) > 1:
+        raise InputError(
+            f"{what} was trained with {_described(its)}, this run's data has {_described(dataset)}; use the "
+            "same"
+        )
+    return run
 
 
 def _described(dataset: DatasetInfo) -> str:
@@ -245,7 +290,9 @@ def train_batches(config: Config) -> Batches:
     )
 
 
-def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches) -> tuple[TrainState, Params]:
+def _start(
+    training: build.Training, checkpoints: Checkpoints, batches: Batches
+) -> tuple[TrainState, TeacherParams | None]:
     """Returns (state, teacher's parameters); the latter are None unless the objective distils.
 
     The state is restored from the newest checkpoint if there is one. Otherwise it is new, and a student
@@ -254,18 +301,31 @@ def _start(training: build.Training, checkpoints: Checkpoints, batches: Batches)
     config, abstract, shardings = training.config, training.abstract, training.shardings
     continuing = checkpoints.any()
     distributed.require_same(continuing, "the lists of checkpoints")
-    teacher_params = None
+    teacher = guide = None
     if config.distils or (config.objective == "ct" and not continuing):
-        with Checkpoints(_teacher_workdir(config)) as teacher:
-            teacher_params = teacher.restore_params(abstract.params, shardings.params, parameters="ema")
+        teacher = _restored(_teacher_workdir(config), abstract.params, training.mesh)
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
         distributed.say(f"continuing at update {int(state.step)}")
-    elif teacher_params is not None:
-        state = training.init_from(teacher_params)
+    elif teacher is not None:
+        state = training.init_from(teacher)
     else:
         state = training.init(build.init_key(config.seed))
-    return state, teacher_params if config.distils else None
+    if not config.distils:
+        return state, None
+    if training.guide is not None:
+        guide = _restored(
+            as_path(config.guide_checkpoint or ""), training.guide.abstract_params, training.mesh
+        )
+    return state, TeacherParams(teacher, guide)
+
+
+def _restored(workdir: Path, abstract: Params, mesh: Mesh) -> Params:
+    """The averaged parameters of the run in `workdir`, sharded over the mesh."""
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_params(
+            abstract, sharding.params_sharding(mesh, abstract), parameters="ema"
+        )
 
 
 def _teacher_workdir(config: Config) -> Path:

@@ -39,12 +39,15 @@ class RunRecord:
     Attributes:
       teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None if there is
         no teacher or the file was written by an older version.
-      origin: the published file that the parameters, or those of the first teacher, come from; None: none.
+      guide: the same for the model that the teacher's guidance leads away from.
+      origin: the published file that the parameters, or those of the first teacher, or else of the guide,
+        come from; None: none.
     """
 
     config: Config
     dataset: DatasetInfo
     teacher: str | None = None
+    guide: str | None = None
     origin: Origin | None = None
 
 
@@ -60,26 +63,27 @@ def checkpoint_identity(workdir: Path, step: int) -> str | None:
         return None
 
 
-def teacher_identity(config: Config) -> str | None:
-    """`checkpoint_identity` of the newest checkpoint at config.teacher_checkpoint; None if there is none."""
-    if config.teacher_checkpoint is None:
+def newest_identity(path: str | None) -> str | None:
+    """`checkpoint_identity` of the newest checkpoint in the workdir `path`; None if there is none."""
+    if path is None:
         return None
-    workdir = as_path(config.teacher_checkpoint)
+    workdir = as_path(path)
     step = newest_step(workdir)
     return None if step is None else checkpoint_identity(workdir, step)
 
 
 def existing_run(workdir: Path, config: Config) -> RunRecord | None:
-    """The run that was started in `workdir` with this config and teacher; None if there is no run.
+    """The run that was started in `workdir` with this config, teacher and guide; None if there is no run.
 
     Raises:
-      InputError: the run there has another config or teacher, or its file is damaged.
+      InputError: the run there has another config, teacher or guide, or its file is damaged.
     """
     if not (workdir / RUN_FILE).exists():
         return None
     saved = read(workdir)
     _check_same_settings(workdir, config, saved.config)
-    _check_same_teacher(workdir, config, saved)
+    for name in ("teacher", "guide"):
+        _check_same_model(workdir, config, saved, name=name)
     return saved
 
 
@@ -155,6 +159,7 @@ def read(workdir: Path) -> RunRecord:
             config=validation.read_saved(upgraded(content["config"])),
             dataset=DatasetInfo.from_json(content["dataset"], path=as_path(content["dataset"]["path"])),
             teacher=content.get("teacher"),
+            guide=content.get("guide"),
             origin=Origin.from_json(content["origin"]) if content.get("origin") else None,
         )
     except FileNotFoundError:
@@ -185,33 +190,37 @@ def _write(workdir: Path, run: RunRecord) -> None:
 
 
 def _check_same_settings(workdir: Path, config: Config, saved_config: Config) -> None:
-    """Raises InputError if a setting differs that must not change; the teacher is compared separately."""
+    """Raises InputError if a setting differs that must not change; the models are compared separately."""
     saved = fields.flat(saved_config, Affects.TRAINING)
     for name, value in fields.flat(config, Affects.TRAINING).items():
         if name == "training.num_steps" and config.optimizer.decay == "constant":
             # Without decay, the learning rate does not depend on num_steps, so a run may be extended.
             continue
-        if name == "teacher_checkpoint":
-            # The path may change; _check_same_teacher compares the identity of the checkpoint.
+        if name in ("teacher_checkpoint", "guide_checkpoint"):
+            # The path may change; _check_same_model compares the identity of the checkpoint.
             continue
         if value != saved[name]:
             raise _other_setting(workdir, name, saved[name], value)
 
 
-def _check_same_teacher(workdir: Path, config: Config, saved: RunRecord) -> None:
-    """Raises InputError unless config.teacher_checkpoint contains the teacher that the run started from.
+def _check_same_model(workdir: Path, config: Config, saved: RunRecord, *, name: str) -> None:
+    """Raises InputError unless config.NAME_checkpoint contains the model that the run started with.
 
-    Compares identities, whatever the path. If the record has no identity, or the teacher no longer exists (a
+    Compares identities, whatever the path. If the record has no identity, or the model no longer exists (a
     finished run does not need it), only the paths can be compared.
+
+    Args:
+      name: teacher or guide.
     """
-    before, now = saved.config.teacher_checkpoint, config.teacher_checkpoint
-    identity = teacher_identity(config)
-    if saved.teacher is None or identity is None:
+    setting = f"{name}_checkpoint"
+    before, now = getattr(saved.config, setting), getattr(config, setting)
+    identity, saved_identity = newest_identity(now), getattr(saved, name)
+    if saved_identity is None or identity is None:
         if _resolved(before) != _resolved(now):
-            raise _other_setting(workdir, "teacher_checkpoint", before, now)
-    elif identity != saved.teacher:
+            raise _other_setting(workdir, setting, before, now)
+    elif identity != saved_identity:
         raise InputError(
-            f"config.teacher_checkpoint={now} contains another checkpoint than the one that the run in "
+            f"config.{setting}={now} contains another checkpoint than the one that the run in "
             f"--workdir={workdir} started from; restore that one, or choose another workdir"
         )
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mcm_jax.fields import Affects, setting
 from mcm_jax.system import sharding
 from mcm_jax.training.checkpoints import Batches, Checkpoints
-from mcm_jax.training.state import Params, TrainState
+from mcm_jax.training.state import Params, TeacherParams, TrainState
 from mcm_jax.training.watch import Watch
 
 
@@ -60,7 +60,7 @@ class TrainingSettings:
 
 def train(
     state: TrainState,
-    teacher_params: Params,
+    teacher_params: TeacherParams | None,
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     data: Batches,
     *,

@@ -10,6 +10,13 @@ from jaxtyping import PyTree
 Params = PyTree
 
 
+class TeacherParams(NamedTuple):
+    """The parameters of a teacher, and of the model that guidance leads away from."""
+
+    teacher: Params
+    guide: Params = None  # None: the teacher itself, without condition
+
+
 class TrainState(NamedTuple):
     """Everything that an update reads and writes; checkpoints contain all of it."""
 

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, PyTree
 from mcm_jax.system import sharding
 from mcm_jax.training.state import Params, TrainState
 
-# (params, teacher_params, target_params, batch, key, step) -> loss of every example
+# (params, teacher_params, target_params, batch, key, step) -> loss of every example; the teacher's parameters
+# are any tree that the loss function understands.
 Batch = dict[str, Array]
-LossFn = Callable[[Params, Params, Params, Batch, Array, Array], Float[Array, " B"]]
+LossFn = Callable[[Params, PyTree, Params, Batch, Array, Array], Float[Array, " B"]]
 Metrics = dict[str, Float[Array, ""]]
 T = TypeVar("T", bound=PyTree)
 # (state, teacher_params, batch) -> (state, metrics)
-TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -95,7 +96,7 @@ def make_update(
       project: applied to the parameters after every update; None: they stay as they are.
     """
 
-    def update(state: TrainState, teacher_params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:

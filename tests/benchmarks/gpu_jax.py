@@ -11,7 +11,7 @@ from mcm_jax.evaluation import features, inception_weights
 from mcm_jax.models.conditions import Classes
 from mcm_jax.runs import build, samplers
 from mcm_jax.system import sharding, software
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.state import TeacherParams, TrainState
 from tests.benchmarks import gpu_settings
 from tests.benchmarks.gpu_settings import NUM_CLASSES
 
@@ -58,7 +58,7 @@ class Programs:
 
     def _train(self, system: str) -> Callable[[int], None]:
         train_step = self.trainings[system].train_step()
-        teacher = self.teacher if system == "cd" else None
+        teacher = TeacherParams(self.teacher) if system == "cd" else None
 
         def run(count: int) -> None:
             for _ in range(count):

@@ -23,6 +23,7 @@ from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.training import optimizer, step
+from mcm_jax.training.state import TeacherParams
 
 FILES = {64: imagenet64, 128: imagenet128}
 BOTH = pytest.mark.parametrize("resolution", FILES)
@@ -376,7 +377,7 @@ def test_an_update_of_every_program(resolution, row):
         seed=config.seed,
     )
     before = step.init_state(params, adam, target_decay=config.target_decay)
-    state, metrics = update(before, params if config.distils else None, batch)
+    state, metrics = update(before, TeacherParams(params) if config.distils else None, batch)
     assert int(state.step) == 1
     for metric in metrics.values():
         assert np.isfinite(metric) and metric > 0

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcm_jax.diffusion import process, schedules, segments, steps
+from mcm_jax.diffusion import guidance, process, schedules, segments, steps
 from mcm_jax.objectives import consistency
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.objective import Networks
@@ -60,8 +61,9 @@ def constant_grid(teacher_steps=64, *, student_steps=4, **settings):
     )
 
 
-def loss(theta, *, teacher=None, key=KEY, x=X, null_cond=-1, **settings):
+def loss(theta, *, teacher=None, guide=None, key=KEY, x=X, null_cond=-1, **settings):
     functions = networks(linear_model(theta), teacher, null_cond=null_cond)
+    functions = dataclasses.replace(functions, guide=guide)
     return constant_grid(**settings)(functions, x, COND, key, jnp.int32(0))
 
 
@@ -319,6 +321,19 @@ def test_the_guided_teacher_in_float64():
             x_target - numpy_x_hat(0.3, z_t, t), 1e-4
         )
         np.testing.assert_allclose(actual[n], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("teacher_step", ["addim", "ddim", "heun"])
+def test_a_guide_takes_the_place_of_the_unconditional_teacher(teacher_step):
+    options = {"teacher": conditional_model, "teacher_guidance": 0.7, "teacher_step": teacher_step}
+    unguided = loss(0.3, teacher=conditional_model, teacher_step=teacher_step)
+    any_class = guidance.without_condition(conditional_model, 9)
+    # 9 is 'any class' of the first only, so that the second needs its guide.
+    expected, actual = loss(0.3, null_cond=9, **options), loss(0.3, guide=any_class, **options)
+    np.testing.assert_array_equal(actual, expected)
+    assert not np.allclose(actual, unguided)
+    by_itself = loss(0.3, guide=conditional_model, **options)
+    np.testing.assert_array_equal(by_itself, unguided)
 
 
 def test_the_defaults():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +20,18 @@ from tests.objectives.test_consistency import (
 
 SCHEDULE = schedules.cosine()
 NULL = 9
+unconditional_model = guidance.without_condition(conditional_model, NULL)
 
 
-def loss(student, *, teacher=conditional_model, g=1.5, x=X):
-    functions = networks(student, teacher, null_cond=NULL)
+def loss(student, *, teacher=conditional_model, guide=None, g=1.5, x=X):
+    functions = dataclasses.replace(networks(student, teacher, null_cond=NULL), guide=guide)
     return Guidance(teacher_guidance=g)(functions, x, COND, KEY, jnp.int32(0))
 
 
 def test_guided_is_linear_in_x():
     """x_hat_g = x_hat_cond + g (x_hat_cond - x_hat_uncond), whatever the prediction it is formed from."""
     z_t, logsnr = jax.random.normal(KEY, SHAPE), jnp.linspace(-8, 8, 8)
-    v_g = guidance.guided(conditional_model, guidance=1.5, null_cond=NULL)(z_t, logsnr, COND, None)
+    v_g = guidance.guided(conditional_model, unconditional_model, guidance=1.5)(z_t, logsnr, COND, None)
     x_cond, x_uncond = (
         process.x_from_v(conditional_model(z_t, logsnr, cond, None), z_t, logsnr_t=logsnr)
         for cond in (COND, jnp.full_like(COND, NULL))
@@ -39,14 +42,29 @@ def test_guided_is_linear_in_x():
 
 def test_no_guidance_is_the_conditional_prediction():
     z_t, logsnr = jax.random.normal(KEY, SHAPE), jnp.linspace(-8, 8, 8)
-    v = guidance.guided(conditional_model, guidance=0.0, null_cond=NULL)(z_t, logsnr, COND, None)
+    v = guidance.guided(conditional_model, unconditional_model, guidance=0.0)(z_t, logsnr, COND, None)
     np.testing.assert_array_equal(v, conditional_model(z_t, logsnr, COND, None))
 
 
 def test_the_guided_teacher_itself_has_no_loss():
-    perfect_student = guidance.guided(conditional_model, guidance=1.5, null_cond=NULL)
+    perfect_student = guidance.guided(conditional_model, unconditional_model, guidance=1.5)
     np.testing.assert_array_equal(loss(perfect_student), 0)
     assert np.all(np.asarray(loss(conditional_model)) > 0)
+
+
+def test_autoguidance_leads_away_from_the_guide():
+    """The guide, not the network without condition, is subtracted; and it gets the condition."""
+    guide = linear_model(0.7)
+    perfect_student = guidance.guided(conditional_model, guide, guidance=1.5)
+    np.testing.assert_array_equal(loss(perfect_student, guide=guide), 0)
+    assert np.all(np.asarray(loss(perfect_student)) > 0)
+    assert np.all(np.asarray(loss(perfect_student, guide=guidance.without_condition(guide, NULL))) > 0)
+
+
+def test_a_model_guided_by_itself_is_not_guided():
+    z_t, logsnr = jax.random.normal(KEY, SHAPE), jnp.linspace(-8, 8, 8)
+    v = guidance.guided(conditional_model, conditional_model, guidance=3.0)(z_t, logsnr, COND, None)
+    np.testing.assert_array_equal(v, conditional_model(z_t, logsnr, COND, None))
 
 
 def test_by_hand():

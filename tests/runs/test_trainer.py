@@ -28,6 +28,7 @@ from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop, observer, step
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.loop import NonFiniteError
+from mcm_jax.training.state import TeacherParams
 from tests import forks, tiny
 
 
@@ -420,7 +421,9 @@ def three_updates(objective, mesh, tiny_data, teacher, *, gather="all"):
     )
     params = params_of(teacher)
     state, train_step = training.init_from(params), training.train_step()
-    teacher_params = jax.device_put(params, training.shardings.params) if objective == "cd" else None
+    teacher_params = None
+    if objective == "cd":
+        teacher_params = jax.device_put(TeacherParams(params), training.teacher_shardings)
     batches = trainer.train_batches(config)
     losses = []
     for _ in range(3):
@@ -533,8 +536,8 @@ def test_a_teacher_stays_with_its_student_only_where_it_teaches(
     averaged = params_of(teacher, "ema")
     assert_equal_trees(handed["state"].params, averaged)
     if objective == "cd":
-        assert_equal_trees(handed["teacher_params"], averaged)
-        assert handed["teacher_sharding"] is handed["state_sharding"].params
+        assert_equal_trees(handed["teacher_params"], TeacherParams(averaged))
+        assert handed["teacher_sharding"] == TeacherParams(handed["state_sharding"].params)
     else:
         assert handed["teacher_params"] is None and handed["teacher_sharding"] is None
 
@@ -707,7 +710,7 @@ def checked(tiny_data, teacher, class_names=("even", "odd"), **fields):
 
 def test_a_teacher_of_other_classes(tiny_data, teacher):
     for class_names in (("even", "prime"), ("even", "odd", "prime"), ("odd", "even")):
-        with pytest.raises(InputError, match="use the teacher's data set"):
+        with pytest.raises(InputError, match="use its data set"):
             checked(tiny_data, teacher, class_names)
 
 

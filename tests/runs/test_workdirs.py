@@ -43,7 +43,9 @@ def start(workdir, settings=None, dataset=DATASET, needed_bytes=0):
     """As trainer.train does, in a later process."""
     settings = settings or config()
     existing = workdirs.existing_run(workdir, settings)
-    run = RunRecord(config=settings, dataset=dataset, teacher=workdirs.teacher_identity(settings))
+    run = RunRecord(
+        config=settings, dataset=dataset, teacher=workdirs.newest_identity(settings.teacher_checkpoint)
+    )
     with workdirs.claim(workdir, run, existing=existing, needed_bytes=needed_bytes):
         return existing
 
