@@ -5,8 +5,8 @@
 #
 #   bash launch/test.sh --fast      skips the tests marked slow, and those on eight devices
 #
-#   bash launch/test.sh --parity    instead compares features and metrics with torch-fidelity and pytorch-fid, which it
-#                                   installs with PyTorch into a separate environment, .venv-parity
+#   bash launch/test.sh --parity    instead compares features, metrics and networks with those of other packages, which
+#                                   it installs with PyTorch into a separate environment, .venv-parity
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -7,6 +7,7 @@ separate process with MCM_TEST_DEVICES=8, as in launch/test.sh.
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 
@@ -111,7 +112,12 @@ def pytest_collection_finish():
 
 
 def pytest_ignore_collect(collection_path):
-    """With eight devices, imports only the files that contain tests for them."""
+    """With eight devices, imports only the files that contain tests for them.
+
+    The files in tests/parity need the environment of `launch/test.sh --parity`.
+    """
+    if collection_path.name == "parity" and importlib.util.find_spec("torch") is None:
+        return True
     if DEVICES == 8 and collection_path.name.startswith("test_"):
         return "multi_device" not in collection_path.read_text() or None
     return None

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,6 +119,7 @@ PUBLIC = (
     *("--config.data.dataset=folder/ten", "--config.data.resolution=32"),
     "--config.sampling.batch_per_device=8",
     *("--config.edm2.widths=(8,16,24,32)", "--config.edm2.blocks=2", "--config.edm2.head_width=8"),
+    *("--config.edm2.dtype=float32", "--config.edm2.remat=none"),
     *("--config.training.num_steps=1", "--config.training.batch_size=8"),
     *("--config.training.accumulation_steps=1", "--config.training.sample_every_steps=0"),
 )
@@ -125,9 +127,9 @@ PUBLIC = (
 TINY_DATA = ("--config.data.dataset=folder/tiny", "--config.data.data_dir=tiny", "--config.data.resolution=8")
 
 
-def two_levels(network: str) -> tuple[str, ...]:
-    """The network of a published teacher with two levels, a block each."""
-    sizes = {"widths": "(32,32)", "blocks": 1, "attention_levels": "(False,True)", "head_width": 32}
+def one_level(network: str) -> tuple[str, ...]:
+    """The network of a published teacher with one level of one block."""
+    sizes = {"widths": "(32,)", "blocks": 1, "attention_levels": "(True,)", "head_width": 32}
     return tuple(f"--config.{network}.{field}={value}" for field, value in sizes.items())
 
 
@@ -168,11 +170,13 @@ def small(command: Command) -> tuple[str, ...]:
             "emoji": ("--workers=0",),
             "coco": ("--workers=0", "--resolution=8"),
         }.get(option(command, "--dataset"), ())
+    # A published teacher takes 32 of Heun's steps.
+    sampling = ("--sampler=ddim", "--steps=1") if "edm2" in text and not option(command, "--sampler") else ()
     if command.program == "sample":
-        return ("--num=10",)
+        return ("--num=10", *sampling)
     if command.program == "evaluate" and option(command, "--workdir"):
         steps = ("--steps=1,2",) if option(command, "--steps") else ()
-        return ("--num=10", "--untrained_num=4", *steps)
+        return ("--num=10", "--untrained_num=4", *steps, *sampling)
     if command.program == "findings":
         return ("--quick", "--seeds=2")
     if command.program == "plan" and option(command, "--config"):
@@ -180,7 +184,7 @@ def small(command: Command) -> tuple[str, ...]:
         instead = ("--program=sample",) if "--program=features" in text else ()
         for network in ("edm2", "adm"):
             if f":{network}" in text:
-                return (*PLAN[len(MODEL) :], *two_levels(network))
+                return (*PLAN[len(MODEL) :], *one_level(network))
         return (*PLAN, *instead)
     return ()
 
@@ -204,8 +208,11 @@ class Averages(Extractor):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
+def small_parts(monkeypatch, request):
     """What no argument makes small: feature networks, trainings of the findings and of the figure."""
+    # All other tests check types at run time, which would take a fifth of the time here.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
     network = scoring._feature_network
 
     def few_features(options):
