@@ -208,11 +208,10 @@ class Averages(Extractor):
 
 
 @pytest.fixture
-def small_parts(monkeypatch, request):
+def small_parts(monkeypatch):
     """What no argument makes small: feature networks, trainings of the findings and of the figure."""
     # All other tests check types at run time, which would take a fifth of the time here.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     network = scoring._feature_network
 
     def few_features(options):
