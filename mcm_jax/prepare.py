@@ -104,7 +104,8 @@ def define_flags() -> None:
         "teacher",
         None,
         "File of a published network, to be written to --workdir as a teacher: a .pkl of EDM or EDM2, or a "
-        ".pt of OpenAI's ADM or consistency models. --dataset names the images that it was trained on.",
+        ".pt of OpenAI's ADM or consistency models, or a .safetensors of the latter. --dataset names the "
+        "images that it was trained on.",
     )
     paths.define_path("workdir", None, "--teacher: directory to write it to.")
     flags.DEFINE_enum(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.system import files, pth
 from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
+from mcm_jax.system.tensors import TensorFile
 from mcm_jax.teachers import nvidia, weights
 from mcm_jax.teachers.weights import Imported
 from mcm_jax.training.checkpoints import Checkpoints
@@ -143,10 +145,14 @@ def read(content: bytes, *, name: str, kind: str | None = None) -> tuple[Importe
             tensors = pth.read(content, name=name)
             found = _openai_kind(tensors, name=name, kind=kind)
             imported = weights.openai(tensors, preconditioning=_OPENAI_PRECONDITIONING[found])
+        elif content[8:9] == b"{":
+            file = TensorFile(io.BytesIO(content))
+            found = CONSISTENCY
+            imported = weights.diffusers({tensor: file.read(tensor) for tensor in file.shapes})
         else:
             raise InputError(
-                f"--teacher={name} is neither a .pkl of EDM or EDM2 nor a .pt of OpenAI's ADM or consistency "
-                "models"
+                f"--teacher={name} is neither a .pkl of EDM or EDM2, nor a .pt of OpenAI's ADM or "
+                "consistency models, nor a .safetensors of the latter"
             )
     except InputError:
         raise

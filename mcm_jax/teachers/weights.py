@@ -165,6 +165,61 @@ def openai(
     )
 
 
+def diffusers(tensors: Tensors, settings: ADMSettings | None = None) -> Imported:
+    """Converts a consistency model in the form of the library diffusers; see `openai`."""
+    levels = sum(name.startswith("down_blocks.") and ".resnets.0.conv1.weight" in name for name in tensors)
+    if levels not in _OPENAI_RESOLUTIONS:
+        raise ValueError(f"{levels} levels; the published networks for 64x64 have 4")
+    settings = settings or ADMSettings(
+        widths=tuple(len(tensors[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in range(levels)),
+        blocks=sum(f"down_blocks.0.resnets.{i}.conv1.weight" in tensors for i in range(99)),
+        attention_levels=tuple(
+            f"down_blocks.{level}.attentions.0.to_q.weight" in tensors for level in range(levels)
+        ),
+        preconditioning="consistency",
+    )
+
+    def block_name(shape: BlockShape) -> tuple[str, str]:
+        if shape.name in ("in0", "in1"):
+            return f"mid_block.resnets.{shape.name[2:]}", "mid_block.attentions.0"
+        if shape.name == "down":  # The last module of the level above.
+            return f"down_blocks.{shape.level - 1}.downsamplers.0", ""
+        # Levels of the decoder count from the deepest.
+        if shape.name == "up":
+            return f"up_blocks.{levels - 2 - shape.level}.upsamplers.0", ""
+        within = (
+            f"down_blocks.{shape.level}" if shape.part == "enc" else f"up_blocks.{levels - 1 - shape.level}"
+        )
+        number = shape.name.removeprefix("block")
+        return f"{within}.resnets.{number}", f"{within}.attentions.{number}"
+
+    joined = dict(tensors)
+    for name in tensors:
+        attention, _, kind = name.partition(".to_q.")
+        if kind:
+            parts = [joined.pop(f"{attention}.to_{part}.{kind}") for part in "qkv"]
+            joined[f"{attention}.qkv.{kind}"] = np.concatenate(parts)
+    return _adm(
+        joined,
+        settings,
+        _Names(
+            block_name=block_name,
+            block=("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"),
+            attention=("group_norm", "qkv", "to_out.0"),
+            outside=(
+                "time_embedding.linear_1",
+                "time_embedding.linear_2",
+                "conv_in",
+                "conv_norm_out",
+                "conv_out",
+            ),
+        ),
+        resolution=_OPENAI_RESOLUTIONS[levels],
+        labels=lambda reader: reader.tensor("class_embedding.weight"),
+        qkv=_OPENAI_QKV,
+    )
+
+
 def openai_settings(tensors: Tensors, preconditioning: Preconditioning) -> ADMSettings:
     """The sizes of a published network, from the names and shapes of its tensors; raises KeyError."""
     levels = 1 + sum(name.endswith(".in_layers.2.weight") for name in tensors if _is_up(name))

@@ -1,6 +1,7 @@
 """A published file becomes a run that samples, and teaches a student that starts as its copy."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import imagenet64, imagenet128
 from mcm_jax.config import public_rows, validation
@@ -17,9 +19,10 @@ from mcm_jax.models import edm2
 from mcm_jax.records import RUN_FILE, Origin
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
+from mcm_jax.system import pth
 from mcm_jax.system.errors import InputError
 from mcm_jax.teachers import importer
-from tests.teachers import golden, images
+from tests.teachers import diffusers_form, golden, images
 
 LICENCE = "CC BY-NC-SA 4.0: non-commercial, share-alike"
 
@@ -141,6 +144,24 @@ def test_the_kind_is_found(name, called, kind, found, preconditioning):
     assert imported.settings.preconditioning == preconditioning
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_consistency_model_in_the_form_of_diffusers(dtype):
+    content = golden.file("consistency-models-64")
+    tensors = diffusers_form.of(pth.read(content, name="cd.pt"), blocks=1)
+    saved = safetensors.numpy.save({name: value.astype(dtype) for name, value in tensors.items()})
+    imported, kind = importer.read(saved, name="diffusion_pytorch_model.safetensors")
+    expected, _ = importer.read(content, name="cd_imagenet64_l2.pt")
+    assert kind == "consistency" and imported.settings == expected.settings
+    close = functools.partial(np.testing.assert_allclose, rtol=0 if dtype == np.float32 else 1e-3, atol=1e-6)
+    jax.tree.map(close, imported.params, expected.params)
+    with pytest.raises(InputError, match=r"is damaged, or not a network of the supported kinds \(truncated"):
+        importer.read(saved[:-10], name="x.safetensors")
+    del tensors["mid_block.attentions.0.group_norm.weight"]
+    saved = safetensors.numpy.save(tensors)
+    with pytest.raises(InputError, match=r"not a network of the supported kinds \(.*group_norm\.weight"):
+        importer.read(saved, name="x.safetensors")
+
+
 def test_bad_files_are_refused_in_one_line(data, tmp_path):
     data_dir, info = data
     openai = golden.file("consistency-models-64")
@@ -148,7 +169,7 @@ def test_bad_files_are_refused_in_one_line(data, tmp_path):
         (openai, "model.pt", None, "add --kind=openai_edm or --kind=consistency"),
         (openai, "cd_model.pt", "openai_edm", "is of kind consistency, not openai_edm"),
         (golden.file("edm2-img64"), "x.pkl", "consistency", "is of kind edm2, not consistency"),
-        (b"\x89PNG", "x.png", None, "is neither a .pkl of EDM or EDM2 nor a .pt"),
+        (b"\x89PNG", "x.png", None, "is neither a .pkl of EDM or EDM2, nor a .pt"),
         (openai[:10_000], "cd_x.pt", None, "cd_x.pt: not a .pth of plain tensors"),
     ):
         with pytest.raises(InputError, match=message):
