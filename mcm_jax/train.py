@@ -17,6 +17,11 @@ from mcm_jax.system import command_line, config_files, paths
 _CONFIG = config_files.define_flag("openmoji:cd,steps=4")
 flags.mark_flag_as_required("config")
 _WORKDIR = paths.define_path("workdir", None, "Directory of the run; created if missing.", required=True)
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "START,STEPS: trace STEPS updates, after the first START of this start, into WORKDIR/profile for xprof.",
+)
 
 
 def main() -> None:
@@ -25,10 +30,12 @@ def main() -> None:
     # Slow to import; --help and misspelt flags should not wait for it.
     from mcm_jax.runs import trainer
     from mcm_jax.system import distributed
+    from mcm_jax.training.profile import Profile
 
     workdir = _WORKDIR.value
+    profile = None if _PROFILE.value is None else Profile.parse(_PROFILE.value)
     with distributed.joined():
-        finished = trainer.train(config, workdir)
+        finished = trainer.train(config, workdir, profile=profile)
         if finished:
             distributed.say(f"finished: {workdir}")
         elif distributed.is_first():

@@ -19,7 +19,7 @@ from mcm_jax.runs import trainer
 from mcm_jax.system import distributed, files, pictures, sharding
 from mcm_jax.data import pipeline
 from mcm_jax.system.errors import InputError
-from mcm_jax.training import loop, observer
+from mcm_jax.training import loop, observer, watchdog, writers
 from tests import tiny
 
 INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # jax.process_index() would start the backend.
@@ -32,7 +32,7 @@ def refuse(*_, **__):
 def first_only():
     if jax.process_index() > 0:
         files.write_whole = files.append_line = observer.save_png = refuse
-        observer.RecordWriter = refuse
+        writers.RecordWriter = refuse
 
 def log(name, record):
     with open(Path(sys.argv[1]) / f"{name}.{INDEX}.jsonl", "a") as file:

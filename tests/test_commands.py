@@ -38,7 +38,7 @@ from tests.text import tiny as encoders
 # what earlier ones have trained, and no command is run twice.
 STORIES = {
     "openmoji": (
-        *("configs/openmoji.py", "README.md", "docs/get_started.md", "docs/api/run.md"),
+        *("configs/openmoji.py", "README.md", "docs/get_started.md", "docs/watching.md", "docs/api/run.md"),
         *(
             "mcm_jax/prepare.py",
             "mcm_jax/train.py",
@@ -77,6 +77,7 @@ NOT_RUN = {
     "ruff format": "launch/test.sh runs it before these tests",
     "pyright": "launch/test.sh runs it before these tests",
     "lint-imports": "launch/test.sh runs it before these tests",
+    "tensorboard": "serves until it is interrupted",
     "mkdocs build": "tests/test_docs.py builds the site",
     "mkdocs serve": "serves until it is interrupted; tests/test_docs.py builds the site",
     "python -m tests.mutants": "takes tens of minutes; tests/test_mutants.py runs it on examples",
@@ -144,6 +145,8 @@ def small(command: Command) -> tuple[str, ...]:
             arguments += ("--config.progressive.stages=(4,2)",)
         if ":tract" in text:
             arguments += ("--config.tract.stages=(4,2)",)
+        if "--profile=" in text:
+            arguments += ("--profile=0,1",)
         if "=avatars:" in text:
             arguments += ("--config.data.resolution=16",)
         if "=imagenet128:" in text:

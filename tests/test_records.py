@@ -51,7 +51,8 @@ def test_fields_of_other_versions():
             "x_var",
             "x_var_eta",
         ),
-        *("x_var_images", "clip", "rounding", "sampling_seconds", "features_seconds"),
+        *("x_var_images", "clip", "rounding", "sampling_seconds", "features_seconds", "guide"),
+        "guide_checkpoint",
     }
     for name in optional:
         del content[name]
@@ -69,7 +70,15 @@ def test_every_input_identifies_a_measurement_and_no_outcome_does():
         **{"data_preprocessing": "x", "training_seed": 1, "student_steps": 1, "checkpoint_step": 1},
         **{"checkpoint": "x", "parameters": "raw", "label_rule": "x", "steps": 1, "sampler": "x"},
         **{"noise_grid": "x", "x_var": "analytic", "x_var_eta": 1.0, "x_var_images": 1, "guidance": 1.0},
-        **{"clip": "x", "rounding": "x", "network_calls": 1, "num_samples": 1, "untrained_num": 1},
+        **{
+            "guide": "x",
+            "guide_checkpoint": "x",
+            "clip": "x",
+            "rounding": "x",
+            "network_calls": 1,
+            "num_samples": 1,
+            "untrained_num": 1,
+        },
         **{"asked": [], "caption_scores": ["attributes 0f"], "origin": ORIGIN},
         **{"features": {"network": "inception-2015-12-05", "sha256": "x"}},
         "reference": {"file": "x", "sha256": "x"},

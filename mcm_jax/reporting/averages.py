@@ -12,12 +12,15 @@ from mcm_jax.reporting.results import Collection, Conditions, RunDescription, Ru
 
 # Settings that do not affect learning, or that each result states itself.
 _NOT_LEARNED = {
-    "": ("seed", "teacher_checkpoint", "guide_checkpoint", "mesh", "sampling"),
+    "": ("seed", "teacher_checkpoint", "mesh", "sampling"),
     "data": ("data_dir", "in_memory_gb", "max_corrupt_records"),
     "model": ("remat", "saved", "unroll", "attention"),
     "adm": ("remat", "attention"),
     "edm2": ("remat", "attention"),
-    "training": ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "sample_every_steps"),
+    "training": (
+        *("log_every_steps", "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
+        *("keep_every_steps", "sample_every_steps", "metrics_to", "hang_minutes"),
+    ),
 }
 
 

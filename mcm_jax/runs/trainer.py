@@ -24,17 +24,21 @@ from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path, as_path
 from mcm_jax.system.pictures import image_grid
-from mcm_jax.training import loop, observer
+from mcm_jax.training import loop, observer, writers
 from mcm_jax.training.checkpoints import Batches, Checkpoints
+from mcm_jax.training.profile import Profile, Tracer
 from mcm_jax.training.state import Params, TeacherParams, TrainState
 
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 
 
-def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
+def train(raw_config: ml_collections.ConfigDict, workdir: Path, *, profile: Profile | None = None) -> bool:
     """Trains in `workdir`, from its newest checkpoint if there is one; trains multiple stages in sequence.
 
     With several processes (see `distributed.joined`), all call this together and share `workdir`.
+
+    Args:
+      profile: traces some updates of each stage into workdir/profile.
 
     Returns:
       Whether the run is finished; False if it was interrupted, after saving a checkpoint.
@@ -46,6 +50,7 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
     """
     with distributed.fail_together():
         stages = stage_configs(validation.validate(raw_config), workdir)
+        writers.require_installed(stages[0][1].training.metrics_to)
         if len(stages) > 1 and (workdir / workdirs.RUN_FILE).exists():
             raise InputError(f"--workdir={workdir} contains a run, not its stages; choose another directory")
         for stage_workdir, config in stages:
@@ -55,12 +60,12 @@ def train(raw_config: ml_collections.ConfigDict, workdir: Path) -> bool:
         if len(stages) > 1 and isinstance(config.loss, Staged):
             before, after = config.loss.stages
             distributed.say(f"== stage {before} -> {after}: {stage_workdir}")
-        if not _train_run(config, stage_workdir):
+        if not _train_run(config, stage_workdir, profile):
             return False
     return True
 
 
-def _train_run(config: Config, workdir: Path) -> bool:
+def _train_run(config: Config, workdir: Path, profile: Profile | None) -> bool:
     """Trains one stage, or a run without stages; returns and raises as `train`."""
     with distributed.fail_together():
         existing = workdirs.existing_run(workdir, config)
@@ -92,7 +97,7 @@ def _train_run(config: Config, workdir: Path) -> bool:
     distributed.require_same((dataset, run.teacher, run.guide), "the data sets and teachers")
     room = (config.training.keep_checkpoints + 1) * _num_bytes(training.abstract)
     with workdirs.claim(workdir, run, existing=existing, needed_bytes=room):
-        return _train_from_newest(training, dataset, workdir)
+        return _train_from_newest(training, dataset, workdir, profile)
 
 
 def _record(
@@ -120,10 +125,13 @@ def _record(
     return record, guide and guide.config
 
 
-def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: Path) -> bool:
+def _train_from_newest(
+    training: build.Training, dataset: DatasetInfo, workdir: Path, profile: Profile | None
+) -> bool:
     """Trains from the newest checkpoint, if there is one; returns as `train`."""
     config, mesh = training.config, training.mesh
-    with Checkpoints(workdir, keep=config.training.keep_checkpoints) as checkpoints:
+    keep_every = config.training.keep_every_steps or None
+    with Checkpoints(workdir, keep=config.training.keep_checkpoints, keep_every=keep_every) as checkpoints:
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
         with distributed.fail_together():
             batches = train_batches(config)
@@ -133,7 +141,7 @@ def _train_from_newest(training: build.Training, dataset: DatasetInfo, workdir: 
         count = int(count_parameters(training.abstract.params))
         distributed.say(f"training {count:,} parameters on {sharding.description(mesh)}")
         with _observer(
-            config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview)
+            config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview), profile=profile
         ) as run_observer:
             return loop.train(
                 state,
@@ -336,11 +344,12 @@ def _teacher_workdir(config: Config) -> Path:
 
 
 def _observer(
-    config: Config, workdir: Path, *, first_step: int, draw: observer.Draw
+    config: Config, workdir: Path, *, first_step: int, draw: observer.Draw, profile: Profile | None
 ) -> contextlib.AbstractContextManager[loop.Observer]:
     """The observer of this process; only the first process reports progress."""
+    tracer = None if profile is None else Tracer(profile, workdir, first_step=first_step)
     if not distributed.is_first():
-        return observer.SilentObserver(draw=draw)
+        return observer.SilentObserver(draw=draw, tracer=tracer)
     return observer.RunObserver(
         workdir,
         first_step=first_step,
@@ -348,6 +357,10 @@ def _observer(
         batch_size=config.training.batch_size,
         log_every_steps=config.training.log_every_steps,
         draw=draw,
+        writers=writers.opened(
+            config.training.metrics_to, workdir, first_step=first_step, config=fields.flat(config)
+        ),
+        tracer=tracer,
     )
 
 

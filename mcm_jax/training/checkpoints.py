@@ -87,15 +87,17 @@ class Checkpoints:
         there is none.
     """
 
-    def __init__(self, workdir: Path, *, keep: int | None = None):
+    def __init__(self, workdir: Path, *, keep: int | None = None, keep_every: int | None = None):
         """Opens the directory.
 
         Args:
           keep: number of newest checkpoints to keep; None opens the directory read-only.
+          keep_every: also keep the checkpoints whose number of updates is a multiple of this; None: none.
         """
         self.directory = absolute(workdir) / CHECKPOINTS
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every,
             read_only=keep is None,
             enable_async_checkpointing=True,
             # Otherwise, if a directory cannot be created, the next save waits for it until a timeout.

@@ -6,6 +6,7 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Protocol, runtime_checkable
 
@@ -13,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mcm_jax.fields import Affects, setting
 from mcm_jax.system import sharding
 from mcm_jax.training.checkpoints import Batches, Checkpoints
-from mcm_jax.training.state import Params, TeacherParams, TrainState
+from mcm_jax.training.clock import Clock
+from mcm_jax.training.state import Params, TrainState
 from mcm_jax.training.watch import Watch
+from mcm_jax.training.watchdog import Watchdog
+from mcm_jax.training.writers import WriterName
 
 
 class NonFiniteError(RuntimeError):
@@ -27,7 +32,13 @@ class NonFiniteError(RuntimeError):
 
 @runtime_checkable
 class Observer(Protocol):
-    """Receives the progress of a run: a progress bar, plain lines, TensorBoard."""
+    """Receives the progress of a run: a progress bar, plain lines, metrics in files.
+
+    Attributes:
+      clock: adds up what the time is spent on.
+    """
+
+    clock: Clock
 
     def update(self, step: int) -> None:
         """Called after each update; `step` updates are done or dispatched to the device."""
@@ -52,15 +63,36 @@ class TrainingSettings:
     checkpoint_every_steps: int = setting(
         5_000, "updates between checkpoints", low=1, affects=Affects.NOTHING
     )
+    checkpoint_every_minutes: float = setting(
+        0.0, "minutes between checkpoints, besides those by updates; 0: none", low=0, affects=Affects.NOTHING
+    )
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1, affects=Affects.NOTHING)
+    keep_every_steps: int = setting(
+        0,
+        "also keep, for good, the checkpoints whose number of updates is a multiple of this; 0: none",
+        low=0,
+        affects=Affects.NOTHING,
+    )
     sample_every_steps: int = setting(
         10_000, "updates between sample grids; 0: none", low=0, affects=Affects.NOTHING
+    )
+    metrics_to: tuple[WriterName, ...] = setting(
+        ("tensorboard",),
+        "where metrics are written, beside the console: tensorboard, json (WORKDIR/metrics.jsonl), wandb",
+        affects=Affects.NOTHING,
+    )
+    hang_minutes: float = setting(
+        30.0,
+        "minutes without progress, compiling included, after which a process prints its stacks and ends; "
+        "0: never",
+        low=0,
+        affects=Affects.NOTHING,
     )
 
 
 def train(
     state: TrainState,
-    teacher_params: TeacherParams | None,
+    teacher_params: PyTree,
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     data: Batches,
     *,
@@ -73,7 +105,8 @@ def train(
 
     Metrics are read one update late, so the host waits for the current update only to save or to sample.
     SIGINT (Ctrl-C) or SIGTERM (preemption) saves a checkpoint and returns early. With several processes, a
-    signal to one of them stops all after the same update. A `Watch` reports unusual updates.
+    signal to one of them stops all after the same update. A `Watch` reports unusual updates, and a `Watchdog`
+    ends a process that hangs.
 
     Returns:
       Whether all updates are done; False after a signal.
@@ -83,30 +116,46 @@ def train(
     """
     step = int(state.step)
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    watch = Watch()
-    with _stop_signals() as signalled, jax.transfer_guard("disallow"):
-        stops = _stop_condition(mesh, signalled)
-        while step < settings.num_steps and not stops():
-            batch = sharding.global_batch(mesh, watch.read(data))
+    watch, clock = Watch(), observer.clock
+    with (
+        _stop_signals() as signalled,
+        Watchdog(60 * settings.hang_minutes, stopping=signalled) as watchdog,
+        jax.transfer_guard("disallow"),
+    ):
+        requests = _Requests(mesh, signalled, save_every_seconds=60 * settings.checkpoint_every_minutes)
+        while step < settings.num_steps and not requests.stop():
+            with clock.spent("data"):
+                batch = sharding.global_batch(mesh, watch.read(data))
             state, metrics = train_step(state, teacher_params, batch)
             step += 1
             _report(pending, observer, watch, checkpoints.saved)
             waited, pending = pending is not None, (step, metrics)
             observer.update(step)
-            save_now = _is_due(step, settings.checkpoint_every_steps) or checkpoints.retry_is_due()
+            save_now = (
+                _is_due(step, settings.checkpoint_every_steps) or requests.save or checkpoints.retry_is_due()
+            )
             draw_now = _is_due(step, settings.sample_every_steps)
             if save_now or draw_now:
                 # Only save or sample a state whose metrics are known to be finite.
                 _report(pending, observer, watch, checkpoints.saved)
                 pending = None
+            if waited or pending is None:
+                clock.updates_begin()
             if save_now:
-                checkpoints.save(state, data, step=step)
+                with clock.spent("checkpoints"):
+                    checkpoints.save(state, data, step=step)
+                requests.saved()
             if draw_now:
-                observer.pictures(step, state.ema_params)
+                with clock.spent("samples"):
+                    observer.pictures(step, state.ema_params)
             # Only if it waited for the update before did the host take the time of one update.
             watch.updated(step, usual=waited and not (save_now or draw_now))
+            watchdog.alive(step)
+        watchdog.stopped()
         _report(pending, observer, watch, checkpoints.saved)
-        checkpoints.finish(state, data, step=step)
+        clock.updates_begin()
+        with clock.spent("checkpoints"):
+            checkpoints.finish(state, data, step=step)
     return step >= settings.num_steps
 
 
@@ -131,24 +180,38 @@ def _report(
     observer.metrics(step, values)
 
 
-def _stop_condition(mesh: Mesh, signalled: threading.Event) -> Callable[[], bool]:
-    """Returns a function that decides, identically in every process, whether to stop before the next update.
+class _Requests:
+    """Whether to stop, and whether to save for the sake of time: the same answers in every process.
 
     With several processes, all vote before each update. The votes are read one update late, so that no host
     waits for the update that it just started.
+
+    Attributes:
+      save: whether a checkpoint is due by time; updated by `stop`.
     """
-    if not mesh.is_multi_process:
-        return signalled.is_set
-    any_of = jax.jit(lambda votes: jnp.any(votes), out_shardings=sharding.replicated(mesh))
-    counted: jax.Array | None = None
 
-    def stops() -> bool:
-        nonlocal counted
-        votes = np.full(len(mesh.local_devices), signalled.is_set())
-        last, counted = counted, any_of(sharding.global_batch(mesh, {"stop": votes})["stop"])
-        return last is not None and bool(jax.device_get(last))
+    def __init__(self, mesh: Mesh, signalled: threading.Event, *, save_every_seconds: float):
+        self._mesh, self._signalled = mesh, signalled
+        self._save_every = save_every_seconds or math.inf
+        self.save = False
+        self._saved_at, self._voted = time.monotonic(), None
+        any_of = jax.jit(lambda votes: jnp.any(votes, axis=0), out_shardings=sharding.replicated(mesh))
+        self._count = any_of if mesh.is_multi_process else None
 
-    return stops
+    def saved(self) -> None:
+        """A checkpoint has just been saved. Votes from before no longer ask for one."""
+        self._saved_at, self._voted = time.monotonic(), None
+
+    def stop(self) -> bool:
+        """Whether to stop before the next update."""
+        votes = [self._signalled.is_set(), time.monotonic() - self._saved_at >= self._save_every]
+        if self._count is not None:
+            local = np.tile(votes, (len(self._mesh.local_devices), 1))
+            counted = self._count(sharding.global_batch(self._mesh, {"votes": local})["votes"])
+            last, self._voted = self._voted, counted
+            votes = [False, False] if last is None else jax.device_get(last).tolist()
+        stop, self.save = votes
+        return stop
 
 
 @contextlib.contextmanager

@@ -1,28 +1,20 @@
-"""Reports the progress of a run: a progress bar or plain lines, TensorBoard, and grids of samples."""
+"""Reports the progress of a run: a progress bar or plain lines, metrics, and grids of samples."""
 
-import contextlib
-import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mcm_jax.system import files
-from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path
-from mcm_jax.system.pictures import png_bytes, save_png
+from mcm_jax.system.pictures import save_png
+from mcm_jax.training.clock import Clock
+from mcm_jax.training.profile import Tracer
 from mcm_jax.training.state import Params
-
-# protobuf creates these classes at import time.
-_Event, _SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-_Summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+from mcm_jax.training.writers import Writer, reporting_failure
 
 # Maps parameters to a grid of samples, or to None if they are not finite.
 Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"] | None]
@@ -31,8 +23,12 @@ Draw = Callable[[Params], UInt8[np.ndarray, "height width 3"] | None]
 class RunObserver:
     """Reports the progress of the training loop; a context manager that flushes all output on exit.
 
-    On a terminal it shows a progress bar, elsewhere it prints one line per report. It also writes metrics and
-    sample grids to TensorBoard (an event file in the workdir), and sample grids to workdir/samples as PNG.
+    On a terminal it shows a progress bar, elsewhere it prints one line per report. It also passes metrics and
+    sample grids to its writers, and saves sample grids to workdir/samples as PNG. In the end it prints what
+    the time was spent on, and the devices' peak memory if they report it.
+
+    Attributes:
+      clock: what the time is spent on; the loop sets the causes.
     """
 
     def __init__(
@@ -44,17 +40,23 @@ class RunObserver:
         batch_size: int,
         log_every_steps: int,
         draw: Draw,
+        writers: Sequence[Writer],
+        tracer: Tracer | None = None,
     ):
-        """Opens TensorBoard's event file.
+        """Starts the clock.
 
         Args:
           first_step: number of updates done before this start.
+          writers: where metrics go; they are closed on exit.
+          tracer: traces some updates.
         """
+        self.clock = Clock()
+        self._lap = self.clock.seconds()
         self._samples = workdir / "samples"
         self._num_steps, self._batch_size, self._draw = num_steps, batch_size, draw
         self._log_every_steps = log_every_steps
         self._window: list[dict[str, float]] = []
-        self._events = _EventFile(workdir, first_step=first_step)
+        self._writers, self._tracer, self._last_step = writers, tracer, first_step
         self._started = time.monotonic()
         self._timed: tuple[int, float] | None = None
         self._bar = None
@@ -71,13 +73,20 @@ class RunObserver:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._events.close()
+        if self._tracer is not None:
+            self._tracer.stop()
+        if self._timed is not None:
+            self._report_time()
+        for writer in self._writers:
+            writer.close()
 
     def update(self, step: int) -> None:
         """Moves the progress bar; at the first update also prints the start-up time."""
         if self._timed is None:
             self._say(f"first update after {time.monotonic() - self._started:.1f} s")
             self._timed = (step, time.monotonic())
+        if self._tracer is not None:
+            self._tracer.update(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
@@ -87,7 +96,6 @@ class RunObserver:
         if step % self._log_every_steps and step != self._num_steps:
             return
         means = {name: float(np.mean([v[name] for v in self._window])) for name in values}
-        self._window.clear()
         now, left = time.monotonic(), ""
         first, since = self._timed or (step, now)
         if step > first:
@@ -95,7 +103,11 @@ class RunObserver:
             means |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
             left = f"  {_duration((self._num_steps - step) / rate)} left"
         self._timed = (step, now)
-        self._events.scalars(step, means)
+        seconds = self._seconds_since_last_report()
+        self._write(
+            step, means | {f"seconds/{cause}": value / len(self._window) for cause, value in seconds.items()}
+        )
+        self._window.clear()
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
         text = f"step {step}/{self._num_steps}  {text}{left}"
         if self._bar is None:
@@ -110,11 +122,36 @@ class RunObserver:
         if grid is None:
             self._say(f"the samples of step {step} contain NaN or infinity and are not saved")
         else:
-            with _reporting_failure(self._samples):
+            with reporting_failure(self._samples):
                 save_png(grid, self._samples / f"step_{step:07d}.png")
-            self._events.image(step, "samples", grid)
+            for writer in self._writers:
+                writer.image(step, "samples", grid)
         if self._timed is not None:
             self._timed = (self._timed[0], self._timed[1] + time.monotonic() - start)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self._last_step = step
+        for writer in self._writers:
+            writer.scalars(step, values)
+
+    def _seconds_since_last_report(self) -> dict[str, float]:
+        before, self._lap = self._lap, self.clock.seconds()
+        return {cause: value - before[cause] for cause, value in self._lap.items()}
+
+    def _report_time(self) -> None:
+        """Prints and writes the share of the time that was spent on each cause since this start."""
+        seconds = self.clock.seconds()
+        total = sum(seconds.values())
+        shares = {cause: value / total for cause, value in seconds.items()}
+        values = {f"share/{cause}": share for cause, share in shares.items()}
+        text = f"{_duration(total)}: {shares['updates']:.1%} of the time on updates (goodput)"
+        text += "".join(f", {share:.1%} on {cause}" for cause, share in shares.items() if cause != "updates")
+        peak = peak_memory_bytes()
+        if peak is not None:
+            values["peak_memory_gib"] = peak / 2**30
+            text += f"; peak memory {peak / 2**30:.2f} GiB per device"
+        self._say(text)
+        self._write(self._last_step, values)
 
     def _say(self, text: str) -> None:
         if self._bar is None:
@@ -126,17 +163,21 @@ class RunObserver:
 class SilentObserver:
     """Observer for all processes except the first: takes part in drawing samples and reports nothing."""
 
-    def __init__(self, *, draw: Draw):
-        self._draw = draw
+    def __init__(self, *, draw: Draw, tracer: Tracer | None = None):
+        self.clock = Clock()
+        self._draw, self._tracer = draw, tracer
 
     def __enter__(self) -> "SilentObserver":
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        if self._tracer is not None:
+            self._tracer.stop()
 
     def update(self, step: int) -> None:
-        """Does nothing."""
+        """Traces the updates of a profile."""
+        if self._tracer is not None:
+            self._tracer.update(step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Does nothing."""
@@ -146,50 +187,12 @@ class SilentObserver:
         self._draw(params)
 
 
-class _EventFile:
-    """The TensorBoard event file of one start of a run.
-
-    It is written with TensorBoard's record format alone: clu.metric_writers and TensorBoard's EventFileWriter
-    import TensorFlow, which would delay every start by several seconds.
-    """
-
-    def __init__(self, workdir: Path, *, first_step: int):
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._path = path = workdir / name
-        file = files.GrowingObject(path) if isinstance(path, epath.Path) else path.open("ab")
-        self._records = RecordWriter(file)
-        self._write(file_version="brain.Event:2")
-        # Makes TensorBoard drop what an earlier start logged after first_step, as this start logs it again.
-        self._write(step=first_step + 1, session_log=_SessionLog(status=_SessionLog.START))
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        found = [_Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step=step, summary=_Summary(value=found))
-
-    def image(self, step: int, name: str, image: UInt8[np.ndarray, "height width 3"]) -> None:
-        height, width, channels = image.shape
-        encoded = _Summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=png_bytes(image)
-        )
-        self._write(step=step, summary=_Summary(value=[_Summary.Value(tag=name, image=encoded)]))
-
-    def close(self) -> None:
-        with _reporting_failure(self._path):
-            self._records.close()
-
-    def _write(self, **fields: object) -> None:
-        with _reporting_failure(self._path):
-            self._records.write(_Event(wall_time=time.time(), **fields).SerializeToString())
-            self._records.flush()
-
-
-@contextlib.contextmanager
-def _reporting_failure(path: Path) -> Generator[None, None, None]:
-    """Reports that the storage has failed; training goes on without what could not be written."""
-    try:
-        yield
-    except (OSError, InputError) as error:
-        print(f"note: {path} could not be written ({error})", file=sys.stderr, flush=True)
+def peak_memory_bytes() -> int | None:
+    """The most memory that any device of this process has used; None if they do not report it, as CPUs."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return max(
+        (each["peak_bytes_in_use"] for each in stats if each and "peak_bytes_in_use" in each), default=None
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -171,6 +171,8 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "steps": 4,
         "sampler": "ddim",
         "guidance": 0.0,
+        "guide": None,
+        "guide_checkpoint": None,
         "noise_grid": "schedule",
         "x_var": None,
         "x_var_eta": None,

@@ -23,6 +23,8 @@ RECORD = {
     "steps": 4,
     "sampler": "ddim",
     "guidance": 0.0,
+    "guide": None,
+    "guide_checkpoint": None,
     "noise_grid": "schedule",
     "x_var": None,
     "x_var_eta": None,

@@ -731,7 +731,7 @@ def test_what_parameters_do_not_depend_on_may_differ_from_the_teacher(fields, ti
 def test_a_teacher_of_another_resolution(teacher, tiny_data, tmp_path, no_compilation):
     tiny.prepare_folder(tmp_path, resolution=16)
     config = changed(tiny.config(tmp_path / "data", "cd", teacher), data__resolution=16)
-    with pytest.raises(InputError, match=r"its data\.resolution is 8, this run's is 16"):
+    with pytest.raises(InputError, match="trained on images of 8x8 pixels, not 16x16; use its resolution"):
         trainer.train(config, tmp_path / "run")
 
 

@@ -26,13 +26,16 @@ TEXTS = {
     "evaluate": {"steps", "guidance", "captions", "checkpoint_step", "metrics"},
     "prepare": {"dataset", "encoder", "host", "name", "manual_dir"},
     "sample": {"prompt"},
+    "train": {"profile"},
     "plan": {"topology"},
     "findings": {"problems"},
 }
 PATHS = {
     "train": {"workdir"},
-    "sample": {"workdir", "out", "data_dir", "prompts", "text_encoder"},
-    "evaluate": {"workdir", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip"},
+    "sample": {"workdir", "guide", "out", "data_dir", "prompts", "text_encoder"},
+    "evaluate": {
+        *("workdir", "guide", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip")
+    },
     "prepare": {"inception", "data_dir", "teacher", "workdir"},
     "plan": {"json", "hlo", "table", "scaling"},
     "report": {"runs", "out", "prompts", "text_encoder"},
@@ -109,7 +112,7 @@ def test_a_path_that_is_none():
 
 
 # Settings with text.
-PATH_SETTINGS = {"teacher_checkpoint", "data.data_dir"}
+PATH_SETTINGS = {"teacher_checkpoint", "guide_checkpoint", "data.data_dir"}
 TEXT_SETTINGS = {"data.dataset", "data.encoder"}
 
 
@@ -128,7 +131,7 @@ def test_every_setting_with_text_is_a_path_or_known_to_be_none():
 def configured(name, value):
     config = settings.default_config()
     config.update(objective="cd", teacher_checkpoint="teacher")
-    config.consistency.student_steps = 2
+    config.consistency.update(student_steps=2, teacher_guidance=1.0)
     section, _, field = name.rpartition(".")
     (config[section] if section else config)[field] = value
     found = validation.validate(config)

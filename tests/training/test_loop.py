@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mcm_jax.system import sharding
+from mcm_jax.training import clock as clocks
 from mcm_jax.training import loop, watch
 from mcm_jax.training.checkpoints import Checkpoints
 from mcm_jax.training.state import TrainState
@@ -24,6 +25,7 @@ class Story(Checkpoints):
     def __init__(self, *, saved=None, metrics=None, do=None):
         """saved: the newest checkpoint; metrics: of an update, by its number; do: what else it does."""
         self.told, self.saved, self.made_up, self.do = [], saved, metrics or {}, do or {}
+        self.clock = clocks.Clock()
 
     def tell(self, what, number):
         self.told.append(f"{what} {number}")
@@ -70,7 +72,7 @@ class Story(Checkpoints):
     def example(self, number):
         return {"image": np.full(1, number, np.float32)}
 
-    def train(self, num_steps, *, first=0, checkpoint_every=2, sample_every=3):
+    def train(self, num_steps, *, first=0, checkpoint_every=2, sample_every=3, minutes=0.0):
         self.first = first
         data = grain.MapDataset.range(1000).map(self.example)
         return loop.train(
@@ -83,6 +85,7 @@ class Story(Checkpoints):
                 num_steps=num_steps,
                 checkpoint_every_steps=checkpoint_every,
                 sample_every_steps=sample_every,
+                checkpoint_every_minutes=minutes,
             ),
             checkpoints=self,
             observer=self,
@@ -102,6 +105,26 @@ def test_everything_in_its_order():
         *("compute 6", "metrics 5", "update 6", "metrics 6", "save 6", "picture 6"),
         *("save 6", "wait"),
     ]
+
+
+def test_checkpoints_by_time(monkeypatch):
+    """Every three minutes since the last checkpoint, whatever was the reason for that one."""
+    time = Clock()
+    monkeypatch.setattr(loop, "time", time)
+    story = Story(do={n: lambda: time.passes(60.0) for n in range(1, 13)})
+    assert story.train(12, checkpoint_every=5, sample_every=0, minutes=3.0) is True
+    # A minute has passed after update 1; the time is looked at before each update.
+    assert [line for line in story.told if line.startswith("save")] == [
+        *("save 4", "save 5", "save 9", "save 10"),
+        "save 12",
+    ]
+
+
+def test_where_the_time_goes():
+    story = Story(do={4: lambda: story.clock.seconds()})
+    assert story.train(6) is True
+    seconds = story.clock.seconds()
+    assert all(value > 0 for value in seconds.values())
 
 
 def test_the_last_update_is_saved_off_the_beat_and_no_pictures_if_never():

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from mcm_jax.training import observer
+from mcm_jax.training import clock as clocks
+from mcm_jax.training import observer, writers
 from mcm_jax.training.observer import RunObserver
 
 
@@ -21,7 +24,7 @@ class Events:
         self.logged_scalars, self.logged_images, self.closed = {}, {}, 0
 
     def scalars(self, step, values):
-        self.logged_scalars[step] = dict(values)
+        self.logged_scalars[step] = self.logged_scalars.get(step, {}) | values
 
     def image(self, step, name, image):
         self.logged_images[step, name] = image
@@ -44,14 +47,15 @@ class Clock:
 @pytest.fixture
 def events(monkeypatch):
     found = Events()
-    monkeypatch.setattr(observer, "_EventFile", lambda workdir, *, first_step: found)
+    monkeypatch.setattr(writers, "TensorBoard", lambda workdir, *, first_step: found)
     return found
 
 
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr(observer, "time", found)
+    for module in (observer, clocks):
+        monkeypatch.setattr(module, "time", found)
     return found
 
 
@@ -59,8 +63,8 @@ def test_training_goes_on_if_nothing_can_be_written(tmp_path, capsys):
     """Neither pictures nor metrics are worth a run."""
     with observe(tmp_path) as found:
         (tmp_path / "samples").write_text("a file in the place of the directory")
-        found._events._records.close()
-        found._events._records = Refusing()
+        found._writers[0]._records.close()
+        found._writers[0]._records = Refusing()
         found.metrics(2, {"loss": 1.0})
         found.pictures(2, None)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
@@ -78,7 +82,15 @@ class Refusing:
 GRID = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
 
 
-def observe(workdir, *, draw=lambda params: GRID, num_steps=10_000, log_every_steps=2, first_step=0):
+def observe(
+    workdir,
+    *,
+    draw=lambda params: GRID,
+    num_steps=10_000,
+    log_every_steps=2,
+    first_step=0,
+    to=("tensorboard",),
+):
     return RunObserver(
         workdir,
         first_step=first_step,
@@ -86,6 +98,7 @@ def observe(workdir, *, draw=lambda params: GRID, num_steps=10_000, log_every_st
         batch_size=16,
         log_every_steps=log_every_steps,
         draw=draw,
+        writers=writers.opened(to, workdir, first_step=first_step, config={}),
     )
 
 
@@ -93,6 +106,7 @@ def test_lines_where_there_is_no_terminal(events, clock, tmp_path, capsys):
     with observe(tmp_path, num_steps=5, first_step=1) as run:
         clock.passes(3.0)
         run.update(2)  # The first one compiles: it does not count in the speed.
+        run.clock.updates_begin()
         clock.passes(0.5)
         run.update(3)
         run.metrics(2, {"loss": 1.0, "gradient_norm": 8.0})
@@ -110,15 +124,25 @@ def test_lines_where_there_is_no_terminal(events, clock, tmp_path, capsys):
         # Two updates in 1.5 seconds.
         "step 4/5  loss 3  gradient norm 0.5  steps per second 1.333  images per second 21.33  1 s left",
         "step 5/5  loss 7  gradient norm 1  steps per second 4  images per second 64  0 s left",
+        # 2.25 of 5.25 seconds.
+        "5 s: 42.9% of the time on updates (goodput), 57.1% on start, 0.0% on data, 0.0% on checkpoints, "
+        "0.0% on samples",
     ]
     assert set(events.logged_scalars) == {2, 4, 5}
-    assert events.logged_scalars[2] == {"loss": 1.0, "gradient_norm": 8.0}
-    assert events.logged_scalars[5] == {
-        "loss": 7.0,
-        "gradient_norm": 1.0,
-        "steps_per_second": 4.0,
-        "images_per_second": 64.0,
-    }
+    assert events.logged_scalars[2].items() >= {"loss": 1.0, "gradient_norm": 8.0}.items()
+    assert "steps_per_second" not in events.logged_scalars[2]
+    assert events.logged_scalars[4]["seconds/updates"] == 1.5 / 2
+    assert events.logged_scalars[5]["share/updates"] == pytest.approx(2.25 / 5.25)
+    assert (
+        events.logged_scalars[5].items()
+        >= {
+            "loss": 7.0,
+            "gradient_norm": 1.0,
+            "steps_per_second": 4.0,
+            "images_per_second": 64.0,
+            "seconds/updates": 0.25,
+        }.items()
+    )
     assert events.closed == 1
 
 
@@ -195,6 +219,8 @@ def test_a_bar_on_a_terminal(events, clock, tmp_path, monkeypatch, capsys):
         {"completed": 7},
         {"description": "step 6/8  loss 1"},
         "stop",
+        "0 s: 0.0% of the time on updates (goodput), 100.0% on start, 0.0% on data, 0.0% on checkpoints, "
+        "0.0% on samples",
     ]
     assert capsys.readouterr().out == ""
 
@@ -209,7 +235,7 @@ def test_how_long_it_still_takes(rate_seconds, left, events, clock, tmp_path, ca
         run.update(1)
         clock.passes(rate_seconds)
         run.metrics(2, {"loss": 1.0})
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"  {left} left")
+    assert capsys.readouterr().out.splitlines()[-2].endswith(f"  {left} left")
 
 
 def shown(workdir):
@@ -251,7 +277,8 @@ def test_every_step_is_shown_once_after_a_restart(tmp_path, capsys):
 def test_tensorboard_has_metrics_and_pictures(tmp_path, capsys):
     start(tmp_path, first_step=0, last_step=10, loss=1.5)
     board = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert set(board.Tags()["tensors"]) == {"loss", "steps_per_second", "images_per_second", "samples"}
+    tags = {tag for tag in board.Tags()["tensors"] if not tag.startswith(("seconds/", "share/"))}
+    assert tags == {"loss", "steps_per_second", "images_per_second", "samples"}
     (image,) = board.Tensors("samples")
     width, height, encoded = make_ndarray(image.tensor_proto)
     assert (int(width), int(height)) == (6, 4)
@@ -263,3 +290,33 @@ def test_a_run_goes_on_without_a_picture(tmp_path, capsys):
         run.pictures(10, "params")
     assert "the samples of step 10 contain NaN or infinity and are not saved" in capsys.readouterr().out
     assert not list(tmp_path.glob("samples/*"))
+
+
+def test_json_lines(tmp_path):
+    for first_step, loss in ((0, 1.5), (2, 2.5)):
+        with observe(tmp_path, to=("json", "json"), log_every_steps=1, first_step=first_step) as run:
+            run.metrics(first_step + 1, {"loss": loss})
+            run.metrics(first_step + 2, {"loss": loss + 1})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert found == [(1, 1.5), (2, 2.5), (3, 2.5), (4, 3.5)]
+    assert [line["step"] for line in lines if "share/updates" in line] == [2, 4]
+    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_the_peak_memory_is_reported_if_devices_know_it(events, clock, tmp_path, monkeypatch, capsys):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    devices = [Device({"peak_bytes_in_use": int(gib * 2**30)}) for gib in (1.5, 2.25)]
+    monkeypatch.setattr(observer.jax, "local_devices", lambda: devices)
+    with observe(tmp_path, log_every_steps=1) as run:
+        clock.passes(1.0)
+        run.metrics(1, {"loss": 1.0})
+    assert capsys.readouterr().out.endswith("; peak memory 2.25 GiB per device\n")
+    assert events.logged_scalars[1]["peak_memory_gib"] == 2.25
+    for stats in (None, {}):  # As CPUs.
+        monkeypatch.setattr(observer.jax, "local_devices", lambda stats=stats: [Device(stats)])
+        assert observer.peak_memory_bytes() is None
