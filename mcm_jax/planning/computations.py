@@ -76,7 +76,8 @@ def train(config: Config, devices: Sequence[Device], *, condition: Condition) ->
     """
     _, config = stage_configs(config, Path())[-1]
     settings = config.training
-    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+    fitted = sharding.fitted(config.mesh, devices)
+    mesh = sharding.make_mesh(data=fitted.data, fsdp=fitted.fsdp, devices=devices)
     sharding.check_batch(mesh, batch_size=settings.batch_size, accumulation_steps=settings.accumulation_steps)
     guide = (
         None if config.guide_checkpoint is None else workdirs.read(as_path(config.guide_checkpoint)).config

@@ -86,7 +86,8 @@ def _train_run(config: Config, workdir: Path, profile: Profile | None) -> bool:
             resolution=config.data.resolution,
             encoder=config.data.encoder,
         )
-        mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        fitted = sharding.fitted(config.mesh)
+        mesh = sharding.make_mesh(data=fitted.data, fsdp=fitted.fsdp)
         sharding.check_batch(
             mesh,
             batch_size=config.training.batch_size,

@@ -1,6 +1,7 @@
 """The mesh and the shardings on it: the batch over `data` and `fsdp`, parameters over `fsdp`."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
@@ -49,6 +50,27 @@ class MeshSettings:
         "batch, or those of one block, before it computes, which takes less memory and more communication",
         affects=Affects.NOTHING,
     )
+
+
+def fitted(settings: MeshSettings, devices: Sequence[Device] | None = None) -> MeshSettings:
+    """Changes fsdp to all devices of a slice, with a note on stderr, if it does not divide their number.
+
+    A config row has the number of chips that it was planned for. It is not changed if `data` is given too.
+    """
+    chosen = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in chosen})
+    count = len(chosen) // slices
+    if settings.data != -1 or count % settings.fsdp == 0:
+        return settings
+    if jax.process_index() == 0:
+        where = "available" if slices == 1 else "of each slice"
+        print(
+            f"note: config.mesh.fsdp={settings.fsdp} does not divide the {count} devices {where}; "
+            f"using fsdp={count}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return dataclasses.replace(settings, fsdp=count)
 
 
 def make_mesh(*, data: int, fsdp: int, devices: Sequence[Device] | None = None) -> Mesh:

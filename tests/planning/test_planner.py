@@ -215,7 +215,10 @@ def test_attention_written_out_counts_as_often_as_its_kernels(monkeypatch):
             ("--config=configs/folder.py:teacher",),
             "config.data.dataset=.*: unknown classes; set --num_class",
         ),
-        (("--config.mesh.fsdp=3",), "config.mesh: data=1 x fsdp=3 is not the 4 devices"),
+        (
+            ("--config.mesh.data=1", "--config.mesh.fsdp=3"),
+            "config.mesh: data=1 x fsdp=3 is not the 4 devices",
+        ),
         (("--config.training.batch_size=6",), "batch_size=6 can't be divided over 4 devices"),
         (("--config.model.remat=some",), "config.model.remat='some' must be one of none, full, dots, names"),
     ],

@@ -669,7 +669,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
         ({"data__resolution": 16}, "folder/tiny at resolution 16 is not in"),
         ({"data__dataset": "folder/none"}, "python -m mcm_jax.prepare --dataset=folder"),
         ({"diffusion__levels": (8, 3)}, "3 does not divide config.data.resolution=8"),
-        ({"mesh__fsdp": 3}, "data=0 x fsdp=3 is not the 1 devices"),
+        ({"mesh__data": 3}, "data=3 x fsdp=1 is not the 1 devices"),
         ({"teacher_checkpoint": "x"}, "has no effect on a diffusion model"),
         ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
         (

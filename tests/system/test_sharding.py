@@ -1,5 +1,7 @@
 """Which device holds what, on made-up meshes of eight."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,17 @@ def test_a_mesh_that_does_not_cover_the_devices(data, fsdp):
     given = 8 // fsdp if data == -1 else data
     with pytest.raises(InputError, match=rf"data={given} x fsdp={fsdp} is not the 8 devices"):
         sharding.make_mesh(data=data, fsdp=fsdp)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "expected"), [(-1, 64, 8), (-1, 3, 8), (-1, 4, 4), (2, 64, 64)])
+def test_fsdp_that_does_not_divide_the_devices_takes_all(data, fsdp, expected, capsys):
+    settings = sharding.MeshSettings(data=data, fsdp=fsdp, gather="blocks")
+    fitted = sharding.fitted(settings)
+    assert fitted == dataclasses.replace(settings, fsdp=expected)
+    note = f"note: config.mesh.fsdp={fsdp} does not divide the 8 devices available; using fsdp=8\n"
+    assert capsys.readouterr().err == (note if expected != fsdp else "")
+    if data == -1:
+        assert sharding.make_mesh(data=fitted.data, fsdp=fitted.fsdp).shape["fsdp"] == expected
 
 
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
@@ -201,3 +214,8 @@ def test_parameters_are_not_split_over_slices(two_slices):
         InputError, match=r"config.mesh.fsdp=8 does not divide the 4 devices of each of the 2"
     ):
         sharding.make_mesh(data=-1, fsdp=8)
+
+
+def test_on_several_slices_the_note_counts_those_of_one(two_slices, capsys):
+    assert sharding.fitted(sharding.MeshSettings(fsdp=8)).fsdp == 4
+    assert "does not divide the 4 devices of each slice; using fsdp=4" in capsys.readouterr().err
