@@ -64,8 +64,10 @@ def get_config(row: str = "small,teacher") -> ml_collections.ConfigDict:
         row,
         resolution=128,
         widths=(128, 256, 512, 1024),
-        # The paper uses guidance for the small network, but leaves open the weight and where (SPEC 3).
-        small=paper_rows.Size(dropouts=(0.0, 0.0, 0.0, 0.1), guidance=0.3),
-        large=paper_rows.Size(dropouts=(0.0, 0.1, 0.1, 0.1)),
+        sizes={
+            # The paper uses guidance for the small network, but leaves open the weight and where (SPEC 3).
+            "small": paper_rows.Size(dropouts=(0.0, 0.0, 0.0, 0.1), guidance=0.3),
+            "large": paper_rows.Size(dropouts=(0.0, 0.1, 0.1, 0.1)),
+        },
         levels=(128, 64),
     )

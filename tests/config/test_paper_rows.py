@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet64, imagenet128
+from mcm_jax import fields
 from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
 from mcm_jax.models.conditions import Classes
@@ -207,6 +208,25 @@ def test_what_all_systems_share(resolution, size, system):
     assert (config.data.dataset, config.data.data_dir) == ("imagenet", "data")
     assert config.data.resolution == resolution
     assert (config.mesh.data, config.mesh.fsdp) == (-1, {"small": 64, "large": 256}[size])
+
+
+@pytest.mark.parametrize("system", ["teacher", "ct,steps=8", "cd,steps=8", "pd,steps=8", "tract,steps=8"])
+def test_the_mini_network_is_small_but_for_its_size_and_length(system):
+    mini, small = (fields.flat(load(64, row)) for row in (f"mini,{system}", f"{system},small"))
+    changed = {name for name in mini if mini[name] != small[name]}
+    assert changed <= {
+        *("model.widths", "model.dropouts", "model.embedding_width", "mesh.fsdp", "training.batch_size"),
+        *("training.num_steps", "optimizer.warmup_steps", "consistency.anneal_steps"),
+    }
+    assert mini["model.widths"] == tuple(width // 2 for width in small["model.widths"])
+    assert mini["training.batch_size"] == small["training.batch_size"] // 4 and mini["mesh.fsdp"] == 8
+    lengths = {"teacher": 300_000, "pd,steps=8": 10_000, "tract,steps=8": 50_000}
+    assert mini["training.num_steps"] == lengths.get(system, 100_000)
+    assert 2 * mini["consistency.anneal_steps"] == 100_000 or not system.startswith("c")
+    network = build.network(load(64, f"mini,{system}"), condition=Classes(1000))
+    assert sum(leaf.size for leaf in jax.tree.leaves(network.abstract_params)) == pytest.approx(
+        100e6, rel=0.01
+    )
 
 
 def test_progressive_distillation_halves_down_to_the_students_steps():
