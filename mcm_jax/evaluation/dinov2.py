@@ -166,6 +166,7 @@ class DinoV2Settings:
             raise InputError(
                 f"{where}: use_swiglu_ffn is true, as in DINOv2 giant, which is not supported; {_REMEDY}"
             )
+        config.choice("hidden_act", ("gelu",), default="gelu")
         width, resolution = config.size("hidden_size"), config.size("image_size")
         patch = config.divisor("patch_size", RESOLUTION)
         return cls(
@@ -212,7 +213,7 @@ def network(directory: Path | None) -> FeatureNetwork:
     if directory is None:
         raise InputError(f"--features=dinov2 needs its weights: add --dinov2=DIRECTORY, or {_REMEDY}")
     source = files.Directory(directory)
-    if not directory.is_dir() or files.CONFIG not in source.names():
+    if files.CONFIG not in source.names():
         raise InputError(
             f"--dinov2={directory}: there is no {files.CONFIG} of a DINOv2; get its files: "
             f"{files.get(source, DinoV2Settings.DOWNLOAD)}"
