@@ -263,6 +263,9 @@ def test_dinov2s_features_give_their_distance_by_name(dinov2, workdirs, tmp_path
 
 
 def test_dinov2_compares_with_the_data_set_too(dinov2):
+    """By default only with its distance."""
+    (record,) = scoring.evaluate(dinov2, Loader())
+    assert list(record.metrics) == ["fd_dinov2_40", "fd_dinov2_12"]
     metrics = ("frechet", "nearest")
     (record,) = scoring.evaluate(dataclasses.replace(dinov2, metrics=metrics), Loader())
     assert list(record.metrics) == ["fd_dinov2_40", "fd_dinov2_12", "nearest_neighbour_distance"]
