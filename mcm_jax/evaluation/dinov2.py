@@ -167,8 +167,8 @@ class DinoV2Settings:
                 f"{where}: use_swiglu_ffn is true, as in DINOv2 giant, which is not supported; {_REMEDY}"
             )
         config.choice("hidden_act", ("gelu",), default="gelu")
-        width, resolution = config.size("hidden_size"), config.size("image_size")
-        patch = config.divisor("patch_size", RESOLUTION)
+        width, patch = config.size("hidden_size"), config.divisor("patch_size", RESOLUTION)
+        resolution = config.size("image_size", at_least=patch)
         return cls(
             width=width,
             hidden=width * config.size("mlp_ratio", default=4),

@@ -234,6 +234,9 @@ def test_another_size_has_another_name_and_other_weights_another_hash(tmp_path):
         ({"use_swiglu_ffn": True}, "DINOv2 giant, which is not supported; get ViT-L/14: hf download"),
         ({"use_swiglu_ffn": 1}, "use_swiglu_ffn is 1; it must be true or false"),
         ({"patch_size": 13}, "patch_size is 13; it must divide"),
+        ({"image_size": 55}, "image_size is 55; it must be an integer from 56"),
+        ({"image_size": 2**20, "patch_size": 1}, "and should be .12, 3, 1, 1. by config.json"),
+        ({"hidden_size": 2**20, "num_attention_heads": 1, "mlp_ratio": 2**20}, "by config.json"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; it must be gelu"),
         ({"num_hidden_layers": 3}, "has no tensor encoder.layer.2"),
         ({"image_size": 336}, r"position_embeddings is \(1, 26, 12\) and should be \(1, 37, 12\)"),
@@ -244,6 +247,15 @@ def test_a_config_of_another_network(changes, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         dinov2.network(directory)
     assert "\n" not in str(error.value)
+
+
+def test_weights_in_half_precision_are_computed_with_in_float32(tmp_path):
+    stored = {name: value.astype(np.float16) for name, value in tensors(TINY).items()}
+    images = noise(2, 16, 16)
+    found = Extractor(dinov2.network(write(tmp_path, weights=stored)), batch_per_device=2)(images)["pool"]
+    expected = np.stack([class_token(image, Weights(stored)) for image in images])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=3e-5)
 
 
 def test_damaged_weights(tmp_path):
