@@ -90,12 +90,18 @@ def define_flags() -> None:
         "features",
         Options.features,
         tuple(DEFAULT_METRICS),
-        "inception: the features of FID; you provide the weights. efficientnet: an installed proxy.",
+        "inception: the features of FID; dinov2: those of FD-DINOv2; you provide the weights of both. "
+        "efficientnet: an installed proxy.",
     )
     paths.define_path(
         "inception",
         Options.inception,
         "Inception's weights, as converted by mcm_jax.prepare --inception=FILE.",
+    )
+    paths.define_path(
+        "dinov2",
+        None,
+        "Directory of DINOv2 ViT-L/14 as transformers writes it (config.json, model.safetensors).",
     )
     flags.DEFINE_list("metrics", None, f"Some of {', '.join(protocol.METRICS)}. Default: the cheap ones.")
     paths.define_path(
@@ -116,7 +122,8 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "allow_singular",
         False,
-        "Compute FID even if there are no more samples than features (2,048). Such a number means little.",
+        "Compute FID or FD-DINOv2 even if there are no more samples than features (2,048 or 1,024). Such a "
+        "number means little.",
     )
     paths.define_path(
         "clip",

@@ -36,8 +36,16 @@ DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
 
 EFFICIENTNET: Literal["efficientnet-lite0"] = "efficientnet-lite0"
 INCEPTION: Literal["inception-2015-12-05"] = "inception-2015-12-05"
+DINOV2: Literal["dinov2-vitl14"] = "dinov2-vitl14"
+# Any other size of DINOv2; its hash tells which.
+DINOV2_OTHER: Literal["dinov2-other"] = "dinov2-other"
 # Names of the Frechet distance on each network's features; with Inception it is FID.
-DISTANCES = {EFFICIENTNET: "fd_effnet_lite0", INCEPTION: "fid"}
+DISTANCES = {
+    EFFICIENTNET: "fd_effnet_lite0",
+    INCEPTION: "fid",
+    DINOV2: "fd_dinov2",
+    DINOV2_OTHER: "fd_dinov2_other",
+}
 NEAREST = "nearest_neighbour_distance"
 # Scores of samples by their captions, as in --metrics.
 ATTRIBUTES, CLIP_SCORE, NEAREST_OF_TEN = CAPTION_SCORES = ("attributes", "clip_score", "nearest_of_ten")
@@ -192,7 +200,7 @@ class Sampling(Record):
 class Features(Record):
     """The network that computes the features to compare."""
 
-    network: Literal["efficientnet-lite0", "inception-2015-12-05"]
+    network: Literal["efficientnet-lite0", "inception-2015-12-05", "dinov2-vitl14", "dinov2-other"]
     sha256: str  # of the weights
     input_resolution: int | None = None  # None: the network supports only one
 

@@ -10,6 +10,7 @@ import configparser
 import dataclasses
 import functools
 import itertools
+import pickle
 import shlex
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from mcm_jax.planning import planner
 from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_coco, test_emoji, test_imagenet
-from tests.evaluation import test_inception_weights
+from tests.evaluation import test_dinov2, test_inception_weights
 from tests.teachers import golden
 from tests.teachers import images as teacher_images
 from tests.text import tiny as encoders
@@ -410,6 +411,10 @@ def make_up_data(name: str, directory: Path) -> None:
     if name == "imagenet64":
         test_imagenet.make_manual_dir(directory / "DIR")
         made_up_statistics(directory / "imagenet64.npz")
+        # These weights are not ViT-L/14's, so their distance has another name than in EDM2's file.
+        test_dinov2.write(directory / "dinov2-large")
+        moments = {"mu": np.zeros(FEATURES["pool"]), "sigma": np.eye(FEATURES["pool"])}
+        (directory / "img64.pkl").write_bytes(pickle.dumps({"fid": moments, "fd_dinov2_other": moments}))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mcm_jax import records
 from mcm_jax.bench import cells
 from mcm_jax.data import folder, imagenet, layout
-from mcm_jax.evaluation import compatibility, image_files, inception_weights, unfinished
+from mcm_jax.evaluation import compatibility, dinov2, image_files, inception_weights, unfinished
 from mcm_jax.planning import planner
 from mcm_jax.reporting import page, results
 from mcm_jax.runs import workdirs
@@ -33,6 +33,7 @@ from mcm_jax.teachers import nvidia
 from mcm_jax.text import encoders
 from tests.bench.test_cells import PROBLEMS, A
 from tests.data.test_imagenet import encoded, picture
+from tests.evaluation import test_dinov2
 from tests.limits import refusal
 from tests.planning.test_table import RECORD as PLAN
 from tests.reporting import made_up
@@ -366,6 +367,12 @@ def read_encoder_index(path):
     encoders.load(directory)
 
 
+def read_dinov2(path):
+    directory = test_dinov2.write(path.parent / "dinov2")
+    path.rename(directory / "config.json")
+    dinov2.network(directory)
+
+
 ENCODER_INDEX = {"weight_map": dict.fromkeys(tiny_text.tensors(tiny_text.BERT), "a.safetensors")}
 
 # Reader -> (makes the strategy of its inputs, reads the file of an input).
@@ -398,6 +405,7 @@ READERS = {
         read_encoder("model.safetensors"),
     ),
     "encoder's index": (lambda: json_of(ENCODER_INDEX), read_encoder_index),
+    "DINOv2's config": (lambda: json_of(test_dinov2.TINY), read_dinov2),
     "tokenizer.json": (
         lambda: (
             damaged(encoder_files("tokenizer.json"))

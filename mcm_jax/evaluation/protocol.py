@@ -1,8 +1,9 @@
 """Computes a result's metrics from images (SPEC 7), with floors and ceilings to compare them with.
 
-With Inception features of 50,000 samples, the Frechet distance is the standard FID. With EfficientNet-Lite0
-features it is a proxy that ranks models of one data set and can't be compared with any FID. Both are biased
-upwards with few samples, so every name ends in the count: `fid_50k`, `fid_2048`, `fd_effnet_lite0_2048`.
+With Inception features of 50,000 samples, the Frechet distance is the standard FID, and with DINOv2's it is
+FD-DINOv2. With EfficientNet-Lite0 features it is a proxy that ranks models of one data set and can't be
+compared with any FID. All are biased upwards with few samples, so every name ends in the count: `fid_50k`,
+`fid_2048`, `fd_dinov2_50k`, `fd_effnet_lite0_2048`.
 """
 
 import dataclasses
@@ -27,7 +28,16 @@ from mcm_jax.evaluation.metrics import (
 )
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
 from mcm_jax.evaluation.unfinished import Arrays, joined, part
-from mcm_jax.records import CAPTION_SCORES, MEAN_IMAGE, NEAREST, TEST_IMAGES, UNTRAINED_NETWORK, with_count
+from mcm_jax.records import (
+    CAPTION_SCORES,
+    DISTANCES,
+    EFFICIENTNET,
+    MEAN_IMAGE,
+    NEAREST,
+    TEST_IMAGES,
+    UNTRAINED_NETWORK,
+    with_count,
+)
 from mcm_jax.system import distributed
 from mcm_jax.system.errors import InputError
 
@@ -69,8 +79,8 @@ def check_metrics(
     The proxy distance is always accepted: its name has the count, and it is compared only at equal counts.
 
     Args:
-      allow_singular: accept FID and sFID even if there are no more samples than features, so that the
-        covariance is singular.
+      allow_singular: accept FID, sFID and FD-DINOv2 even if there are no more samples than features, so
+        that the covariance is singular.
     """
     for metric in metrics:
         if metric not in METRICS:
@@ -83,7 +93,8 @@ def check_metrics(
         if num < fewest:
             raise InputError(f"--metrics={metric} needs at least {fewest} images, but there are {num}")
         size = network.dimensions.get(_COVARIANCES.get(metric, ""), 0)
-        if network.distance == "fid" and num <= size and not allow_singular:
+        is_proxy = network.distance == DISTANCES[EFFICIENTNET]
+        if num <= size and not is_proxy and not allow_singular:
             raise InputError(
                 f"--metrics={metric} needs more than {size} images for a covariance of full rank, but there "
                 f"are {num}; use more (50000 is usual), or add --allow_singular to compute it anyway"

@@ -3,7 +3,7 @@
     mu, sigma                         moments of Inception's pool features: EDM's (.npz, .pkl) and most others
     mu, sigma, mu_s, sigma_s, arr_0   ADM's: also moments of spatial features, and 10,000 images
     ref_mu, ref_sigma                 the same moments under other names
-    fid: {mu, sigma}, ...             EDM2's, of which only the Inception moments are used
+    fid: {mu, sigma}, fd_dinov2: ...  EDM2's: moments of the features of each distance
     arr_0                             images only; their moments are computed here, as in ADM's evaluator
 
 arr_1, if present, holds the labels of arr_0. Pickles are read without running any of their code.
@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -21,6 +22,7 @@ from mcm_jax.data.pixels import lacks_scaling
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.evaluation.frechet import checked_moments
 from mcm_jax.evaluation.references import Blocks, Cache, Reference
+from mcm_jax.records import DISTANCES
 from mcm_jax.system import archives, distributed, pickles, progress
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.files import read_bytes
@@ -41,7 +43,8 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
       InputError: the file does not exist, has none of the formats, or its moments don't match the features.
     """
     with distributed.fail_together():
-        content, arrays = _load(path)
+        content, tree = _load(path)
+        arrays = _statistics(path, tree, extractor.network.distance)
     sha256 = hashlib.sha256(content).hexdigest()
     distributed.require_same(sha256, "references")
     names = [pair for pair in _MOMENTS if set(pair) <= set(arrays)]
@@ -58,7 +61,7 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(
             f"--reference={path} can't be used with these features ({reason(error)}); give a "
-            "file that was made with Inception"
+            f"file that was made with {extractor.network.description.get('network')}"
         ) from error
     if moments or images is None:
         features = None if images is None else extractor(images)["pool"]
@@ -76,15 +79,16 @@ def read(path: Path, extractor: Extractor, cache: Cache, *, single_images: bool 
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a reference file by name.
+    """Reads the arrays of a reference file by name, without EDM2's moments.
 
     Raises:
       InputError: the file does not exist or is damaged.
     """
-    return _load(path)[1]
+    return _arrays(_load(path)[1])
 
 
-def _load(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
+def _load(path: Path) -> tuple[bytes, Mapping[str, Any]]:
+    """The file's bytes, and what it holds by name."""
     try:
         content = read_bytes(path)
     except OSError as error:
@@ -95,11 +99,29 @@ def _load(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
         except ValueError as error:
             raise InputError(f"--reference={path} is damaged ({error}); download it again") from error
     tree = pickles.read(content, name=f"--reference={path}")
-    if isinstance(tree, Mapping) and isinstance(tree.get("fid"), Mapping):
-        tree = tree["fid"]
+    return content, tree if isinstance(tree, Mapping) else {}
+
+
+def _arrays(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # A list could need any memory as an array.
-    arrays = tree.items() if isinstance(tree, Mapping) else ()
-    return content, {name: value for name, value in arrays if isinstance(value, np.ndarray)}
+    return {name: value for name, value in tree.items() if isinstance(value, np.ndarray)}
+
+
+def _statistics(path: Path, tree: Mapping[str, Any], distance: str) -> dict[str, np.ndarray]:
+    """The arrays for a distance: its own in EDM2's form, else all.
+
+    Raises:
+      InputError: the file is of EDM2's form, and has none for this distance.
+    """
+    named = [name for name in DISTANCES.values() if isinstance(tree.get(name), Mapping)]
+    if not named:
+        return _arrays(tree)
+    if distance not in named:
+        raise InputError(
+            f"--reference={path} has statistics of {' and '.join(named)}, but none of {distance}; use a file "
+            "that has them, or the --features that this one was made with"
+        )
+    return _arrays(tree[distance])
 
 
 def _all_moments(

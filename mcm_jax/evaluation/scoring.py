@@ -13,7 +13,7 @@ import numpy as np
 from mcm_jax.data.pixels import Rounding, lacks_scaling
 from mcm_jax.diffusion.sampling import Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
-from mcm_jax.evaluation import captioned, efficientnet, image_files, inception_weights, protocol
+from mcm_jax.evaluation import captioned, dinov2, efficientnet, image_files, inception_weights, protocol
 from mcm_jax.evaluation.compatibility import ReferenceImages, reference_images
 from mcm_jax.evaluation.evaluator import Evaluator, SampleRequest, workdir_of
 from mcm_jax.evaluation.features import FeatureNetwork
@@ -52,6 +52,7 @@ PARAMETERS: dict[str, tuple[Parameters, ...]] = {"ema": ("ema",), "raw": ("raw",
 DEFAULT_METRICS = {
     "efficientnet": ("frechet", "nearest"),
     "inception": ("frechet", "sfid", "inception_score"),
+    "dinov2": ("frechet",),
 }
 
 # Number of images that are checked before the work begins.
@@ -80,6 +81,7 @@ class Options:
     data_dir: str | None = None
     features: str = "efficientnet"
     inception: Path = inception_weights.DEFAULT_PATH
+    dinov2: Path | None = None
     input_resolution: int = efficientnet.DEFAULT_INPUT_RESOLUTION
     metrics: tuple[str, ...] | None = None
     reference: Path | None = None
@@ -290,9 +292,12 @@ def _network(options: Options, *, num: int) -> FeatureNetwork:
 def _feature_network(options: Options) -> FeatureNetwork:
     if options.features == "inception":
         return inception_weights.load(options.inception).network()
+    if options.features == "dinov2":
+        return dinov2.network(options.dinov2)
     if options.reference is not None and not options.reference.is_dir():
         raise InputError(
-            f"--reference={options.reference} is a file of Inception statistics; add --features=inception"
+            f"--reference={options.reference} is a file of other features' statistics; add "
+            "--features=inception or --features=dinov2"
         )
     return efficientnet.network(efficientnet.load(), input_resolution=options.input_resolution)
 
@@ -362,16 +367,22 @@ def _check(options: Options) -> None:
     _check_features(options)
 
 
-# Options that apply only with these features.
-_FEATURES_ONLY = {"efficientnet": ("input_resolution",), "inception": ("inception", "allow_singular")}
+# Options that apply only with some features.
+_FEATURES_ONLY = {
+    "input_resolution": ("efficientnet",),
+    "inception": ("inception",),
+    "dinov2": ("dinov2",),
+    "allow_singular": ("inception", "dinov2"),
+}
 
 
 def _check_features(options: Options) -> None:
     """Raises InputError for options that have no effect with the chosen features."""
-    for features, names in _FEATURES_ONLY.items():
-        for name in names if features != options.features else ():
-            if getattr(options, name) != getattr(Options, name):
-                raise InputError(f"--{name} applies only to --features={features}; add that, or remove it")
+    for name, features in _FEATURES_ONLY.items():
+        if options.features not in features and getattr(options, name) != getattr(Options, name):
+            raise InputError(
+                f"--{name} applies only to --features={' or '.join(features)}; add that, or remove it"
+            )
 
 
 _MEANINGS = (

@@ -59,6 +59,13 @@ class Config:
             raise self._error(name, f"must be {' or '.join(allowed)}")
         return value
 
+    def boolean(self, name: str, *, default: bool) -> bool:
+        """True or false."""
+        value = self._values.get(name, default)
+        if not isinstance(value, bool):
+            raise self._error(name, "must be true or false")
+        return value
+
     def size(self, name: str, *, at_least: int = 1, default: int | None = None) -> int:
         """A number of channels, tokens or heads."""
         return self._integer(name, at_least, _LARGEST_SIZE, default)

@@ -100,7 +100,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        attention: Attention,
+        attention: nnx.Module,
         mlp: nnx.Module,
         norms: tuple[nnx.Module, nnx.Module],
         *,

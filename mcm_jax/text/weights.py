@@ -21,7 +21,13 @@ _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # A parameter of a layer here -> in the file.
-_PARAMETERS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_PARAMETERS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "gain": "lambda1",  # a layer scale
+}
 # The axes of our kernels in the file, by their number: its linear layers are [outputs, inputs], its
 # convolutions [outputs, inputs, height, width].
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}

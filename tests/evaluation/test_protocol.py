@@ -211,6 +211,17 @@ def test_a_singular_fid_has_to_be_asked_for(metric, size):
     protocol.check_metrics(("frechet",), network(), num=2)
 
 
+@pytest.mark.parametrize("distance", ["fd_dinov2", "fd_dinov2_other"])
+def test_a_singular_distance_of_dinov2_has_to_be_asked_for(distance):
+    dinov2 = network((("pool", 30),), distance=distance)
+    protocol.check_metrics(("frechet",), dinov2, num=31)
+    with pytest.raises(InputError, match="--metrics=frechet needs more than 30 images for a covariance"):
+        protocol.check_metrics(("frechet",), dinov2, num=30)
+    protocol.check_metrics(("frechet",), dinov2, num=30, allow_singular=True)
+    with pytest.raises(InputError, match="--metrics=kid is defined only for Inception's features"):
+        protocol.check_metrics(("kid",), dinov2, num=31)
+
+
 @pytest.mark.parametrize(("metric", "fewest"), [("precision_recall", 4), ("inception_score", 10)])
 def test_too_few_samples_are_refused_beforehand(metric, fewest):
     protocol.check_metrics((metric,), INCEPTION.network, num=fewest)

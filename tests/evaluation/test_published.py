@@ -58,6 +58,41 @@ def test_moments_of_every_layout(layout, tmp_path, read):
     assert ("spatial" in reference.moments) == (reference.features is not None) == (layout == "ADM's")
 
 
+EDM2S = {"fid": {"mu": MU, "sigma": SIGMA}, "fd_dinov2": {"mu": MU[:2], "sigma": SIGMA[:2, :2]}}
+
+
+def of_distance(distance, size):
+    return PixelExtractor(network((("pool", size),), distance=distance))
+
+
+@pytest.mark.parametrize(("distance", "size"), [("fid", 5), ("fd_dinov2", 2)])
+def test_edm2s_file_has_moments_for_each_distance(distance, size, tmp_path):
+    path, cache = tmp_path / "img64.pkl", Cache(tmp_path / "cache")
+    extractor, other = of_distance(distance, size), "fd_dinov2" if distance == "fid" else "fid"
+    pickled(EDM2S)(path)
+    mean, cov = published.read(path, extractor, cache).moments["pool"]
+    np.testing.assert_array_equal(mean, MU[:size])
+    np.testing.assert_array_equal(cov, SIGMA[:size, :size])
+    pickled({other: EDM2S[other]})(path)
+    message = f"img64.pkl has statistics of {other}, but none of {distance}; use a file that has them"
+    with pytest.raises(InputError, match=message) as error:
+        published.read(path, extractor, cache)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("write", [npz(mu=MU, sigma=SIGMA), pickled({"mu": MU, "sigma": SIGMA})])
+def test_inceptions_moments_are_not_dinov2s(write, tmp_path):
+    write(tmp_path / "reference")
+    with pytest.raises(InputError, match=r"instead of 2 features\); give a file that was made with dinov2-v"):
+        published.read(tmp_path / "reference", of_distance("fd_dinov2", 2), Cache(tmp_path / "cache"))
+
+
+def test_moments_of_another_size_of_dinov2_are_refused(tmp_path):
+    pickled(EDM2S)(tmp_path / "reference")
+    with pytest.raises(InputError, match="of fid and fd_dinov2, but none of fd_dinov2_other"):
+        published.read(tmp_path / "reference", of_distance("fd_dinov2_other", 2), Cache(tmp_path / "cache"))
+
+
 def test_adms_images_and_spatial_moments(tmp_path, read):
     path = tmp_path / "reference"
     LAYOUTS["ADM's"](path)

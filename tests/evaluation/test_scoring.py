@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,7 +124,7 @@ class Loader:
 
 def pixels_for(asked):
     """Pixels in place of a network, which tells of itself as the network would."""
-    if asked.distance == "fid":
+    if asked.distance != "fd_effnet_lite0":
         return PixelExtractor(asked)
     return PixelExtractor(dataclasses.replace(network(), description=asked.description))
 
@@ -241,6 +242,52 @@ def test_inceptions_features_give_fid_by_name(inception):
         "untrained_network_fid_16",
     }
     assert record.features.to_json() == INCEPTION.description
+
+
+@pytest.fixture
+def dinov2(options, monkeypatch) -> scoring.Options:
+    """Options with pixels in place of DINOv2's features."""
+    stand_in = network((("pool", 30),), distance="fd_dinov2", sha256="d1f0")
+    monkeypatch.setattr(scoring.dinov2, "network", {Path("dinov2-large"): stand_in}.__getitem__)
+    return dataclasses.replace(options, features="dinov2", dinov2=Path("dinov2-large"))
+
+
+def test_dinov2s_features_give_their_distance_by_name(dinov2, workdirs, tmp_path):
+    path = tmp_path / "img64.pkl"
+    moments = {"mu": np.full(30, 0.5), "sigma": np.eye(30) / 12}
+    path.write_bytes(pickle.dumps({"fid": {"mu": np.zeros(2), "sigma": np.eye(2)}, "fd_dinov2": moments}))
+    (record,) = scoring.evaluate(dataclasses.replace(dinov2, reference=path), Loader())
+    assert list(record.metrics) == ["fd_dinov2_40"] and record.bounds == {}
+    assert (record.features.network, record.features.sha256) == ("dinov2-vitl14", "d1f0")
+    assert record.reference.file == "img64.pkl" and lines(workdirs[0]) == [record]
+    # 50,000 samples are the number that others publish.
+    assert records.with_count(records.DISTANCES[record.features.network], 50_000) == "fd_dinov2_50k"
+
+
+def test_dinov2_compares_with_the_data_set_too(dinov2):
+    """By default only with its distance."""
+    (record,) = scoring.evaluate(dinov2, Loader())
+    assert list(record.metrics) == ["fd_dinov2_40", "fd_dinov2_12"]
+    metrics = ("frechet", "nearest")
+    (record,) = scoring.evaluate(dataclasses.replace(dinov2, metrics=metrics), Loader())
+    assert list(record.metrics) == ["fd_dinov2_40", "fd_dinov2_12", "nearest_neighbour_distance"]
+    assert "mean_image_fd_dinov2" in record.bounds
+
+
+def test_dinov2_without_its_weights_ends_the_program_with_2(tmp_path):
+    (tmp_path / "run").mkdir()
+    flags = [f"--workdir={tmp_path / 'run'}", "--features=dinov2", f"--cache_dir={tmp_path / 'cache'}"]
+    for more, message in (
+        ([], "--features=dinov2 needs its weights: add --dinov2=DIRECTORY"),
+        (
+            [f"--dinov2={tmp_path / 'none'}"],
+            f"hf download facebook/dinov2-large config.json model.safetensors "
+            f"--local-dir {tmp_path / 'none'}",
+        ),
+    ):
+        done = forks.program("evaluate", *flags, *more)
+        assert done.returncode == 2
+        assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_published_reference_takes_the_place_of_the_data_set(inception, tmp_path, capsys):
@@ -386,10 +433,20 @@ def test_the_table_names_each_number(options, capsys):
         ({"guidance": (float("inf"),)}, r"--guidance=inf: it must be 0 \(no guidance\) or a"),
         ({"parameters": "best"}, "--parameters=best.*ema, raw, both"),
         ({"input_resolution": 8}, "input_resolution=8"),
-        ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception"),
+        ({"features": "vgg"}, "--features=vgg is not one of efficientnet, inception, dinov2"),
         ({"metrics": ()}, "--metrics is empty; give some of frechet"),
         ({"inception": Path("x")}, "--inception applies only to --features=inception"),
-        ({"allow_singular": True}, "--allow_singular applies only to --features=inception"),
+        ({"allow_singular": True}, "--allow_singular applies only to --features=inception or dinov2"),
+        ({"dinov2": Path("x")}, "--dinov2 applies only to --features=dinov2"),
+        ({"features": "dinov2"}, "--features=dinov2 needs its weights: add --dinov2=DIRECTORY"),
+        (
+            {"features": "dinov2", "dinov2": Path("/no/where")},
+            "--dinov2=/no/where: there is no config.json of a DINOv2; get its files: hf download",
+        ),
+        (
+            {"features": "dinov2", "inception": Path("x")},
+            "--inception applies only to --features=inception; add that",
+        ),
         (
             {"features": "inception", "input_resolution": 128},
             "--input_resolution applies only to --features=efficientnet",
