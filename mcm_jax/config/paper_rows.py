@@ -53,10 +53,10 @@ def imagenet(
 ) -> ml_collections.ConfigDict:
     """Returns the config of a row: a size, a system and the numbers required by the system, in any order.
 
-    Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model); "ct,steps=S";
-    "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S); "tract,steps=S" (1024 -> 32 ->
-    S). With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
-    step.
+    Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
+    "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
+    "tract,steps=S" (1024 -> 32 -> S). With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd,
+    "ddim" sets DDIM as the teacher's step.
 
     Args:
       resolution: height and width of the images in pixels.
