@@ -34,7 +34,8 @@ PATHS = {
     "train": {"workdir"},
     "sample": {"workdir", "guide", "out", "data_dir", "prompts", "text_encoder"},
     "evaluate": {
-        *("workdir", "guide", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip")
+        *("workdir", "guide", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip"),
+        "dinov2",
     },
     "prepare": {"inception", "data_dir", "teacher", "workdir"},
     "plan": {"json", "hlo", "table", "scaling"},
