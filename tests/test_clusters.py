@@ -960,3 +960,14 @@ def test_the_image_is_installed_by_the_launchers_function():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", "/data", "/runs", ".venv*"} <= set(ignored)
     assert json.loads(dict(steps)["CMD"])[:3] == ["python", "-m", "mcm_jax.train"]
+
+
+def test_the_page_of_clusters_has_every_variable_and_no_other():
+    page = (ROOT / "docs/clusters.md").read_text()
+    rows = page[page.index("## Variables") :]
+    used = set()
+    for pattern in ("mcm_jax/**/*.py", "launch/**/*", "tests/**/*.py", "Dockerfile"):
+        for path in ROOT.glob(pattern):
+            if path.is_file() and path.suffix != ".pyc":
+                used |= set(re.findall(r"\bMCM_[A-Z_]+\b", path.read_text()))
+    assert used == set(re.findall(r"`(MCM_[A-Z_]+)", rows))
