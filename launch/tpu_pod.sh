@@ -167,7 +167,8 @@ require_slice() {
     [ -n "$why" ] || continue
     failed=$((failed + 1))
     if [ "$failed" -ge 8 ]; then
-      echo "error: slice $name: $failed requests in a row failed; the last time: $why" >&2
+      echo "error: slice $name: $failed requests in a row failed; the last time, $why;" \
+        "ask for quota, or choose another --zone or --type" >&2
       exit 1
     fi
     echo "slice $name: $why; asking again in $pause seconds" >&2

@@ -521,7 +521,8 @@ def test_requests_that_fail_again_and_again_end_the_launcher(tools):
     result = pod(tools, "done")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        "error: slice mcm: 8 requests in a row failed; the last time: the request failed: no quota for v5e"
+        "error: slice mcm: 8 requests in a row failed; the last time, the request failed: no quota for v5e; "
+        "ask for quota, or choose another --zone or --type"
     )
     assert (tools / "waits").read_text().split() == ["60", "120", "240", "480", "960", "1800", "1800"]
 
