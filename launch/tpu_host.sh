@@ -69,7 +69,7 @@ stop() {
   kill -KILL "$(cat "$state.pid")"
 }
 
-# Runs in its own session, which outlives the connection.
+# Runs under setsid, and so outlives the connection.
 run() {
   local code=0 program="$1"
   shift
