@@ -14,7 +14,8 @@ COPY setup.cfg setup.py pyproject.toml README.md LICENSE ./
 COPY launch/constraints.txt launch/environment.sh launch/
 COPY mcm_jax/__init__.py mcm_jax/
 COPY configs/__init__.py configs/
-RUN bash -ec '. launch/environment.sh && mcm_environment' && rm -rf /tmp/* /tmp/.cache
+# With the client of buckets, which the variant for GPUs does not bring.
+RUN bash -ec '. launch/environment.sh && mcm_environment gcs' && rm -rf /tmp/* /tmp/.cache
 COPY . .
 
 CMD ["python", "-m", "mcm_jax.train", "--help"]

@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the launchers: creates or reuses .venv in the checkout and puts it on PATH.
 #
-#   mcm_environment EXTRA...    installs mcm_jax with these extras of setup.cfg, at pinned versions
-#   mcm_run COMMAND...          runs the command, or prints it in a dry run
-#   mcm_refuse MESSAGE          reports bad input and ends the launcher with exit code 2
-#   mcm_require_run ARGUMENT... checks that the arguments of `python -m mcm_jax.train` name a config and a workdir
+#   mcm_environment EXTRA...              installs mcm_jax with these extras of setup.cfg, at pinned versions
+#   mcm_run COMMAND...                    runs the command, or prints it in a dry run
+#   mcm_refuse MESSAGE                    reports bad input and ends the launcher with exit code 2
+#   mcm_require_run PROGRAM ARGUMENT...   checks the program's name and that no argument that it needs is missing
+#   mcm_local_paths PROGRAM ARGUMENT...   prints the paths outside of buckets where it writes, as FLAG=PATH
 #
 # PYTHON=python3.12 sets the interpreter (3.11, 3.12 or 3.13), MCM_VENV=DIR another directory for the environment, and
 # MCM_ACCELERATOR=gpu or tpu the variant of JAX. MCM_DRY_RUN=1 prints the commands instead of running them.
@@ -23,13 +24,40 @@ mcm_refuse() {
 }
 
 mcm_require_run() {
-  local flag argument
-  for flag in --config --workdir; do
-    for argument in "$@"; do
-      case "$argument" in "$flag="?*) continue 2 ;; esac
+  local program="$1" needed=() flags flag argument
+  shift
+  case "$program" in
+    train) needed=("--config" "--workdir") ;;
+    evaluate) needed=("--workdir --images") ;;
+    sample) needed=("--workdir" "--out") ;;
+    prepare) needed=("--dataset --inception") ;;
+    *) mcm_refuse "--program=$program must be train, evaluate, sample or prepare" ;;
+  esac
+  for flags in "${needed[@]}"; do
+    for flag in $flags; do
+      for argument in "$@"; do
+        case "$argument" in "$flag="?*) continue 3 ;; esac
+      done
     done
-    mcm_refuse "$flag=... is missing among the arguments of mcm_jax.train (those after --)"
+    mcm_refuse "${flags// /=... or }=... is missing among the arguments of mcm_jax.$program"
   done
+}
+
+mcm_local_paths() {
+  local program="$1" argument path paths data_dir=''
+  shift
+  for argument in "$@"; do
+    case "$argument" in
+      --workdir=* | --out=* | --results=* | --data_dir=*)
+        IFS=, read -r -a paths <<<"${argument#*=}"
+        for path in "${paths[@]}"; do
+          case "$path" in gs://?*) ;; *) printf '%s\n' "${argument%%=*}=$path" ;; esac
+        done
+        ;;
+    esac
+    case "$argument" in --data_dir=*) data_dir=yes ;; esac
+  done
+  if [ "$program" = prepare ] && [ -z "$data_dir" ]; then echo --data_dir=data; fi
 }
 
 # mcm_supports PYTHON: whether the version is one that the tests have run on.

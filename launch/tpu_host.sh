@@ -1,15 +1,49 @@
 #!/usr/bin/env bash
-# Runs on every host of a slice, called by tpu_pod.sh. Training continues if the connection is lost: its output goes to
-# ~/mcm_train.log and its exit code to ~/.mcm_train.code.
+# Runs on every host of a slice, called by tpu_pod.sh. A program continues if the connection is lost: its output goes to
+# ~/mcm_run.log and its exit code to ~/.mcm_run.code.
 #
-#   bash launch/tpu_host.sh install             installs this checkout at pinned versions
-#   bash launch/tpu_host.sh train ARGUMENT...   starts training unless it is already running, and follows it to its end
-#   bash launch/tpu_host.sh stop                makes it save a checkpoint and exit
+#   bash launch/tpu_host.sh mount ADDRESS:/SHARE    mounts an NFS share at /mnt/mcm, and installs what that needs
+#   bash launch/tpu_host.sh storage PATH...         refuses paths on the boot disk
+#   bash launch/tpu_host.sh install                 installs this checkout at pinned versions
+#   bash launch/tpu_host.sh PROGRAM ARGUMENT...     starts train, evaluate, sample or prepare, unless it is running
+#                                                   already, and follows it to its end
+#   bash launch/tpu_host.sh stop                    ends it; training saves a checkpoint first
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 export MCM_ACCELERATOR=tpu MCM_VENV="${MCM_VENV:-$HOME/mcm_venv}"
-state="$HOME/.mcm_train" log="$HOME/mcm_train.log"
+state="$HOME/.mcm_run" log="$HOME/mcm_run.log" share=/mnt/mcm
+
+# Bad input for tpu_pod.sh, which learns of the exit code from this file: gcloud only reports that a command failed.
+refuse() {
+  echo 2 >"$state.code"
+  mcm_refuse "$@"
+}
+
+mount_share() {
+  if ! mountpoint -q "$share"; then
+    # The images of TPU VMs do not contain it. Their first start holds dpkg's lock for some minutes.
+    if ! command -v mount.nfs >/dev/null; then
+      sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
+      sudo apt-get -o DPkg::Lock::Timeout=600 -qq install --yes nfs-common
+    fi
+    # In two steps: their util-linux, 2.37, has no `mount --mkdir`.
+    sudo mkdir -p "$share"
+    sudo mount -t nfs "$1" "$share"
+  fi
+  [ -w "$share" ] ||
+    refuse "$(id -un) may not write to $1; give everybody the right on one host, once: sudo chmod a+rwx $share"
+}
+
+require_storage() {
+  local path parent
+  for path in "$@"; do
+    parent="$path"
+    until [ -e "$parent" ]; do parent=$(dirname "$parent"); done
+    [ "$(stat -c %d "$parent")" != "$(stat -c %d /)" ] ||
+      refuse "$path is on the boot disk, which is lost with the slice; mount a disk there with --setup, or use --nfs"
+  done
+}
 
 # The images of TPU VMs contain an older Python. An existing environment needs no other.
 require_python() {
@@ -22,7 +56,7 @@ require_python() {
 }
 
 is_running() {
-  [ -f "$state.pid" ] && grep -qs mcm_jax.train "/proc/$(cat "$state.pid")/cmdline"
+  [ -f "$state.pid" ] && grep -qs "mcm_jax\." "/proc/$(cat "$state.pid")/cmdline"
 }
 
 stop() {
@@ -35,16 +69,18 @@ stop() {
   kill -KILL "$(cat "$state.pid")"
 }
 
-# Runs in its own session, which outlives the connection.
+# Runs under setsid, and so outlives the connection.
 run() {
-  local code=0
-  python -m mcm_jax.train "$@" &
+  local code=0 program="$1"
+  shift
+  python -m "mcm_jax.$program" "$@" &
   echo $! >"$state.pid"
   wait $! || code=$?
   echo "$code" >"$state.code"
 }
 
-train() {
+# follow PROGRAM ARGUMENT...
+follow() {
   local command
   command=$(printf '%q ' "$@")
   if is_running && [ "$(cat "$state.command")" != "$command" ]; then stop; fi
@@ -63,16 +99,20 @@ train() {
 action="${1:-}"
 [ $# -eq 0 ] || shift
 case "$action" in
+  mount) mount_share "$1" ;;
+  storage) require_storage "$@" ;;
   install)
     require_python
     mcm_environment
     ;;
   run) run "$@" ;;
   stop) stop ;;
-  train)
+  train | evaluate | sample | prepare)
+    # It runs on one host, whose TPUs would wait for those of the others.
+    [ "$action" != prepare ] || export JAX_PLATFORMS=cpu
     require_python
     mcm_environment
-    train "$@"
+    follow "$action" "$@"
     ;;
-  *) mcm_refuse "use launch/tpu_host.sh install, train ARGUMENT... or stop" ;;
+  *) mcm_refuse "use launch/tpu_host.sh mount, storage, install, train, evaluate, sample, prepare or stop" ;;
 esac

@@ -5,26 +5,38 @@
 #   bash launch/tpu_pod.sh --name=mcm --zone=us-west4-a --type=v5litepod-16 --spot \
 #       -- --config=openmoji:teacher --config.data.data_dir=gs://bucket/data \
 #       --workdir=gs://bucket/runs/teacher
+#   bash launch/tpu_pod.sh --name=mcm --zone=us-west4-a --type=v5litepod-16 --program=evaluate --delete \
+#       -- --workdir=gs://bucket/runs/teacher --cache_dir=gs://bucket/references
 #
 #   --name=NAME --zone=ZONE   name and zone of the slice and of its queued resource
 #   --type=TYPE               accelerator type, e.g. v5litepod-16, v5p-32, v6e-64
 #   --version=VERSION         runtime version; default: depends on the type
 #   --project=PROJECT         project; default: gcloud's
+#   --program=PROGRAM         train (default), evaluate, sample, or prepare, which runs on the first host only
 #   --spot                    requests spot capacity: cheaper, but may be preempted at any time
-#   --setup=COMMAND           runs on all hosts before each attempt; mounts storage other than buckets, such as NFS:
-#                             'mountpoint -q /mnt/mcm || sudo mount --mkdir 10.0.0.2:/mcm /mnt/mcm'
+#   --flex-start=DURATION     requests capacity for that long, e.g. 24h, at most seven days (a preview: gcloud alpha)
+#   --reserved                takes the capacity from the project's reservation
+#   --nfs=ADDRESS:/SHARE      mounts this NFS share, such as Filestore's, at /mnt/mcm on all hosts
+#   --setup=COMMAND           runs on all hosts before each attempt, for instance to mount another disk
+#   --local-workdir           allows paths on the boot disk, which are lost with the slice
+#   --internal-ips            hosts without public addresses: connects from a machine in the same network
+#   --iap                     connects through the Identity-Aware Proxy, to a slice that this launcher has requested
+#   --network=NAME --subnetwork=NAME --service-account=EMAIL --labels=KEY=VALUE,... --data-disk=source=DISK,...
+#                             passed on to gcloud
 #   --attempts=N              gives up after N failures in a row, not counting preemptions; default 3
 #   --delete                  deletes the slice when the run is finished
 #   --dry-run                 only prints the commands
 #
-# Arguments after -- go to `python -m mcm_jax.train`. --workdir must be in a bucket or in a directory that all hosts
-# share. Ctrl-C saves a checkpoint and leaves the slice running; the same command continues. If only the connection to
-# the hosts is lost, training continues there, and the same command reconnects to it.
+# Arguments after -- go to the program. What it writes must be in a bucket or in a directory that all hosts share.
+# Ctrl-C saves a checkpoint and leaves the slice running; the same command continues. If only the connection to the
+# hosts is lost, the program continues there, and the same command reconnects to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 
-name='' zone='' type='' version='' project='' setup='' attempts=3 spot='' delete=''
+name='' zone='' type='' version='' project='' program=train setup='' nfs='' attempts=3 delete='' local_workdir=''
+# What goes to gcloud with the request, the options among them that choose the kind of capacity, and the route to hosts.
+request=() tiers=() alpha='' internal='' iap='' data_disk=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --name=*) name="${1#*=}" ;;
@@ -34,11 +46,24 @@ while [ $# -gt 0 ]; do
     --project=*) project="${1#*=}" ;;
     --setup=*) setup="${1#*=}" ;;
     --attempts=*) attempts="${1#*=}" ;;
-    --spot) spot=yes ;;
+    --program=*) program="${1#*=}" ;;
+    --nfs=*) nfs="${1#*=}" ;;
+    --spot | --reserved) request+=("$1") tiers+=("$1") ;;
+    --flex-start=*)
+      [[ "$1" =~ ^--flex-start=[1-9][0-9]*[mhd]$ ]] || mcm_refuse "$1 must be a duration, e.g. --flex-start=24h"
+      # Only this track of gcloud has the two flags.
+      alpha=alpha
+      request+=(--provisioning-model=flex-start "--max-run-duration=${1#*=}") tiers+=(--flex-start)
+      ;;
+    --internal-ips) request+=("$1") internal=yes ;;
+    --iap) iap=yes ;;
+    --data-disk=*) request+=("$1") data_disk=yes ;;
+    --network=* | --subnetwork=* | --service-account=* | --labels=*) request+=("$1") ;;
+    --local-workdir) local_workdir=yes ;;
     --delete) delete=yes ;;
     --dry-run) export MCM_DRY_RUN=1 ;;
     --) shift && break ;;
-    *) mcm_refuse "$1 is not an option; see the head of launch/tpu_pod.sh (arguments of mcm_jax.train follow --)" ;;
+    *) mcm_refuse "$1 is not an option; see the head of launch/tpu_pod.sh (arguments of the program follow --)" ;;
   esac
   shift
 done
@@ -46,7 +71,26 @@ done
 [ -n "$zone" ] || mcm_refuse "--zone=ZONE is missing, e.g. --zone=us-west4-a"
 [ -n "$type" ] || mcm_refuse "--type=TYPE is missing, e.g. --type=v5litepod-16"
 case "$attempts" in '' | *[!0-9]* | 0) mcm_refuse "--attempts=$attempts must be a number of at least 1" ;; esac
-mcm_require_run "$@"
+[ "${#tiers[@]}" -le 1 ] || mcm_refuse "${tiers[*]}: choose one of them"
+[ -z "$nfs" ] || [[ "$nfs" =~ ^[^:]+:/.+$ ]] || mcm_refuse "--nfs=$nfs must be ADDRESS:/SHARE, e.g. --nfs=10.0.0.2:/mcm"
+mcm_require_run "$program" "$@"
+# A slice takes its boot disk with it when it is preempted or deleted.
+if [ -n "$local_workdir" ]; then
+  [ -z "$delete" ] || mcm_refuse "--delete would delete what --local-workdir keeps on the slice; remove one of them"
+else
+  shared=() # on NFS, or on whatever the options mount: the hosts check it
+  while read -r path; do
+    [ -n "$path" ] || continue
+    case "${path#*=}" in
+      /mnt/mcm/?*) mounts="$nfs$setup$data_disk" ;;
+      /*) mounts="$setup$data_disk" ;;
+      *) mounts='' ;;
+    esac
+    [ -n "$mounts" ] || mcm_refuse "$path would be on the boot disk, which is lost with the slice;" \
+      "use gs://BUCKET/PATH, or --nfs=ADDRESS:/SHARE and a path below /mnt/mcm, or keep it there with --local-workdir"
+    shared+=("${path#*=}")
+  done <<<"$(mcm_local_paths "$program" "$@")"
+fi
 if [ -z "$version" ]; then
   case "$type" in
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
@@ -68,9 +112,17 @@ tpus() {
   mcm_run gcloud compute tpus "$@" "${place[@]}"
 }
 
+# `tpu-vm ssh` knows public and internal addresses; `queued-resources ssh` also knows the proxy.
+through=tpu-vm route=()
+if [ -n "$iap" ]; then
+  through=queued-resources route=(--node=0 --tunnel-through-iap)
+elif [ -n "$internal" ]; then
+  route=(--internal-ip)
+fi
+
 # on_hosts 0|all COMMAND: runs the command on the first host, or on all hosts
 on_hosts() {
-  tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
+  tpus "$through" ssh "$name" --worker="$1" --command="$2" ${route[@]+"${route[@]}"}
 }
 
 # state_of tpu-vm|queued-resources: prints the state of the slice or its request; empty if it does not exist
@@ -83,51 +135,76 @@ state_of() {
   grep -q NOT_FOUND "$temporary/error" || { cat "$temporary/error" >&2 && return 1; }
 }
 
-# Waits until the slice is ready, however long that takes.
+# Waits until the slice is ready, however long that takes. A request that fails is made again after a pause: what Google
+# refuses now, for want of quota or of a permission, it refuses a second later.
 require_slice() {
-  local node queued said=''
+  local node queued why said='' failed=0 gone=0 pause=60
   while :; do
     node=$(state_of tpu-vm)
     [ "$node" != READY ] || return 0
     queued=$(state_of queued-resources)
     if [ "$said" != "$node/$queued" ]; then
-      said="$node/$queued"
+      said="$node/$queued" gone=0
       echo "slice $name: ${node:-not there}, its request: ${queued:-none}"
     fi
+    why=''
     case "$queued/$node" in
       /) request_slice ;;
       /PREEMPTED | /TERMINATED) tpus tpu-vm delete "$name" ;;
       # A preempted slice keeps its name and its request, but the request is not granted again.
-      SUSPENDED/* | FAILED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
-        tpus queued-resources delete "$name" --force
+      SUSPENDED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED) tpus queued-resources delete "$name" --force ;;
+      FAILED/*)
+        why=$(tpus queued-resources describe "$name" --format="value(state.failedData.error.message)" 2>&1) || true
+        why="the request failed${why:+: $why}"
+        ;;
+      # Not at the first look: the two questions are not asked at the same moment.
+      ACTIVE/)
+        gone=$((gone + 1))
+        if [ "$gone" -ge 3 ]; then why="the request is ACTIVE, but its slice is gone"; else sleep "$poll_seconds"; fi
         ;;
       *) sleep "$poll_seconds" ;;
     esac
+    [ -n "$why" ] || continue
+    failed=$((failed + 1))
+    if [ "$failed" -ge 8 ]; then
+      echo "error: slice $name: $failed requests in a row failed; the last time, $why;" \
+        "ask for quota, or choose another --zone or --type" >&2
+      exit 1
+    fi
+    echo "slice $name: $why; asking again in $pause seconds" >&2
+    tpus queued-resources delete "$name" --force
+    sleep "$pause"
+    pause=$((pause < 900 ? 2 * pause : 1800))
   done
 }
 
 request_slice() {
-  tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
-    --runtime-version="$version" ${spot:+--spot}
+  # shellcheck disable=SC2086 # No word at all without flex-start.
+  mcm_run gcloud $alpha compute tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+    --runtime-version="$version" ${request[@]+"${request[@]}"} "${place[@]}"
 }
 
 install_checkout() {
-  local archive="$temporary/mcm_jax.tar.gz"
+  local archive="$temporary/mcm_jax.tar.gz" host="bash mcm_jax/launch/tpu_host.sh" steps
   mcm_run tar --anchored --exclude=./.git --exclude='./.venv*' --exclude='./.*_cache' --exclude=./.hypothesis \
     --exclude=./runs --exclude=./data -czf "$archive" . || return 1
-  tpus tpu-vm scp "$archive" "$name:mcm_jax.tar.gz" --worker=all || return 1
-  on_hosts all "${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax && bash mcm_jax/launch/tpu_host.sh install"
+  tpus "$through" scp "$archive" "$name:mcm_jax.tar.gz" --worker=all ${route[@]+"${route[@]}"} || return 1
+  steps="${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax"
+  [ -z "$nfs" ] || steps="$steps && $host mount $(printf '%q' "$nfs")"
+  [ -z "${shared[*]-}" ] || steps="$steps && $host storage$(printf ' %q' "${shared[@]}")"
+  on_hosts all "$steps && $host install"
 }
 
-# Runs in the background, so that Ctrl-C stops the training on the hosts, not the connection to them.
-train() {
-  local code=0
-  on_hosts all "bash mcm_jax/launch/tpu_host.sh train $arguments" &
-  training=$!
-  wait "$training" || code=$?
+# Runs in the background, so that Ctrl-C stops the program on the hosts, not the connection to them.
+run_program() {
+  local code=0 hosts=all
+  [ "$program" != prepare ] || hosts=0
+  on_hosts "$hosts" "bash mcm_jax/launch/tpu_host.sh $program $arguments" &
+  running=$!
+  wait "$running" || code=$?
   if [ -n "$stopping" ]; then
-    wait "$training" || true
-    echo "stopped and saved: the same command continues; the slice $name is still there" >&2
+    wait "$running" || true
+    echo "stopped: the same command continues; the slice $name is still there" >&2
     exit 130
   fi
   return "$code"
@@ -146,24 +223,24 @@ while :; do
   if [ -n "${MCM_DRY_RUN:-}" ]; then request_slice; else require_slice; fi
   if install_checkout; then
     trap stop INT TERM
-    if train; then break; fi
+    if run_program; then break; fi
     trap - INT TERM
   fi
   # Reads the exit code from the first host, because gcloud only reports that a command failed somewhere.
-  code=$(on_hosts 0 "cat .mcm_train.code" 2>/dev/null) || code=unknown
+  code=$(on_hosts 0 "cat .mcm_run.code" 2>/dev/null) || code=unknown
   if [ "$(state_of tpu-vm)" != READY ]; then
     echo "slice $name was preempted; the run continues on another"
     failures=0
   elif [ "$code" = 2 ]; then
-    echo "error: mcm_jax.train reports bad input, see above" >&2
+    echo "error: mcm_jax.$program reports bad input, see above" >&2
     exit 2
   else
     failures=$((failures + 1))
     if [ "$failures" -ge "$attempts" ]; then
-      echo "error: training failed $failures times in a row without a preemption; see above" >&2
+      echo "error: mcm_jax.$program failed $failures times in a row without a preemption; see above" >&2
       exit 1
     fi
-    echo "training failed (exit code $code); the run continues from its last checkpoint"
+    echo "mcm_jax.$program failed (exit code $code); it is started again"
     sleep "$poll_seconds"
   fi
 done

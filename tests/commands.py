@@ -44,7 +44,6 @@ _TOOL = re.compile(
     r"`((?:docker|gcloud|git|kubectl|lint-imports|mkdocs|pip|pyright|pytest|ruff|sbatch|scancel|srun|tensorboard|tfds"
     r"|python -m (?!mcm_jax))[ .][^`]*)`"
 )
-_TRAIN = ("python", "-m", "mcm_jax.train")
 _ELISIONS = ("..", "ARGUMENT")
 
 
@@ -164,8 +163,11 @@ def check(command: Command) -> None:
         for each in in_dry_run(command.words[1], *command.arguments):
             check(each)
         if "--" in command.arguments:
-            rest = command.arguments[command.arguments.index("--") + 1 :]
-            check(Command(command.where, rest if rest[0] == "python" else (*_TRAIN, *rest)))
+            border = command.arguments.index("--")
+            given, rest = command.arguments[:border], command.arguments[border + 1 :]
+            named = [word.partition("=")[2] for word in given if word.startswith("--program=")]
+            program = ("python", "-m", f"mcm_jax.{[*named, 'train'][0]}")
+            check(Command(command.where, rest if rest[0] == "python" else (*program, *rest)))
         return
 
     def parse(main: object) -> None:
@@ -233,7 +235,7 @@ _TOOLS = (
 # Commands that are forwarded to the test's process. Any other command fails: "command not found".
 _PASSED_ON = (
     *("bash", "docker", "gcloud", "git", "kubectl", "lint-imports", "mkdocs", "pip", "pyright", "pytest"),
-    *("python", "ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds"),
+    *("python", "ruff", "sbatch", "scancel", "scontrol", "srun", "tensorboard", "tfds", "xpk"),
 )
 _PASS_ON = """#!{bash}
 words=("MCM_ACCELERATOR=${{MCM_ACCELERATOR:-}}" "${{0##*/}}" "$@")

@@ -26,6 +26,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/*.sbatch")])
 RUN = ("--config=openmoji:cd,steps=4", "--workdir=/mnt/mcm/runs/cd4")
+IN_BUCKET = (RUN[0], "--workdir=gs://b/runs/cd4")
 
 
 def launch(script, *arguments, tools=None, **variables):
@@ -42,8 +43,8 @@ def launch(script, *arguments, tools=None, **variables):
 
 # All other programs that the launchers and the fake tools need.
 BASICS = """
-bash cat cksum cp dirname grep gzip id mkdir mktemp paste python3 rm sed seq setsid sleep sort tail tar touch
-wc
+bash cat cksum cp dirname grep gzip id mkdir mktemp paste python3 rm sed seq setsid sleep sort stat tail tar
+touch wc
 """
 
 
@@ -95,18 +96,70 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
     ("script", "arguments", "message"),
     [
         *[
-            ("tpu_pod.sh", [*(a for a in POD if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
+            (
+                "tpu_pod.sh",
+                [*(a for a in POD if not a.startswith(f"--{name}=")), "--", *IN_BUCKET],
+                f"--{name}=",
+            )
             for name in ("name", "zone", "type")
         ],
-        ("tpu_pod.sh", [*POD, "--sport", "--", *RUN], "--sport is not an option"),
-        ("tpu_pod.sh", [*POD, *RUN], f"{RUN[0]} is not an option"),
+        ("tpu_pod.sh", [*POD, "--sport", "--", *IN_BUCKET], "--sport is not an option"),
+        ("tpu_pod.sh", [*POD, *IN_BUCKET], f"{RUN[0]} is not an option"),
         ("tpu_pod.sh", [*POD], "--config=... is missing among the arguments of mcm_jax.train"),
         ("tpu_pod.sh", [*POD, "--", RUN[0]], "--workdir=... is missing"),
         ("tpu_pod.sh", [*POD, "--", RUN[0], "--workdir="], "--workdir=... is missing"),
-        ("tpu_pod.sh", [*POD, "--type=v9-8", "--", *RUN], "--type=v9-8 is unknown; set its runtime"),
-        ("tpu_pod.sh", [*POD, "--attempts=0", "--", *RUN], "--attempts=0 must be a number"),
-        ("tpu_pod.sh", [*POD, "--", *RUN], "gcloud is not installed"),
-        ("tpu_host.sh", [], "install, train ARGUMENT... or stop"),
+        ("tpu_pod.sh", [*POD, "--type=v9-8", "--", *IN_BUCKET], "--type=v9-8 is unknown; set its runtime"),
+        ("tpu_pod.sh", [*POD, "--attempts=0", "--", *IN_BUCKET], "--attempts=0 must be a number"),
+        ("tpu_pod.sh", [*POD, "--", *IN_BUCKET], "gcloud is not installed"),
+        ("tpu_pod.sh", [*POD, "--nfs=10.0.0.2", "--", *RUN], "--nfs=10.0.0.2 must be ADDRESS:/SHARE"),
+        ("tpu_pod.sh", [*POD, "--flex-start=long", "--", *IN_BUCKET], "--flex-start=long must be a duration"),
+        (
+            "tpu_pod.sh",
+            [*POD, "--spot", "--flex-start=2h", "--", *IN_BUCKET],
+            "--spot --flex-start: choose one",
+        ),
+        ("tpu_pod.sh", [*POD, "--local-workdir", "--delete", "--", *RUN], "--delete would delete what"),
+        # What is lost with the slice's boot disk.
+        *[
+            ("tpu_pod.sh", [*POD, *given], f"{path} would be on the boot disk, which is lost with the slice")
+            for path, given in (
+                (RUN[1], ["--", *RUN]),
+                ("--workdir=runs/x", ["--", RUN[0], "--workdir=runs/x"]),
+                ("--workdir=runs/x", ["--nfs=a:/b", "--setup=true", "--", RUN[0], "--workdir=runs/x"]),
+                ("--workdir=/data/x", ["--nfs=a:/b", "--", RUN[0], "--workdir=/data/x"]),
+                ("--workdir=/x", ["--program=evaluate", "--", "--workdir=gs://b/x,/x"]),
+                ("--out=x.png", ["--program=sample", "--", "--workdir=gs://b/x", "--out=x.png"]),
+                ("--data_dir=data", ["--program=prepare", "--", "--dataset=openmoji"]),
+            )
+        ],
+        # Every program needs other arguments.
+        *[
+            (script, [*before, f"--program={program}", *after], message)
+            for script, before, after in (
+                ("tpu_pod.sh", POD, []),
+                ("slurm.sbatch", (), []),
+                (
+                    "gke/train.sh",
+                    ("gpu", "--name=a", "--image=b", "--accelerator=c", "--hosts=1", "--chips=8"),
+                    [],
+                ),
+            )
+            for program, message in (
+                ("report", "--program=report must be train, evaluate, sample or prepare"),
+                ("train", "--config=... is missing among the arguments of mcm_jax.train"),
+                (
+                    "evaluate",
+                    "--workdir=... or --images=... is missing among the arguments of mcm_jax.evaluate",
+                ),
+                ("sample", "--workdir=... is missing among the arguments of mcm_jax.sample"),
+                ("prepare", "--dataset=... or --inception=... is missing"),
+            )
+        ],
+        (
+            "tpu_host.sh",
+            [],
+            "use launch/tpu_host.sh mount, storage, install, train, evaluate, sample, prepare or stop",
+        ),
         ("slurm.sbatch", [], "--config=... is missing"),
         ("slurm.sbatch", [*RUN], "this is not a SLURM job; submit it"),
         ("docker.sh", ["--imagine=x"], "--imagine=x is not an option"),
@@ -115,7 +168,7 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
         ("gke/train.sh", ["cpu", *TPU[1:], "--", *RUN], "specify tpu or gpu first"),
         *[
             ("gke/train.sh", [*(a for a in TPU if not a.startswith(f"--{name}=")), "--", *RUN], f"--{name}=")
-            for name in ("name", "image", "claim", "accelerator", "topology", "hosts", "chips")
+            for name in ("name", "image", "accelerator", "topology", "hosts", "chips")
         ],
         ("gke/train.sh", [*TPU, "--name=Cd4", "--", *RUN], "--name=Cd4 must be lower case"),
         ("gke/train.sh", [*TPU, f"--name={'a' * 41}", "--", *RUN], "at most 40"),
@@ -124,6 +177,20 @@ GPU = (*GPU, "--hosts=4", "--chips=8")
             "gke/train.sh",
             [*TPU, "--image=a b", "--", *RUN],
             "--image=a b contains characters that are not allowed",
+        ),
+        ("gke/train.sh", [*GPU, "--queue=a b", "--", *RUN], "--queue=a b contains characters"),
+        ("gke/train.sh", [*GPU, "--service-account=a b", "--", *RUN], "--service-account=a b contains"),
+        *[
+            ("gke/train.sh", [*given, "--", *arguments], f"{arguments[1]} would be lost with the pod")
+            for given, arguments in (
+                ([a for a in GPU if not a.startswith("--claim=")], RUN),
+                (GPU, (RUN[0], "--workdir=runs/cd4")),
+            )
+        ],
+        (
+            "gke/train.sh",
+            [*GPU, "--program=prepare", "--", "--dataset=openmoji", "--data_dir=gs://b/data"],
+            "--program=prepare runs in one pod",
         ),
         ("gke/train.sh", [*GPU, "--slices=2", "--", *RUN], "--topology and --slices are for tpu"),
         ("gke/train.sh", [*GPU, "--", RUN[0]], "--workdir=... is missing"),
@@ -149,7 +216,7 @@ def test_the_commands_of_a_pod():
         "--setup=sudo mount x",
         "--dry-run",
         "--",
-        *RUN,
+        *IN_BUCKET,
         "--config.x=a b",
     )
     create, pack, copy, install, train, delete = commands(launch("tpu_pod.sh", *given))
@@ -166,10 +233,59 @@ def test_the_commands_of_a_pod():
     assert install.startswith("gcloud compute tpus tpu-vm ssh mcm --worker=all --command=sudo mount x && ")
     assert "bash mcm_jax/launch/tpu_host.sh install" in install
     assert r"--worker=all --command=bash mcm_jax/launch/tpu_host.sh train --config=" in train
-    assert r"--workdir=/mnt/mcm/runs/cd4 --config.x=a\ b" in train
+    assert r"--workdir=gs://b/runs/cd4 --config.x=a\ b" in train
     assert delete.startswith("gcloud compute tpus queued-resources delete mcm --force ")
     for command in (create, copy, install, train, delete):
         assert command.endswith("--zone=us-west4-a --project=p --quiet")
+
+
+def test_what_a_request_passes_on():
+    given = ("--internal-ips", "--network=n", "--subnetwork=s", "--service-account=a@b", "--reserved")
+    given = (*given, "--labels=team=x", "--data-disk=source=d,mode=read-only")
+    create, _, copy, install, train = commands(
+        launch("tpu_pod.sh", *POD, *given, "--dry-run", "--", *IN_BUCKET)
+    )
+    assert set(given) <= set(create.split())
+    for command in (copy, install, train):
+        assert command.endswith(" --internal-ip --zone=us-west4-a --quiet")
+
+
+def test_flex_start_is_requested_from_the_alpha_track():
+    create, *others = commands(launch("tpu_pod.sh", *POD, "--flex-start=24h", "--dry-run", "--", *IN_BUCKET))
+    assert create.startswith("gcloud alpha compute tpus queued-resources create mcm ")
+    assert {"--provisioning-model=flex-start", "--max-run-duration=24h"} <= set(create.split())
+    assert "--spot" not in create and not any("alpha" in other for other in others)
+
+
+def test_the_proxy_is_reached_through_the_request():
+    """`tpu-vm ssh` has no --tunnel-through-iap."""
+    _, _, *over = commands(
+        launch("tpu_pod.sh", *POD, "--internal-ips", "--iap", "--dry-run", "--", *IN_BUCKET)
+    )
+    assert [command.split()[4] for command in over] == ["scp", "ssh", "ssh"]
+    for command in over:
+        assert command.startswith("gcloud compute tpus queued-resources s")
+        assert " --worker=all " in command and " --node=0 --tunnel-through-iap --zone=" in command
+        assert "--internal-ip " not in command
+
+
+def test_a_share_is_mounted_before_anything_is_written():
+    given = ("--nfs=10.0.0.2:/mcm", "--dry-run", "--", *RUN)
+    install = commands(launch("tpu_pod.sh", *POD, *given))[3]
+    steps = [step.removeprefix("bash mcm_jax/launch/tpu_host.sh ") for step in install.split(" && ")]
+    assert steps[-3:-1] == ["mount 10.0.0.2:/mcm", "storage /mnt/mcm/runs/cd4"]
+    assert steps[-1].startswith("install ")
+
+
+def test_another_disk_may_be_mounted_by_setup():
+    run = ("--", RUN[0], "--workdir=/data/runs/cd4")
+    install = commands(launch("tpu_pod.sh", *POD, "--setup=sudo mount x", "--dry-run", *run))[3]
+    assert " tpu_host.sh storage /data/runs/cd4 && " in install.replace("bash mcm_jax/launch/", "")
+
+
+def test_a_local_workdir_is_kept_on_request():
+    install = commands(launch("tpu_pod.sh", *POD, "--local-workdir", "--dry-run", "--", *RUN))[3]
+    assert "storage" not in install and "mount" not in install
 
 
 def test_a_pod_gets_neither_caches_nor_data(tmp_path):
@@ -182,7 +298,7 @@ def test_a_pod_gets_neither_caches_nor_data(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     (pack,) = (
-        one for one in commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN)) if one[:3] == "tar"
+        one for one in commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *IN_BUCKET)) if one[:3] == "tar"
     )
     words = ["-cf" if word == "-czf" else word for word in shlex.split(pack)]
     words[words.index("-cf") + 1] = str(tmp_path.with_suffix(".tar"))
@@ -192,9 +308,9 @@ def test_a_pod_gets_neither_caches_nor_data(tmp_path):
 
 
 def test_a_pod_is_deleted_only_on_request():
-    create, *_, last = commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *RUN))
+    create, *_, last = commands(launch("tpu_pod.sh", *POD, "--dry-run", "--", *IN_BUCKET))
     assert "--spot" not in create and " train " in last
-    assert commands(launch("tpu_pod.sh", *POD, "--", *RUN, MCM_DRY_RUN="1"))[0] == create
+    assert commands(launch("tpu_pod.sh", *POD, "--", *IN_BUCKET, MCM_DRY_RUN="1"))[0] == create
 
 
 @pytest.mark.parametrize(
@@ -202,10 +318,10 @@ def test_a_pod_is_deleted_only_on_request():
     [("v4-32", "tpu-ubuntu2204-base"), ("v5p-16", "v2-alpha-tpuv5"), ("v6e-64", "v2-alpha-tpuv6e")],
 )
 def test_every_type_has_its_runtime(type_, version):
-    create = commands(launch("tpu_pod.sh", *POD, f"--type={type_}", "--dry-run", "--", *RUN))[0]
+    create = commands(launch("tpu_pod.sh", *POD, f"--type={type_}", "--dry-run", "--", *IN_BUCKET))[0]
     assert f"--runtime-version={version} " in create
     create = commands(
-        launch("tpu_pod.sh", *POD, f"--type={type_}", "--version=own", "--dry-run", "--", *RUN)
+        launch("tpu_pod.sh", *POD, f"--type={type_}", "--version=own", "--dry-run", "--", *IN_BUCKET)
     )[0]
     assert "--runtime-version=own " in create
 
@@ -213,9 +329,11 @@ def test_every_type_has_its_runtime(type_, version):
 # A slice of two hosts. Its state is in the files node and queue; each line of plan tells how a training ends.
 GCLOUD = r"""
 echo "$*" >>"$TOOLS/calls"
+[ "$1" != alpha ] || shift
 absent() { echo "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found" >&2; exit 1; }
 case "$*" in
   "compute tpus tpu-vm describe"*) cat "$TOOLS/node" 2>/dev/null || absent ;;
+  "compute tpus queued-resources describe"*failedData*) echo "no quota for v5e" ;;
   "compute tpus queued-resources describe"*)
     [ ! -f "$TOOLS/denied" ] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
     cat "$TOOLS/queue" 2>/dev/null || absent
@@ -226,12 +344,18 @@ case "$*" in
       echo ACTIVE >"$TOOLS/queue" && echo READY >"$TOOLS/node"
     fi ;;
   "compute tpus queued-resources create"*)
-    [ ! -f "$TOOLS/queue" ] && echo WAITING_FOR_RESOURCES >"$TOOLS/queue" ;;
+    [ ! -f "$TOOLS/queue" ]
+    # Requests have other ends as long as the file of ends has lines.
+    if [ -s "$TOOLS/ends" ]; then
+      sed -n 1p "$TOOLS/ends" >"$TOOLS/queue" && sed -i 1d "$TOOLS/ends"
+    else
+      echo WAITING_FOR_RESOURCES >"$TOOLS/queue"
+    fi ;;
   "compute tpus queued-resources delete"*) rm -rf "$TOOLS/queue" "$TOOLS/node" "$TOOLS"/host? ;;
   "compute tpus tpu-vm delete"*) rm -rf "$TOOLS/node" "$TOOLS"/host? ;;
-  "compute tpus tpu-vm scp"*)
+  "compute tpus tpu-vm scp"* | "compute tpus queued-resources scp"*)
     mkdir -p "$TOOLS/host0" "$TOOLS/host1" && cp "$5" "$TOOLS/host0" && cp "$5" "$TOOLS/host1" ;;
-  "compute tpus tpu-vm ssh"*)
+  "compute tpus tpu-vm ssh"* | "compute tpus queued-resources ssh"*)
     for word in "$@"; do
       case "$word" in --command=*) command="${word#*=}" ;; --worker=*) worker="${word#*=}" ;; esac
     done
@@ -256,13 +380,15 @@ esac
 
 # A host's Python: training ends as the next line of plan says.
 PYTHON = r"""
-if [ "$1 $2" != "-m mcm_jax.train" ]; then exec python3 "$@"; fi
+case "$*" in "-m mcm_jax."*) ;; *) exec python3 "$@" ;; esac
 echo "$*" >>"$TOOLS/trained.$HOST"
+echo "$JAX_PLATFORMS" >"$TOOLS/platforms"
 what=$(sed -n "$(wc -l <"$TOOLS/trained.$HOST")p" "$TOOLS/plan")
 touch "$HOME/started"
 case "$what" in
   done) echo "finished" ;;
   preempted) echo PREEMPTED >"$TOOLS/node"; echo SUSPENDED >"$TOOLS/queue"; sleep 0.3; exit 1 ;;
+  deleted) rm "$TOOLS/node"; sleep 0.3; exit 1 ;;
   crash) exit 1 ;;
   refused) echo "error: no such data" >&2; exit 2 ;;
   long) trap 'echo saved >>"$TOOLS/saved"; exit 130' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
@@ -294,16 +420,16 @@ def pod_variables(tools):
     return {"TOOLS": str(tools), "MCM_VENV": str(tools / "venv"), "MCM_POLL_SECONDS": "0.05"}
 
 
-def pod(tools, *plan, arguments=POD):
+def pod(tools, *plan, arguments=POD, run=("--", *IN_BUCKET)):
     (tools / "plan").write_text("".join(f"{line}\n" for line in plan))
-    return launch("tpu_pod.sh", *arguments, "--", *RUN, tools=tools, **pod_variables(tools))
+    return launch("tpu_pod.sh", *arguments, *run, tools=tools, **pod_variables(tools))
 
 
 def requests(tools):
     """The requests that gcloud received, in order and in a word each, without questions about the state."""
     result = []
     for line in (tools / "calls").read_text().splitlines():
-        words = line.removeprefix("compute tpus ").split()
+        words = line.removeprefix("alpha ").removeprefix("compute tpus ").split()
         command = re.search(r"tpu_host.sh (\w+)", line)
         if words[1] == "ssh":
             result.append(command[1] if command else "ask")
@@ -317,7 +443,7 @@ def test_a_pod_is_created_and_trains(tools):
     assert result.returncode == 0, result.stderr
     assert requests(tools) == ["create", "scp", "install", "train"]
     trained = [(tools / f"trained.{host}").read_text() for host in (0, 1)]
-    assert trained == [f"-m mcm_jax.train {' '.join(RUN)}\n"] * 2
+    assert trained == [f"-m mcm_jax.train {' '.join(IN_BUCKET)}\n"] * 2
     assert result.stdout.count("finished") == 2
     assert "slice mcm: not there, its request: WAITING_FOR_RESOURCES" in result.stdout
     # The checkout is on every host, without its history.
@@ -360,7 +486,7 @@ def test_bad_input_is_not_tried_again(tools):
 def test_it_does_not_try_for_ever(tools):
     result = pod(tools, "crash", "crash", "done", arguments=(*POD, "--attempts=2"))
     assert result.returncode == 1
-    assert "training failed 2 times in a row without a preemption" in result.stderr
+    assert "mcm_jax.train failed 2 times in a row without a preemption" in result.stderr
     assert requests(tools) == ["create", *["scp", "install", "train", "ask"] * 2]
 
 
@@ -370,6 +496,107 @@ def test_a_run_survives_a_lost_connection_and_is_found_again(tools):
     assert result.returncode == 0, result.stderr + result.stdout
     assert requests(tools).count("train") == 2
     assert all(len((tools / f"trained.{host}").read_text().splitlines()) == 1 for host in (0, 1))
+
+
+def waits(tools):
+    """From now on the launcher's long waits are noted, and none takes long."""
+    make_tool(
+        tools, "sleep", f'[ "${{1%.*}}" -lt 60 ] || echo "$1" >>"{tools}/waits"; exec {basics()}/sleep 0.05'
+    )
+
+
+def test_a_failed_request_is_made_again_after_a_pause(tools):
+    waits(tools)
+    (tools / "ends").write_text("FAILED\n" * 3)
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert requests(tools) == [*["create", "delete"] * 3, "create", "scp", "install", "train"]
+    assert (tools / "waits").read_text().split() == ["60", "120", "240"]
+    assert "slice mcm: the request failed: no quota for v5e; asking again in 60 seconds" in result.stderr
+
+
+def test_requests_that_fail_again_and_again_end_the_launcher(tools):
+    waits(tools)
+    (tools / "ends").write_text("FAILED\n" * 100)
+    result = pod(tools, "done")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "error: slice mcm: 8 requests in a row failed; the last time, the request failed: no quota for v5e; "
+        "ask for quota, or choose another --zone or --type"
+    )
+    assert (tools / "waits").read_text().split() == ["60", "120", "240", "480", "960", "1800", "1800"]
+
+
+def test_a_request_whose_slice_is_gone_is_made_again(tools):
+    waits(tools)
+    (tools / "queue").write_text("ACTIVE\n")
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert "slice mcm: the request is ACTIVE, but its slice is gone; asking again" in result.stderr
+    assert requests(tools) == ["delete", "create", "scp", "install", "train"]
+
+
+def test_a_slice_that_is_deleted_during_a_run_is_requested_again(tools):
+    waits(tools)
+    result = pod(tools, "deleted", "done")
+    assert result.returncode == 0, result.stderr
+    assert requests(tools).count("create") == 2
+    assert "but its slice is gone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("evaluate", ["--workdir=gs://b/runs/cd4"]),
+        ("sample", ["--workdir=gs://b/runs/cd4", "--out=gs://b/x.png"]),
+        ("prepare", ["--dataset=openmoji", "--data_dir=gs://b/data"]),
+    ],
+)
+def test_other_programs_than_training_run_on_a_pod(program, arguments, tools):
+    result = pod(tools, "done", run=(f"--program={program}", "--", *arguments))
+    assert result.returncode == 0, result.stderr
+    assert requests(tools) == ["create", "scp", "install", program]
+    # Preparing is work of one host, whose TPUs would wait for those of the others.
+    alone = program == "prepare"
+    assert (tools / "trained.0").read_text() == f"-m mcm_jax.{program} {' '.join(arguments)}\n"
+    assert (tools / "trained.1").exists() != alone
+    assert (tools / "platforms").read_text().strip() == ("cpu" if alone else "tpu,cpu")
+
+
+def test_hosts_refuse_a_path_on_the_boot_disk(tools):
+    """Although --setup could have mounted something there."""
+    run = ("--setup=true", "--", RUN[0], "--workdir=/data/runs/cd4")
+    result = pod(tools, "never", run=run)
+    assert result.returncode == 2
+    assert requests(tools) == ["create", "scp", "storage", "ask"]
+    assert "error: /data/runs/cd4 is on the boot disk, which is lost with the slice" in result.stderr
+
+
+@pytest.mark.skipif(
+    os.stat("/dev/shm").st_dev == os.stat("/").st_dev, reason="needs a file system beside that of /"
+)
+def test_hosts_accept_a_path_on_another_disk(tools):
+    result = pod(tools, "done", run=("--setup=true", "--", RUN[0], "--workdir=/dev/shm/none/cd4"))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("state", ["fresh", "client", "mounted"])
+def test_hosts_mount_a_share_with_what_the_images_have(state, tools):
+    """They have neither the client of NFS nor `mount --mkdir`."""
+    make_tool(tools, "mountpoint", f"[ {state} = mounted ]")
+    make_tool(tools, "sudo", f'echo "$*" >>"{tools}/calls"')
+    if state != "fresh":
+        make_tool(tools, "mount.nfs", "")
+    # The share is the directory /mnt/mcm, which this machine need not have.
+    result = launch("tpu_host.sh", "mount", "10.0.0.2:/mcm", tools=tools, HOME=str(tools))
+    done = (tools / "calls").read_text().splitlines() if state != "mounted" else []
+    client = ["update", "install --yes nfs-common"] if state == "fresh" else []
+    assert [line.partition(" -qq ")[2] for line in done if line.startswith("apt-get")] == client
+    mounting = ["mkdir -p /mnt/mcm", "mount -t nfs 10.0.0.2:/mcm /mnt/mcm"] if state != "mounted" else []
+    assert [line for line in done if not line.startswith("apt-get")] == mounting
+    if not os.access("/mnt/mcm", os.W_OK):
+        assert result.returncode == 2 and "may not write to 10.0.0.2:/mcm" in result.stderr
+        assert (tools / ".mcm_run.code").read_text() == "2\n"
 
 
 def test_a_denied_permission_is_reported(tools):
@@ -383,7 +610,7 @@ def test_a_denied_permission_is_reported(tools):
 def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
     (tools / "plan").write_text("long\n")
     process = subprocess.Popen(
-        ["bash", ROOT / "launch/tpu_pod.sh", *POD, "--", *RUN],
+        ["bash", ROOT / "launch/tpu_pod.sh", *POD, "--", *IN_BUCKET],
         env=environment(tools, **pod_variables(tools)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -399,7 +626,7 @@ def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped and saved: the same command continues" in said
+    assert "stopped: the same command continues" in said
     assert (tools / "saved").read_text() == "saved\n" * 2
     assert requests(tools)[-2:] == ["train", "stop"]
 
@@ -425,12 +652,13 @@ def slurm(tmp_path, code):
     return result, (tmp_path / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 130])
+@pytest.mark.parametrize("code", [0, 1, 2, 130, 143])
 def test_a_stopped_slurm_job_is_queued_again(code, tmp_path):
+    """143 is the end of a program without a handler of SIGTERM, such as an evaluation."""
     result, calls = slurm(tmp_path, code)
-    assert result.returncode == (0 if code == 130 else code)
+    assert result.returncode == (0 if code in (130, 143) else code)
     assert calls[0] == f"{SRUN} bash launch/slurm.sbatch --task python -m mcm_jax.train {' '.join(RUN)}"
-    assert calls[1:] == (["requeue 7"] if code == 130 else [])
+    assert calls[1:] == (["requeue 7"] if code in (130, 143) else [])
     assert not list(ROOT.glob("slurm-*"))
 
 
@@ -439,6 +667,16 @@ def test_the_commands_of_a_slurm_job():
     assert install[1].endswith("--editable .[gpu]")
     task = f"bash launch/slurm.sbatch --task python -m mcm_jax.train {' '.join(RUN)}"
     assert run == f"srun {SRUN} {task}"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "tasks"),
+    [("evaluate", ["--workdir=x"], ""), ("prepare", ["--dataset=openmoji"], "--nodes=1 --ntasks=1 ")],
+)
+def test_other_programs_than_training_run_on_slurm(program, arguments, tasks):
+    given = ("--dry-run", f"--program={program}", *arguments)
+    task = f"bash launch/slurm.sbatch --task python -m mcm_jax.{program} {' '.join(arguments)}"
+    assert commands(launch("slurm.sbatch", *given))[-1] == f"srun {SRUN} {tasks}{task}"
 
 
 def test_a_slurm_job_requests_a_task_for_each_gpu_and_a_warning():
@@ -563,8 +801,12 @@ def check_restarts(found, job):
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     spec = job["template"]["spec"]
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    # The pods of other nodes than the preempted one have stopped without that condition.
+    codes = {"containerName": pod_of(job)["containers"][0]["name"], "operator": "In", "values": [130, 143]}
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": codes},
+    ]
     assert spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == spec["completions"]
     assert pod_of(job)["restartPolicy"] == "Never" and pod_of(job)["terminationGracePeriodSeconds"] >= 120
@@ -617,6 +859,48 @@ def test_nodes_with_gpus():
 
 
 @pytest.mark.parametrize("kind", [TPU, GPU])
+def test_a_bucket_needs_no_claim(kind):
+    given = [argument for argument in kind if not argument.startswith("--claim=")]
+    result = launch("gke/train.sh", *given, "--dry-run", "--", *IN_BUCKET)
+    assert result.returncode == 0, result.stderr
+    assert "/mnt/mcm" not in result.stdout and "persistentVolumeClaim" not in result.stdout
+    (job,) = yaml.safe_load(result.stdout)["spec"]["replicatedJobs"]
+    spec = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job["template"]}
+    kubernetes_validate.validate(spec, kubernetes_validate.latest_version(), strict=True)
+    mounts = {mount["name"] for mount in pod_of(job)["containers"][0].get("volumeMounts", [])}
+    assert mounts == {volume["name"] for volume in pod_of(job).get("volumes", [])}
+
+
+@pytest.mark.parametrize(("kind", "chips"), [(TPU, {"google.com/tpu": 4}), (GPU, {"nvidia.com/gpu": 8})])
+def test_pods_with_requests_an_account_and_a_queue(kind, chips):
+    options = ("--cpu=24", "--memory=80Gi", "--service-account=trainer", "--queue=team")
+    found, job = manifest(*kind, *options)
+    requested = pod_of(job)["containers"][0]["resources"]["requests"]
+    assert requested == {**chips, "cpu": 24, "memory": "80Gi"}
+    assert pod_of(job)["serviceAccountName"] == "trainer"
+    assert found["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    found, job = manifest(*kind)
+    assert pod_of(job)["containers"][0]["resources"]["requests"] == chips
+    assert "serviceAccountName" not in pod_of(job) and "labels" not in found["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("evaluate", ["--workdir=gs://b/x"]),
+        ("sample", ["--workdir=gs://b/x", "--out=gs://b/x.png"]),
+        ("prepare", ["--dataset=openmoji", "--data_dir=gs://b/data"]),
+    ],
+)
+def test_other_programs_than_training_run_on_gke(program, arguments):
+    given = (*GPU, "--hosts=1", f"--program={program}", "--dry-run", "--", *arguments)
+    (job,) = yaml.safe_load(launch("gke/train.sh", *given).stdout)["spec"]["replicatedJobs"]
+    (container,) = pod_of(job)["containers"]
+    assert container["command"] == ["python", "-m", f"mcm_jax.{program}"]
+    assert container["args"] == arguments
+
+
+@pytest.mark.parametrize("kind", [TPU, GPU])
 def test_spot_nodes(kind):
     assert pod_of(manifest(*kind, "--spot")[1])["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert "cloud.google.com/gke-spot" not in pod_of(manifest(*kind)[1])["nodeSelector"]
@@ -666,7 +950,8 @@ def test_the_image_is_installed_by_the_launchers_function():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(None, 1) for line in text.splitlines() if line and not line.lstrip().startswith("#")]
     install = next(number for number, (step, rest) in enumerate(steps) if step == "RUN")
-    assert "mcm_environment" in steps[install][1]
+    # Every variant of the image reads and writes buckets.
+    assert "mcm_environment gcs" in steps[install][1]
     copied = [word for step, rest in steps[:install] if step == "COPY" for word in rest.split()[:-1]]
     needed = {"setup.cfg", "setup.py", "pyproject.toml", "launch/constraints.txt", "launch/environment.sh"}
     # setup.py names configs/ as a package, setup.cfg reads the version.
@@ -676,3 +961,14 @@ def test_the_image_is_installed_by_the_launchers_function():
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", "/data", "/runs", ".venv*"} <= set(ignored)
     assert json.loads(dict(steps)["CMD"])[:3] == ["python", "-m", "mcm_jax.train"]
+
+
+def test_the_page_of_clusters_has_every_variable_and_no_other():
+    page = (ROOT / "docs/clusters.md").read_text()
+    rows = page[page.index("## Variables") :]
+    used = set()
+    for pattern in ("mcm_jax/**/*.py", "launch/**/*", "tests/**/*.py", "Dockerfile"):
+        for path in ROOT.glob(pattern):
+            if path.is_file() and path.suffix != ".pyc":
+                used |= set(re.findall(r"\bMCM_[A-Z_]+\b", path.read_text()))
+    assert used == set(re.findall(r"`(MCM_[A-Z_]+)", rows))

@@ -63,6 +63,7 @@ STORIES = {
     "emoji": ("configs/emoji.py",),
     "text_to_image": ("configs/text_to_image.py",),
     "imagenet64": ("docs/paper.md", "configs/imagenet64.py", "docs/fid.md", "mcm_jax/evaluate.py"),
+    "imagenet_to_a_pod": ("docs/imagenet_to_a_pod.md",),
     "imagenet128": ("configs/imagenet128.py",),
     "public": ("docs/public_teachers.md",),
     "storage": ("docs/storage.md", "launch/faults.sh"),
@@ -84,8 +85,9 @@ NOT_RUN = {
     "python -m tests.mutants": "takes tens of minutes; tests/test_mutants.py runs it on examples",
     "bash launch/faults.sh": "takes an hour; .ci/run runs it with a few faults",
     "python -m tests.benchmarks": "measures; not a test",
-    "gcloud": "logs a user in",
+    "gcloud": "logs a user in, or deletes a slice",
     "tfds build": "downloads a data set",
+    "xpk workload create": "needs a cluster; the program that it would start is checked",
     "sbatch": "needs SLURM; its launcher's dry run is checked",
     "bash launch/tpu_host.sh": "installs on a TPU host; tests/test_clusters.py runs it with imitations",
 }
@@ -356,6 +358,8 @@ def check_unrun(command: Command) -> None:
     """What can be checked of a command that is not run."""
     if command.words[0] == "sbatch":
         commands.check(command)
+    if command.words[0] == "xpk":
+        commands.check(Command(command.where, tuple(shlex.split(option(command, "--command") or ""))))
     if "install" in command.words and command.words[0] in ("pip", "python"):
         setup = configparser.ConfigParser(delimiters="=", interpolation=None)
         setup.read(ROOT / "setup.cfg")
@@ -404,12 +408,13 @@ def make_up_data(name: str, directory: Path) -> None:
         for kind in ("s-1073741-0.075", "s-1073741-0.045", "xs-0134217-0.110"):
             (directory / f"edm2-img64-{kind}.pkl").write_bytes(golden.file("edm2-img64"))
         made_up_statistics(directory / "VIRTUAL_imagenet64_labeled.npz", side=32)
-    if name not in ("imagenet64", "public"):
+    if name not in ("imagenet64", "imagenet_to_a_pod", "public"):
         return
     layers = test_inception_weights.random_layers()
     (directory / "made_up.pickle").write_bytes(test_inception_weights.as_pickle(layers))
-    if name == "imagenet64":
+    if name != "public":
         test_imagenet.make_manual_dir(directory / "DIR")
+    if name == "imagenet64":
         made_up_statistics(directory / "imagenet64.npz")
         # These weights are not ViT-L/14's, so their distance has another name than in EDM2's file.
         test_dinov2.write(directory / "dinov2-large")
@@ -420,7 +425,7 @@ def make_up_data(name: str, directory: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORIES)
 def test_every_command_runs_to_its_end(name, small_parts, tiny_data, tmp_path, monkeypatch, request):
-    if name == "storage":
+    if name in ("storage", "imagenet_to_a_pod"):
         request.getfixturevalue("bucket")
         monkeypatch.setenv("MCM_LOCAL_DATA", str(tmp_path / "copies"))
     monkeypatch.chdir(tmp_path)

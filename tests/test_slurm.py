@@ -128,7 +128,7 @@ def test_a_stopped_job_is_queued_again_and_finishes(cluster, tmp_path):
     # SLURM waits two minutes before it starts a job again.
     wait_for(lambda: state(cluster, job) == "COMPLETED", seconds=180)
     assert output().count("stops") == output().count("restart 1") == 2
-    assert "stopped and saved; queued again" in output()
+    assert "stopped; queued again" in output()
     assert not list(ROOT.glob("slurm-*.stopped"))
 
 
