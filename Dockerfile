@@ -2,7 +2,7 @@
 # manifests of launch/gke/ use the same image.
 FROM python:3.12-slim-bookworm
 
-# cpu, gpu or tpu
+# cpu, gpu, gpu13 or tpu
 ARG ACCELERATOR=cpu
 # Any user that the container runs as can write to /tmp.
 ENV MCM_ACCELERATOR=$ACCELERATOR MCM_VENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp

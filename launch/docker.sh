@@ -25,9 +25,9 @@ while [ $# -gt 0 ]; do
 done
 case "$accelerator" in
   cpu) devices=() ;;
-  gpu) devices=(--gpus=all --ipc=host) ;;
+  gpu | gpu13) devices=(--gpus=all --ipc=host) ;;
   tpu) devices=(--privileged --network=host) ;;
-  *) mcm_refuse "MCM_ACCELERATOR=$accelerator must be cpu, gpu or tpu" ;;
+  *) mcm_refuse "MCM_ACCELERATOR=$accelerator must be cpu, gpu, gpu13 or tpu" ;;
 esac
 image="${image:-mcm_jax:$accelerator}"
 if [ -z "${MCM_DRY_RUN:-}" ] && ! command -v docker >/dev/null; then

@@ -8,7 +8,7 @@
 #   mcm_local_paths PROGRAM ARGUMENT...   prints the paths outside of buckets where it writes, as FLAG=PATH
 #
 # PYTHON=python3.12 sets the interpreter (3.11, 3.12 or 3.13), MCM_VENV=DIR another directory for the environment, and
-# MCM_ACCELERATOR=gpu or tpu the variant of JAX. MCM_DRY_RUN=1 prints the commands instead of running them.
+# MCM_ACCELERATOR=gpu, gpu13 or tpu the variant of JAX. MCM_DRY_RUN=1 prints the commands instead of running them.
 
 mcm_run() {
   if [ -n "${MCM_DRY_RUN:-}" ]; then
@@ -77,11 +77,11 @@ mcm_environment() {
   case "${MCM_ACCELERATOR:-cpu}" in
     cpu) export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" ;;
     # Without the accelerator, JAX would compute on the CPU. It stays available beside the accelerator.
-    gpu) extras="$extras gpu" && export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}" ;;
+    gpu | gpu13) extras="$extras $MCM_ACCELERATOR" && export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}" ;;
     # Where there are TPUs, there are buckets.
     tpu) extras="$extras tpu gcs" && export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" ;;
     *)
-      echo "error: MCM_ACCELERATOR=$MCM_ACCELERATOR must be cpu, gpu or tpu" >&2
+      echo "error: MCM_ACCELERATOR=$MCM_ACCELERATOR must be cpu, gpu, gpu13 or tpu" >&2
       return 2
       ;;
   esac

@@ -115,7 +115,7 @@ def test_a_small_check_of_a_gpu_needs_none():
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [
-        ({"MCM_ACCELERATOR": "quantum"}, [], "MCM_ACCELERATOR=quantum must be cpu, gpu or tpu"),
+        ({"MCM_ACCELERATOR": "quantum"}, [], "MCM_ACCELERATOR=quantum must be cpu, gpu, gpu13 or tpu"),
         ({"PYTHON": "/nonexistent/python"}, [], "is not Python 3.11, 3.12 or 3.13; choose one with PYTHON="),
         ({}, ["--speed=7"], "--speed=7 is not an option"),
     ],
