@@ -18,7 +18,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mcm_jax.system import files
-from mcm_jax.system.errors import InputError
+from mcm_jax.system.errors import InputError, reason
 from mcm_jax.system.paths import Path
 from mcm_jax.system.pictures import png_bytes
 
@@ -149,7 +149,8 @@ class JsonLines:
 class WandB:
     """A run of Weights & Biases, named like the workdir; every start continues it.
 
-    Its own environment variables apply, such as WANDB_PROJECT and WANDB_MODE=offline.
+    Its own environment variables apply, such as WANDB_PROJECT and WANDB_MODE=offline. InputError if it refuses to
+    start, for example because nobody has logged in.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, object]):
@@ -158,15 +159,21 @@ class WandB:
         path = workdir / _WANDB_ID
         if not path.exists():
             files.write_whole(path, uuid.uuid4().hex[:12])
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mcm_jax"),
-            name=workdir.name,
-            id=files.read_bytes(path).decode(),
-            resume="allow",
-            # A bucket cannot hold its files.
-            dir=str(workdir) if isinstance(workdir, pathlib.Path) else None,
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "mcm_jax"),
+                name=workdir.name,
+                id=files.read_bytes(path).decode(),
+                resume="allow",
+                # A bucket cannot hold its files.
+                dir=str(workdir) if isinstance(workdir, pathlib.Path) else None,
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise InputError(
+                f"config.training.metrics_to includes wandb, which did not start ({reason(error)}); run "
+                "`wandb login`, set WANDB_MODE=offline, or leave it out"
+            ) from error
         # A run that continues from a checkpoint repeats steps, which W&B's own counter would drop.
         self._run.define_metric("*", step_metric="step")
         self._wandb = wandb
