@@ -10,7 +10,7 @@ are already in the file are not measured again, so the same command continues an
 
     python -m mcm_jax.evaluate --images=samples.npz --features=inception --reference=imagenet64.npz
 
-This scores images from any program (uint8 images in the array arr_0, or a folder of PNGs), prints the
+This scores images from any program (an .npz with uint8 images in arr_0, or a folder of PNGs), prints the
 numbers, and with --results=FILE appends them to that file.
 """
 
@@ -64,7 +64,7 @@ def define_flags() -> None:
     paths.define_path(
         "guide",
         None,
-        "Autoguidance: directory of a worse diffusion model, which --guidance leads away from. Default: the "
+        "Autoguidance: directory of a worse diffusion model, from which --guidance moves away. Default: the "
         "run itself, without class or caption.",
     )
     flags.DEFINE_list(
@@ -123,7 +123,7 @@ def define_flags() -> None:
         "allow_singular",
         False,
         "Compute FID or FD-DINOv2 even if there are no more samples than features (2,048 or 1,024). Such a "
-        "number means little.",
+        "value means little.",
     )
     paths.define_path(
         "clip",

@@ -1,4 +1,4 @@
-"""Measures the paper's findings on a scale suited to two CPU cores, and reports which of them hold there.
+"""Measures the paper's findings on problems for two CPU cores, and reports which of them hold there.
 
     python -m mcm_jax.findings
     python -m mcm_jax.findings --quick

@@ -1,20 +1,20 @@
 """Prepares a data set: python -m mcm_jax.prepare --dataset=openmoji --resolution=32
 
-Captioned drawings whose every attribute is known: --dataset=avatars, --num=N for another number than 50,000.
+Captioned drawings whose attributes are all known: --dataset=avatars; --num=N draws N instead of 50,000.
 
 Captioned emoji in ten designs: --dataset=emoji --manual_dir=FILE, the .tgz of: npm pack @iconify/json@2.2.535
 
 ImageNet: --dataset=imagenet --resolution=64 --manual_dir=PATH, where PATH holds ILSVRC2012_img_train.tar and
-ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes like ADM's reference statistics, and
+ILSVRC2012_img_val.tar, or TFDS's imagenet2012. imagenet/adm resizes as ADM's references do, and
 imagenet/resized reads TFDS's imagenet_resized.
 
 COCO with captions: --dataset=coco --manual_dir=PATH, where PATH is TFDS's directory with coco_captions/2014.
 
-Captions, for text to image: avatars, emoji and coco have them; --encoder embeds those of a folder with
-captions.jsonl.
+Captions for text to image: avatars, emoji and coco have them; in a folder, put them into captions.jsonl and
+give --encoder.
 
 Your own images: --dataset=folder --manual_dir=PATH, with one subfolder per class or none, and captions in
-captions.jsonl or in a .txt beside each image, or none. PATH may also hold tar files, as of WebDataset.
+captions.jsonl or in a .txt beside each image, or none. PATH may also contain WebDataset's tar files.
 
 A published network as a teacher: --teacher=FILE --workdir=DIR, with the --dataset that it was trained on.
 
@@ -79,7 +79,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "host",
         "1/1",
-        "imagenet: K/N on the K-th of N hosts that share data_dir; the first host waits for the others.",
+        "imagenet: K/N for the K-th of N hosts that share data_dir; the first host waits for the others.",
     )
     flags.DEFINE_string("name", None, "folder: name of the data set; default: the folder's own name.")
     flags.DEFINE_string(
@@ -92,27 +92,27 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "caption_length",
         None,
-        "Most tokens of a caption; longer ones are cut. Default: as stored, or 128, or CLIP's 77.",
+        "Maximum tokens per caption; longer ones are truncated. Default: as stored, or 128, or CLIP's 77.",
         lower_bound=4,
     )
     flags.DEFINE_bool(
         "classifier",
         False,
-        "avatars: also train the network that finds attributes in samples, for evaluate; takes minutes.",
+        "avatars: also train the classifier of attributes that evaluate uses; takes minutes.",
     )
     paths.define_path(
         "teacher",
         None,
-        "File of a published network, to be written to --workdir as a teacher: a .pkl of EDM or EDM2, or a "
-        ".pt of OpenAI's ADM or consistency models, or a .safetensors of the latter. --dataset names the "
-        "images that it was trained on.",
+        "File of a published network to convert to a teacher in --workdir: a .pkl of EDM or EDM2, a .pt of "
+        "OpenAI's ADM or consistency models, or a .safetensors of the latter. --dataset names the images "
+        "that it was trained on.",
     )
-    paths.define_path("workdir", None, "--teacher: directory to write it to.")
+    paths.define_path("workdir", None, "--teacher: directory of the converted teacher.")
     flags.DEFINE_enum(
         "kind",
         None,
         ["openai_edm", "consistency"],
-        "--teacher: which of the two a .pt of consistency_models is; default: as its name begins (edm_, cd_ "
+        "--teacher: what a .pt of consistency_models contains; default: by the start of its name (edm_, cd_ "
         "or ct_).",
     )
     flags.DEFINE_bool("overwrite", False, "Prepare again and replace the existing data set.")

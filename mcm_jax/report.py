@@ -10,8 +10,8 @@ images), `runs/report.md` and `runs/report.png` (samples side by side), and prin
 This writes the paper's tables with the FIDs measured in those runs to `runs/tables.md`, prints them,
 and plots the distances of a diffusion model's samplers against network calls in `runs/samplers.png`.
 
-With --prompts=FILE, --runs names the directories of single runs on captions, and the figure prompts.png shows
-the prompts in FILE, one on each line, drawn by each of them from the same noise, with the time of an image.
+With --prompts=FILE, --runs lists directories of runs on captions. The figure prompts.png shows the prompts in
+FILE, one per line, drawn by each run from the same noise, with the time per image.
 
     python -m mcm_jax.report --figure=trajectories
 

@@ -4,7 +4,7 @@ python -m mcm_jax.sample --workdir=runs/cd4 --num=64 --out=grid.png
 python -m mcm_jax.sample --workdir=runs/cd4 --num=50000 --out=samples.npz --format=adm
 
 The second command writes a file for ADM's evaluator or `mcm_jax.evaluate --images`. A run that was trained on
-captions draws what --prompt="a red planet with a ring" or the lines of --prompts=FILE say.
+captions draws --prompt="a red planet with a ring", or each line of --prompts=FILE.
 """
 
 import sys
@@ -67,7 +67,7 @@ _GUIDANCE = flags.DEFINE_float(
 _GUIDE = paths.define_path(
     "guide",
     None,
-    "Autoguidance: directory of a worse diffusion model, which --guidance leads away from. Default: the run "
+    "Autoguidance: directory of a worse diffusion model, from which --guidance moves away. Default: the run "
     "itself, without class or caption.",
 )
 _ROUNDING = flags.DEFINE_enum(
@@ -81,7 +81,7 @@ _PROMPT = flags.DEFINE_string(
     "prompt", None, "Text to image: caption of all images. Default: captions of the test split."
 )
 _PROMPTS = paths.define_path(
-    "prompts", None, "Text to image: file with a caption for each image, one a line."
+    "prompts", None, "Text to image: file with one caption per line, for one image each."
 )
 _TEXT_ENCODER = paths.define_path(
     "text_encoder", None, "Directory of the text encoder for --prompt. Default: the installed one."

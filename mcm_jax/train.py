@@ -20,7 +20,8 @@ _WORKDIR = paths.define_path("workdir", None, "Directory of the run; created if 
 _PROFILE = flags.DEFINE_string(
     "profile",
     None,
-    "START,STEPS: trace STEPS updates, after the first START of this start, into WORKDIR/profile for xprof.",
+    "START,STEPS: trace STEPS updates, after the first START of this invocation, into WORKDIR/profile for "
+    "xprof.",
 )
 
 

@@ -58,22 +58,22 @@ class DataSettings:
     data_dir: str = setting("data", "directory of the prepared data sets", affects=Affects.NOTHING)
     encoder: str | None = setting(
         None,
-        "text encoder whose embeddings of the captions the network is conditioned on; None: class labels",
+        "text encoder of the captions that condition the network; None: class labels",
         affects=Affects.ALL,
     )
     resolution: int = setting(32, "height and width of the images in pixels", low=1, affects=Affects.ALL)
     horizontal_flip: bool = setting(
-        True, "flip half of the training images (open for the consistency stages; ours: as the teacher)"
+        True, "flip half of the training images (open for the consistency stages; ours: there too)"
     )
     in_memory_gb: float = setting(
         1.0,
-        "GB of decoded training images that are held in memory; a larger split is read from disk",
+        "maximum GB of decoded training images held in memory; a larger split is read from disk",
         low=0,
         affects=Affects.NOTHING,
     )
     max_corrupt_records: int = setting(
         10,
-        "corrupt records of the training split that each process skips; more of them end the run",
+        "maximum number of corrupt training records that each process skips; more end the run",
         low=0,
         affects=Affects.NOTHING,
     )
@@ -105,7 +105,7 @@ class ScheduleSettings:
     )
     logsnr_min: float = setting(
         -LOGSNR_LIMIT,
-        "log-SNR at t = 1 (open); imported networks were trained from -8.76 to 12.43",
+        "log-SNR at t = 1 (open); rows of imported networks set both to the range of their training",
         low=-30,
         high=-1,
         affects=Affects.ALL,
@@ -167,12 +167,12 @@ class Config:
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
-        None, "workdir of the teacher; required except for diffusion (ct only starts from its parameters)"
+        None, "workdir of the teacher; required except for diffusion (ct only copies its parameters)"
     )
     guide_checkpoint: str | None = setting(
         None,
-        "workdir of a worse diffusion model, which teacher_guidance leads away from (autoguidance); None: "
-        "from the teacher's own prediction for 'any class'",
+        "workdir of a worse diffusion model, from which teacher_guidance moves away (autoguidance); None: "
+        "the teacher's own prediction for 'any class'",
     )
     architecture: Literal["uvit", "adm", "edm2"] = setting(
         "uvit",

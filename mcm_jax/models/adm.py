@@ -31,8 +31,8 @@ class ADMSettings(UNetSettings):
     heads: int = setting(
         0, "attention heads at every width; 0: one for every head_width channels", low=0, affects=Affects.ALL
     )
-    groups: int = setting(32, "largest number of groups of a group norm", low=1, affects=Affects.ALL)
-    group_width: int = setting(4, "fewest channels of such a group", low=1, affects=Affects.ALL)
+    groups: int = setting(32, "maximum number of groups of a group norm", low=1, affects=Affects.ALL)
+    group_width: int = setting(4, "minimum channels per group", low=1, affects=Affects.ALL)
     preconditioning: Preconditioning = setting(
         "edm",
         "what the network predicts, and its input for the noise level: edm (EDM), edm_1000 and consistency "

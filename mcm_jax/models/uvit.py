@@ -46,7 +46,7 @@ class UViTSettings:
     )
     patch: int = setting(
         1,
-        "side in pixels of the patches that are the top stage's positions (open for 512x512; 1: pixels)",
+        "side in pixels of the top stage's patches (open for 512x512); 1: each pixel is a position",
         low=1,
         affects=Affects.ALL,
     )
@@ -66,7 +66,7 @@ class UViTSettings:
     )
     resnet_norm: Norm = setting(
         "layer",
-        "norm of ResNet blocks and of the output (open); by the compiler's estimate TPUs prefer group",
+        "norm of ResNet blocks and of the output (open); the compiler estimates less time for group on TPUs",
         affects=Affects.ALL,
     )
     noise_scale: NoiseScale = setting(

@@ -29,7 +29,7 @@ class Diffusion:
     )
     label_dropout: float = setting(
         0.0,
-        "fraction of labels replaced by 'any class', or of captions left out; 0.1 if guidance is used (open)",
+        "fraction of labels replaced by 'any class', or of captions dropped; 0.1 if guidance is used (open)",
         low=0,
         high=1,
     )

@@ -40,14 +40,14 @@ class MeshSettings:
     )
     fsdp: int = setting(
         1,
-        "devices over which parameters are sharded too; each device gathers all for each part of a batch",
+        "devices over which the parameters are sharded too; `gather` sets when they are gathered",
         low=1,
         affects=Affects.NOTHING,
     )
     gather: Literal["all", "blocks"] = setting(
         "all",
-        "which of the parameters sharded over fsdp a device gathers at once: all, before each part of a "
-        "batch, or those of one block, before it computes, which takes less memory and more communication",
+        "which parameters sharded over fsdp a device gathers at once: all, before each part of a batch, or "
+        "those of one block, before it runs (less memory, more communication)",
         affects=Affects.NOTHING,
     )
 

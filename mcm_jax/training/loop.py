@@ -57,19 +57,19 @@ class TrainingSettings:
     num_steps: int = setting(200_000, "total number of updates", low=1)
     batch_size: int = setting(2048, "images per update, over all devices", low=1, high=2**20)
     accumulation_steps: int = setting(
-        1, "parts of the batch whose gradients are computed one after the other, to save memory", low=1
+        1, "parts of a batch whose gradients are computed one after another, to save memory", low=1
     )
     log_every_steps: int = setting(100, "updates between reports of metrics", low=1, affects=Affects.NOTHING)
     checkpoint_every_steps: int = setting(
         5_000, "updates between checkpoints", low=1, affects=Affects.NOTHING
     )
     checkpoint_every_minutes: float = setting(
-        0.0, "minutes between checkpoints, besides those by updates; 0: none", low=0, affects=Affects.NOTHING
+        0.0, "minutes between additional checkpoints; 0: none", low=0, affects=Affects.NOTHING
     )
     keep_checkpoints: int = setting(2, "number of newest checkpoints to keep", low=1, affects=Affects.NOTHING)
     keep_every_steps: int = setting(
         0,
-        "also keep, for good, the checkpoints whose number of updates is a multiple of this; 0: none",
+        "also keep permanently the checkpoints whose number of updates is a multiple of this; 0: none",
         low=0,
         affects=Affects.NOTHING,
     )
@@ -78,7 +78,7 @@ class TrainingSettings:
     )
     metrics_to: tuple[WriterName, ...] = setting(
         ("tensorboard",),
-        "where metrics are written, beside the console: tensorboard, json (WORKDIR/metrics.jsonl), wandb",
+        "where metrics go besides the console: tensorboard, json (WORKDIR/metrics.jsonl), wandb",
         affects=Affects.NOTHING,
     )
     hang_minutes: float = setting(

@@ -18,7 +18,7 @@ class OptimizerSettings:
     b1: float = setting(0.9, "Adam's b1 (open)", low=0, high=0.999999)
     b2: float = setting(0.99, "Adam's b2 (open)", low=0, high=0.999999)
     eps: float = setting(1e-12, "Adam's epsilon (open)", low=1e-30)
-    clip_norm: float = setting(1.0, "maximum global norm of the gradient, by clipping (open)", low=1e-30)
+    clip_norm: float = setting(1.0, "global norm to which the gradient is clipped (open)", low=1e-30)
     ema_decay: float = setting(0.9999, "decay of the averaged parameters (open)", low=0, high=1)
 
 

@@ -149,8 +149,8 @@ class JsonLines:
 class WandB:
     """A run of Weights & Biases, named like the workdir; every start continues it.
 
-    Its own environment variables apply, such as WANDB_PROJECT and WANDB_MODE=offline. InputError if it refuses to
-    start, for example because nobody has logged in.
+    Its own environment variables apply, such as WANDB_PROJECT and WANDB_MODE=offline. Raises InputError if it
+    does not start, for example because nobody has logged in.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, object]):
