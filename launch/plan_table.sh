@@ -2,9 +2,9 @@
 # Plans the train steps whose speed the paper reports (ImageNet in two sizes, two resolutions, CT and CD; text to image)
 # for the TPU slices that its authors used, without a TPU, and prints one table: the compiler's estimates beside the
 # paper's measured speeds. Each of its rows of ImageNet appears twice: as configured, and in a plain form (attention
-# without a fused kernel, every block recomputed, blocks in a loop). Then it plans the distillation of published
-# networks, sampling from the small networks, and computing features of the samples. Makes the plans one after another;
-# each takes 5 to 30 minutes on 2 cores and up to 15 GB of memory.
+# without a fused kernel, every block recomputed, blocks in a loop). Then it plans a smaller network, the distillation of
+# published networks, sampling from the small networks, and computing features of the samples. Makes the plans one after
+# another; each takes 5 to 30 minutes on 2 cores and up to 15 GB of memory.
 #
 #   bash launch/plan_table.sh                     writes to runs/plan
 #   bash launch/plan_table.sh --out=DIR --plain=no
@@ -47,6 +47,10 @@ for size in small large; do
         --config.model.remat=full --config.model.unroll=False
     done
   done
+done
+echo "== the network for eight chips, which is not the paper's"
+for system in teacher cd,steps=4; do
+  plan "mini-${system%%,*}" "--config=imagenet64:mini,$system" --topology=v5e:2x4
 done
 echo "== text to image, cd of the guidance-distilled and of the guided teacher"
 row=("--config=text_to_image:cd,steps=4" --topology=v5e:16x16)
