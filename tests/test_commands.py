@@ -175,6 +175,8 @@ def small(command: Command) -> tuple[str, ...]:
             "avatars": ("--num=24", "--workers=0", "--resolution=16"),
             "emoji": ("--workers=0",),
             "coco": ("--workers=0", "--resolution=8"),
+            # Workers would have the environment of the first that started, and so not find the bucket.
+            "imagenet": ("--workers=0",),
         }.get(option(command, "--dataset"), ())
     # A published teacher takes 32 of Heun's steps.
     sampling = ("--sampler=ddim", "--steps=1") if "edm2" in text and not option(command, "--sampler") else ()

@@ -179,7 +179,7 @@ def test_stages_go_on_inside_a_stage(tiny_data, teacher, staged, tmp_path, capsy
 
 
 def test_an_interrupted_stage_is_the_last(tiny_data, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_train_run", lambda config, workdir: False)
+    monkeypatch.setattr(trainer, "_train_run", lambda config, workdir, profile: False)
     assert not trainer.train(progressive(tiny_data, teacher), tmp_path)
 
 
@@ -200,7 +200,9 @@ def test_the_next_stage_trains_on_the_same_images(teacher, staged, tmp_path, no_
     config = progressive(tiny.prepare_folder(tmp_path / "other", count=44), teacher)
     config.progressive.update(stages=(4, 2, 1), xvar_frac=0.5, later_xvar_frac=0.25)
     with pytest.raises(InputError, match=r"steps_2, the stage before, was trained on other images"):
-        trainer._train_run(stage_configs(validation.validate(config), tmp_path)[1][1], tmp_path / "steps_1")
+        trainer._train_run(
+            stage_configs(validation.validate(config), tmp_path)[1][1], tmp_path / "steps_1", None
+        )
 
 
 def test_stages_are_no_run_to_sample(staged):
