@@ -106,6 +106,7 @@ def trained(tiny_data, tmp_path_factory):
                 fsdp=fsdp,
                 objective=objectives[objective],
                 two_stages=True,
+                checkpoint_every_steps=10,  # At the end only; others save on the way.
                 sample_every_steps=4 if objective == "diffusion" and (count, fsdp) != (2, 1) else 0,
             )
             for objective, fsdp in cases
