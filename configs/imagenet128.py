@@ -42,7 +42,7 @@ The small network uses guidance, as in the paper: its teacher is also trained wi
 guidance, and cd distils the guided prediction. This costs cd another network call, which the published speed
 may not include. ct, pd and tract use no guidance; --config.consistency.teacher_guidance=0 disables it for cd.
 
-On fewer chips, the parameters are split over all of them. The commands:
+On another number of chips, the parameters are split over all of them. The commands:
 
     python -m mcm_jax.train --config=imagenet128:small,teacher --workdir=runs/teacher
     python -m mcm_jax.train --config=imagenet128:small,cd,steps=8 --workdir=runs/cd8 \\

@@ -39,7 +39,7 @@ Chips and hours, derived from the paper's updates per second (not measured with 
     pd          20,000 a stage     2.2 h              2.2 h       a stage, at CD's speed; ten stages to 1 step
     tract      100,000 a stage      11 h               11 h       a stage, at CD's speed; two stages
 
-On fewer chips, the parameters are split over all of them. The commands:
+On another number of chips, the parameters are split over all of them. The commands:
 
     python -m mcm_jax.train --config=imagenet64:small,teacher --workdir=runs/teacher
     python -m mcm_jax.train --config=imagenet64:small,cd,steps=8 --workdir=runs/cd8 \\

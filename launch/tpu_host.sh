@@ -31,6 +31,8 @@ mount_share() {
     sudo mkdir -p "$share"
     sudo mount -t nfs "$1" "$share"
   fi
+  [ "$(findmnt -no SOURCE "$share")" = "$1" ] ||
+    refuse "$share holds $(findmnt -no SOURCE "$share"), not $1; unmount it, or delete the slice"
   [ -w "$share" ] ||
     refuse "$(id -un) may not write to $1; give everybody the right on one host, once: sudo chmod a+rwx $share"
 }

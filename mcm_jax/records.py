@@ -267,6 +267,7 @@ class Measurement(Record):
     seed: int
     sampling: Sampling = dataclasses.field(metadata=_FLAT)
     origin: Origin | None = None  # None: no parameters come from a published file
+    guide_origin: Origin | None = None  # the same for the guide, in sampling or in training
     num_samples: int
     untrained_num: int = 0  # samples of the untrained network
     asked: tuple[str, ...] = ()  # names of the requested metrics, as in --metrics

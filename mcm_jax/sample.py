@@ -126,6 +126,8 @@ def _sample_to(out: Path) -> None:
         data_dir=None if _DATA_DIR.value is None else str(_DATA_DIR.value),
     )
     if _GUIDE.value is not None:
+        if _GUIDANCE.value == 0:
+            raise InputError(f"--guide={_GUIDE.value} has no effect with --guidance=0; remove one of them")
         run = run.guided_by(load_run(_GUIDE.value))
     labels, prompts = None, _prompts()
     if prompts is not None:

@@ -149,7 +149,7 @@ def small(command: Command) -> tuple[str, ...]:
         if ":tract" in text:
             arguments += ("--config.tract.stages=(4,2)",)
         if "--profile=" in text:
-            arguments += ("--profile=0,1",)
+            arguments += ("--profile=1,1", "--config.training.num_steps=4")
         if "=avatars:" in text:
             arguments += ("--config.data.resolution=16",)
         if "=imagenet128:" in text:

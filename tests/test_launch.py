@@ -199,7 +199,10 @@ def test_the_table_of_plans_has_the_papers_speeds(tmp_path):
     assert text_to_image == [["--topology=v5e:16x16"], ["--topology=v5e:16x16", guided]]
     assert lines[-1] == f"python -m mcm_jax.plan --table={tmp_path}"
     (tmp_path / "small-64-ct.json").touch()  # Is not planned again.
-    assert dry_run("plan_table.sh", f"--out={tmp_path}", "--plain=no").stdout.count("--json") == 7 + 2 + 2 + 4 + 4
+    assert (
+        dry_run("plan_table.sh", f"--out={tmp_path}", "--plain=no").stdout.count("--json")
+        == 7 + 2 + 2 + 4 + 4
+    )
 
 
 def test_the_scaling_is_planned_at_32_images_a_chip_and_at_2048_in_all(tmp_path):

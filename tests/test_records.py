@@ -44,6 +44,7 @@ def test_fields_of_other_versions():
             "workdir",
             "checkpoint",
             "origin",
+            "guide_origin",
             "asked",
             "caption_scores",
             "untrained_num",
@@ -80,6 +81,7 @@ def test_every_input_identifies_a_measurement_and_no_outcome_does():
             "untrained_num": 1,
         },
         **{"asked": [], "caption_scores": ["attributes 0f"], "origin": ORIGIN},
+        "guide_origin": ORIGIN,
         **{"features": {"network": "inception-2015-12-05", "sha256": "x"}},
         "reference": {"file": "x", "sha256": "x"},
     }

@@ -41,6 +41,7 @@ def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     _check_unused(result, SECTIONS, result.objective)
     _check_unused(result, ARCHITECTURES, result.architecture)
     _check_optimizer(result)
+    _check_checkpoints(result)
     return result
 
 
@@ -143,6 +144,15 @@ def _check_unused(config: Config, sections: Mapping[str, str], selected: str) ->
                     f"config.{section}.{name}={value!r} has no effect on {selected}, whose settings "
                     f"are in config.{used}; leave it out"
                 )
+
+
+def _check_checkpoints(config: Config) -> None:
+    every, kept = config.training.checkpoint_every_steps, config.training.keep_every_steps
+    if kept % every:
+        raise InputError(
+            f"config.training.keep_every_steps={kept} keeps nothing unless it is a multiple of "
+            f"config.training.checkpoint_every_steps={every}"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

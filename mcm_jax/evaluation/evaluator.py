@@ -121,6 +121,7 @@ class Evaluator:
         self.require(reference)
         comparison = self._comparison(reference)
         comparison["asked"] += tuple(score.name for score in scores if score.name not in self.metrics)
+        sampling = run.sampling(**request.settings)
         return Measurement(
             version=VERSION,
             workdir=resolved(workdir_of(run)).name,
@@ -130,13 +131,14 @@ class Evaluator:
             data_preprocessing=run.dataset.preprocessing,
             training_seed=run.seed,
             origin=run.origin,
+            guide_origin=run.guide_origin(sampling),
             student_steps=run.student_steps,
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
             label_rule=run.label_rule(request.caption_split),
             seed=request.seed,
-            sampling=run.sampling(**request.settings),
+            sampling=sampling,
             num_samples=request.num,
             untrained_num=request.untrained_num,
             caption_scores=tuple(f"{score.name} {score.sha256}" for score in scores),

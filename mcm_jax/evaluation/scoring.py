@@ -340,6 +340,8 @@ def _check(options: Options) -> None:
     for guidance in options.guidance:
         if not 0 <= guidance < math.inf:
             raise InputError(f"--guidance={guidance}: it must be 0 (no guidance) or a positive number")
+    if options.guide is not None and options.guidance and not any(options.guidance):
+        raise InputError(f"--guide={options.guide} has no effect with --guidance=0; remove one of them")
     if options.reference is not None and not options.reference.exists():
         raise InputError(f"--reference={options.reference}: there is no such file or directory")
     if options.reference_split != "train" and (options.reference is None or not options.reference.is_dir()):

@@ -268,9 +268,12 @@ def _data(collection: Collection) -> list[str]:
     for count in [c for n, c in enumerate(counts) if isinstance(c, dict) and c not in counts[:n]]:
         splits = ", ".join(f"{number} in split {split}" for split, number in count.items())
         parts.append(f"<p>Images: {_text(splits)}.</p>")
-    for origin in dict.fromkeys(result.origin for result in collection.results if result.origin):
-        text = f"Trained from {origin.file} of {origin.source}; licence: {origin.licence}."
-        parts.append(f"<p>{_text(text)}</p>")
+    origins = [(result.origin, "Trained from") for result in collection.results]
+    origins += [(result.guide_origin, "Guided by") for result in collection.results]
+    for origin, verb in dict.fromkeys(origins):
+        if origin is not None:
+            text = f"{verb} {origin.file} of {origin.source}; licence: {origin.licence}."
+            parts.append(f"<p>{_text(text)}</p>")
     if _shows_openmoji(collection):
         parts.append(f"<p>{_text(OPENMOJI)}</p>")
     return parts

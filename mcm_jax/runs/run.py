@@ -24,7 +24,7 @@ from mcm_jax.records import CONSISTENCY, Objective, Origin, Sampling, SamplingOp
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
-from mcm_jax.system.paths import Path, checked_path
+from mcm_jax.system.paths import Path, checked_path, resolved
 from mcm_jax.text import encoders
 from mcm_jax.training.checkpoints import Checkpoints, Parameters
 from mcm_jax.training.state import Params
@@ -50,6 +50,7 @@ class Run:
         checkpoint: str | None = None,
         origin: Origin | None = None,
         guide: samplers.Guide | None = None,
+        guide_origin: Origin | None = None,
     ):
         """Most callers should use `load_run` instead.
 
@@ -62,10 +63,12 @@ class Run:
             if unknown. Measured variances are stored and reused only if workdir and checkpoint are given.
           origin: the published file that the parameters, or the first teacher's, come from; None: none.
           guide: the model that guidance leads away from; None: the run itself, without condition.
+          guide_origin: the published file of the model that guided the run's teacher; None: none.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
         self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
         self.workdir, self.checkpoint, self.origin, self.guide = workdir, checkpoint, origin, guide
+        self._guide_origin = guide_origin
         self.network = build.network(config, condition=build.condition(dataset))
         self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
@@ -301,7 +304,8 @@ class Run:
           >>> run = mcm_jax.load("runs/edm2-s").guided_by(mcm_jax.load("runs/edm2-xs"))  # doctest: +SKIP
           >>> images, labels = run.sample(16, guidance=1.0)  # doctest: +SKIP
         """
-        name = str(guide.workdir or "the guide") if guide.origin is None else guide.origin.file
+        place = "the guide" if guide.workdir is None else resolved(guide.workdir).name
+        name = place if guide.origin is None else guide.origin.file
         for run, what in ((guide, name), (self, str(self.workdir or "this run"))):
             if run.student_steps is not None or (run.origin and run.origin.kind == CONSISTENCY):
                 raise InputError(
@@ -316,8 +320,10 @@ class Run:
                 f"classes, captions or size from {ours.dataset} at {ours.resolution}x{ours.resolution}; a "
                 "guide must match the run that it guides"
             )
+        samplers.check_range(guide.config, self.config)
         run = copy.copy(self)
-        run.guide = samplers.Guide(name, guide.checkpoint, guide.network, guide.params)
+        checkpoint = None if guide.checkpoint is None else f"{guide.checkpoint} {guide.parameters}"
+        run.guide = samplers.Guide(name, checkpoint, guide.origin, guide.network, guide.params)
         run._compiled = {}
         return run
 
@@ -395,6 +401,11 @@ class Run:
                 mesh=self.mesh,
             )
         return self._compiled[settings]
+
+    def guide_origin(self, settings: Sampling) -> Origin | None:
+        """The published file of the guide, in sampling with these settings or in training; None: none."""
+        guide = self._guide(settings)
+        return self._guide_origin if guide is None else guide.origin
 
     def _guide(self, settings: Sampling) -> samplers.Guide | None:
         return None if settings.guide is None else self.guide
@@ -517,6 +528,7 @@ def load_run(
         workdir=workdir,
         checkpoint=workdirs.checkpoint_identity(workdir, step),
         origin=record.origin,
+        guide_origin=record.guide_origin,
     )
 
 

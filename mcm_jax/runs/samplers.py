@@ -20,7 +20,7 @@ from mcm_jax.diffusion.guidance import guided, without_condition
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.models.network import Network
-from mcm_jax.records import Sampling
+from mcm_jax.records import Origin, Sampling
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
@@ -42,14 +42,27 @@ class Guide:
     Attributes:
       name: its published file or its workdir.
       checkpoint: the identity of its checkpoint; None: unknown.
+      origin: the published file that its parameters come from; None: none.
       network: its network, which may have other sizes.
       params: its parameters.
     """
 
     name: str
     checkpoint: str | None
+    origin: Origin | None
     network: Network
     params: Params
+
+
+def check_range(guide: Config, guided: Config) -> None:
+    """Raises InputError unless the guide was trained at all log-SNRs of the run that it guides."""
+    low, high = guide.schedule.logsnr_min, guide.schedule.logsnr_max
+    if low > guided.schedule.logsnr_min or high < guided.schedule.logsnr_max:
+        raise InputError(
+            f"the guide was trained at log-SNRs from {low} to {high}, but is needed from "
+            f"{guided.schedule.logsnr_min} to {guided.schedule.logsnr_max}; use another guide, or set "
+            "config.schedule.logsnr_min and logsnr_max of a student"
+        )
 
 
 class NonFiniteSamplesError(InputError):

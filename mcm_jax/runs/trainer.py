@@ -17,7 +17,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.records import CONSISTENCY
-from mcm_jax.runs import build, workdirs
+from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.runs.run import Run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system import distributed, sharding
@@ -26,6 +26,7 @@ from mcm_jax.system.paths import Path, as_path
 from mcm_jax.system.pictures import image_grid
 from mcm_jax.training import loop, observer, writers
 from mcm_jax.training.checkpoints import Batches, Checkpoints
+from mcm_jax.training.clock import Clock
 from mcm_jax.training.profile import Profile, Tracer
 from mcm_jax.training.state import Params, TeacherParams, TrainState
 
@@ -106,22 +107,24 @@ def _record(
 ) -> tuple[workdirs.RunRecord, Config | None]:
     """Checks teacher and guide; returns the record of the run, and the guide's config if there is a guide."""
     origin, guide = existing and existing.origin, None
+    guide_origin = existing and existing.guide_origin
     if config.teacher_checkpoint is not None:
         origin = check_teacher(config, dataset).origin
         if origin is not None:
             distributed.say(f"the teacher is {origin.file} from {origin.source}: {origin.licence}")
     if config.guide_checkpoint is not None:
         guide = check_guide(config, dataset)
-        if guide.origin is not None:
+        guide_origin = guide.origin or guide.guide_origin
+        if guide_origin is not None:
             distributed.say(
-                f"its guide is {guide.origin.file} from {guide.origin.source}: {guide.origin.licence}"
+                f"its guide is {guide_origin.file} from {guide_origin.source}: {guide_origin.licence}"
             )
     identities = {
         name: workdirs.newest_identity(path) or (existing and getattr(existing, name))
         for name, path in (("teacher", config.teacher_checkpoint), ("guide", config.guide_checkpoint))
     }
     record = workdirs.RunRecord(
-        config=config, dataset=dataset, origin=origin or (guide and guide.origin), **identities
+        config=config, dataset=dataset, origin=origin, guide_origin=guide_origin, **identities
     )
     return record, guide and guide.config
 
@@ -130,7 +133,7 @@ def _train_from_newest(
     training: build.Training, dataset: DatasetInfo, workdir: Path, profile: Profile | None
 ) -> bool:
     """Trains from the newest checkpoint, if there is one; returns as `train`."""
-    config, mesh = training.config, training.mesh
+    config, mesh, clock = training.config, training.mesh, Clock()
     keep_every = config.training.keep_every_steps or None
     with Checkpoints(workdir, keep=config.training.keep_checkpoints, keep_every=keep_every) as checkpoints:
         jax.config.update("jax_compilation_cache_dir", str(workdirs.compilation_cache(workdir)))
@@ -141,9 +144,17 @@ def _train_from_newest(
         preview = Run(config, dataset, mesh=mesh, params=state.ema_params, checkpoint_step=done)
         count = int(count_parameters(training.abstract.params))
         distributed.say(f"training {count:,} parameters on {sharding.description(mesh)}")
-        with _observer(
-            config, workdir, first_step=done, draw=functools.partial(_draw_grid, preview), profile=profile
-        ) as run_observer:
+        tracer = None if profile is None else Tracer(profile, workdir, first_step=done)
+        with distributed.fail_together():
+            observed = _observer(
+                config,
+                workdir,
+                first_step=done,
+                draw=functools.partial(_draw_grid, preview),
+                clock=clock,
+                tracer=tracer,
+            )
+        with observed as run_observer:
             return loop.train(
                 state,
                 teacher_params,
@@ -201,6 +212,10 @@ def check_guide(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
         raise InputError(
             f"{what} is a {guide.config.objective} student; use the workdir of a diffusion model"
         )
+    try:
+        samplers.check_range(guide.config, config)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
     return guide
 
 
@@ -345,12 +360,17 @@ def _teacher_workdir(config: Config) -> Path:
 
 
 def _observer(
-    config: Config, workdir: Path, *, first_step: int, draw: observer.Draw, profile: Profile | None
+    config: Config,
+    workdir: Path,
+    *,
+    first_step: int,
+    draw: observer.Draw,
+    clock: Clock,
+    tracer: Tracer | None,
 ) -> contextlib.AbstractContextManager[loop.Observer]:
     """The observer of this process; only the first process reports progress."""
-    tracer = None if profile is None else Tracer(profile, workdir, first_step=first_step)
     if not distributed.is_first():
-        return observer.SilentObserver(draw=draw, tracer=tracer)
+        return observer.SilentObserver(draw=draw, clock=clock, tracer=tracer)
     return observer.RunObserver(
         workdir,
         first_step=first_step,
@@ -358,6 +378,7 @@ def _observer(
         batch_size=config.training.batch_size,
         log_every_steps=config.training.log_every_steps,
         draw=draw,
+        clock=clock,
         writers=writers.opened(
             config.training.metrics_to, workdir, first_step=first_step, config=fields.flat(config)
         ),

@@ -40,8 +40,8 @@ class RunRecord:
       teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None if there is
         no teacher or the file was written by an older version.
       guide: the same for the model that the teacher's guidance leads away from.
-      origin: the published file that the parameters, or those of the first teacher, or else of the guide,
-        come from; None: none.
+      origin: the published file that the parameters, or those of the first teacher, come from; None: none.
+      guide_origin: the same for the guide's.
     """
 
     config: Config
@@ -49,6 +49,7 @@ class RunRecord:
     teacher: str | None = None
     guide: str | None = None
     origin: Origin | None = None
+    guide_origin: Origin | None = None
 
 
 def checkpoint_identity(workdir: Path, step: int) -> str | None:
@@ -160,7 +161,8 @@ def read(workdir: Path) -> RunRecord:
             dataset=DatasetInfo.from_json(content["dataset"], path=as_path(content["dataset"]["path"])),
             teacher=content.get("teacher"),
             guide=content.get("guide"),
-            origin=Origin.from_json(content["origin"]) if content.get("origin") else None,
+            origin=_origin(content.get("origin")),
+            guide_origin=_origin(content.get("guide_origin")),
         )
     except FileNotFoundError:
         stages = ", ".join(sorted(path.parent.name for path in workdir.glob(f"*/{RUN_FILE}")))
@@ -175,6 +177,10 @@ def read(workdir: Path) -> RunRecord:
         raise InputError(
             f"{path} is damaged ({reason(error)}); restore it or train in another directory"
         ) from error
+
+
+def _origin(content: object) -> Origin | None:
+    return None if content is None else Origin.from_json(content)
 
 
 def compilation_cache(workdir: Path) -> Path:

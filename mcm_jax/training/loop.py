@@ -83,8 +83,8 @@ class TrainingSettings:
     )
     hang_minutes: float = setting(
         30.0,
-        "minutes without progress, compiling included, after which a process prints its stacks and ends; "
-        "0: never",
+        "minutes without progress (compiling, saves and grids included), after which a process prints its "
+        "stacks and ends; 0: never",
         low=0,
         affects=Affects.NOTHING,
     )
@@ -119,7 +119,7 @@ def train(
     watch, clock = Watch(), observer.clock
     with (
         _stop_signals() as signalled,
-        Watchdog(60 * settings.hang_minutes, stopping=signalled) as watchdog,
+        Watchdog(60 * settings.hang_minutes) as watchdog,
         jax.transfer_guard("disallow"),
     ):
         requests = _Requests(mesh, signalled, save_every_seconds=60 * settings.checkpoint_every_minutes)
@@ -145,13 +145,14 @@ def train(
                 with clock.spent("checkpoints"):
                     checkpoints.save(state, data, step=step)
                 requests.saved()
+                watchdog.alive(step)
             if draw_now:
                 with clock.spent("samples"):
                     observer.pictures(step, state.ema_params)
             # Only if it waited for the update before did the host take the time of one update.
             watch.updated(step, usual=waited and not (save_now or draw_now))
             watchdog.alive(step)
-        watchdog.stopped()
+        watchdog.alive(step)
         _report(pending, observer, watch, checkpoints.saved)
         clock.updates_begin()
         with clock.spent("checkpoints"):
@@ -194,13 +195,14 @@ class _Requests:
         self._mesh, self._signalled = mesh, signalled
         self._save_every = save_every_seconds or math.inf
         self.save = False
-        self._saved_at, self._voted = time.monotonic(), None
+        self._saved_at, self._is_stale = time.monotonic(), False
+        self._voted: jax.Array | None = None
         any_of = jax.jit(lambda votes: jnp.any(votes, axis=0), out_shardings=sharding.replicated(mesh))
         self._count = any_of if mesh.is_multi_process else None
 
     def saved(self) -> None:
-        """A checkpoint has just been saved. Votes from before no longer ask for one."""
-        self._saved_at, self._voted = time.monotonic(), None
+        """A checkpoint has just been saved. The votes that are on their way no longer ask for one."""
+        self._saved_at, self._is_stale = time.monotonic(), self._count is not None
 
     def stop(self) -> bool:
         """Whether to stop before the next update."""
@@ -210,7 +212,8 @@ class _Requests:
             counted = self._count(sharding.global_batch(self._mesh, {"votes": local})["votes"])
             last, self._voted = self._voted, counted
             votes = [False, False] if last is None else jax.device_get(last).tolist()
-        stop, self.save = votes
+        stop, due = votes
+        self.save, self._is_stale = due and not self._is_stale, False
         return stop
 
 

@@ -1,5 +1,6 @@
 """Reports the progress of a run: a progress bar or plain lines, metrics, and grids of samples."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,18 +41,20 @@ class RunObserver:
         batch_size: int,
         log_every_steps: int,
         draw: Draw,
+        clock: Clock,
         writers: Sequence[Writer],
         tracer: Tracer | None = None,
     ):
-        """Starts the clock.
+        """Starts nothing yet.
 
         Args:
           first_step: number of updates done before this start.
+          clock: counts since this start began.
           writers: where metrics go; they are closed on exit.
           tracer: traces some updates.
         """
-        self.clock = Clock()
-        self._lap = self.clock.seconds()
+        self.clock = clock
+        self._lap = clock.seconds()
         self._samples = workdir / "samples"
         self._num_steps, self._batch_size, self._draw = num_steps, batch_size, draw
         self._log_every_steps = log_every_steps
@@ -71,27 +74,29 @@ class RunObserver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._tracer is not None:
-            self._tracer.stop()
-        if self._timed is not None:
-            self._report_time()
-        for writer in self._writers:
-            writer.close()
+        # Whatever fails, the others are closed.
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            if self._timed is not None:
+                stack.callback(self._report_time)
+            if self._tracer is not None:
+                stack.callback(self._tracer.stop)
+            if self._bar is not None:
+                stack.callback(self._bar.stop)
 
     def update(self, step: int) -> None:
         """Moves the progress bar; at the first update also prints the start-up time."""
         if self._timed is None:
             self._say(f"first update after {time.monotonic() - self._started:.1f} s")
             self._timed = (step, time.monotonic())
-        if self._tracer is not None:
-            self._tracer.update(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Collects metrics; reports their means every log_every_steps updates and after the last one."""
+        if self._tracer is not None:
+            self._tracer.finished(step)
         self._window.append(values)
         if step % self._log_every_steps and step != self._num_steps:
             return
@@ -163,8 +168,8 @@ class RunObserver:
 class SilentObserver:
     """Observer for all processes except the first: takes part in drawing samples and reports nothing."""
 
-    def __init__(self, *, draw: Draw, tracer: Tracer | None = None):
-        self.clock = Clock()
+    def __init__(self, *, draw: Draw, clock: Clock, tracer: Tracer | None = None):
+        self.clock = clock
         self._draw, self._tracer = draw, tracer
 
     def __enter__(self) -> "SilentObserver":
@@ -175,12 +180,12 @@ class SilentObserver:
             self._tracer.stop()
 
     def update(self, step: int) -> None:
-        """Traces the updates of a profile."""
-        if self._tracer is not None:
-            self._tracer.update(step)
+        """Does nothing."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Does nothing."""
+        """Traces the updates of a profile."""
+        if self._tracer is not None:
+            self._tracer.finished(step)
 
     def pictures(self, step: int, params: Params) -> None:
         """Computes this process's share of the samples that the first process draws."""

@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 
-# A signal asks the loop to stop after the current update, which a process that hangs never finishes.
-_STOP_SECONDS = 120.0
+# How often it looks. Looks are counted, not time, so that a process that was suspended is not ended.
 _LOOK_SECONDS = 1.0
 # The first process that ends takes the others with it, so it waits until they have printed their stacks too.
 _LINGER_SECONDS = 5.0
@@ -21,19 +20,14 @@ EXIT_CODE = 1
 class Watchdog:
     """A context manager, in which the process ends with exit code 1 unless `alive` is called in time.
 
-    The first call has no longer than the others, although the program is compiled before it.
+    The first update has the same limit, including compiling.
     """
 
-    def __init__(self, limit_seconds: float, *, stopping: threading.Event):
-        """Does nothing yet.
-
-        Args:
-          limit_seconds: the longest time between two calls of `alive`; 0: unlimited.
-          stopping: set when a signal has asked the loop to stop; then two minutes are the limit.
-        """
-        self._limit, self._stopping = limit_seconds, stopping
+    def __init__(self, limit_seconds: float):
+        """limit_seconds: the longest time between two calls of `alive`; 0: unlimited."""
+        self._limit = limit_seconds
         self._step: int | None = None
-        self._last = time.monotonic()
+        self._calls = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -49,24 +43,24 @@ class Watchdog:
 
     def alive(self, step: int) -> None:
         """The loop goes on; `step` updates are done or dispatched."""
-        self._step, self._last = step, time.monotonic()
-
-    def stopped(self) -> None:
-        """The loop has ended, and the last save begins: a signal no longer shortens the limit."""
-        self._stopping, self._last = threading.Event(), time.monotonic()
+        self._step = step
+        self._calls += 1
 
     def _watch(self) -> None:
-        signalled_at = None
-        while not self._over.wait(min(_LOOK_SECONDS, self._limit / 4)):
-            now, limit, since = time.monotonic(), self._limit, self._last
-            if self._stopping.is_set():
-                signalled_at = signalled_at or now
-                if limit > _STOP_SECONDS:
-                    limit, since = _STOP_SECONDS, max(since, signalled_at)
-            if now - since > limit:
-                self._end(now - self._last)
+        calls, seconds = self._calls, 0.0
+        while not self._over.wait(pause := min(_LOOK_SECONDS, self._limit / 4)):
+            seconds = seconds + pause if self._calls == calls else 0.0
+            calls = self._calls
+            if seconds > self._limit:
+                self._end(seconds)
 
     def _end(self, seconds: float) -> None:
+        # In a thread of its own: the output may be on the mount that is dead.
+        threading.Thread(target=self._report, args=(seconds,), daemon=True).start()
+        time.sleep(_LINGER_SECONDS)
+        os._exit(EXIT_CODE)
+
+    def _report(self, seconds: float) -> None:
         after = "no update is done yet" if self._step is None else f"the last was update {self._step}"
         print(
             f"error: training hangs on {socket.gethostname()}, process {os.getpid()}: no progress for "
@@ -76,5 +70,3 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
-        time.sleep(_LINGER_SECONDS)
-        os._exit(EXIT_CODE)

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -128,7 +128,8 @@ class TensorBoard:
 class JsonLines:
     """workdir/metrics.jsonl, a line for each report: {"step": 100, "time": seconds since 1970, "loss": ...}.
 
-    A run that continues from a checkpoint may write a step again; the last line of a step counts.
+    A step may have several lines: a start ends with one of shares, and a run that continues from a checkpoint
+    may write a step again. Of each name, the last value counts.
     """
 
     def __init__(self, workdir: Path):
@@ -169,23 +170,31 @@ class WandB:
                 dir=str(workdir) if isinstance(workdir, pathlib.Path) else None,
                 config=dict(config),
             )
-        except wandb.Error as error:
+        except Exception as error:  # It has many kinds without a common one.
             raise InputError(
                 f"config.training.metrics_to includes wandb, which did not start ({reason(error)}); run "
                 "`wandb login`, set WANDB_MODE=offline, or leave it out"
             ) from error
         # A run that continues from a checkpoint repeats steps, which W&B's own counter would drop.
         self._run.define_metric("*", step_metric="step")
-        self._wandb = wandb
+        self._wandb, self._has_failed = wandb, False
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
-        self._run.log({"step": step, **values})
+        self._reporting_first_failure(lambda: self._run.log({"step": step, **values}))
 
     def image(self, step: int, name: str, image: Grid) -> None:
         """See `Writer`."""
-        self._run.log({"step": step, name: self._wandb.Image(image)})
+        self._reporting_first_failure(lambda: self._run.log({"step": step, name: self._wandb.Image(image)}))
 
     def close(self) -> None:
         """See `Writer`."""
-        self._run.finish()
+        self._reporting_first_failure(self._run.finish)
+
+    def _reporting_first_failure(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # As above.
+            if not self._has_failed:
+                print(f"note: W&B has failed ({reason(error)})", file=sys.stderr, flush=True)
+            self._has_failed = True

@@ -92,6 +92,9 @@ class FakeRun:
             network_calls=steps or 4,
         )
 
+    def guide_origin(self, settings):
+        return None
+
     def label_rule(self, caption_split=None):
         return "uniform"
 
@@ -164,6 +167,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "data_preprocessing": "none",
         "training_seed": 17,
         "origin": None,
+        "guide_origin": None,
         "student_steps": 4,
         "checkpoint_step": 300,
         "parameters": "ema",

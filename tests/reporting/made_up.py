@@ -33,6 +33,7 @@ RECORD = {
     "rounding": "nearest",
     "network_calls": 4,
     "origin": None,
+    "guide_origin": None,
     "num_samples": 1024,
     "asked": ["frechet", "nearest"],
     "caption_scores": [],

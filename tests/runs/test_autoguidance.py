@@ -99,6 +99,9 @@ def test_unsuitable_guides_are_refused(tiny_data, teacher, guide, tmp_path):
         changed(guide, tmp_path / "student", "config", objective="cd", consistency={"student_steps": 2}): (
             "is a cd student; use the workdir of a diffusion model"
         ),
+        changed(guide, tmp_path / "range", "config", schedule={"logsnr_max": 12.0}): (
+            r"the guide was trained at log-SNRs from -15.0 to 12.0, but is needed from -15.0 to 15.0"
+        ),
         tmp_path / "none": "is not a run",
     }
     for path, message in unsuitable.items():
@@ -119,9 +122,33 @@ def test_samples_are_guided_by_another_run(teacher, guide):
     assert np.abs(guided.astype(int) - expected).mean() > 1
     np.testing.assert_array_equal(by_guide.sample(6, guidance=0.0)[0], expected)
     settings = by_guide.sampling(guidance=2.0)
-    assert settings.guide == str(guide) and settings.guide_checkpoint == load_run(guide).checkpoint
-    assert settings.label.endswith(f"(guided by {guide})") and settings.network_calls == 8
+    assert settings.guide == guide.name
+    assert settings.guide_checkpoint == f"{load_run(guide).checkpoint} ema"
+    assert settings.label.endswith("(guided by guide)") and settings.network_calls == 8
     assert by_guide.sampling(guidance=0.0) == plain.sampling(guidance=0.0)
+
+
+def test_the_licence_of_a_guide_is_recorded(monkeypatch, tiny_data, teacher, guide, tmp_path, capsys):
+    monkeypatch.setattr(loop, "train", lambda *_, **__: True)
+    published = {
+        "kind": "edm2",
+        "file": "xs.pkl",
+        "sha256": "0",
+        "source": "there",
+        "licence": "non-commercial",
+    }
+    shutil.copytree(guide, tmp_path / "guide")
+    record = json.loads((tmp_path / "guide/run.json").read_text()) | {"origin": published}
+    (tmp_path / "guide/run.json").write_text(json.dumps(record))
+    assert trainer.train(student_config(tiny_data, teacher, tmp_path / "guide"), tmp_path / "run")
+    assert "its guide is xs.pkl from there: non-commercial" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "run/run.json").read_text())
+    assert recorded["guide_origin"] == published and recorded["origin"] is None
+    by_guide = load_run(teacher).guided_by(load_run(tmp_path / "guide"))
+    settings = by_guide.sampling(guidance=1.0)
+    assert settings.guide == "xs.pkl"
+    assert by_guide.guide_origin(settings).licence == "non-commercial"
+    assert by_guide.guide_origin(by_guide.sampling(guidance=0.0)) is None
 
 
 def test_runs_that_cannot_guide(teacher, guide, tmp_path):

@@ -43,8 +43,8 @@ def batches(taken=0):
     return iterator
 
 
-def saved(workdir, *steps, keep=9):
-    with Checkpoints(workdir, keep=keep) as checkpoints:
+def saved(workdir, *steps, keep=9, **options):
+    with Checkpoints(workdir, keep=keep, **options) as checkpoints:
         for step in steps:
             checkpoints.save(state_at(step), batches(taken=step), step=step)
     return workdir
@@ -89,6 +89,11 @@ def test_what_there_is(tmp_path):
     with Checkpoints(saved(tmp_path, 3, 20, 100, keep=2)) as checkpoints:
         assert checkpoints.latest_step() == 100
         assert checkpoints.all_steps() == checkpoints.require() == [20, 100]
+
+
+def test_multiples_of_a_number_are_kept_for_good(tmp_path):
+    with Checkpoints(saved(tmp_path, 10, 20, 30, 50, 60, keep=1, keep_every=20)) as checkpoints:
+        assert checkpoints.all_steps() == [20, 60]
 
 
 def test_nothing_there(tmp_path):

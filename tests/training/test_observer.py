@@ -98,6 +98,7 @@ def observe(
         batch_size=16,
         log_every_steps=log_every_steps,
         draw=draw,
+        clock=clocks.Clock(),
         writers=writers.opened(to, workdir, first_step=first_step, config={}),
     )
 
