@@ -34,7 +34,6 @@ def soon(self, step):
     self._limit = 3.0  # Compiling is over.
 
 pipeline.ArraySource.gather, watchdog.Watchdog.alive = dead_mount, soon
-watchdog._LINGER_SECONDS = 2.0
 with distributed.joined():
     config = tiny.config(Path(DATA))
     config.training.num_steps = 10**6
@@ -76,7 +75,9 @@ def test_a_profile_the_goodput_json_lines_and_weights_and_biases(tiny_data, tmp_
 def test_a_hang_ends_both_with_their_stacks(tiny_data, tmp_path):
     code = HANG.replace("DATA", repr(str(tiny_data))).replace("WORKDIR", repr(str(tmp_path / "run")))
     with members.Members(code, count=2, devices=1, directory=tmp_path / "logs") as started:
-        assert started.codes(timeout=120) == [1, 1], started.everything()
+        codes = started.codes(timeout=120)
+        # JAX may end the second one, whose coordinator is gone, while it waits for the first to print.
+        assert codes[0] == 1 and codes[1] in (1, -6), (codes, started.everything())
         for index, waits in ((0, "device_get"), (1, "in dead_mount")):
             printed = started.output(index, "err")
             assert "error: training hangs on " in printed and "(the last was update " in printed
