@@ -9,7 +9,8 @@
     SIZE,tract,steps=S                 TRACT, 1024 -> 32 -> S
 
 SIZE is small, large or mini. The last is not the paper's: a network of 100 million parameters, trained on
-batches of 512 for 300,000 (teacher) or 100,000 updates, for one GPU or eight chips.
+batches of 512 for 300,000 (teacher) or 100,000 updates, for one GPU or eight chips: about 14 and 7 hours (cd)
+on eight TPU v5e, by the compiler's estimates (results/plan/mini.md).
 
 These rows start from a published network, edm2-s, edm2-m, edm2-l, edm2-xl, edm, openai_edm or adm64
 (docs/public_teachers.md):
