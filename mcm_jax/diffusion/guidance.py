@@ -54,13 +54,4 @@ def without_condition(model_fn: ModelFn, null_cond: NullCond) -> ModelFn:
     Args:
       null_cond: the condition that stands for none, such as the label that means 'any class'.
     """
-
-    def unconditional_fn(
-        z_t: Float[Array, "B ..."],
-        logsnr_t: Float[Array, " B"],
-        cond: Cond,
-        key: jax.Array | None,
-    ) -> Float[Array, "B ..."]:
-        return model_fn(z_t, logsnr_t, unconditional(cond, null_cond), key)
-
-    return unconditional_fn
+    return lambda z_t, logsnr_t, cond, key: model_fn(z_t, logsnr_t, unconditional(cond, null_cond), key)

@@ -232,9 +232,11 @@ def _loaders(
     memory at a time, as a device may have no room for more.
     """
 
+    guide = None if options.guide is None else load_run(options.guide)  # Once for all runs.
+
     def guided_run(workdir: Path, **chosen: object) -> "Run":
         run = load_run(workdir, data_dir=options.data_dir, **chosen)
-        return run if options.guide is None else run.guided_by(load_run(options.guide))
+        return run if guide is None else run.guided_by(guide)
 
     loaders = [
         (kind, functools.partial(guided_run, workdir, parameters=kind, checkpoint_step=step))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Literal
 
 import jax
 import ml_collections
@@ -175,7 +176,7 @@ def _is_finished(config: Config, workdir: Path) -> bool:
 
 def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
     """Returns the teacher's record; InputError unless it is a finished and compatible run."""
-    path = _teacher_workdir(config)
+    path = _workdir_of("teacher", config)
     teacher = finished_run(path, dataset, what=f"config.teacher_checkpoint={path}")
     teacher_config, teacher_data = teacher.config, teacher.dataset
     _check_teacher_steps(config, teacher_config)
@@ -207,7 +208,7 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
 def check_guide(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
     """Returns the guide's record; InputError unless it is a finished diffusion model of such images."""
     what = f"config.guide_checkpoint={config.guide_checkpoint}"
-    guide = finished_run(as_path(config.guide_checkpoint or ""), dataset, what=what)
+    guide = finished_run(_workdir_of("guide", config), dataset, what=what)
     if guide.config.student_steps is not None:
         raise InputError(
             f"{what} is a {guide.config.objective} student; use the workdir of a diffusion model"
@@ -327,7 +328,7 @@ def _start(
     distributed.require_same(continuing, "the lists of checkpoints")
     teacher = guide = None
     if config.distils or (config.objective == "ct" and not continuing):
-        teacher = _restored(_teacher_workdir(config), abstract.params, training.mesh)
+        teacher = _restored(_workdir_of("teacher", config), abstract.params, training.mesh)
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
         distributed.say(f"continuing at update {int(state.step)}")
@@ -338,9 +339,7 @@ def _start(
     if not config.distils:
         return state, None
     if training.guide is not None:
-        guide = _restored(
-            as_path(config.guide_checkpoint or ""), training.guide.abstract_params, training.mesh
-        )
+        guide = _restored(_workdir_of("guide", config), training.guide.abstract_params, training.mesh)
     return state, TeacherParams(teacher, guide)
 
 
@@ -352,11 +351,12 @@ def _restored(workdir: Path, abstract: Params, mesh: Mesh) -> Params:
         )
 
 
-def _teacher_workdir(config: Config) -> Path:
-    """The teacher's directory; all objectives except diffusion have one."""
-    if config.teacher_checkpoint is None:
-        raise ValueError(f"{config.objective} has no teacher_checkpoint")
-    return as_path(config.teacher_checkpoint)
+def _workdir_of(model: Literal["teacher", "guide"], config: Config) -> Path:
+    """The directory of the teacher, which all objectives except diffusion have, or of the guide."""
+    path = getattr(config, f"{model}_checkpoint")
+    if path is None:
+        raise ValueError(f"{config.objective} has no {model}_checkpoint")
+    return as_path(path)
 
 
 def _observer(
