@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ from mcm_jax.system.paths import Path
 COORDINATOR, COUNT, INDEX = "MCM_COORDINATOR", "MCM_NUM_PROCESSES", "MCM_PROCESS_ID"
 
 _WAITING_SECONDS = 30.0
+# A process without a heartbeat for this long counts as dead, and JAX ends the others.
+_HEARTBEAT_SECONDS = 100
 # Time for processes to exit together, while one of them may still be writing.
 _EXIT_SECONDS = 120.0
 # Time for a new file to appear on another host; longer than NFS caches entries.
@@ -40,7 +43,8 @@ def joined() -> Generator[None, None, None]:
     and MCM_PROCESS_ID identify the processes. Without them jax.distributed detects the cluster: SLURM (srun),
     TPU pods, GKE multislice and Open MPI. With MCM_NUM_PROCESSES=1 a process never waits for others.
 
-    A process that fails exits immediately; JAX then ends the others, which wait for it.
+    A process that fails says so in one line and exits immediately. JAX ends the others, which wait for it,
+    after 100 seconds without its heartbeat.
 
     Raises:
       InputError: the variables are incomplete or wrong, or the processes run different code.
@@ -61,6 +65,8 @@ def joined() -> Generator[None, None, None]:
         if is_multi_process():
             # The last registered handler runs first, before JAX's own, which waits for the other processes.
             atexit.register(_exit_now, 130 if isinstance(error, KeyboardInterrupt) else 1)
+            if isinstance(error, Exception):
+                _report_failure(error)
         raise
 
 
@@ -198,7 +204,13 @@ def _initialize() -> None:
         address, count, index = given
         if count > 1:
             with _waiting(f"{count - 1} more, with {COORDINATOR}={address}"):
-                jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+                jax.distributed.initialize(
+                    address,
+                    count,
+                    index,
+                    cluster_detection_method="deactivate",
+                    heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                )
         return
     if os.environ.get("SLURM_NTASKS") == "1":
         # A single task may use several GPUs, but jax.distributed would use only the first.
@@ -207,7 +219,7 @@ def _initialize() -> None:
         with _waiting("all others of this cluster"), warnings.catch_warnings():
             # In a Kubernetes pod, JAX recommends a package that a single process does not need.
             warnings.filterwarnings("ignore", message=r"\s*Kubernetes environment detected")
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except ValueError as error:
         # This error means that there is no cluster, which is fine.
         if "coordinator_address should be defined" not in str(error):
@@ -248,6 +260,17 @@ def _waiting(whom: str) -> Generator[None, None, None]:
         yield
     finally:
         timer.cancel()
+
+
+def _report_failure(error: Exception) -> None:
+    """Prints one line before the traceback, which doesn't state the process and may be very long."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}, fails: "
+        f"{type(error).__name__}: {reason}; the others end within {_HEARTBEAT_SECONDS} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _exit_after(seconds: float, code: int) -> None:

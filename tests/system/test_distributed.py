@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import time
 
 import jax
@@ -217,16 +218,21 @@ def test_an_interrupt_stops_all_too(tiny_data, tmp_path):
 def test_a_failure_of_one_ends_all(tiny_data, tmp_path):
     """As soon as JAX misses heartbeats for 10 seconds, and not when it gives up waiting (five minutes)."""
     code = """
-import functools
-jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+distributed._HEARTBEAT_SECONDS = 10
 def fail(self, step, values):
-    raise OSError("this host is broken")
+    raise OSError("this host is broken\\nbeyond repair")
 observer.SilentObserver.metrics = fail
 """
     run = a_run(tiny_data, tmp_path / "run", num_steps=10**6)
     with training(run, count=2, directory=tmp_path / "logs", before=code) as members:
         assert all(members.codes(timeout=120)), members.everything()
-    assert "this host is broken" in members.output(1, "err")
+    first, second = (members.output(index, "err").splitlines() for index in range(2))
+    assert second[0] == (
+        f"error: process 1 of 2, on {socket.gethostname()}, fails: OSError: this host is broken; "
+        "the others end within 10 s"
+    )
+    # JAX's own words name the process that is gone.
+    assert "unhealthy" in first[0] and first[1] == "1"
 
 
 def test_a_checkpoint_that_the_first_cannot_complete_ends_all(tiny_data, tmp_path):
@@ -359,11 +365,11 @@ def test_a_cluster_is_left_to_jax(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: calls.append((given, named)))
     with distributed.joined():
-        assert calls == [((), {})]
+        assert calls == [((), {"heartbeat_timeout_seconds": 100})]
 
 
 def test_processes_that_join_must_run_the_same_code(monkeypatch):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
     compared = []
     monkeypatch.setattr(distributed, "require_same", lambda value, what: compared.append((what, value)))
     with distributed.joined():
@@ -374,7 +380,7 @@ def test_processes_that_join_must_run_the_same_code(monkeypatch):
 
 
 def test_an_error_of_the_cluster_is_told(monkeypatch):
-    def fail():
+    def fail(**_):
         raise ValueError("invalid literal for int() with base 10: 'two'")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
