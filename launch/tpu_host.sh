@@ -6,7 +6,7 @@
 #   bash launch/tpu_host.sh storage PATH...         refuses paths on the boot disk
 #   bash launch/tpu_host.sh install                 installs this checkout at pinned versions
 #   bash launch/tpu_host.sh PROGRAM ARGUMENT...     starts train, evaluate, sample or prepare, unless it is running
-#                                                   already, and follows it to its end
+#                                                   already or there is an exit code, and follows it to its end
 #   bash launch/tpu_host.sh stop                    ends it; training saves a checkpoint first
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -81,17 +81,23 @@ run() {
   echo "$code" >"$state.code"
 }
 
-# follow PROGRAM ARGUMENT...
+# start PROGRAM ARGUMENT...
+start() {
+  rm -f "$state.pid" "$state.code"
+  printf '%q ' "$@" >"$state.command"
+  : >"$log"
+  setsid bash launch/tpu_host.sh run "$@" </dev/null >>"$log" 2>&1 &
+  until [ -f "$state.pid" ]; do sleep 0.1; done
+}
+
+# follow PROGRAM ARGUMENT...: tpu_pod.sh removes the exit code when the program is to start anew. If it is there, the
+# program has ended while there was no connection.
 follow() {
-  local command
-  command=$(printf '%q ' "$@")
-  if is_running && [ "$(cat "$state.command")" != "$command" ]; then stop; fi
-  if ! is_running; then
-    rm -f "$state.pid" "$state.code"
-    printf '%s\n' "$command" >"$state.command"
-    : >"$log"
-    setsid bash launch/tpu_host.sh run "$@" </dev/null >>"$log" 2>&1 &
-    until [ -f "$state.pid" ]; do sleep 0.1; done
+  if [ "$(cat "$state.command" 2>/dev/null)" != "$(printf '%q ' "$@")" ]; then
+    stop || true
+    start "$@"
+  elif ! is_running && [ ! -f "$state.code" ]; then
+    start "$@"
   fi
   tail -n +1 -f --pid="$(cat "$state.pid")" "$log"
   until [ -f "$state.code" ]; do sleep 0.1; done

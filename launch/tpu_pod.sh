@@ -125,14 +125,39 @@ on_hosts() {
   tpus "$through" ssh "$name" --worker="$1" --command="$2" ${route[@]+"${route[@]}"}
 }
 
-# state_of tpu-vm|queued-resources: prints the state of the slice or its request; empty if it does not exist
-state_of() {
-  local field=state
-  [ "$1" = tpu-vm ] || field=state.state
-  if gcloud compute tpus "$1" describe "$name" --format="value($field)" "${place[@]}" 2>"$temporary/error"; then
+# Runs the command. If it fails, $failure is what it said, in one line.
+try() {
+  failure=''
+  if "$@" 2>"$temporary/error"; then
+    cat "$temporary/error" >&2
     return
   fi
-  grep -q NOT_FOUND "$temporary/error" || { cat "$temporary/error" >&2 && return 1; }
+  failure=$(<"$temporary/error")
+  failure="${failure//$'\n'/ }"
+  return 1
+}
+
+# state_of tpu-vm|queued-resources: prints the state of the slice or its request; empty if it does not exist. A run takes
+# days, so some of the questions meet a bad moment of the network.
+state_of() {
+  local field=state left pause="$poll_seconds"
+  [ "$1" = tpu-vm ] || field=state.state
+  for left in 5 4 3 2 1 0; do
+    if try tpus "$1" describe "$name" --format="value($field)" || [[ "$failure" = *NOT_FOUND* ]]; then return; fi
+    echo "slice $name: $failure" >&2
+    [ "$left" -gt 0 ] || break
+    sleep "$pause"
+    pause=$(awk "BEGIN { print 2 * $pause }")
+  done
+  echo "error: gcloud compute tpus $1 describe $name failed 6 times in a row, see above" >&2
+  return 1
+}
+
+# remove tpu-vm|queued-resources: deletes the slice, or its request together with the slice, unless it is already gone
+remove() {
+  local force=''
+  [ "$1" = tpu-vm ] || force=--force
+  try tpus "$1" delete "$name" ${force:+"$force"} || [[ "$failure" = *NOT_FOUND* ]]
 }
 
 # Waits until the slice is ready, however long that takes. A request that fails is made again after a pause: what Google
@@ -149,10 +174,12 @@ require_slice() {
     fi
     why=''
     case "$queued/$node" in
-      /) request_slice ;;
-      /PREEMPTED | /TERMINATED) tpus tpu-vm delete "$name" ;;
+      /) try request_slice || why="the request failed: $failure" ;;
+      /PREEMPTED | /TERMINATED) remove tpu-vm || why="it could not be deleted: $failure" ;;
       # A preempted slice keeps its name and its request, but the request is not granted again.
-      SUSPENDED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED) tpus queued-resources delete "$name" --force ;;
+      SUSPENDED/* | ACTIVE/PREEMPTED | ACTIVE/TERMINATED)
+        remove queued-resources || why="it could not be deleted: $failure"
+        ;;
       FAILED/*)
         why=$(tpus queued-resources describe "$name" --format="value(state.failedData.error.message)" 2>&1) || true
         why="the request failed${why:+: $why}"
@@ -172,7 +199,7 @@ require_slice() {
       exit 1
     fi
     echo "slice $name: $why; asking again in $pause seconds" >&2
-    tpus queued-resources delete "$name" --force
+    remove queued-resources || echo "slice $name: $failure" >&2
     sleep "$pause"
     pause=$((pause < 900 ? 2 * pause : 1800))
   done
@@ -184,10 +211,16 @@ request_slice() {
     --runtime-version="$version" ${request[@]+"${request[@]}"} "${place[@]}"
 }
 
+# At the first attempt only, so that all attempts run the same code.
+pack_checkout() {
+  if [ -f "$1" ]; then return; fi
+  mcm_run tar --anchored --exclude=./.git --exclude='./.venv*' --exclude='./.*_cache' --exclude=./.hypothesis \
+    --exclude=./runs --exclude=./data -czf "$1" . || { rm -f "$1" && return 1; }
+}
+
 install_checkout() {
   local archive="$temporary/mcm_jax.tar.gz" host="bash mcm_jax/launch/tpu_host.sh" steps
-  mcm_run tar --anchored --exclude=./.git --exclude='./.venv*' --exclude='./.*_cache' --exclude=./.hypothesis \
-    --exclude=./runs --exclude=./data -czf "$archive" . || return 1
+  pack_checkout "$archive" || return 1
   tpus "$through" scp "$archive" "$name:mcm_jax.tar.gz" --worker=all ${route[@]+"${route[@]}"} || return 1
   steps="${setup:+$setup && }mkdir -p mcm_jax && tar -xzf mcm_jax.tar.gz -C mcm_jax"
   [ -z "$nfs" ] || steps="$steps && $host mount $(printf '%q' "$nfs")"
@@ -216,33 +249,59 @@ stop() {
   on_hosts all "bash mcm_jax/launch/tpu_host.sh stop" || true
 }
 
+# Removes the hosts' exit codes before the program is started, or those of an earlier one would be taken for its own. They
+# stay where a lost connection is made again: hosts do not start again what has ended meanwhile.
+forget_codes() {
+  [ -n "$stale" ] || return 0
+  on_hosts all "rm -f .mcm_run.code" || return 1
+  stale=''
+}
+
+# Prints the exit code of the program on each host, "none" where it has not ended: gcloud only reports that a command
+# failed somewhere.
+exit_codes() {
+  # shellcheck disable=SC2016 # The hosts expand it.
+  on_hosts all 'echo "exit_code=$(cat .mcm_run.code 2>/dev/null || echo none)"' 2>/dev/null |
+    sed -n 's/^.*exit_code=//p' | paste -sd ' ' -
+}
+
 arguments=$(printf '%q ' "$@")
 arguments="${arguments% }"
-stopping='' failures=0
+# stale: whether the hosts may hold exit codes from before this start of the program.
+stopping='' failures=0 stale=yes
 while :; do
   if [ -n "${MCM_DRY_RUN:-}" ]; then request_slice; else require_slice; fi
-  if install_checkout; then
+  if forget_codes && install_checkout; then
     trap stop INT TERM
     if run_program; then break; fi
     trap - INT TERM
   fi
-  # Reads the exit code from the first host, because gcloud only reports that a command failed somewhere.
-  code=$(on_hosts 0 "cat .mcm_run.code" 2>/dev/null) || code=unknown
-  if [ "$(state_of tpu-vm)" != READY ]; then
+  codes=''
+  [ -n "$stale" ] || codes=$(exit_codes) || true
+  node=$(state_of tpu-vm)
+  if [ "$node" != READY ]; then
     echo "slice $name was preempted; the run continues on another"
-    failures=0
-  elif [ "$code" = 2 ]; then
+    failures=0 stale=yes
+    continue
+  elif [[ " $codes " = *" 2 "* ]]; then
     echo "error: mcm_jax.$program reports bad input, see above" >&2
     exit 2
-  else
-    failures=$((failures + 1))
-    if [ "$failures" -ge "$attempts" ]; then
-      echo "error: mcm_jax.$program failed $failures times in a row without a preemption; see above" >&2
-      exit 1
-    fi
-    echo "mcm_jax.$program failed (exit code $code); it is started again"
-    sleep "$poll_seconds"
   fi
+  failures=$((failures + 1))
+  if [ "$failures" -ge "$attempts" ]; then
+    echo "error: mcm_jax.$program failed $failures times in a row without a preemption; see above" >&2
+    exit 1
+  fi
+  if [[ "$codes" = *[1-9]* ]]; then
+    echo "mcm_jax.$program has failed (exit codes of the hosts: $codes); it is started again"
+    stale=yes
+  else
+    echo "the hosts were not set up or reached (exit codes of mcm_jax.$program: ${codes:-unknown}); trying again"
+  fi
+  sleep "$poll_seconds"
 done
 trap - INT TERM
-if [ -n "$delete" ]; then tpus queued-resources delete "$name" --force; fi
+if [ -n "$delete" ] && ! remove queued-resources; then
+  echo "error: the run is finished, but slice $name could not be deleted and may still cost money: $failure" >&2
+  exit 1
+fi

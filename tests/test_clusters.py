@@ -219,13 +219,15 @@ def test_the_commands_of_a_pod():
         *IN_BUCKET,
         "--config.x=a b",
     )
-    create, pack, copy, install, train, delete = commands(launch("tpu_pod.sh", *given))
+    create, forget, pack, copy, install, train, delete = commands(launch("tpu_pod.sh", *given))
     create_words = shlex.split(create)
     assert create_words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mcm"]
     assert set(create_words[6:]) == {
         *("--node-id=mcm", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"),
         *("--spot", "--zone=us-west4-a", "--project=p", "--quiet"),
     }
+    # Whatever fails from here on, no exit code of an earlier program is taken for this one's.
+    assert forget.startswith("gcloud compute tpus tpu-vm ssh mcm --worker=all --command=rm -f .mcm_run.code ")
     assert pack.startswith("tar ")
     assert re.match(
         r"gcloud compute tpus tpu-vm scp /.*/mcm_jax.tar.gz mcm:mcm_jax.tar.gz --worker=all ", copy
@@ -235,18 +237,18 @@ def test_the_commands_of_a_pod():
     assert r"--worker=all --command=bash mcm_jax/launch/tpu_host.sh train --config=" in train
     assert r"--workdir=gs://b/runs/cd4 --config.x=a\ b" in train
     assert delete.startswith("gcloud compute tpus queued-resources delete mcm --force ")
-    for command in (create, copy, install, train, delete):
+    for command in (create, forget, copy, install, train, delete):
         assert command.endswith("--zone=us-west4-a --project=p --quiet")
 
 
 def test_what_a_request_passes_on():
     given = ("--internal-ips", "--network=n", "--subnetwork=s", "--service-account=a@b", "--reserved")
     given = (*given, "--labels=team=x", "--data-disk=source=d,mode=read-only")
-    create, _, copy, install, train = commands(
+    create, forget, _, copy, install, train = commands(
         launch("tpu_pod.sh", *POD, *given, "--dry-run", "--", *IN_BUCKET)
     )
     assert set(given) <= set(create.split())
-    for command in (copy, install, train):
+    for command in (forget, copy, install, train):
         assert command.endswith(" --internal-ip --zone=us-west4-a --quiet")
 
 
@@ -259,10 +261,11 @@ def test_flex_start_is_requested_from_the_alpha_track():
 
 def test_the_proxy_is_reached_through_the_request():
     """`tpu-vm ssh` has no --tunnel-through-iap."""
-    _, _, *over = commands(
+    _, forget, _, *over = commands(
         launch("tpu_pod.sh", *POD, "--internal-ips", "--iap", "--dry-run", "--", *IN_BUCKET)
     )
-    assert [command.split()[4] for command in over] == ["scp", "ssh", "ssh"]
+    over = [forget, *over]
+    assert [command.split()[4] for command in over] == ["ssh", "scp", "ssh", "ssh"]
     for command in over:
         assert command.startswith("gcloud compute tpus queued-resources s")
         assert " --worker=all " in command and " --node=0 --tunnel-through-iap --zone=" in command
@@ -271,7 +274,7 @@ def test_the_proxy_is_reached_through_the_request():
 
 def test_a_share_is_mounted_before_anything_is_written():
     given = ("--nfs=10.0.0.2:/mcm", "--dry-run", "--", *RUN)
-    install = commands(launch("tpu_pod.sh", *POD, *given))[3]
+    install = commands(launch("tpu_pod.sh", *POD, *given))[4]
     steps = [step.removeprefix("bash mcm_jax/launch/tpu_host.sh ") for step in install.split(" && ")]
     assert steps[-3:-1] == ["mount 10.0.0.2:/mcm", "storage /mnt/mcm/runs/cd4"]
     assert steps[-1].startswith("install ")
@@ -279,12 +282,12 @@ def test_a_share_is_mounted_before_anything_is_written():
 
 def test_another_disk_may_be_mounted_by_setup():
     run = ("--", RUN[0], "--workdir=/data/runs/cd4")
-    install = commands(launch("tpu_pod.sh", *POD, "--setup=sudo mount x", "--dry-run", *run))[3]
+    install = commands(launch("tpu_pod.sh", *POD, "--setup=sudo mount x", "--dry-run", *run))[4]
     assert " tpu_host.sh storage /data/runs/cd4 && " in install.replace("bash mcm_jax/launch/", "")
 
 
 def test_a_local_workdir_is_kept_on_request():
-    install = commands(launch("tpu_pod.sh", *POD, "--local-workdir", "--dry-run", "--", *RUN))[3]
+    install = commands(launch("tpu_pod.sh", *POD, "--local-workdir", "--dry-run", "--", *RUN))[4]
     assert "storage" not in install and "mount" not in install
 
 
@@ -326,16 +329,23 @@ def test_every_type_has_its_runtime(type_, version):
     assert "--runtime-version=own " in create
 
 
-# A slice of two hosts. Its state is in the files node and queue; each line of plan tells how a training ends.
+# A slice of two hosts. Its state is in the files node and queue. Each line of plan tells how a program ends,
+# and each line of plan.1 how it ends on host 1. Each line of create.errors, describe.errors or delete.errors
+# is why one such call fails.
 GCLOUD = r"""
 echo "$*" >>"$TOOLS/calls"
+verb=$([ "$1" = alpha ] && echo "$5" || echo "$4")
+if [ -s "$TOOLS/$verb.errors" ]; then
+  echo "ERROR: (gcloud.compute.tpus) $(sed -n 1p "$TOOLS/$verb.errors")" >&2
+  sed -i 1d "$TOOLS/$verb.errors"
+  exit 1
+fi
 [ "$1" != alpha ] || shift
 absent() { echo "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found" >&2; exit 1; }
 case "$*" in
   "compute tpus tpu-vm describe"*) cat "$TOOLS/node" 2>/dev/null || absent ;;
   "compute tpus queued-resources describe"*failedData*) echo "no quota for v5e" ;;
   "compute tpus queued-resources describe"*)
-    [ ! -f "$TOOLS/denied" ] || { echo "ERROR: PERMISSION_DENIED" >&2; exit 1; }
     cat "$TOOLS/queue" 2>/dev/null || absent
     # Granted after two questions.
     if grep -qx WAITING_FOR_RESOURCES "$TOOLS/queue"; then
@@ -354,21 +364,24 @@ case "$*" in
   "compute tpus queued-resources delete"*) rm -rf "$TOOLS/queue" "$TOOLS/node" "$TOOLS"/host? ;;
   "compute tpus tpu-vm delete"*) rm -rf "$TOOLS/node" "$TOOLS"/host? ;;
   "compute tpus tpu-vm scp"* | "compute tpus queued-resources scp"*)
-    mkdir -p "$TOOLS/host0" "$TOOLS/host1" && cp "$5" "$TOOLS/host0" && cp "$5" "$TOOLS/host1" ;;
+    cp "$5" "$TOOLS/host0" && cp "$5" "$TOOLS/host1" ;;
   "compute tpus tpu-vm ssh"* | "compute tpus queued-resources ssh"*)
     for word in "$@"; do
       case "$word" in --command=*) command="${word#*=}" ;; --worker=*) worker="${word#*=}" ;; esac
     done
     [ "$worker" = 0 ] && hosts=0 || hosts='0 1'
     running=()
+    mkdir -p "$TOOLS/host0" "$TOOLS/host1"
     for host in $hosts; do
       (cd "$TOOLS/host$host" && HOME="$PWD" HOST=$host exec bash -c "$command") &
       running+=($!)
     done
     code=0
-    if [[ "$command" = *" train "* ]] && [ -f "$TOOLS/lost" ]; then
+    # The connection is lost as soon as both hosts have the file that lost names.
+    if [[ "$command" =~ tpu_host.sh\ (train|evaluate) ]] && [ -f "$TOOLS/lost" ]; then
+      awaited=$(cat "$TOOLS/lost")
       rm "$TOOLS/lost"
-      until [ -f "$TOOLS/host0/started" ] && [ -f "$TOOLS/host1/started" ]; do sleep 0.1; done
+      until [ -f "$TOOLS/host0/$awaited" ] && [ -f "$TOOLS/host1/$awaited" ]; do sleep 0.1; done
       kill "${running[@]}"
       exit 255
     fi
@@ -383,13 +396,16 @@ PYTHON = r"""
 case "$*" in "-m mcm_jax."*) ;; *) exec python3 "$@" ;; esac
 echo "$*" >>"$TOOLS/trained.$HOST"
 echo "$JAX_PLATFORMS" >"$TOOLS/platforms"
-what=$(sed -n "$(wc -l <"$TOOLS/trained.$HOST")p" "$TOOLS/plan")
+plan="$TOOLS/plan.$HOST"
+[ -f "$plan" ] || plan="$TOOLS/plan"
+what=$(sed -n "$(wc -l <"$TOOLS/trained.$HOST")p" "$plan")
 touch "$HOME/started"
 case "$what" in
   done) echo "finished" ;;
   preempted) echo PREEMPTED >"$TOOLS/node"; echo SUSPENDED >"$TOOLS/queue"; sleep 0.3; exit 1 ;;
   deleted) rm "$TOOLS/node"; sleep 0.3; exit 1 ;;
   crash) exit 1 ;;
+  unreachable) for _ in $(seq 100); do echo UNAVAILABLE >>"$TOOLS/describe.errors"; done; exit 1 ;;
   refused) echo "error: no such data" >&2; exit 2 ;;
   long) trap 'echo saved >>"$TOOLS/saved"; exit 130' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
   found) until [ "$(grep -c "tpu_host.sh train" "$TOOLS/calls")" = 2 ]; do sleep 0.1; done
@@ -432,7 +448,7 @@ def requests(tools):
         words = line.removeprefix("alpha ").removeprefix("compute tpus ").split()
         command = re.search(r"tpu_host.sh (\w+)", line)
         if words[1] == "ssh":
-            result.append(command[1] if command else "ask")
+            result.append(command[1] if command else "forget" if "rm -f .mcm_run.code" in line else "ask")
         elif words[1] != "describe":
             result.append(words[1])
     return result
@@ -441,7 +457,7 @@ def requests(tools):
 def test_a_pod_is_created_and_trains(tools):
     result = pod(tools, "done")
     assert result.returncode == 0, result.stderr
-    assert requests(tools) == ["create", "scp", "install", "train"]
+    assert requests(tools) == ["create", "forget", "scp", "install", "train"]
     trained = [(tools / f"trained.{host}").read_text() for host in (0, 1)]
     assert trained == [f"-m mcm_jax.train {' '.join(IN_BUCKET)}\n"] * 2
     assert result.stdout.count("finished") == 2
@@ -455,14 +471,14 @@ def test_a_pod_is_created_and_trains(tools):
 def test_an_existing_pod_is_used(tools):
     (tools / "node").write_text("READY\n")
     assert pod(tools, "done", arguments=(*POD, "--delete")).returncode == 0
-    assert requests(tools) == ["scp", "install", "train", "delete"]
+    assert requests(tools) == ["forget", "scp", "install", "train", "delete"]
 
 
 def test_a_preempted_pod_is_recreated_and_training_continues(tools):
     result = pod(tools, "preempted", "preempted", "done", arguments=(*POD, "--spot", "--attempts=1"))
     assert result.returncode == 0, result.stderr
-    once = ["create", "scp", "install", "train", "ask", "delete"]
-    assert requests(tools) == [*once, *once, *once[:4]]
+    once = ["create", "forget", "scp", "install", "train", "ask", "delete"]
+    assert requests(tools) == [*once, *once, *once[:5]]
     assert result.stdout.count("slice mcm was preempted; the run continues on another") == 2
     calls = (tools / "calls").read_text()
     assert calls.count("queued-resources delete mcm --force") == 2
@@ -472,13 +488,13 @@ def test_a_preempted_pod_is_recreated_and_training_continues(tools):
 def test_a_pod_found_preempted_is_recreated(tools):
     (tools / "node").write_text("PREEMPTED\n")
     assert pod(tools, "done").returncode == 0
-    assert requests(tools) == ["delete", "create", "scp", "install", "train"]
+    assert requests(tools) == ["delete", "create", "forget", "scp", "install", "train"]
 
 
 def test_bad_input_is_not_tried_again(tools):
     result = pod(tools, "refused", "done")
     assert result.returncode == 2
-    assert requests(tools) == ["create", "scp", "install", "train", "ask"]
+    assert requests(tools) == ["create", "forget", "scp", "install", "train", "ask"]
     assert "error: no such data" in result.stdout
     assert result.stderr.splitlines()[-1] == "error: mcm_jax.train reports bad input, see above"
 
@@ -487,15 +503,76 @@ def test_it_does_not_try_for_ever(tools):
     result = pod(tools, "crash", "crash", "done", arguments=(*POD, "--attempts=2"))
     assert result.returncode == 1
     assert "mcm_jax.train failed 2 times in a row without a preemption" in result.stderr
-    assert requests(tools) == ["create", *["scp", "install", "train", "ask"] * 2]
+    assert requests(tools) == ["create", *["forget", "scp", "install", "train", "ask"] * 2]
 
 
 def test_a_run_survives_a_lost_connection_and_is_found_again(tools):
-    (tools / "lost").touch()
+    (tools / "lost").write_text("started")
     result = pod(tools, "found", "never")
     assert result.returncode == 0, result.stderr + result.stdout
     assert requests(tools).count("train") == 2
     assert all(len((tools / f"trained.{host}").read_text().splitlines()) == 1 for host in (0, 1))
+
+
+def runs(tools):
+    """How often the program was started on each host."""
+    return [len((tools / f"trained.{host}").read_text().splitlines()) for host in (0, 1)]
+
+
+EVALUATION = ("--program=evaluate", "--", "--workdir=gs://b/runs/cd4")
+
+
+def test_what_ends_while_the_connection_is_lost_is_not_started_again(tools):
+    """Training would notice by itself that it is finished; an evaluation would begin again."""
+    (tools / "lost").write_text(".mcm_run.code")
+    result = pod(tools, "done", "done", run=EVALUATION)
+    assert result.returncode == 0, result.stderr
+    assert requests(tools) == [
+        "create",
+        "forget",
+        "scp",
+        "install",
+        "evaluate",
+        "ask",
+        "scp",
+        "install",
+        "evaluate",
+    ]
+    assert runs(tools) == [1, 1] and "finished" in result.stdout
+    # Who gives the command again wants another run.
+    assert pod(tools, "done", "done", run=EVALUATION).returncode == 0
+    assert runs(tools) == [2, 2]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_host_that_has_finished_starts_again_if_another_has_failed(lost, tools):
+    """The other could not run without it."""
+    if lost:
+        (tools / "lost").write_text(".mcm_run.code")
+    (tools / "plan.1").write_text("crash\ndone\n")
+    result = pod(tools, "done", "done", run=EVALUATION)
+    assert result.returncode == 0, result.stderr
+    assert runs(tools) == [2, 2]
+    assert re.search(r"mcm_jax.evaluate has failed \(exit codes of the hosts: (0 1|1 0)\)", result.stdout)
+
+
+def test_bad_input_on_any_host_is_not_tried_again(tools):
+    (tools / "plan.1").write_text("refused\n")
+    result = pod(tools, "crash", "done")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: mcm_jax.train reports bad input, see above"
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_end_of_an_earlier_program_says_nothing_about_this_one(code, tools):
+    (tools / "node").write_text("READY\n")
+    for host in (0, 1):
+        (tools / f"host{host}").mkdir()
+        (tools / f"host{host}/.mcm_run.code").write_text(f"{code}\n")
+    result = pod(tools, "never", arguments=(*POD, "--attempts=2", "--setup=false"))
+    assert result.returncode == 1
+    assert requests(tools) == ["forget", "scp", "install", "ask", "scp", "install", "ask"]
+    assert "mcm_jax.train failed 2 times in a row without a preemption" in result.stderr
 
 
 def waits(tools):
@@ -510,7 +587,7 @@ def test_a_failed_request_is_made_again_after_a_pause(tools):
     (tools / "ends").write_text("FAILED\n" * 3)
     result = pod(tools, "done")
     assert result.returncode == 0, result.stderr
-    assert requests(tools) == [*["create", "delete"] * 3, "create", "scp", "install", "train"]
+    assert requests(tools) == [*["create", "delete"] * 3, "create", "forget", "scp", "install", "train"]
     assert (tools / "waits").read_text().split() == ["60", "120", "240"]
     assert "slice mcm: the request failed: no quota for v5e; asking again in 60 seconds" in result.stderr
 
@@ -527,13 +604,92 @@ def test_requests_that_fail_again_and_again_end_the_launcher(tools):
     assert (tools / "waits").read_text().split() == ["60", "120", "240", "480", "960", "1800", "1800"]
 
 
+QUOTA = "RESOURCE_EXHAUSTED: Quota limit exceeded"
+
+
+def test_a_request_that_is_refused_at_once_is_made_again_after_a_pause(tools):
+    waits(tools)
+    (tools / "create.errors").write_text(f"{QUOTA}\n" * 2)
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert requests(tools) == [*["create", "delete"] * 2, "create", "forget", "scp", "install", "train"]
+    assert (tools / "waits").read_text().split() == ["60", "120"]
+    reason = f"the request failed: ERROR: (gcloud.compute.tpus) {QUOTA}"
+    assert f"slice mcm: {reason}; asking again in 60 seconds" in result.stderr
+
+
+def test_requests_that_are_refused_again_and_again_end_the_launcher(tools):
+    waits(tools)
+    (tools / "create.errors").write_text(f"{QUOTA}\n" * 100)
+    result = pod(tools, "done")
+    assert result.returncode == 1
+    assert requests(tools) == [*["create", "delete"] * 7, "create"]
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: slice mcm: 8 requests in a row failed; the last time, ") and QUOTA in last
+
+
+def test_a_question_that_fails_is_asked_again(tools):
+    (tools / "describe.errors").write_text("UNAVAILABLE: connection reset\n" * 4)
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("UNAVAILABLE: connection reset") == 4
+
+
+def test_questions_that_fail_again_and_again_end_the_launcher(tools):
+    (tools / "describe.errors").write_text("PERMISSION_DENIED\n" * 100)
+    result = pod(tools, "done")
+    assert result.returncode == 1 and result.stderr.count("PERMISSION_DENIED") == 6
+    last = result.stderr.splitlines()[-1]
+    assert last == "error: gcloud compute tpus tpu-vm describe mcm failed 6 times in a row, see above"
+    assert "create" not in requests(tools)
+
+
+def test_an_end_whose_circumstances_are_unknown_is_no_preemption(tools):
+    result = pod(tools, "unreachable")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: gcloud compute tpus tpu-vm describe mcm failed")
+    assert "preempted" not in result.stdout
+
+
+def test_what_is_already_gone_is_deleted(tools):
+    waits(tools)
+    (tools / "queue").write_text("SUSPENDED\n")
+    (tools / "delete.errors").write_text("NOT_FOUND: Resource was not found\n")
+    result = pod(tools, "done", arguments=(*POD, "--delete"))
+    assert result.returncode == 0, result.stderr
+    assert requests(tools)[:3] == ["delete", "delete", "create"] and not (tools / "waits").exists()
+
+
+def test_what_cannot_be_deleted_is_tried_again_after_a_pause(tools):
+    waits(tools)
+    (tools / "queue").write_text("SUSPENDED\n")
+    (tools / "delete.errors").write_text("FAILED_PRECONDITION: busy\n" * 2)
+    result = pod(tools, "done")
+    assert result.returncode == 0, result.stderr
+    assert requests(tools)[:4] == ["delete", "delete", "delete", "create"]
+    assert (
+        "slice mcm: it could not be deleted: ERROR: (gcloud.compute.tpus) FAILED_PRECONDITION: busy;"
+        in result.stderr
+    )
+
+
+def test_a_slice_that_is_not_deleted_at_the_end_is_reported(tools):
+    (tools / "delete.errors").write_text("FAILED_PRECONDITION: busy\n")
+    result = pod(tools, "done", arguments=(*POD, "--delete"))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "error: the run is finished, but slice mcm could not be deleted and may still cost money: "
+        "ERROR: (gcloud.compute.tpus) FAILED_PRECONDITION: busy"
+    )
+
+
 def test_a_request_whose_slice_is_gone_is_made_again(tools):
     waits(tools)
     (tools / "queue").write_text("ACTIVE\n")
     result = pod(tools, "done")
     assert result.returncode == 0, result.stderr
     assert "slice mcm: the request is ACTIVE, but its slice is gone; asking again" in result.stderr
-    assert requests(tools) == ["delete", "create", "scp", "install", "train"]
+    assert requests(tools) == ["delete", "create", "forget", "scp", "install", "train"]
 
 
 def test_a_slice_that_is_deleted_during_a_run_is_requested_again(tools):
@@ -555,7 +711,7 @@ def test_a_slice_that_is_deleted_during_a_run_is_requested_again(tools):
 def test_other_programs_than_training_run_on_a_pod(program, arguments, tools):
     result = pod(tools, "done", run=(f"--program={program}", "--", *arguments))
     assert result.returncode == 0, result.stderr
-    assert requests(tools) == ["create", "scp", "install", program]
+    assert requests(tools) == ["create", "forget", "scp", "install", program]
     # Preparing is work of one host, whose TPUs would wait for those of the others.
     alone = program == "prepare"
     assert (tools / "trained.0").read_text() == f"-m mcm_jax.{program} {' '.join(arguments)}\n"
@@ -568,7 +724,7 @@ def test_hosts_refuse_a_path_on_the_boot_disk(tools):
     run = ("--setup=true", "--", RUN[0], "--workdir=/data/runs/cd4")
     result = pod(tools, "never", run=run)
     assert result.returncode == 2
-    assert requests(tools) == ["create", "scp", "storage", "ask"]
+    assert requests(tools) == ["create", "forget", "scp", "storage", "ask"]
     assert "error: /data/runs/cd4 is on the boot disk, which is lost with the slice" in result.stderr
 
 
@@ -597,13 +753,6 @@ def test_hosts_mount_a_share_with_what_the_images_have(state, tools):
     if not os.access("/mnt/mcm", os.W_OK):
         assert result.returncode == 2 and "may not write to 10.0.0.2:/mcm" in result.stderr
         assert (tools / ".mcm_run.code").read_text() == "2\n"
-
-
-def test_a_denied_permission_is_reported(tools):
-    (tools / "denied").touch()
-    result = pod(tools, "done")
-    assert result.returncode == 1 and "PERMISSION_DENIED" in result.stderr
-    assert "create" not in requests(tools)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -807,7 +956,10 @@ def check_restarts(found, job):
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailJob", "onExitCodes": codes},
     ]
-    assert spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
+    # When a node vanishes, the other pods fail before its own has that condition. Each is replaced once, and
+    # the replacements wait for it. A second failure is the end of the job.
+    assert spec["backoffLimitPerIndex"] == 1 and spec["maxFailedIndexes"] == 0 and "backoffLimit" not in spec
+    assert spec["completionMode"] == "Indexed" and "podReplacementPolicy" not in spec
     assert spec["parallelism"] == spec["completions"]
     assert pod_of(job)["restartPolicy"] == "Never" and pod_of(job)["terminationGracePeriodSeconds"] >= 120
 
