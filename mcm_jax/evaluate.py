@@ -10,7 +10,7 @@ are already in the file are not measured again, so the same command continues an
 
     python -m mcm_jax.evaluate --images=samples.npz --features=inception --reference=imagenet64.npz
 
-This scores images from any program (an .npz with uint8 images in arr_0, or a folder of PNGs), prints the
+This scores images from any program (an .npz with uint8 images in arr_0, or a folder of images), prints the
 numbers, and with --results=FILE appends them to that file.
 """
 
