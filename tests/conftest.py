@@ -38,9 +38,9 @@ if not GPU:
     # With the lowest effort, plans for TPUs compile in a third of the time.
     os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-install_import_hook("mcm_jax", "beartype.beartype")
+jaxtyping.install_import_hook("mcm_jax", "beartype.beartype")
 
 import hypothesis
 
@@ -102,6 +102,33 @@ SLOW = (
     "test_clusters.py",
     "test_report.py",
 )
+
+
+# Tests of whole runs and whole networks. In them, checking shapes and types at run time would take a quarter
+# of the time. The same functions are checked in the tests of their own modules, and runs in other files of
+# runs/.
+UNCHECKED = (
+    "runs/test_trainer.py",
+    "runs/test_run.py",
+    "test_commands.py",
+    "teachers",
+    "planning",
+    "config/test_paper_rows.py",
+    "bench",
+    "test_report.py",
+    "test_cost.py",
+    "evaluation/test_inception.py",
+    "evaluation/test_inception_weights.py",
+    "evaluation/test_attributes.py",
+    "evaluation/test_caption_scores.py",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _checked_types(request):
+    tests = Path(__file__).parent
+    unchecked = any(request.path.is_relative_to(tests / name) for name in UNCHECKED)
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
 
 
 def pytest_collection_finish():

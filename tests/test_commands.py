@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -218,8 +217,6 @@ class Averages(Extractor):
 @pytest.fixture
 def small_parts(monkeypatch):
     """What no argument makes small: feature networks, trainings of the findings and of the figure."""
-    # All other tests check types at run time, which would take a fifth of the time here.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     network = scoring._feature_network
 
     def few_features(options):
