@@ -28,7 +28,7 @@ JsonObject = dict[str, Any]
 RUN_FILE = "run.json"
 RESULTS = Path("evaluation") / "results.jsonl"
 
-Objective = Literal["diffusion", "guidance", "cd", "ct", "progressive", "tract"]
+Objective = Literal["diffusion", "guidance", "cd", "ct", "scd", "sct", "progressive", "tract"]
 # In the order in which tables list them.
 OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
 # Models that support any number of steps; the others are students with a fixed number.

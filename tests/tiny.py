@@ -54,6 +54,7 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
         embedding_width=16,
         head_width=8,
         mlp_factor=2,
+        noise_scale="smooth",  # scd and sct need it, in their teacher too.
     )
     result.optimizer.update(learning_rate=1e-2, ema_decay=0.9)
     result.training.update(
@@ -62,6 +63,8 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     result.sampling.update(teacher_steps=4, batch_per_device=2)
     if objective in ("cd", "ct"):
         result.consistency.update(student_steps=2, anneal_steps=4)
+    elif objective in ("scd", "sct"):
+        result.continuous.update(student_steps=2, warmup_steps=2)
     elif objective in ("tract", "progressive"):
         result[objective].stages = (4, 2)
     return result

@@ -21,12 +21,14 @@ _SYSTEMS = {
     "teacher": (set(), set(), set()),
     "ct": (set(), {"steps"}, {"teacher_steps"}),
     "cd": ({"ddim"}, {"steps"}, {"teacher_steps"}),
+    "sct": (set(), {"steps"}, set()),
+    "scd": (set(), {"steps"}, set()),
     "pd": (set(), {"steps"}, set()),
     "tract": (set(), {"steps"}, set()),
 }
 _ALLOWED = (
-    "with teacher, ct,steps=S, cd,steps=S, pd,steps=S or tract,steps=S; ct and cd may add teacher_steps=N, "
-    "and cd may add ddim"
+    "with teacher, or with ct, cd, sct, scd, pd or tract and steps=S, such as cd,steps=4; ct and cd may add "
+    "teacher_steps=N, and cd may add ddim"
 )
 
 
@@ -55,7 +57,8 @@ def imagenet(
 
     Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
-    "tract,steps=S" (1024 -> 32 -> S). With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd,
+    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time; not the paper's, but
+    trained like ct and cd). With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd,
     "ddim" sets DDIM as the teacher's step.
 
     Args:
@@ -113,6 +116,11 @@ def imagenet(
         if "teacher_steps" in numbers:
             constant = float(numbers["teacher_steps"])
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
+    elif system in ("sct", "scd"):
+        config.continuous.student_steps = numbers["steps"]
+        # The teacher must have it too.
+        config.model.noise_scale = "smooth"
+        config.continuous.teacher_guidance = settings.guidance if system == "scd" else 0.0
     else:
         stages, config.training.num_steps = _stages(row, system, numbers["steps"])
         config[config.objective].stages = stages
@@ -139,6 +147,8 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.training.num_steps //= 2
     if config.objective in ("ct", "cd"):
         config.consistency.anneal_steps //= 2
+    elif config.objective in ("sct", "scd"):
+        config.continuous.warmup_steps //= 2
     return config
 
 

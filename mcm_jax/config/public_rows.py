@@ -44,6 +44,8 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     (FID 3.44, 2.32 and 1.79 at 2, 4 and 8 steps) in what is known of it: Heun's step of the teacher, 256 to
     1,024 steps on EDM's grid, and the root of EDM's weight.
 
+    "scd,steps=S" and "sct,steps=S" are for EDM's own network and those of EDM2.
+
     The batch, the learning rates and the number of updates are ours. They suit one GPU or eight TPU v5e.
 
     Raises:
@@ -54,18 +56,26 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     systems = [{"cd"}, {"ct"}]
     if networks <= {*_EDM2, "edm", "openai_edm"}:
         systems.append({"cd", "heun"})
+    if networks <= {*_EDM2, "edm"}:
+        # The others change too fast with the noise level.
+        systems += [{"scd"}, {"sct"}]
     if len(networks) != 1 or rest not in systems or set(numbers) != {"steps"}:
-        heun = ", or a network of EDM with cd,heun,steps=S" if resolution == 64 else ""
+        heun = ""
+        if resolution == 64:
+            heun = ", or a network of EDM with cd,heun,steps=S, or edm or one of EDM2 with scd or sct,steps=S"
         raise InputError(
             f"there is no config row {row!r}: use one of {', '.join(NETWORKS[resolution])}, with cd,steps=S "
             f"or ct,steps=S{heun}"
         )
-    (network,), system = networks, "ct" if "ct" in rest else "cd"
+    (network,), (system,) = networks, rest - {"heun"}
     config = default_config()
     config.data.update(dataset="imagenet", resolution=resolution)
     config.objective = system
-    # The annealing ends before the training, as in the paper, though both are shorter.
-    config.consistency.update(student_steps=numbers["steps"], anneal_steps=20_000)
+    if system in ("scd", "sct"):
+        config.continuous.student_steps = numbers["steps"]
+    else:
+        # The annealing ends before the training, as in the paper, though both are shorter.
+        config.consistency.update(student_steps=numbers["steps"], anneal_steps=20_000)
     common = {"dtype": "bfloat16", "remat": "full"}
     if network in _EDM2:
         width, dropout = _EDM2[network]

@@ -9,8 +9,8 @@ from mcm_jax.system.errors import InputError
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
     """Returns the config of a row with a network and training small enough for two CPU cores.
 
-    Rows: "teacher", "cd,steps=S", "ct,steps=S", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or
-    to "steps=S"), and "guidance".
+    Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "tract" (64 -> 8 -> 1),
+    "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance".
 
     The method is the paper's, the settings are not: fewer updates need a higher learning rate, faster
     annealing and a shorter average.
@@ -24,6 +24,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         "teacher": ((), ()),
         "cd": (("steps",), ()),
         "ct": (("steps",), ()),
+        "scd": (("steps",), ()),
+        "sct": (("steps",), ()),
         "tract": ((), ()),
         "progressive": ((), ("steps",)),
         "guidance": ((), ()),
@@ -32,8 +34,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     needed, allowed = systems.get(system, ((), ()))
     if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
         raise InputError(
-            f"there is no config row {row!r}: use teacher, cd,steps=S, ct,steps=S, tract, progressive or "
-            "guidance"
+            f"there is no config row {row!r}: use teacher, guidance, tract, progressive, or one of cd, ct, "
+            "scd and sct with steps=S, such as cd,steps=4"
         )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
@@ -49,6 +51,10 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     config.training.update(num_steps=250, sample_every_steps=250)
     if system in ("cd", "ct"):
         config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+    elif system in ("scd", "sct"):
+        config.continuous.update(student_steps=numbers["steps"], warmup_steps=100)
+        # The teacher must have it too.
+        config.model.noise_scale = "smooth"
     elif system == "tract":
         config.tract.stages = (64, 8, 1)
     elif system == "progressive":

@@ -20,6 +20,7 @@ from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.edm2 import EDM2Settings
 from mcm_jax.models.uvit import UViTSettings
 from mcm_jax.objectives.consistency import Consistency
+from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.diffusion import Diffusion
 from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.progressive import Progressive
@@ -37,6 +38,8 @@ SECTIONS = {
     "diffusion": "diffusion",
     "cd": "consistency",
     "ct": "consistency",
+    "scd": "continuous",
+    "sct": "continuous",
     "tract": "tract",
     "progressive": "progressive",
     "guidance": "guidance",
@@ -45,6 +48,10 @@ SECTIONS = {
 ARCHITECTURES = {"uvit": "model", "adm": "adm", "edm2": "edm2"}
 # The objectives that are trained in stages.
 Staged = Tract | Progressive
+# Consistency models, which are trained for one number of steps.
+Multistep = Consistency | Continuous
+# The objectives that call no teacher during training.
+_FROM_DATA = ("diffusion", "ct", "sct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +170,12 @@ class Config:
 
     objective: Objective = setting(
         "diffusion",
-        "diffusion (the teacher), cd or ct (consistency, distilled or trained), tract, progressive, guidance",
+        "diffusion (the teacher), cd or ct (consistency, distilled or trained), scd or sct (the same in "
+        "continuous time), tract, progressive, guidance",
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
-        None, "workdir of the teacher; required except for diffusion (ct only copies its parameters)"
+        None, "workdir of the teacher; required except for diffusion (ct and sct only copy its parameters)"
     )
     guide_checkpoint: str | None = setting(
         None,
@@ -187,6 +195,7 @@ class Config:
     schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
     diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
+    continuous: Continuous = dataclasses.field(default_factory=Continuous)
     tract: Tract = dataclasses.field(default_factory=Tract)
     progressive: Progressive = dataclasses.field(default_factory=Progressive)
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
@@ -201,19 +210,19 @@ class Config:
         return getattr(self, ARCHITECTURES[self.architecture])
 
     @property
-    def loss(self) -> Diffusion | Consistency | Tract | Progressive | Guidance:
+    def loss(self) -> Diffusion | Multistep | Tract | Progressive | Guidance:
         """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
     @property
     def distils(self) -> bool:
         """Whether the objective calls a teacher during training."""
-        return self.objective not in ("diffusion", "ct")
+        return self.objective not in _FROM_DATA
 
     @property
     def teacher_guidance(self) -> float:
         """Guidance weight g of the teacher; 0 if the objective does not distil a guided teacher."""
-        return self.loss.teacher_guidance if isinstance(self.loss, Consistency | Guidance) else 0.0
+        return self.loss.teacher_guidance if isinstance(self.loss, Multistep | Guidance) else 0.0
 
     @property
     def target_decay(self) -> float | None:
@@ -234,7 +243,7 @@ class Config:
         loss = self.loss
         if isinstance(loss, Staged):
             return loss.stages[-1]
-        return loss.student_steps if isinstance(loss, Consistency) else None
+        return loss.student_steps if isinstance(loss, Multistep) else None
 
 
 def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:

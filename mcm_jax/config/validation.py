@@ -14,6 +14,7 @@ from mcm_jax.config.settings import (
     ARCHITECTURES,
     SECTIONS,
     Config,
+    Multistep,
     ScheduleSettings,
     Staged,
     without_none,
@@ -21,6 +22,7 @@ from mcm_jax.config.settings import (
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
+from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
 
@@ -77,11 +79,14 @@ def _check_objective(config: Config) -> None:
             f"config.teacher_checkpoint={config.teacher_checkpoint!r} has no effect on a diffusion "
             "model, which is trained from scratch; leave it out"
         )
-    if objective in ("cd", "ct") and config.consistency.student_steps is None:
+    section = SECTIONS[objective]
+    if isinstance(config.loss, Multistep) and config.loss.student_steps is None:
         raise InputError(
-            "config.consistency.student_steps is not set: specify the student's number of steps, "
-            "for example with the config row 'cd,steps=4'"
+            f"config.{section}.student_steps is not set: specify the student's number of steps, "
+            f"for example with the config row '{objective},steps=4'"
         )
+    if isinstance(config.loss, Continuous):
+        _check_continuous(config)
     if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:
@@ -92,15 +97,15 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             "config.consistency.teacher_step=heun has no effect on ct, which has no teacher; leave it out"
         )
-    if objective == "ct" and config.teacher_guidance > 0:
+    if config.teacher_guidance > 0 and not config.distils:
         raise InputError(
-            f"config.consistency.teacher_guidance={config.teacher_guidance} has no effect on ct, which "
-            "does not distil a teacher; leave it at 0"
+            f"config.{section}.teacher_guidance={config.teacher_guidance} has no effect on {objective}, "
+            "which does not distil a teacher; leave it at 0"
         )
     if config.guide_checkpoint is not None and config.teacher_guidance == 0:
         raise InputError(
             f"config.guide_checkpoint={config.guide_checkpoint} has no effect without guidance of a teacher; "
-            "set config.consistency.teacher_guidance or config.guidance.teacher_guidance, or leave it out"
+            "set the objective's, such as config.consistency.teacher_guidance, or leave it out"
         )
     if config.sampling.guidance > 0 and not config.supports_guidance:
         raise InputError(
@@ -113,6 +118,21 @@ def _check_objective(config: Config) -> None:
                 f"config.diffusion.levels={config.diffusion.levels!r}: {side} does not divide "
                 f"config.data.resolution={config.data.resolution}"
             )
+
+
+def _check_continuous(config: Config) -> None:
+    """Refuses networks that change too fast with the noise level to be differentiated by it."""
+    if config.architecture == "uvit" and config.model.noise_scale != "smooth":
+        raise InputError(
+            f"config.model.noise_scale={config.model.noise_scale}: {config.objective} differentiates the "
+            "network by the noise level and may diverge with it; train the teacher and the student with "
+            "--config.model.noise_scale=smooth"
+        )
+    if config.architecture == "adm" and config.adm.preconditioning != "edm":
+        raise InputError(
+            f"config.adm.preconditioning={config.adm.preconditioning}: {config.objective} differentiates the "
+            "network by the noise level, with which this one changes too fast; use cd or ct"
+        )
 
 
 def _check_schedule(config: Config) -> None:

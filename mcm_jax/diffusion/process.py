@@ -22,6 +22,11 @@ def sigma(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
+def angle(logsnr: Float[Array, "..."]) -> Float[Array, "..."]:
+    """theta = arctan(sigma / alpha) in (0, pi / 2): alpha = cos(theta), sigma = sin(theta), dz/dtheta = v."""
+    return jnp.arctan(jnp.exp(-logsnr / 2))
+
+
 def over_pixels(per_example: Shaped[Array, " B"], image: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """Reshapes [B] to [B, 1, ..., 1], so that the result broadcasts over the axes of `image`."""
     return per_example.reshape(per_example.shape + (1,) * (image.ndim - 1))

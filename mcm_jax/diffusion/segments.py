@@ -78,6 +78,14 @@ def draw_times(
     )
 
 
+def draw_continuous_times(
+    key: PRNGKey, *, batch_size: int, student_steps: int
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """(t, t_step): t ~ U(0, 1) and the end of its segment, t_step = floor(S t) / S."""
+    t = jax.random.uniform(key, (batch_size,))
+    return t, jnp.floor(t * student_steps) / student_steps
+
+
 def draw_halves(
     key: PRNGKey, *, batch_size: int, student_steps: int
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:

@@ -1,5 +1,6 @@
 """The two residual blocks of UViT (SPEC 6; simple diffusion, arXiv:2301.11093, appendix B)."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -132,8 +133,15 @@ def layer_norm(
     """(x - mean) / sqrt(variance + 1e-6) scale + bias over the last axis, in float32; returns x's dtype.
 
     Only x and its moments are saved for the gradient: on a TPU the other intermediate values cost more to
-    store than to recompute.
+    store than to recompute. It has no forward derivative; `plain_layer_norm` has.
     """
+    return _layer_norm(x, scale, bias)[0]
+
+
+def plain_layer_norm(
+    x: Float[Array, "*B C"], scale: Float[Array, " C"], bias: Float[Array, " C"]
+) -> Float[Array, "*B C"]:
+    """`layer_norm` with JAX's own derivatives."""
     return _layer_norm(x, scale, bias)[0]
 
 
@@ -162,13 +170,17 @@ def _layer_norm_gradient(residuals: tuple[Array, ...], gradient: Array) -> tuple
 layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _apart(x: Array) -> Array:
     """Returns x and prevents the compiler from fusing it into its consumers; the gradient may be fused."""
     return jax.lax.optimization_barrier(x)
 
 
-_apart.defvjp(lambda x: (_apart(x), None), lambda _, gradient: (gradient,))
+_apart.defjvp(lambda primals, tangents: (_apart(*primals), *tangents))
+
+
+# (x, scale, bias) -> normalised x, over the last axis.
+NormFn = Callable[[Array, Array, Array], Array]
 
 
 class SelfAttention(nnx.Module):
@@ -184,11 +196,12 @@ class SelfAttention(nnx.Module):
         head_width: int,
         text_width: int | None,
         attend: AttentionFn,
+        head_norm: NormFn,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         """text_width: width of the text's tokens; None if there is no text."""
-        self.head_width, self.attend = head_width, attend
+        self.head_width, self.attend, self.head_norm = head_width, attend, head_norm
         self.qkv = nnx.Linear(width, 3 * width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm_q = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
         self.norm_k = nnx.LayerNorm(head_width, dtype=dtype, rngs=rngs)
@@ -210,14 +223,15 @@ class SelfAttention(nnx.Module):
                 for part, its in zip((k, v), kernel.astype(x.dtype), strict=True)
             )
             mask = jnp.pad(text.mask, ((0, 0), (x.shape[1], 0)), constant_values=True)
-        q, k = (
-            layer_norm(part, norm.scale[...], norm.bias[...])
-            for part, norm in ((q, self.norm_q), (k, self.norm_k))
-        )
+        q, k = (self._normalised(part, norm) for part, norm in ((q, self.norm_q), (k, self.norm_k)))
         h = self.attend(q * self.head_width**-0.5, k, v, mask)
         assert self.out.bias is not None
         kernel = rearrange(self.out.kernel[...], "(h d) c -> h d c", d=self.head_width).astype(h.dtype)
         return jnp.einsum("bhld,hdc->blc", h, kernel) + self.out.bias[...].astype(h.dtype)
+
+    def _normalised(self, heads: Float[Array, "B H L D"], norm: nnx.LayerNorm) -> Float[Array, "B H L D"]:
+        assert norm.scale is not None and norm.bias is not None
+        return self.head_norm(heads, norm.scale[...], norm.bias[...])
 
 
 class TransformerBlock(nnx.Module):
@@ -231,6 +245,7 @@ class TransformerBlock(nnx.Module):
         head_width: int,
         text_width: int | None,
         attend: AttentionFn,
+        head_norm: NormFn,
         dropout: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -242,7 +257,13 @@ class TransformerBlock(nnx.Module):
         self.mlp_out = nnx.Linear(hidden, width, dtype=dtype, kernel_init=_zeros, rngs=rngs)
         self.norm_attention = nnx.LayerNorm(width, use_bias=False, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(
-            width, head_width=head_width, text_width=text_width, attend=attend, dtype=dtype, rngs=rngs
+            width,
+            head_width=head_width,
+            text_width=text_width,
+            attend=attend,
+            head_norm=head_norm,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.models.conditions import Caption, Classes, Condition
 
-NoiseScale = Literal["arctan", "logsnr"]
+NoiseScale = Literal["arctan", "logsnr", "smooth"]
 
 
 def sinusoidal(position: Float[Array, " B"], *, width: int) -> Float[Array, "B width"]:
@@ -28,19 +28,20 @@ def sinusoidal(position: Float[Array, " B"], *, width: int) -> Float[Array, "B w
 
 
 def noise_position(logsnr: Float[Array, " B"], *, scale: NoiseScale) -> Float[Array, " B"]:
-    """The position in [0, 1000] at which `sinusoidal` embeds a log-SNR.
+    """The position at which `sinusoidal` embeds a log-SNR, from 0 to 1000, or to 10 if smooth.
 
     Not in the paper. "arctan" (our default) is 1000 (2 / pi) arctan(exp(-lambda / 2)), which is 1000 t for
     the cosine schedule; "logsnr" is 1000 (15 - lambda) / 30, with the same resolution at all noise levels.
-    Both depend only on the log-SNR, so a sampler may use any grid.
+    "smooth" is a hundredth of "arctan", so that the network's derivative by the noise level stays small, as
+    continuous-time consistency needs. All depend only on the log-SNR, so a sampler may use any grid.
 
     Examples:
       >>> noise_position(jnp.zeros(1), scale="arctan").round().tolist()
       [500.0]
     """
-    if scale == "arctan":
-        return 1000 * 2 / math.pi * jnp.arctan(jnp.exp(-logsnr / 2))
-    return 1000 * (15 - logsnr) / 30
+    if scale == "logsnr":
+        return 1000 * (15 - logsnr) / 30
+    return {"arctan": 1000, "smooth": 10}[scale] * 2 / math.pi * jnp.arctan(jnp.exp(-logsnr / 2))
 
 
 class Conditioning(nnx.Module):

@@ -1,4 +1,4 @@
-"""How a network is placed on devices, given as four functions, so that networks do not depend on a mesh."""
+"""How a network is placed on devices, given as functions, so that networks do not depend on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from mcm_jax.models import attention
+from mcm_jax.models import attention, blocks
 
 
 def _identity(h: PyTree) -> PyTree:
@@ -25,6 +25,7 @@ class Placement:
       constrain: applied to the feature maps around every block; returns the same values, constrained to be
         split by example.
       attend: computes attention; see `attention.einsum`.
+      head_norm: normalises the queries and keys of UViT's attention; see `blocks.layer_norm`.
       by_column: (layer, x) -> layer(x), for a layer with many columns and an x with one row per example.
         The weights stay split by column, as exchanging the rows of x costs less than gathering the weights.
       gather_block: applied to the parameters of a block before it computes; returns the same values, on every
@@ -35,3 +36,9 @@ class Placement:
     attend: attention.AttentionFn = attention.einsum
     by_column: Callable[[nnx.Linear, Array], Array] = _apply_layer
     gather_block: Callable[[PyTree], PyTree] = _identity
+    head_norm: blocks.NormFn = blocks.layer_norm
+
+    @property
+    def with_forward_derivative(self) -> "Placement":
+        """The same placement, without functions that have no forward derivative."""
+        return dataclasses.replace(self, attend=attention.einsum, head_norm=blocks.plain_layer_norm)

@@ -70,7 +70,10 @@ class UViTSettings:
         affects=Affects.ALL,
     )
     noise_scale: NoiseScale = setting(
-        "arctan", "axis of the noise level's embedding (open)", affects=Affects.ALL
+        "arctan",
+        "axis of the noise level's embedding (open); continuous-time consistency (scd, sct) needs smooth, "
+        "in the teacher too",
+        affects=Affects.ALL,
     )
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the activations", affects=Affects.TRAINING | Affects.SAMPLES
@@ -185,6 +188,7 @@ class TransformerStage(nnx.Module):
                 head_width=settings.head_width,
                 text_width=text_width,
                 attend=placement.attend,
+                head_norm=placement.head_norm,
                 dropout=stage.dropout,
                 dtype=jnp.dtype(settings.dtype),
                 rngs=rngs,

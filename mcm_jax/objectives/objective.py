@@ -20,7 +20,8 @@ class Networks:
       student: f, the trained network; its parameters are differentiated.
       teacher: the model to distil; None for objectives without a teacher.
       guide: the worse model that a guided teacher leads away from; None: the teacher without condition.
-      target: the network that predicts x_ref, for example with averaged parameters; None: the student itself.
+      target: the network that the target is made of (x_ref, or the tangent in continuous time), for example
+        with averaged parameters; None: the student itself.
       schedule: the noise schedule.
       null_cond: the condition that stands for none, such as the label that means 'any class'.
     """

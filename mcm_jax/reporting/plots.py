@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # Matplotlib 3.10 has no such type.
 _STUDENTS = {
     "cd": ("CD", "#0072b2", "o"),
     "ct": ("CT", "#d55e00", "s"),
+    "scd": ("sCD", "#56b4e9", "v"),
+    "sct": ("sCT", "#e69f00", "P"),
     "progressive": ("PD", "#009e73", "D"),
     "tract": ("TRACT", "#cc79a7", "^"),
 }

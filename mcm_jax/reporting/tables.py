@@ -28,6 +28,8 @@ _COLUMNS = {
     "guidance": "Guidance distilled",
     "cd": "CD",
     "ct": "CT",
+    "scd": "sCD",
+    "sct": "sCT",
     "progressive": "PD",
     "tract": "TRACT",
 }
@@ -249,6 +251,11 @@ def _particulars(run: RunDescription) -> str:
             f"teacher grid {_plain(consistency.get('teacher_steps_first'))} to "
             f"{_plain(consistency.get('teacher_steps_last'))} steps over "
             f"{_plain(consistency.get('anneal_steps'))} updates"
+        )
+    continuous = _settings(run, "continuous")
+    if run.config.get("objective") in ("scd", "sct") and continuous:
+        parts.append(
+            f"t {continuous.get('proposal')}, warm-up of {_plain(continuous.get('warmup_steps'))} updates"
         )
     if consistency.get("stages"):
         parts.append(f"stages {' to '.join(map(str, consistency['stages']))} steps")

@@ -18,6 +18,7 @@ from mcm_jax.models import attention, edm2
 from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
+from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
@@ -69,6 +70,7 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
       guide: that of the model that guidance leads away from, `placed`; None: the teacher itself.
     """
     network = placed(config, network, mesh=mesh)
+    tangent_network = dataclasses.replace(network, placement=network.placement.with_forward_derivative)
 
     def bind(network: Network, params: Params) -> ModelFn:
         # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
@@ -88,11 +90,14 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
         train_step: Array,
     ) -> Float[Array, " B"]:
         teacher, guide_params = teacher_params or TeacherParams(None)
+        target = None if target_params is None else bind(network, target_params)
+        if isinstance(config.loss, Continuous):
+            target = bind(tangent_network, jax.lax.stop_gradient(params))
         networks = Networks(
             student=bind(network, params),
             teacher=None if teacher is None else bind(network, teacher),
             guide=None if guide is None else bind(guide, guide_params),
-            target=None if target_params is None else bind(network, target_params),
+            target=target,
             schedule=schedule(config),
             null_cond=network.condition.null,
         )

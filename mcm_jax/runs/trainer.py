@@ -327,7 +327,7 @@ def _start(
     continuing = checkpoints.any()
     distributed.require_same(continuing, "the lists of checkpoints")
     teacher = guide = None
-    if config.distils or (config.objective == "ct" and not continuing):
+    if config.distils or (config.teacher_checkpoint is not None and not continuing):
         teacher = _restored(_workdir_of("teacher", config), abstract.params, training.mesh)
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)

@@ -164,10 +164,11 @@ class Conditioning(nn.Module):
         self.classes = nn.Embedding(network.condition.num_classes + 1, settings.embedding_width)
 
     def forward(self, logsnr: Tensor, label: Tensor) -> Tensor:
-        if self.scale == "arctan":
-            position = 2000 / math.pi * torch.arctan(torch.exp(-logsnr / 2))
-        else:
+        if self.scale == "logsnr":
             position = 1000 * (15 - logsnr) / 30
+        else:
+            turns = {"arctan": 1000, "smooth": 10}[self.scale]
+            position = turns * 2 / math.pi * torch.arctan(torch.exp(-logsnr / 2))
         half = self.dense_1.in_features // 2
         frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=logsnr.device) / half)
         angles = position[:, None] * frequencies

@@ -84,7 +84,19 @@ def test_a_row_that_is_none(row):
         imagenet64.get_config(row)
     message = str(error.value)
     assert repr(row) in message and "\n" not in message
-    for word in ("small", "large", "teacher", "ct,", "cd,", "pd,", "tract,", "teacher_steps=N", "ddim"):
+    for word in (
+        "small",
+        "large",
+        "teacher",
+        "ct",
+        "cd",
+        "sct",
+        "scd",
+        "pd",
+        "tract",
+        "teacher_steps=N",
+        "ddim",
+    ):
         assert word in message
 
 

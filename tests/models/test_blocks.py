@@ -44,7 +44,7 @@ def test_without_a_key_or_a_rate_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_norm_and_its_gradient_in_float64(dtype):
+def test_layer_norm_and_its_derivatives_in_float64(dtype):
     keys = jax.random.split(jax.random.key(0), 4)
     x = (3 + 2 * jax.random.normal(keys[0], (5, 4, 16))).astype(dtype)
     scale, bias, w = (jax.random.normal(k, s) for k, s in zip(keys[1:], ((16,), (16,), x.shape), strict=True))
@@ -57,17 +57,26 @@ def test_layer_norm_and_its_gradient_in_float64(dtype):
         return (x - mean) / jnp.sqrt(variance + 1e-6) * scale + bias
 
     value, gradients = jax.value_and_grad(loss(blocks.layer_norm), argnums=(0, 1, 2))(x, scale, bias)
+    tangents = [
+        jax.random.normal(jax.random.fold_in(keys[3], n), a.shape) for n, a in enumerate((x, scale, bias))
+    ]
+    tangents[0] = tangents[0].astype(dtype)
+    _, slope = jax.jvp(blocks.plain_layer_norm, (x, scale, bias), tuple(tangents))
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, scale, bias, w)]
         expected, expected_gradients = jax.value_and_grad(
             lambda *arguments: jnp.sum(plain(*arguments) * wide[3]), argnums=(0, 1, 2)
         )(*wide[:3])
+        directions = [jnp.asarray(np.asarray(a, np.float64)) for a in tangents]
+        _, expected_slope = jax.jvp(plain, tuple(wide[:3]), tuple(directions))
+    assert slope.dtype == dtype
     assert blocks.layer_norm(x, scale, bias).dtype == gradients[0].dtype == dtype
     # Half an ulp of the result's dtype, over sums of 320 numbers of order one.
     tolerance = {"float32": 1e-4, "bfloat16": 0.08}[dtype]
     np.testing.assert_allclose(value, expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=tolerance)
     for gradient, right in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(np.asarray(gradient, np.float64), right, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.asarray(slope, np.float64), expected_slope, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

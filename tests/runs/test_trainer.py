@@ -45,7 +45,7 @@ def checkpoint_steps(workdir):
         return checkpoints.all_steps()
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "tract"])
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "tract"])
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path, capsys):
     """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
 
@@ -385,6 +385,7 @@ def assert_trained_alike(params, expected):
         ("cd", (2, 4), "all"),
         ("cd", (2, 4), "blocks"),
         ("ct", (2, 4), "all"),
+        ("scd", (2, 4), "blocks"),
     ],
 )
 def test_eight_devices_train_the_real_objectives_like_one(
@@ -424,7 +425,7 @@ def three_updates(objective, mesh, tiny_data, teacher, *, gather="all"):
     params = params_of(teacher)
     state, train_step = training.init_from(params), training.train_step()
     teacher_params = None
-    if objective == "cd":
+    if config.distils:
         teacher_params = jax.device_put(TeacherParams(params), training.teacher_shardings)
     batches = trainer.train_batches(config)
     losses = []
@@ -661,7 +662,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
     [
         (
             {"objective": "gan"},
-            "config.objective='gan' must be one of diffusion, guidance, cd, ct, progressive, tract",
+            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8, 16)}, "config.model.widths=(8, 16) must have one entry"),
