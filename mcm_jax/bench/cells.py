@@ -56,9 +56,13 @@ class Cell:
         return " ".join([self.problem, self.system, str(self.steps), *sampler, *changed, f"seed {self.seed}"])
 
     @property
-    def schedule(self) -> Overrides:
-        """The overrides of the noise schedule; a student's teacher must have the same."""
-        return tuple((name, value) for name, value in self.overrides if name.startswith("schedule."))
+    def shared(self) -> Overrides:
+        """The overrides that a student's teacher must have too: the noise schedule and its embedding."""
+        return tuple(
+            (name, value)
+            for name, value in self.overrides
+            if name.startswith("schedule.") or name == "model.noise_scale"
+        )
 
     def override(self, config: ml_collections.ConfigDict) -> None:
         """Sets the overridden fields in `config`."""

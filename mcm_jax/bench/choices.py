@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from mcm_jax.bench.cells import Cell, Overrides, Store
 from mcm_jax.bench.findings import Measured, measure
 
-# Each choice is measured on CD with few and with many student steps.
+# Each choice is measured with few and with many student steps.
 STUDENT_STEPS = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An alternative to a default, as overrides of config fields."""
+    """An alternative to a default, as overrides of config fields, and the system that it is measured on."""
 
     name: str
     overrides: Overrides
+    system: str = "cd"
 
 
 def choices(learning_rate: float, resolution: int) -> tuple[Choice, ...]:
@@ -31,6 +32,11 @@ def choices(learning_rate: float, resolution: int) -> tuple[Choice, ...]:
         Choice("learning rate x 3", (("optimizer.learning_rate", learning_rate * 3),)),
         Choice("schedule shifted by half, ends moved", _shift(resolution // 2, "moved")),
         Choice("schedule shifted by half, ends kept", _shift(resolution // 2, "kept")),
+        Choice(
+            "PD: x_var of the second step from fresh noise",
+            (("progressive.midpoint_xvar", "fresh"),),
+            "progressive",
+        ),
     )
 
 
@@ -44,19 +50,21 @@ def _shift(resolution: int, end_points: str) -> Overrides:
 
 def cells_of(chosen: Sequence[Choice], problem: str, seeds: Sequence[int]) -> list[Cell]:
     """Every cell that the choices need, including the cells with defaults."""
-    overrides = [(), *(choice.overrides for choice in chosen)]
+    defaults = [(choice.system, ()) for choice in chosen]
+    systems = dict.fromkeys([*defaults, *((choice.system, choice.overrides) for choice in chosen)])
     return [
-        Cell(problem, "cd", steps, seed, changed)
+        Cell(problem, system, steps, seed, changed)
         for seed in seeds
-        for changed in overrides
-        for steps in STUDENT_STEPS
+        for system, changed in systems
+        # Progressive distillation passes through the larger number, which the bench remembers.
+        for steps in sorted(STUDENT_STEPS, reverse=system == "progressive")
     ]
 
 
 def measured(choice: Choice, store: Store, problem: str, steps: int, seeds: Sequence[int]) -> Measured | None:
     """The alternative's distance minus the default's, paired by seed; None if a cell is missing."""
     pairs = [
-        tuple(Cell(problem, "cd", steps, seed, changed) for changed in (choice.overrides, ()))
+        tuple(Cell(problem, choice.system, steps, seed, changed) for changed in (choice.overrides, ()))
         for seed in seeds
     ]
     if any(cell not in store for pair in pairs for cell in pair):

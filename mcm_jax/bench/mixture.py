@@ -107,10 +107,13 @@ class Bench:
         if cell.system == "teacher":
             return {"distance": self._distance(mixtures.model_fn(self.mixture), config, cell)}
         if cell.system == "diffusion":
-            return {"distance": self._distance(self._diffusion(cell.seed, ()).model_fn, config, cell)}
+            return {
+                "distance": self._distance(self._diffusion(cell.seed, cell.shared).model_fn, config, cell)
+            }
         if cell.system == "progressive":
-            return {"distance": self._distance(self._stage(cell.seed, cell.steps).model_fn, config, cell)}
-        start = self._diffusion(cell.seed, cell.schedule)
+            stage = self._stage(cell.seed, cell.steps, cell.overrides)
+            return {"distance": self._distance(stage.model_fn, config, cell)}
+        start = self._diffusion(cell.seed, cell.shared)
         run = vectors.train(config, self._model(config), self.mixture, start=start.params)
         values = {"distance": self._distance(run.model_fn, config, cell)}
         if cell.system == "ct":
@@ -138,13 +141,16 @@ class Bench:
         config = self._config(Cell(self.problem.name, "diffusion", 1, seed, overrides))
         return vectors.train(config, self._model(config), self.mixture)
 
-    def _train_stage(self, seed: int, steps: int) -> VectorRun:
+    def _train_stage(self, seed: int, steps: int, overrides: Overrides) -> VectorRun:
         """Trains the stage of progressive distillation with this many steps, from the previous stage."""
+        cell = Cell(self.problem.name, "progressive", steps, seed, overrides)
         first = 2 * steps == self.problem.progressive_first
-        before = self._diffusion(seed, ()) if first else self._stage(seed, 2 * steps)
-        # Later teachers already include aDDIM's adjustment; see Progressive.later_xvar_frac.
-        overrides = () if first else (("progressive.xvar_frac", Progressive().later_xvar_frac),)
-        config = self._config(Cell(self.problem.name, "progressive", steps, seed, overrides))
+        before = self._diffusion(seed, cell.shared) if first else self._stage(seed, 2 * steps, overrides)
+        if not first:
+            # Later teachers already include aDDIM's adjustment; see Progressive.later_xvar_frac.
+            later = ("progressive.xvar_frac", Progressive().later_xvar_frac)
+            cell = dataclasses.replace(cell, overrides=(*overrides, later))
+        config = self._config(cell)
         return vectors.train(
             config,
             self._model(config),
@@ -158,6 +164,7 @@ class Bench:
             width=self.problem.width,
             blocks=self.problem.blocks,
             dropout=config.model.dropouts[0],
+            noise_scale=config.model.noise_scale,
         )
 
     def _config(self, cell: Cell) -> Config:
@@ -177,6 +184,8 @@ class Bench:
             config.teacher_checkpoint = "in memory"
             if cell.system == "progressive":
                 config.progressive.stages = (2 * cell.steps, cell.steps)
+            elif cell.system in ("scd", "sct"):
+                config.continuous.update(student_steps=cell.steps, warmup_steps=max(1, num_steps // 2))
             else:
                 # As in the paper, annealing takes half of the training.
                 config.consistency.update(student_steps=cell.steps, anneal_steps=max(1, num_steps // 2))

@@ -94,7 +94,7 @@ class Bench:
 
     def _measure(self, cell: Cell) -> Values:
         workdir = self._workdir(cell)
-        teacher = self._train(Cell(cell.problem, "teacher", 1, cell.seed, cell.schedule))
+        teacher = self._train(Cell(cell.problem, "teacher", 1, cell.seed, cell.shared))
         if cell.system != "teacher":
             self._train(cell)
         options = scoring.Options(
@@ -142,7 +142,7 @@ class Bench:
         if cell.system == "teacher":
             config.training.num_steps = self.problem.teacher_updates
         else:
-            teacher = Cell(cell.problem, "teacher", 1, cell.seed, cell.schedule)
+            teacher = Cell(cell.problem, "teacher", 1, cell.seed, cell.shared)
             config.teacher_checkpoint = str(self._root(teacher))
             config.optimizer.learning_rate = self.problem.learning_rate
         if cell.system in ("cd", "ct"):

@@ -119,8 +119,11 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
         rows.append(_row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
     if not rows:
         return []
-    title = f"Open choices, {_NAMES[name]}: distance minus the default's (positive: the default is better)"
-    heads = [f"CD, {steps} steps" if steps > 1 else "CD, 1 step" for steps in STUDENT_STEPS]
+    title = (
+        f"Open choices (for CD unless stated), {_NAMES[name]}: distance minus the default's (positive: the "
+        "default is better)"
+    )
+    heads = [f"{steps} steps" if steps > 1 else "1 step" for steps in STUDENT_STEPS]
     return ["", _row([title, *heads]), _row(["---"] * (1 + len(heads))), *rows]
 
 

@@ -1,6 +1,7 @@
 """Progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) with DDIM or aDDIM (SPEC 5)."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -29,6 +30,11 @@ class Progressive:
     later_xvar_frac: float = setting(
         0.0, "xvar_frac after the first stage (open; such teachers already include the adjustment)", low=0
     )
+    midpoint_xvar: Literal["path", "fresh"] = setting(
+        "path",
+        "where the second step's x_var is measured (open): at z_m itself (path), which is not x with new "
+        "noise, or at x with new noise (fresh), which costs one more call of the teacher",
+    )
     loss_weight: LossWeight = setting("max_snr_one", "w_t, see `distances.weight`")
 
     def __call__(
@@ -46,9 +52,18 @@ class Progressive:
         logsnr_t, logsnr_m, logsnr_s = (networks.schedule(time) for time in (t, m, s))
         z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
 
-        x_first = self._teacher_x(networks, x, z_t, cond, logsnr_t=logsnr_t, logsnr_s=logsnr_m)
+        def predict(z: Float[Array, "B ..."], logsnr: Float[Array, " B"]) -> Float[Array, "B ..."]:
+            return process.x_from_v(networks.require_teacher()(z, logsnr, cond, None), z, logsnr_t=logsnr)
+
+        x_hat = predict(z_t, logsnr_t)
+        x_first = self._step_x(x_hat, z_t, x_hat - x, logsnr_t=logsnr_t, logsnr_s=logsnr_m)
         z_m = steps.ddim(x_first, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_m)
-        x_second = self._teacher_x(networks, x, z_m, cond, logsnr_t=logsnr_m, logsnr_s=logsnr_s)
+        x_hat = predict(z_m, logsnr_m)
+        error = x_hat - x
+        if self.midpoint_xvar == "fresh":
+            eps = jax.random.normal(jax.random.fold_in(key_eps, 1), x.shape)
+            error = predict(process.diffuse(x, eps, logsnr_t=logsnr_m), logsnr_m) - x
+        x_second = self._step_x(x_hat, z_m, error, logsnr_t=logsnr_m, logsnr_s=logsnr_s)
         x_target = steps.composed_x(
             x_first, x_second, logsnr_t=logsnr_t, logsnr_m=logsnr_m, logsnr_s=logsnr_s
         )
@@ -56,23 +71,20 @@ class Progressive:
         x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
         return weight(logsnr_t, kind=self.loss_weight) * process.mean_square(x_diff)
 
-    def _teacher_x(
+    def _step_x(
         self,
-        networks: Networks,
-        x: Float[Array, "B ..."],
+        x_hat: Float[Array, "B ..."],
         z: Float[Array, "B ..."],
-        cond: Cond,
+        error: Float[Array, "B ..."],
         *,
         logsnr_t: Float[Array, " B"],
         logsnr_s: Float[Array, " B"],
     ) -> Float[Array, "B ..."]:
-        """The x whose DDIM step equals one of the teacher's two steps."""
-        teacher_fn = networks.require_teacher()
-        x_teacher = process.x_from_v(teacher_fn(z, logsnr_t, cond, None), z, logsnr_t=logsnr_t)
+        """The x whose DDIM step equals one of the teacher's two steps, with x_var of x_hat's error."""
         return teacher_x(
-            x_teacher,
+            x_hat,
             z,
-            x_var=self.xvar_frac * process.mean_square(x_teacher - x),
+            x_var=self.xvar_frac * process.mean_square(error),
             logsnr_t=logsnr_t,
             logsnr_s=logsnr_s,
             teacher_step=self.teacher_step,

@@ -117,7 +117,7 @@ def test_choices_are_compared_with_the_default(tmp_path):
     store = Store(tmp_path / "results.jsonl", PROBLEMS)
     chosen = openmoji.OPENMOJI.choices()
     cells = choices.cells_of(chosen, "openmoji", SEEDS)
-    assert len(set(cells)) == len(cells) == 3 * 2 * 11
+    assert len(set(cells)) == len(cells) == 3 * 2 * 13
     for cell in cells:
         worse = cell.overrides == (("consistency.huber_epsilon", 1.0),)
         store.add(cell, {"distance": 10.0 * cell.seed + worse}, seconds=0.0)

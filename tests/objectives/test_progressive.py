@@ -32,17 +32,26 @@ def loss(theta, **options):
 
 @pytest.mark.parametrize("teacher_step", ["ddim", "addim"])
 @pytest.mark.parametrize("student_steps", [1, 8, 512])
-def test_the_whole_loss_in_float64(teacher_step, student_steps):
+@pytest.mark.parametrize("midpoint_xvar", ["path", "fresh"])
+def test_the_whole_loss_in_float64(teacher_step, student_steps, midpoint_xvar):
     """Two steps of the teacher, then invDDIM over both, literally."""
     xvar_frac = 0.4
-    actual = loss(0.3, student_steps=student_steps, teacher_step=teacher_step, xvar_frac=xvar_frac)
+    actual = loss(
+        0.3,
+        student_steps=student_steps,
+        teacher_step=teacher_step,
+        xvar_frac=xvar_frac,
+        midpoint_xvar=midpoint_xvar,
+    )
     key_times, key_eps, _ = jax.random.split(KEY, 3)
     t, m, s = segments.draw_halves(key_times, batch_size=8, student_steps=student_steps)
     noise = np.asarray(jax.random.normal(key_eps, SHAPE), np.float64)
+    fresh_noise = np.asarray(jax.random.normal(jax.random.fold_in(key_eps, 1), SHAPE), np.float64)
 
-    def teach(z, x, at, to):
+    def teach(z, x, at, to, fresh=None):
         x_teacher = numpy_x_hat(0.2, z, at)
-        x_var = xvar_frac * np.mean((x_teacher - x) ** 2) if teacher_step == "addim" else 0.0
+        measured = x_teacher if fresh is None else numpy_x_hat(0.2, fresh, at)
+        x_var = xvar_frac * np.mean((measured - x) ** 2) if teacher_step == "addim" else 0.0
         return reference.addim(x_teacher, z, at, to, x_var)
 
     for n in range(8):
@@ -50,7 +59,11 @@ def test_the_whole_loss_in_float64(teacher_step, student_steps):
         x = np.asarray(X[n], np.float64)
         alpha, sigma = reference.alpha_sigma(at)
         z_t = alpha * x + sigma * noise[n]
-        z_s = teach(teach(z_t, x, at, middle), x, middle, to)
+        fresh = None
+        if midpoint_xvar == "fresh":
+            alpha_m, sigma_m = reference.alpha_sigma(middle)
+            fresh = alpha_m * x + sigma_m * fresh_noise[n]
+        z_s = teach(teach(z_t, x, at, middle), x, middle, to, fresh)
         x_diff = reference.inv_ddim(z_s, z_t, at, to) - numpy_x_hat(0.3, z_t, at)
         expected = max(np.exp(at), 1) * np.mean(x_diff**2)
         # Neighbouring log-SNRs of 1,024 teacher steps differ by 6e-3 and are rounded to 1e-6.
