@@ -11,8 +11,10 @@ writes them from the results so far.
 
 from absl import flags
 
+from mcm_jax.bench import methods
 from mcm_jax.bench.runner import PROBLEMS, run
 from mcm_jax.system import command_line, paths
+from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import as_path
 
 
@@ -29,17 +31,30 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("quick", False, "Train only for seconds, to check that everything runs.")
     flags.DEFINE_bool("choices", False, "Also measure the choices that the paper leaves open.")
+    flags.DEFINE_bool(
+        "methods", False, "Compare methods on the mixture instead: CD, CT and both in continuous time."
+    )
     flags.DEFINE_bool("report_only", False, "Measure nothing; write the report from the stored results.")
 
 
 def main() -> None:
     """Measures the findings that the flags specify."""
     values = flags.FLAGS
-    out = values.out or as_path("runs/findings_quick" if values.quick else "runs/findings")
+    seeds = values.seeds or (2 if values.quick else 3)
+    out = values.out or as_path(
+        f"runs/{'methods' if values.methods else 'findings'}{'_quick' * values.quick}"
+    )
+    if values.methods and (values.choices or values.report_only or flags.FLAGS["problems"].present):
+        raise InputError(
+            "--methods can't be combined with --problems, --choices or --report_only; leave them out"
+        )
+    if values.methods:
+        print(f"\n{methods.run(out, seeds=seeds, quick=values.quick)}\n{out / 'methods.md'}")
+        return
     markdown = run(
         out,
         problems=values.problems,
-        seeds=values.seeds or (2 if values.quick else 3),
+        seeds=seeds,
         quick=values.quick,
         choices=values.choices,
         report_only=values.report_only,
