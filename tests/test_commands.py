@@ -85,6 +85,7 @@ NOT_RUN = {
     "bash launch/faults.sh": "takes an hour; .ci/run runs it with a few faults",
     "python -m tests.benchmarks": "measures; not a test",
     "gcloud": "logs a user in, or deletes a slice",
+    "kubectl": "needs a Kubernetes cluster",
     "tfds build": "downloads a data set",
     "xpk workload create": "needs a cluster; the program that it would start is checked",
     "sbatch": "needs SLURM; its launcher's dry run is checked",
