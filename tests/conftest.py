@@ -93,7 +93,15 @@ SLOW = (
     "config/test_paper_rows.py",
     "test_programs.py",
     "test_buckets.py",
+    "teachers",
+    "training/test_two_processes.py",
+    "training/test_checkpoints.py",
+    "evaluation/test_inception_weights.py",
+    "test_fuzz.py",
     "evaluation/test_several_processes.py",
+    "data/test_avatars.py",
+    "evaluation/test_attributes.py",
+    "system/test_buckets.py",
     "bench",
     "test_docs.py",
     "test_theorems.py",
@@ -101,6 +109,8 @@ SLOW = (
     "test_mutants.py",
     "test_clusters.py",
     "test_report.py",
+    "evaluation/test_caption_scores.py",
+    "training/test_watchdog.py",
 )
 
 
