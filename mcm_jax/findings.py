@@ -11,7 +11,6 @@ writes them from the results so far.
 
 from absl import flags
 
-from mcm_jax.bench import methods
 from mcm_jax.bench.runner import PROBLEMS, run
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
@@ -49,6 +48,8 @@ def main() -> None:
             "--methods can't be combined with --problems, --choices or --report_only; leave them out"
         )
     if values.methods:
+        from mcm_jax.bench import methods  # Slow to import.
+
         print(f"\n{methods.run(out, seeds=seeds, quick=values.quick)}\n{out / 'methods.md'}")
         return
     markdown = run(

@@ -6,19 +6,15 @@ of its own.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
-import jax
-
-from mcm_jax.bench import cells, mixture
+from mcm_jax.bench import cells, mixture, runner, summary
 from mcm_jax.bench.cells import RESULTS, Cell, Store
 from mcm_jax.bench.findings import Measured, measure
 from mcm_jax.bench.mixture import Problem
 from mcm_jax.models.embeddings import NoiseScale
-from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_writable, write_whole
-from mcm_jax.system.paths import Path, absolute
+from mcm_jax.system.paths import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +58,9 @@ def run(out: Path, *, seeds: int = 3, quick: bool = False) -> str:
     Raises:
       InputError: there are fewer seeds, or OUT can't be written or holds other results.
     """
-    if seeds < 2:
-        raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
+    runner.require_seeds(seeds)
     require_writable(out, "--out")
-    cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str(absolute(out / "xla_cache")))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    runner.cache_programs(out)
     problem = _QUICK if quick else mixture.MIXTURE_64D
     store = Store(out / RESULTS, {problem.name: problem})
     bench = mixture.Bench(problem)
@@ -112,13 +106,15 @@ def table(problem: Problem, store: Store, seeds: Sequence[int], *, quick: bool) 
     ]
     if quick:
         lines += ["**Quick: trained for seconds. These numbers only show that everything runs.**", ""]
-    lines += _rows(["Method", *heads, "network calls per example", "learning rates"])
+    lines += summary.head(["Method", *heads, "network calls per example", "learning rates"])
     for noise_scale in _NOISE_SCALES:
         found = [
             [_start(problem, noise_scale, steps, seed) for seed in seeds] for steps in problem.student_steps
         ]
         lines += [
-            _row([f"start, {noise_scale}", *(_text(_measure(store, cells)) for cells in found), "", ""])
+            summary.row(
+                [f"start, {noise_scale}", *(_text(_measure(store, cells)) for cells in found), "", ""]
+            )
         ]
     chosen = {
         method.name: [_chosen(problem, store, method, steps, seeds) for steps in problem.student_steps]
@@ -128,12 +124,12 @@ def table(problem: Problem, store: Store, seeds: Sequence[int], *, quick: bool) 
         best = [_best(problem, store, method, steps) for steps in problem.student_steps]
         rates = ", ".join(f"{problem.learning_rate * factor:.2g}" for factor in best)
         distances = [_text(_measure(store, cells)) for cells in chosen[method.name]]
-        lines.append(_row([method.name, *distances, str(method.calls), rates]))
-    lines += ["", *_rows(["Difference (negative: the first is better)", *heads])]
+        lines.append(summary.row([method.name, *distances, str(method.calls), rates]))
+    lines += ["", *summary.head(["Difference (negative: the first is better)", *heads])]
     for first, second in _PAIRS:
         pairs = zip(chosen[first], chosen[second], strict=True)
         differences = [_difference(_measure(store, *pair)) for pair in pairs]
-        lines.append(_row([f"{first} - {second}", *differences]))
+        lines.append(summary.row([f"{first} - {second}", *differences]))
     return "\n".join(lines) + "\n"
 
 
@@ -175,12 +171,3 @@ def _difference(measured: Measured) -> str:
     if measured.standard_error == 0:
         return text
     return f"{text} ({measured.mean / measured.standard_error:+.1f} standard errors)"
-
-
-def _rows(heads: Sequence[str]) -> list[str]:
-    """The head of a table."""
-    return [_row(heads), _row(["---"] * len(heads))]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -43,8 +43,7 @@ def run(
     Raises:
       InputError: an argument is invalid, or the results file holds something else.
     """
-    if seeds < 2:
-        raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
+    require_seeds(seeds)
     if not problems:
         raise InputError(f"--problems is empty; give some of {', '.join(PROBLEMS)}")
     for problem in problems:
@@ -57,9 +56,7 @@ def run(
     from mcm_jax.bench import cells, findings, summary
     from mcm_jax.bench import choices as open_choices
 
-    # All cells share a cache of compiled programs, which makes later starts fast.
-    cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str(absolute(out / "xla_cache")))
-    jax.config.update("jax_compilation_cache_dir", cache)
+    cache_programs(out)
     benches = {name: _bench(name, out, quick=quick) for name in problems}
     chosen = {name: problem for name, (problem, _) in benches.items()}
     store = cells.Store(out / RESULTS, chosen)
@@ -76,6 +73,18 @@ def run(
     write_whole(out / "findings.md", markdown)
     write_whole(out / "findings.png", summary.plot(store, chosen, range(seeds)))
     return markdown
+
+
+def require_seeds(seeds: int) -> None:
+    """Raises InputError if there are too few seeds for a standard error."""
+    if seeds < 2:
+        raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
+
+
+def cache_programs(out: Path) -> None:
+    """Lets all cells share a cache of compiled programs in `out`, which makes later starts fast."""
+    cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str(absolute(out / "xla_cache")))
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def _bench(

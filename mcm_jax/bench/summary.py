@@ -76,13 +76,13 @@ def markdown(store: Store, problems: Problems, seeds: Sequence[int], *, quick: b
 
 def _summary(store: Store, problems: Problems, seeds: Sequence[int]) -> list[str]:
     rows = {f.number: f.statement for problem in problems.values() for f in problem.findings()}
-    lines = [_row(["Finding", *(_NAMES[name] for name in problems)]), _row(["---"] * (1 + len(problems)))]
+    lines = head(["Finding", *(_NAMES[name] for name in problems)])
     for number, statement in sorted(rows.items()):
         cells = []
         for name, problem in problems.items():
             (finding,) = [f for f in problem.findings() if f.number == number] or [None]
             cells.append("" if finding is None else _verdict(store, finding, name, seeds))
-        lines.append(_row([f"{number}. {statement}", *cells]))
+        lines.append(row([f"{number}. {statement}", *cells]))
     return lines
 
 
@@ -94,17 +94,14 @@ def _details(store: Store, problems: Problems, seeds: Sequence[int], number: int
             if finding.number == number:
                 for contrast in finding.contrasts:
                     contrasts.setdefault(contrast.name, {})[name] = contrast
-    lines = [
-        _row([f"Finding {number}", "paper", *(_NAMES[name] for name in problems)]),
-        _row(["---"] * (2 + len(problems))),
-    ]
+    lines = head([f"Finding {number}", "paper", *(_NAMES[name] for name in problems)])
     for label, by_problem in contrasts.items():
         published = next(iter(by_problem.values())).published
         cells = [
             _text(_measure(store, by_problem[name], name, seeds)) if name in by_problem else ""
             for name in problems
         ]
-        lines.append(_row([label, "" if published is None else f"{published:+.2f}", *cells]))
+        lines.append(row([label, "" if published is None else f"{published:+.2f}", *cells]))
     return lines
 
 
@@ -116,7 +113,7 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
         values = [one for one in found if one is not None]
         if len(values) < len(found):
             continue
-        rows.append(_row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
+        rows.append(row([choice.name, *(f"{m.mean:+.4g} ± {m.standard_error:.2g}" for m in values)]))
     if not rows:
         return []
     title = (
@@ -124,7 +121,7 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
         "default is better)"
     )
     heads = [f"{steps} steps" if steps > 1 else "1 step" for steps in STUDENT_STEPS]
-    return ["", _row([title, *heads]), _row(["---"] * (1 + len(heads))), *rows]
+    return ["", *head([title, *heads]), *rows]
 
 
 def _measure(store: Store, contrast: Contrast, problem: str, seeds: Sequence[int]) -> Measured | None:
@@ -151,7 +148,13 @@ def _text(measured: Measured | None) -> str:
     return text
 
 
-def _row(cells: Sequence[str]) -> str:
+def head(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [row(cells), row(["---"] * len(cells))]
+
+
+def row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
