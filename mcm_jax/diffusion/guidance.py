@@ -32,8 +32,10 @@ def guided(model_fn: ModelFn, guide_fn: ModelFn, *, guidance: float) -> ModelFn:
     Args:
       model_fn: the network to guide.
       guide_fn: a worse network for the same images, such as `without_condition`(model_fn).
-      guidance: g. Autoguidance writes w = 1 + g.
+      guidance: g; with 0 the result is model_fn itself. Autoguidance writes w = 1 + g.
     """
+    if guidance == 0:
+        return model_fn
 
     def guided_fn(
         z_t: Float[Array, "B ..."],

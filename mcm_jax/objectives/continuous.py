@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 from mcm_jax.diffusion import process, segments
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.guidance import guided
-from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
 from mcm_jax.objectives.objective import Networks
@@ -68,7 +67,8 @@ class Continuous:
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
         velocity = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
         if networks.teacher is not None:
-            velocity = self._teacher_fn(networks)(z_t, logsnr_t, cond, None)
+            teacher = guided(networks.teacher, networks.require_guide(), guidance=self.teacher_guidance)
+            velocity = teacher(z_t, logsnr_t, cond, None)
 
         target_fn = networks.target or networks.student
         v_target, v_dot = along_flow(
@@ -86,12 +86,6 @@ class Continuous:
         size = process.over_pixels(jnp.sqrt(process.mean_square(g)), g)
         v_hat = networks.student(z_t, logsnr_t, cond, key_dropout)
         return process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g / (size + self.tangent_floor)))
-
-    def _teacher_fn(self, networks: Networks) -> ModelFn:
-        teacher = networks.require_teacher()
-        if self.teacher_guidance == 0:
-            return teacher
-        return guided(teacher, networks.require_guide(), guidance=self.teacher_guidance)
 
     def _draw_logsnr(
         self, key: jax.Array, batch_size: int, schedule: Schedule
