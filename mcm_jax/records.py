@@ -259,7 +259,9 @@ class Measurement(Record):
     resolution: int
     data_preprocessing: str
     training_seed: int
-    student_steps: int | None = None  # None: supports any number
+    # Of a student of several numbers, the one it is sampled with. None: supports any number.
+    student_steps: int | None = None
+    one_student: tuple[int, ...] = ()  # all numbers of steps of such a student; (): one number, or any
     checkpoint_step: int
     checkpoint: str | None = None  # its identity (a hash); None: unknown
     parameters: str

@@ -51,7 +51,7 @@ def config(**model):
     raw = default_config()
     raw.objective, raw.teacher_checkpoint = "cd", "any"
     raw.data.resolution = 32
-    raw.consistency.student_steps = 4
+    raw.consistency.student_steps = (4,)
     raw.model.update(
         kinds=("resnet", "transformer", "transformer"),
         widths=(32, 64, 128),

@@ -299,7 +299,7 @@ DOUBLING = {"teacher_steps_first": 1.0, "teacher_steps_last": 1024.0, "anneal_st
 def distillation_loss(theta, mixture, train_step, *, student_steps, count):
     """The loss of the student beside the perfect one; SNR + 1 makes it the squared distance in v."""
     objective = Consistency(
-        student_steps=student_steps,
+        student_steps=(student_steps,),
         teacher_step="ddim",
         distance="squared",
         loss_weight="snr_plus_one",

@@ -62,9 +62,9 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
     )
     result.sampling.update(teacher_steps=4, batch_per_device=2)
     if objective in ("cd", "ct"):
-        result.consistency.update(student_steps=2, anneal_steps=4)
+        result.consistency.update(student_steps=(2,), anneal_steps=4)
     elif objective in ("scd", "sct"):
-        result.continuous.update(student_steps=2, warmup_steps=2)
+        result.continuous.update(student_steps=(2,), warmup_steps=2)
     elif objective in ("tract", "progressive"):
         result[objective].stages = (4, 2)
     return result

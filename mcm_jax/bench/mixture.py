@@ -185,10 +185,10 @@ class Bench:
             if cell.system == "progressive":
                 config.progressive.stages = (2 * cell.steps, cell.steps)
             elif cell.system in ("scd", "sct"):
-                config.continuous.update(student_steps=cell.steps, warmup_steps=max(1, num_steps // 2))
+                config.continuous.update(student_steps=(cell.steps,), warmup_steps=max(1, num_steps // 2))
             else:
                 # As in the paper, annealing takes half of the training.
-                config.consistency.update(student_steps=cell.steps, anneal_steps=max(1, num_steps // 2))
+                config.consistency.update(student_steps=(cell.steps,), anneal_steps=max(1, num_steps // 2))
         cell.override(config)
         return validation.validate(config)
 

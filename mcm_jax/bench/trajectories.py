@@ -46,7 +46,7 @@ def student_config(student_steps: int, *, num_updates: int, seed: int = 0) -> Co
         objective="cd",
         seed=seed,
         consistency=Consistency(
-            student_steps=student_steps,
+            student_steps=(student_steps,),
             teacher_steps_first=16.0,
             teacher_steps_last=128.0,
             anneal_steps=max(1, num_updates // 2),
@@ -71,9 +71,7 @@ def student(
       config: such as `student_config` returns.
       seed: seed of the samples' noise; equal seeds give equal noise, also in `exact`.
     """
-    student_steps = config.student_steps
-    if student_steps is None:
-        raise ValueError(f"{config.objective} does not train a student with a fixed number of steps")
+    (student_steps,) = config.student_steps
     run = vectors.train(config, MODEL, mixture)
     z = student_path(run.model_fn, jnp.asarray(z_1)[:, None], student_steps=student_steps)
     samples = vectors.sample(

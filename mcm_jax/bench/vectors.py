@@ -35,6 +35,18 @@ class VectorRun:
         """The network's v_hat with the averaged parameters."""
         return functools.partial(self.network.apply, self.params)
 
+    def sample(self, num: int, *, seed: int, num_steps: int) -> Float[Array, "num dimension"]:
+        """Draws samples by DDIM on the uniform grid of the config's schedule, as `sample` does."""
+        return sample(
+            self.model_fn,
+            self.network.shape[0],
+            num,
+            seed=seed,
+            num_steps=num_steps,
+            schedule=build.schedule(self.config),
+            takes_end=self.network.takes_end,
+        )
+
 
 def train(
     config: Config,
@@ -50,13 +62,13 @@ def train(
       config: only the objective and its settings, schedule, optimizer, training and seed are used.
       model: the sizes of the network.
       mixture: the data distribution.
-      start: initial parameters; None: newly initialised ones.
+      start: initial parameters, those of a diffusion model; None: newly initialised ones.
       teacher: the parameters of a trained teacher; None: the mixture's exact denoiser.
     """
-    network = Network(model, (mixture.means.shape[0],))
+    network = Network(model, (mixture.means.shape[0],), takes_end=config.takes_end)
     exact = mixtures.model_fn(mixture)
 
-    def bind(params: Params) -> ModelFn:
+    def bind(params: Params, network: Network = network) -> ModelFn:
         return functools.partial(network.apply, params)
 
     def loss_fn(
@@ -67,7 +79,7 @@ def train(
         key: Array,
         train_step: Array,
     ) -> Float[Array, " B"]:
-        teacher_fn = exact if teacher_params is None else bind(teacher_params)
+        teacher_fn = exact if teacher_params is None else bind(teacher_params, network.without_end)
         networks = Networks(
             student=bind(params),
             teacher=teacher_fn if config.distils else None,
@@ -100,8 +112,8 @@ def train(
         state, losses = jax.lax.scan(one, state, jnp.arange(config.training.num_steps))
         return state.ema_params, losses
 
-    if start is None:
-        start = network.init(build.init_key(config.seed))
+    key = build.init_key(config.seed)
+    start = network.init(key) if start is None else network.init_from(key, start)
     params, losses = run(start, teacher)
     if not bool(jnp.all(jnp.isfinite(losses))):
         raise FloatingPointError(f"the loss of {config.objective} is not finite")
@@ -117,15 +129,20 @@ def sample(
     num_steps: int,
     sampler: sampling.Sampler = "ddim",
     schedule: schedules.Schedule | None = None,
+    takes_end: bool = False,
 ) -> Float[Array, "num dimension"]:
     """Draws `num` samples on the uniform grid of `schedule` (None: unshifted cosine), without clipping."""
-    logsnr = schedules.uniform_grid(schedule or schedules.cosine(), num_steps)
+    schedule = schedule or schedules.cosine()
+    logsnr = schedules.uniform_grid(schedule, num_steps)
+    logsnr_end = schedule(jnp.zeros(())) if takes_end else None
 
     @jax.jit
     def run() -> Float[Array, "num dimension"]:
         keys = sampling.image_keys(jax.random.key(seed), jnp.arange(num))
         z_1 = sampling.initial_noise(keys, (dimension,))
         cond = jnp.zeros(num, jnp.int32)
-        return sampling.sample(model_fn, z_1, cond, keys, logsnr=logsnr, sampler=sampler, clip="never")
+        return sampling.sample(
+            model_fn, z_1, cond, keys, logsnr=logsnr, logsnr_end=logsnr_end, sampler=sampler, clip="never"
+        )
 
     return run()

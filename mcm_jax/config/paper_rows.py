@@ -114,7 +114,7 @@ def imagenet(
     if system in ("ct", "cd"):
         config.consistency.student_steps = numbers["steps"]
         if "teacher_steps" in numbers:
-            constant = float(numbers["teacher_steps"])
+            constant = float(rows.single(row, numbers, "teacher_steps"))
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
     elif system in ("sct", "scd"):
         config.continuous.student_steps = numbers["steps"]
@@ -122,7 +122,7 @@ def imagenet(
         config.model.noise_scale = "smooth"
         config.continuous.teacher_guidance = settings.guidance if system == "scd" else 0.0
     else:
-        stages, config.training.num_steps = _stages(row, system, numbers["steps"])
+        stages, config.training.num_steps = _stages(row, system, rows.single(row, numbers, "steps"))
         config[config.objective].stages = stages
     if system == "cd":
         config.consistency.teacher_guidance = settings.guidance
@@ -152,7 +152,7 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def _parse(row: str, known: Collection[str]) -> tuple[str, str, set[str], dict[str, int]]:
+def _parse(row: str, known: Collection[str]) -> tuple[str, str, set[str], dict[str, tuple[int, ...]]]:
     """Parses a row into (size, system, other words, numbers)."""
     words, numbers = rows.parse_row(row)
     sizes, systems = words & set(known), words & set(_SYSTEMS)
@@ -230,10 +230,9 @@ def text_to_image(row: str) -> ml_collections.ConfigDict:
     config.optimizer.update(learning_rate=2e-5, decay="linear")
     config.training.num_steps = 30_000
     if "cd" in words:
-        if 256 % max(numbers["steps"], 1):
-            raise InputError(
-                f"config row {row!r}: steps={numbers['steps']} must divide the 256 teacher steps"
-            )
+        for steps in numbers["steps"]:
+            if 256 % max(steps, 1):
+                raise InputError(f"config row {row!r}: steps={steps} must divide the 256 teacher steps")
         config.objective = "cd"
         config.consistency.update(
             student_steps=numbers["steps"],

@@ -1,5 +1,7 @@
 """Parses the row in --config=FILE:ROW, and defines the rows of the tiny configs."""
 
+from collections.abc import Mapping
+
 import ml_collections
 
 from mcm_jax.config.settings import default_config
@@ -10,7 +12,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     """Returns the config of a row with a network and training small enough for two CPU cores.
 
     Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "tract" (64 -> 8 -> 1),
-    "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance".
+    "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance". Several numbers, as in
+    "cd,steps=1+2+4+8+16", train one student for all of them.
 
     The method is the paper's, the settings are not: fewer updates need a higher learning rate, faster
     annealing and a shorter average.
@@ -35,7 +38,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
         raise InputError(
             f"there is no config row {row!r}: use teacher, guidance, tract, progressive, or one of cd, ct, "
-            "scd and sct with steps=S, such as cd,steps=4"
+            "scd and sct with steps=S, such as cd,steps=4 or cd,steps=1+2+4"
         )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
@@ -58,7 +61,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     elif system == "tract":
         config.tract.stages = (64, 8, 1)
     elif system == "progressive":
-        config.progressive.stages = halvings(row, first=64, last=numbers.get("steps", 1))
+        config.progressive.stages = halvings(row, first=64, last=single(row, numbers, "steps", default=1))
     else:
         config.guidance.teacher_guidance = 1.0
     return config
@@ -91,24 +94,37 @@ def captioned(row: str, *, dataset: str, resolution: int) -> ml_collections.Conf
     return config
 
 
-def parse_row(row: str) -> tuple[set[str], dict[str, int]]:
-    """Parses 'cd,steps=4' into words and numbers: ({'cd'}, {'steps': 4}).
+def parse_row(row: str) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """Parses 'cd,steps=2+4' into words and numbers: ({'cd'}, {'steps': (2, 4)}).
 
     Raises:
-      InputError: a value is not a whole number, or a name occurs twice.
+      InputError: a value is not a sum of whole numbers, or a name occurs twice.
     """
     words, numbers = set(), {}
     for part in filter(None, (part.strip() for part in row.split(","))):
         name, separator, number = part.partition("=")
         if not separator:
             words.add(name)
-        elif not number.isdecimal():
+        elif not all(text.isdecimal() for text in number.split("+")):
             raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
         elif name in numbers:
             raise InputError(f"config row {row!r}: {name} appears twice; remove one")
         else:
-            numbers[name] = int(number)
+            numbers[name] = tuple(map(int, number.split("+")))
     return words, numbers
+
+
+def single(row: str, numbers: Mapping[str, tuple[int, ...]], name: str, *, default: int | None = None) -> int:
+    """The only number of this name in a row; InputError if there are several.
+
+    Args:
+      default: the number if there is none.
+    """
+    if name not in numbers and default is not None:
+        return default
+    if len(numbers[name]) > 1:
+        raise InputError(f"config row {row!r}: {name} must be one number here")
+    return numbers[name][0]
 
 
 def halvings(row: str, *, first: int, last: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.diffusion import Diffusion
 from mcm_jax.objectives.guidance import Guidance
+from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.objectives.tract import Tract
 from mcm_jax.records import Objective
@@ -48,8 +49,6 @@ SECTIONS = {
 ARCHITECTURES = {"uvit": "model", "adm": "adm", "edm2": "edm2"}
 # The objectives that are trained in stages.
 Staged = Tract | Progressive
-# Consistency models, which are trained for one number of steps.
-Multistep = Consistency | Continuous
 # The objectives that call no teacher during training.
 _FROM_DATA = ("diffusion", "ct", "sct")
 
@@ -210,7 +209,7 @@ class Config:
         return getattr(self, ARCHITECTURES[self.architecture])
 
     @property
-    def loss(self) -> Diffusion | Multistep | Tract | Progressive | Guidance:
+    def loss(self) -> Diffusion | Consistency | Continuous | Tract | Progressive | Guidance:
         """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
@@ -238,12 +237,17 @@ class Config:
         return self.objective == "diffusion" and self.diffusion.label_dropout > 0
 
     @property
-    def student_steps(self) -> int | None:
-        """The only number of steps that the model is trained for; None if it supports any number."""
+    def student_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that the model is trained for; () if it supports any number."""
         loss = self.loss
         if isinstance(loss, Staged):
-            return loss.stages[-1]
-        return loss.student_steps if isinstance(loss, Multistep) else None
+            return (loss.stages[-1],)
+        return loss.student_steps if isinstance(loss, Multistep) else ()
+
+    @property
+    def takes_end(self) -> bool:
+        """Whether the network receives the end of each step; see `objectives.multistep`."""
+        return isinstance(self.loss, Multistep) and self.loss.takes_end
 
 
 def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:

@@ -1,4 +1,4 @@
-"""Reads the settings of runs that were started by version 0.1."""
+"""Reads the settings of runs that were started by older versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,22 @@ _MOVED = {
 }
 
 
+# Sections that had a single number of student steps, or None.
+_SINGLE = ("consistency", "continuous")
+
+
 def upgraded(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts settings of version 0.1 to equivalent current ones; returns current ones unchanged.
+    """Converts settings of older versions to equivalent current ones; returns current ones unchanged."""
+    result = _from_version_0_1(raw)
+    for section in _SINGLE:
+        steps = result.get(section, {}).get("student_steps", ())
+        if not isinstance(steps, list | tuple):
+            result[section] = {**result[section], "student_steps": () if steps is None else (steps,)}
+    return result
+
+
+def _from_version_0_1(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts settings of version 0.1 to later ones; returns later ones unchanged.
 
     Version 0.1 had `teacher_guidance` outside the sections, and in some settings None for the objective's own
     default. Settings that had no effect on the selected objective are dropped.

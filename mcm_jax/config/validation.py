@@ -14,7 +14,6 @@ from mcm_jax.config.settings import (
     ARCHITECTURES,
     SECTIONS,
     Config,
-    Multistep,
     ScheduleSettings,
     Staged,
     without_none,
@@ -23,6 +22,7 @@ from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
 from mcm_jax.objectives.continuous import Continuous
+from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
 
@@ -80,11 +80,8 @@ def _check_objective(config: Config) -> None:
             "model, which is trained from scratch; leave it out"
         )
     section = SECTIONS[objective]
-    if isinstance(config.loss, Multistep) and config.loss.student_steps is None:
-        raise InputError(
-            f"config.{section}.student_steps is not set: specify the student's number of steps, "
-            f"for example with the config row '{objective},steps=4'"
-        )
+    if isinstance(config.loss, Multistep):
+        _check_student_steps(config.loss, objective)
     if isinstance(config.loss, Continuous):
         _check_continuous(config)
     if isinstance(config.loss, Staged):
@@ -117,6 +114,23 @@ def _check_objective(config: Config) -> None:
             raise InputError(
                 f"config.diffusion.levels={config.diffusion.levels!r}: {side} does not divide "
                 f"config.data.resolution={config.data.resolution}"
+            )
+
+
+def _check_student_steps(loss: Multistep, objective: str) -> None:
+    name, steps = f"config.{SECTIONS[objective]}", loss.student_steps
+    if not steps:
+        raise InputError(
+            f"{name}.student_steps is not set: specify the student's number of steps, for example with the "
+            f"config row '{objective},steps=4'"
+        )
+    if len(set(steps)) < len(steps):
+        raise InputError(f"{name}.student_steps={steps!r}: a number appears twice; remove one")
+    for power in ("steps_power", "steps_weight_power"):
+        if getattr(loss, power) != 0 and not loss.takes_end:
+            raise InputError(
+                f"{name}.{power}={getattr(loss, power)} has no effect on a student of one number of steps; "
+                "leave it at 0"
             )
 
 

@@ -1,5 +1,6 @@
 """The type of a network, as objectives and samplers call it: a function."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,14 @@ from mcm_jax.diffusion.conditions import Cond
 # v-loss, and because x_hat and eps_hat follow from v without a division. `cond` is any pytree, see
 # `conditions`. `key` is the randomness of dropout; None disables dropout. The result is float32, whatever
 # precision the network computes in.
+#
+# A student of several numbers of steps takes the log-SNR at the end of the step, too; see `until`.
 ModelFn = Callable[
     [Float[Array, "B ..."], Float[Array, " B"], Cond, jax.Array | None],
     Float[Array, "B ..."],
 ]
+
+
+def until(model_fn: Callable[..., Float[Array, "B ..."]], logsnr_u: Float[Array, " B"]) -> ModelFn:
+    """model_fn with the log-SNR at the end u of each example's step, which it takes as logsnr_u."""
+    return functools.partial(model_fn, logsnr_u=logsnr_u)

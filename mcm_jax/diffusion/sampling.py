@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process, steps
 from mcm_jax.diffusion.conditions import Cond
-from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.diffusion.network import ModelFn, until
 
 Sampler = Literal["ddim", "addim", "noisy_ddim", "ddpm", "heun", "consistency"]
 XVar = Literal["analytic", "measured"]
@@ -81,6 +81,7 @@ def sample(
     keys: jax.Array,
     *,
     logsnr: Float[Array, " N"],
+    logsnr_end: Float[Array, ""] | None = None,
     sampler: Sampler = "ddim",
     x_var: Float[Array, " N"] | None = None,
     clip: Clip = "last",
@@ -98,6 +99,7 @@ def sample(
       keys: one key per image, for the noise of noisy_ddim, ddpm and consistency.
       logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid`,
         `schedules.karras_grid` or `schedules.published_grid`.
+      logsnr_end: the log-SNR at t = 0, for a model_fn that takes the end of each step; None: it does not.
       sampler: use "ddim" for students, which have already learned aDDIM's adjustment. "consistency" adds new
         noise to x_hat in each step (arXiv:2303.01469, algorithm 1, without their sigma_min of 0.002, which
         reduces the noise by less than 1e-5 of itself at the published noise levels).
@@ -120,11 +122,14 @@ def sample(
     """
     batch = z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
+    ends = None if logsnr_end is None else jnp.append(logsnr[1:], logsnr_end)
 
     def predict(
-        z_t: Float[Array, "B ..."], logsnr_t: Float[Array, " B"]
+        z_t: Float[Array, "B ..."], i: int | Int[Array, ""]
     ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
-        v_hat = model_fn(z_t, logsnr_t, cond, None)
+        logsnr_t = jnp.broadcast_to(logsnr[i], batch)
+        fn = model_fn if ends is None else until(model_fn, jnp.broadcast_to(ends[i], batch))
+        v_hat = fn(z_t, logsnr_t, cond, None)
         x_hat = process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
         if clip != "every":
             return x_hat, process.eps_from_v(v_hat, z_t, logsnr_t=logsnr_t)
@@ -136,7 +141,7 @@ def sample(
             jnp.broadcast_to(value, batch) for value in (logsnr[i], logsnr[i + 1], x_var[i])
         )
         times = {"logsnr_t": logsnr_t, "logsnr_s": logsnr_s}
-        x_hat, eps_hat = predict(z_t, logsnr_t)
+        x_hat, eps_hat = predict(z_t, i)
         if sampler == "addim":
             return steps.addim(x_hat, z_t, x_var=x_var_t, **times)
         if sampler in ("noisy_ddim", "ddpm", "consistency"):
@@ -149,11 +154,11 @@ def sample(
         z_s = steps.ddim(x_hat, z_t, **times)
         if sampler == "ddim":
             return z_s
-        _, eps_hat_s = predict(z_s, logsnr_s)
+        _, eps_hat_s = predict(z_s, i + 1)
         return steps.heun(z_s, eps_hat, eps_hat_s, **times)
 
     z_t = jax.lax.fori_loop(0, len(logsnr) - 1, step, z_1)
-    x_hat, _ = predict(z_t, jnp.broadcast_to(logsnr[-1], batch))
+    x_hat, _ = predict(z_t, len(logsnr) - 1)
     return x_hat if clip == "never" else jnp.clip(x_hat, -1.0, 1.0)
 
 

@@ -30,7 +30,9 @@ def annealed_teacher_steps(
     return jnp.exp(np.log(first) + fraction * (np.log(last) - np.log(first)))
 
 
-def steps_per_segment(teacher_steps: Float[Array, ""], *, student_steps: int) -> Int[Array, ""]:
+def steps_per_segment(
+    teacher_steps: Float[Array, ""], *, student_steps: int | Int[Array, " B"]
+) -> Int[Array, "*B"]:
     """N_per = max(1, round(N_teacher / S)), the number of teacher steps in one student step.
 
     Examples:
@@ -50,9 +52,15 @@ class Times(NamedTuple):
 
 
 def draw_times(
-    key: PRNGKey, *, batch_size: int, student_steps: int, steps_per_segment: Int[Array, ""]
+    key: PRNGKey,
+    *,
+    batch_size: int,
+    student_steps: int | Int[Array, " B"],
+    steps_per_segment: Int[Array, "*B"],
 ) -> Times:
     """step ~ U{0..S-1}, n_rel ~ U{1..N_per}; t = (step N_per + n_rel) / T, s = t - 1/T, T = N_per S.
+
+    S and N_per may differ between examples.
 
     The times are computed from integers, so s = t_step is decided exactly (n_rel = 1), and both are then the
     same float.
@@ -79,7 +87,7 @@ def draw_times(
 
 
 def draw_continuous_times(
-    key: PRNGKey, *, batch_size: int, student_steps: int
+    key: PRNGKey, *, batch_size: int, student_steps: int | Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """(t, t_step): t ~ U(0, 1) and the end of its segment, t_step = floor(S t) / S."""
     t = jax.random.uniform(key, (batch_size,))

@@ -132,7 +132,8 @@ class Evaluator:
             training_seed=run.seed,
             origin=run.origin,
             guide_origin=run.guide_origin(sampling),
-            student_steps=run.student_steps,
+            student_steps=_as_trained(run.student_steps, sampling.steps),
+            one_student=run.student_steps if len(run.student_steps) > 1 else (),
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
@@ -340,6 +341,11 @@ def _outcome(scores: protocol.Scores, bounds: dict[str, float]) -> JsonObject:
 
 def _versions() -> dict[str, str]:
     return versions.record("jax", "flax", "mcm_jax")
+
+
+def _as_trained(student_steps: tuple[int, ...], steps: int) -> int | None:
+    """The number of steps that a student sampled with `steps` was trained for; None: it is no student."""
+    return steps if steps in student_steps else max(student_steps, default=None)
 
 
 def grid_name(measurement: Measurement) -> str:

@@ -16,7 +16,7 @@ from mcm_jax.fields import Affects, setting
 from mcm_jax.models import unet
 from mcm_jax.models.blocks import GroupNorm, dropout, modulate
 from mcm_jax.models.conditions import Classes, Condition
-from mcm_jax.models.embeddings import sinusoidal
+from mcm_jax.models.embeddings import StepEnd, sinusoidal
 from mcm_jax.models.placement import Placement
 from mcm_jax.models.preconditioning import Preconditioning, predicts_eps
 from mcm_jax.models.unet import BlockShape, UNet, UNetSettings
@@ -50,10 +50,16 @@ class ADMSettings(UNetSettings):
         return self.heads or super().num_heads(width)
 
     def build(
-        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        condition: Condition,
+        takes_end: bool,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ) -> "ADM":
         """Builds the network for images of shape (resolution, resolution, channels)."""
-        return ADM(self, shape, condition=condition, placement=placement, rngs=rngs)
+        return ADM(self, shape, condition=condition, takes_end=takes_end, placement=placement, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -108,6 +114,7 @@ class ADM(UNet):
         shape: tuple[int, ...],
         *,
         condition: Condition,
+        takes_end: bool,
         placement: Placement,
         rngs: nnx.Rngs,
     ):
@@ -130,6 +137,8 @@ class ADM(UNet):
         self.dense_2 = nnx.Linear(4 * width, 4 * width, rngs=rngs)
         labels = jax.random.normal(rngs.params(), (condition.num_classes, 4 * width))
         self.labels = nnx.Param(labels)
+        if takes_end:
+            self.end = StepEnd(width=4 * width, scale="smooth", rngs=rngs)
         self.conv_in = nnx.Conv(self.channels, width, (3, 3), dtype=dtype, rngs=rngs)
         self.norm_out = _norm(width, settings)
         # ADM also predicts the variance of its sampler, which is ignored here.
@@ -137,20 +146,27 @@ class ADM(UNet):
         self.conv_out = nnx.Conv(width, c_out, (3, 3), kernel_init=_zeros, rngs=rngs)
 
     def predict(
-        self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
+        self,
+        x: Float[Array, "B H W C"],
+        level: Float[Array, " B"],
+        cond: Cond,
+        key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
-        emb = self.placement.constrain(self.embedding(level, cond).astype(self.conv_in.dtype))
+        emb = self.placement.constrain(self.embedding(level, cond, logsnr_u).astype(self.conv_in.dtype))
         h = self.placement.constrain(self.conv_in(x.astype(self.conv_in.dtype)))
         h = self.blocks(h, emb, key, join=lambda a, b: jnp.concatenate([a, b], axis=-1))
         return self.conv_out(jax.nn.swish(self.norm_out(h.astype(jnp.float32))))
 
-    def embedding(self, level: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:
-        """swish(W2 swish(W1 sinusoidal(level)) + label): what every block's scale and shift are made of."""
+    def embedding(
+        self, level: Float[Array, " B"], cond: Cond, logsnr_u: Float[Array, " B"] | None
+    ) -> Float[Array, "B E"]:
+        """swish(W2 swish(W1 sinusoidal(level)) + label + end), the input of every block's scale and shift."""
         sin, cos = jnp.split(sinusoidal(level, width=self.dense_1.in_features), 2, axis=-1)
         h = self.dense_2(jax.nn.swish(self.dense_1(jnp.concatenate([cos, sin], axis=-1))))
         label = jnp.take(self.labels[...], cond, axis=0, mode="fill", fill_value=0)
-        return jax.nn.swish(h + label)
+        return jax.nn.swish(h + label if logsnr_u is None else h + label + self.end(logsnr_u))
 
 
 def _norm(width: int, settings: ADMSettings) -> GroupNorm:

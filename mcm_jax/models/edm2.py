@@ -42,10 +42,16 @@ class EDM2Settings(UNetSettings):
         return "edm"
 
     def build(
-        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        condition: Condition,
+        takes_end: bool,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ) -> "EDM2":
         """Builds the network for images of shape (resolution, resolution, channels)."""
-        return EDM2(self, shape, condition=condition, placement=placement, rngs=rngs)
+        return EDM2(self, shape, condition=condition, takes_end=takes_end, placement=placement, rngs=rngs)
 
 
 def unit(kernel: Float[Array, "*rows C"]) -> Float[Array, "*rows C"]:
@@ -174,6 +180,7 @@ class EDM2(UNet):
         shape: tuple[int, ...],
         *,
         condition: Condition,
+        takes_end: bool,
         placement: Placement,
         rngs: nnx.Rngs,
     ):
@@ -194,23 +201,41 @@ class EDM2(UNet):
         self.phases = nnx.Param(2 * jnp.pi * jax.random.uniform(rngs.params(), (width,)))
         self.noise = Weights(width, 4 * width, dtype=float32, rngs=rngs)
         self.labels = Weights(condition.num_classes, 4 * width, dtype=float32, rngs=rngs)
+        if takes_end:
+            self.end = Weights(width, 4 * width, dtype=float32, rngs=rngs)
+            self.end_gain = nnx.Param(jnp.zeros(()))
         self.conv_in = Weights(3, 3, shape[-1] + 1, width, dtype=dtype, rngs=rngs)
         self.conv_out = Weights(3, 3, width, shape[-1], dtype=float32, rngs=rngs)
         self.out_gain = nnx.Param(jnp.zeros(()))
 
     def predict(
-        self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
+        self,
+        x: Float[Array, "B H W C"],
+        level: Float[Array, " B"],
+        cond: Cond,
+        key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
-        emb = self.placement.constrain(self.embedding(level, cond).astype(self.conv_in.dtype))
+        emb = self.placement.constrain(self.embedding(level, cond, logsnr_u).astype(self.conv_in.dtype))
         # The channel of ones takes the place of a bias.
         h = self.placement.constrain(self.conv_in(jnp.pad(x, [(0, 0)] * 3 + [(0, 1)], constant_values=1)))
         h = self.blocks(h, emb, key, join=join)
         return self.conv_out(h, self.out_gain[...])
 
-    def embedding(self, level: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:
-        """swish(mix(W_noise fourier(level), W_label label)): what every block's scale is made of."""
-        frequencies, phases = jax.lax.stop_gradient((self.frequencies[...], self.phases[...]))
-        fourier = math.sqrt(2) * jnp.cos(level[:, None] * frequencies + phases)
+    def embedding(
+        self, level: Float[Array, " B"], cond: Cond, logsnr_u: Float[Array, " B"] | None
+    ) -> Float[Array, "B E"]:
+        """swish(mix(W_noise fourier(level), W_label label) + end): what every block's scale is made of.
+
+        The end of a step, gain W_end fourier(level_u), is added with a gain that is zero at first.
+        """
         label = jax.nn.one_hot(cond, self.num_classes) * math.sqrt(self.num_classes)
-        return swish(mix(self.noise(fourier), self.labels(label), 0.5))
+        emb = mix(self.noise(self._fourier(level)), self.labels(label), 0.5)
+        if logsnr_u is not None:
+            emb += self.end(self._fourier(-logsnr_u / 8), self.end_gain[...])
+        return swish(emb)
+
+    def _fourier(self, level: Float[Array, " B"]) -> Float[Array, "B F"]:
+        frequencies, phases = jax.lax.stop_gradient((self.frequencies[...], self.phases[...]))
+        return math.sqrt(2) * jnp.cos(level[:, None] * frequencies + phases)

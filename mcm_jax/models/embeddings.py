@@ -44,13 +44,32 @@ def noise_position(logsnr: Float[Array, " B"], *, scale: NoiseScale) -> Float[Ar
     return {"arctan": 1000, "smooth": 10}[scale] * 2 / math.pi * jnp.arctan(jnp.exp(-logsnr / 2))
 
 
+class StepEnd(nnx.Module):
+    """W2 swish(W1 sinusoidal(lambda_u)): the end u of the step that a student predicts, float32 [B, width].
+
+    W2 is zero at first, so that a student starts as its teacher, which does not have this input.
+    """
+
+    def __init__(self, *, width: int, scale: NoiseScale, rngs: nnx.Rngs):
+        self.scale: NoiseScale = scale
+        self.dense_1 = nnx.Linear(width, width, rngs=rngs)
+        self.dense_2 = nnx.Linear(width, width, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, logsnr_u: Float[Array, " B"]) -> Float[Array, "B E"]:
+        h = sinusoidal(noise_position(logsnr_u, scale=self.scale), width=self.dense_1.in_features)
+        return self.dense_2(jax.nn.swish(self.dense_1(h)))
+
+
 class Conditioning(nnx.Module):
     """emb = W2 swish(W1 sinusoidal(lambda)) + an embedding of the condition, float32 [B, width].
 
-    Labels have an embedding each, and one for 'any class'; a caption's pooled embedding is projected.
+    Labels have an embedding each, and one for 'any class'; a caption's pooled embedding is projected. With
+    takes_end, the embedding `StepEnd` of a step's end is added.
     """
 
-    def __init__(self, *, width: int, condition: Condition, scale: NoiseScale, rngs: nnx.Rngs):
+    def __init__(
+        self, *, width: int, condition: Condition, scale: NoiseScale, takes_end: bool, rngs: nnx.Rngs
+    ):
         self.width = width
         self.scale: NoiseScale = scale
         self.dense_1 = nnx.Linear(width, width, rngs=rngs)
@@ -59,9 +78,14 @@ class Conditioning(nnx.Module):
             self.classes = nnx.Embed(condition.num_classes + 1, width, rngs=rngs)
         else:
             self.pooled = nnx.Linear(condition.pooled_width, width, use_bias=False, rngs=rngs)
+        if takes_end:
+            self.end = StepEnd(width=width, scale=scale, rngs=rngs)
 
-    def __call__(self, logsnr: Float[Array, " B"], cond: Cond) -> Float[Array, "B E"]:
+    def __call__(
+        self, logsnr: Float[Array, " B"], cond: Cond, logsnr_u: Float[Array, " B"] | None
+    ) -> Float[Array, "B E"]:
         h = sinusoidal(noise_position(logsnr, scale=self.scale), width=self.width)
-        return self.dense_2(jax.nn.swish(self.dense_1(h))) + (
+        emb = self.dense_2(jax.nn.swish(self.dense_1(h))) + (
             self.pooled(jnp.asarray(cond.pooled)) if isinstance(cond, Caption) else self.classes(cond)
         )
+        return emb if logsnr_u is None else emb + self.end(logsnr_u)

@@ -24,11 +24,17 @@ class MLPSettings:
     noise_scale: NoiseScale = "arctan"
 
     def build(
-        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        condition: Condition,
+        takes_end: bool,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ) -> "MLP":
         """Builds the network for vectors of shape (dimension,); it is small and ignores the placement."""
         del placement
-        return MLP(self, *shape, condition=condition, rngs=rngs)
+        return MLP(self, *shape, condition=condition, takes_end=takes_end, rngs=rngs)
 
 
 class MLPBlock(nnx.Module):
@@ -55,9 +61,21 @@ class MLPBlock(nnx.Module):
 class MLP(nnx.Module):
     """(z_t, log-SNR, cond, dropout key) -> v_hat, float32 [B, dimension]."""
 
-    def __init__(self, settings: MLPSettings, dimension: int, *, condition: Condition, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        settings: MLPSettings,
+        dimension: int,
+        *,
+        condition: Condition,
+        takes_end: bool,
+        rngs: nnx.Rngs,
+    ):
         self.conditioning = Conditioning(
-            width=settings.embedding_width, condition=condition, scale=settings.noise_scale, rngs=rngs
+            width=settings.embedding_width,
+            condition=condition,
+            scale=settings.noise_scale,
+            takes_end=takes_end,
+            rngs=rngs,
         )
         self.dense_in = nnx.Linear(dimension, settings.width, rngs=rngs)
         self.blocks = nnx.List(MLPBlock(settings, rngs=rngs) for _ in range(settings.blocks))
@@ -70,8 +88,9 @@ class MLP(nnx.Module):
         logsnr_t: Float[Array, " B"],
         cond: Cond,
         key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B d"]:
-        emb = jax.nn.swish(self.conditioning(logsnr_t, cond))
+        emb = jax.nn.swish(self.conditioning(logsnr_t, cond, logsnr_u))
         h = self.dense_in(z_t)
         for n, block in enumerate(self.blocks):
             h = block(h, emb, None if key is None else jax.random.fold_in(key, n))

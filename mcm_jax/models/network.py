@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.diffusion.conditions import Cond
@@ -21,21 +22,28 @@ class NetworkSettings(Protocol):
     """All sizes of a network: `uvit.UViTSettings` for images, `mlp.MLPSettings` for vectors."""
 
     def build(
-        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        condition: Condition,
+        takes_end: bool,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ) -> nnx.Module:
-        """Builds the module for examples of this shape; call it with (z_t, logsnr_t, cond, key)."""
+        """Builds the module for examples of this shape; call it with (z_t, logsnr_t, cond, key, logsnr_u)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, cond, key) -> v_hat.
+    """init(key) -> parameters; apply(parameters, z_t, logsnr_t, cond, key, logsnr_u) -> v_hat.
 
     Attributes:
       settings: the sizes of the network.
       shape: the shape of an example: (resolution, resolution, channels) for images, (dimension,) for vectors.
       condition: the kind of `cond`: class labels or captions.
       placement: how the computation is split over devices.
+      takes_end: whether the network receives the end of the step, as students of several numbers of steps do.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,10 +58,28 @@ class Network:
     shape: tuple[int, ...]
     condition: Condition = Classes()
     placement: Placement = Placement()
+    takes_end: bool = False
 
     def init(self, key: jax.Array) -> Params:
         """Initialises float32 parameters; can be traced by jit or eval_shape."""
         return nnx.to_pure_dict(nnx.state(_build(self, nnx.Rngs(params=key)), nnx.Param))
+
+    def init_from(self, key: jax.Array, params: Params) -> Params:
+        """This network's parameters, given those of a network that does not take the end of the step.
+
+        With them, this network ignores the end and computes the same.
+
+        Args:
+          key: initialises the parameters that only this network has.
+        """
+        if not self.takes_end:
+            return params
+        return unflatten_dict(flatten_dict(self.init(key)) | flatten_dict(params))
+
+    @property
+    def without_end(self) -> "Network":
+        """The network of a teacher, which does not receive the end of the step."""
+        return dataclasses.replace(self, takes_end=False)
 
     @property
     def abstract_params(self) -> Params:
@@ -67,9 +93,18 @@ class Network:
         logsnr_t: Float[Array, " B"],
         cond: Cond,
         key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B ..."]:
-        """v_hat(z_t, lambda_t, cond). `key` is the randomness of dropout; None disables it."""
-        return self._module(params)(z_t, logsnr_t, cond, key)
+        """v_hat(z_t, lambda_t, cond).
+
+        Args:
+          key: the randomness of dropout; None disables it.
+          logsnr_u: the log-SNR at the end of the step, if and only if the network takes it.
+        """
+        if self.takes_end != (logsnr_u is not None):
+            needs = "needs" if self.takes_end else "does not take"
+            raise ValueError(f"this network {needs} the end of the step, logsnr_u")
+        return self._module(params)(z_t, logsnr_t, cond, key, logsnr_u)
 
     def rounded(self, params: Params) -> Params:
         """Casts the weights of every layer to the dtype in which the layer multiplies.
@@ -96,7 +131,11 @@ class Network:
 
 def _build(network: Network, rngs: nnx.Rngs) -> nnx.Module:
     return network.settings.build(
-        network.shape, condition=network.condition, placement=network.placement, rngs=rngs
+        network.shape,
+        condition=network.condition,
+        takes_end=network.takes_end,
+        placement=network.placement,
+        rngs=rngs,
     )
 
 

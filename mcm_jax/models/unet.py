@@ -173,22 +173,29 @@ class UNet(nnx.Module):
         logsnr_t: Float[Array, " B"],
         cond: Cond,
         key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Predicts v.
 
         Args:
           cond: labels; the network was not trained for the last one, 'any class', whose embedding is zero.
           key: the randomness of dropout; None disables it.
+          logsnr_u: the log-SNR at the end of the step, if the network takes it.
         """
         return v_hat(
             self.preconditioning,
-            lambda x, level: self.predict(x, level, cond, key)[..., : self.channels],
+            lambda x, level: self.predict(x, level, cond, key, logsnr_u)[..., : self.channels],
             z_t,
             logsnr_t,
         )
 
     def predict(
-        self, x: Float[Array, "B H W C"], level: Float[Array, " B"], cond: Cond, key: jax.Array | None
+        self,
+        x: Float[Array, "B H W C"],
+        level: Float[Array, " B"],
+        cond: Cond,
+        key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W D"]:
         """F: what the network predicts, for an input and a noise level as it was trained to see them."""
         raise NotImplementedError

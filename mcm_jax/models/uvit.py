@@ -108,10 +108,16 @@ class UViTSettings:
         return tuple(Stage(*column) for column in columns)
 
     def build(
-        self, shape: tuple[int, ...], *, condition: Condition, placement: Placement, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        condition: Condition,
+        takes_end: bool,
+        placement: Placement,
+        rngs: nnx.Rngs,
     ) -> "UViT":
         """Builds the network for images of shape (resolution, resolution, channels)."""
-        return UViT(self, shape, condition=condition, placement=placement, rngs=rngs)
+        return UViT(self, shape, condition=condition, takes_end=takes_end, placement=placement, rngs=rngs)
 
 
 class Modulations(nnx.Module):
@@ -226,6 +232,7 @@ class UViT(nnx.Module):
         shape: tuple[int, ...],
         *,
         condition: Condition,
+        takes_end: bool,
         placement: Placement,
         rngs: nnx.Rngs,
     ):
@@ -256,6 +263,7 @@ class UViT(nnx.Module):
             width=settings.embedding_width,
             condition=condition,
             scale=settings.noise_scale,
+            takes_end=takes_end,
             rngs=rngs,
         )
         if text_width is not None:
@@ -284,16 +292,18 @@ class UViT(nnx.Module):
         logsnr_t: Float[Array, " B"],
         cond: Cond,
         key: jax.Array | None,
+        logsnr_u: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Predicts v.
 
         Args:
           cond: labels or a `Caption`, as the network's condition says.
           key: the randomness of dropout; None disables it.
+          logsnr_u: the log-SNR at the end of the step, if the network takes it.
         """
         levels = len(self.down)
         keys = split_key(key, 2 * levels + 1)
-        emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, cond)).astype(self.dtype))
+        emb = self.constrain(jax.nn.swish(self.conditioning(logsnr_t, cond, logsnr_u)).astype(self.dtype))
         text = self._text(cond)
         patches = rearrange(z_t, "b (h i) (w j) c -> b h w (i j c)", i=self.patch, j=self.patch)
         h = self.constrain(self.conv_in(patches.astype(self.dtype)))

@@ -19,6 +19,7 @@ from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.fields import setting
 from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
+from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.objective import Networks
 
 TeacherStep = Literal["addim", "ddim"]
@@ -27,15 +28,12 @@ TargetNetwork = Literal["student", "ema"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Consistency:
+class Consistency(Multistep):
     """w_t huber(x_target - f(z_t, t)) (MCM Algorithm 1): CD with networks.teacher, CT without.
 
     The gradient flows only through f(z_t, t). Both calls of the student share their dropout mask.
     """
 
-    student_steps: int | None = setting(
-        None, "S, network calls of the student's sampler; 1 is an ordinary consistency model", low=1
-    )
     teacher_steps_first: float = setting(64.0, "N_teacher at the first update", low=1)
     teacher_steps_last: float = setting(1280.0, "N_teacher at the end of the annealing", low=1)
     anneal_steps: int = setting(100_000, "updates of the exponential annealing from first to last", low=1)
@@ -43,9 +41,6 @@ class Consistency:
         "addim", "integrator of the teacher's step; heun (not the paper's) calls the teacher once more"
     )
     xvar_frac: float = setting(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
-    teacher_guidance: float = setting(
-        0.0, "cd: g of the teacher's prediction; 0: none (open, see `teacher_prediction`)", low=0
-    )
     distance: Distance = setting("huber", "huber or squared, see `distances.distance`")
     huber_epsilon: float = setting(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
     huber_reduction: Reduction = setting(
@@ -73,14 +68,15 @@ class Consistency:
     ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
-        times = self._draw_times(key_times, len(x), train_step)
+        student_steps = self.draw_steps(jax.random.fold_in(key_times, 0), len(x))
+        times = self._draw_times(key_times, len(x), train_step, student_steps)
         logsnr_t, logsnr_s, logsnr_step = (networks.schedule(t) for t in (times.t, times.s, times.t_step))
         z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
 
         x_step = self._teacher_x(networks, x, z_t, cond, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
         z_s = steps.ddim(x_step, z_t, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
 
-        target_fn = networks.target or networks.student
+        target_fn = self.until(networks.target or networks.student, logsnr_step)
         v_ref = target_fn(z_s, logsnr_s, cond, key_dropout)
         x_ref = jax.lax.stop_gradient(process.x_from_v(v_ref, z_s, logsnr_t=logsnr_s))
         x_target = consistency_target(
@@ -91,17 +87,21 @@ class Consistency:
             logsnr_step=logsnr_step,
             is_last=times.is_last,
         )
-        v_hat = networks.student(z_t, logsnr_t, cond, key_dropout)
+        v_hat = self.until(networks.student, logsnr_step)(z_t, logsnr_t, cond, key_dropout)
         x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
-        return weight(logsnr_t, kind=self.loss_weight) * distance(
+        w_t = weight(logsnr_t, kind=self.loss_weight) * self.steps_weight(student_steps)
+        return w_t * distance(
             x_diff, kind=self.distance, huber_epsilon=self.huber_epsilon, reduction=self.huber_reduction
         )
 
-    def _draw_times(self, key: jax.Array, batch_size: int, train_step: Int[Array, ""]) -> segments.Times:
+    def _draw_times(
+        self,
+        key: jax.Array,
+        batch_size: int,
+        train_step: Int[Array, ""],
+        student_steps: int | Int[Array, " B"],
+    ) -> segments.Times:
         """Draws teacher steps inside the student's segments, with N_teacher at `train_step`."""
-        student_steps = self.student_steps
-        if student_steps is None:
-            raise ValueError("student_steps is not set")
         teacher_steps = segments.annealed_teacher_steps(
             train_step,
             first=self.teacher_steps_first,

@@ -13,13 +13,14 @@ from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
+from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.objective import Networks
 
 Proposal = Literal["uniform", "lognormal"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Continuous:
+class Continuous(Multistep):
     """||v_hat - sg(v_hat + g)||^2 / d (sCM, eq. 8): sCD with networks.teacher, sCT without.
 
     With the angle theta = arctan(sigma / alpha), a probability flow moves z by dz/dtheta = v, and the DDIM
@@ -36,8 +37,6 @@ class Continuous:
     aDDIM's correction vanishes in this limit. sCM's learned weight e^w(t) is left out.
     """
 
-    student_steps: int | None = setting(None, "S, network calls of the student's sampler", low=1)
-    teacher_guidance: float = setting(0.0, "scd: g of the teacher's prediction; 0: none", low=0)
     proposal: Proposal = setting(
         "uniform",
         "distribution of t (open): uniform as in MCM (with the cosine schedule, log(sigma / alpha) then has "
@@ -62,7 +61,8 @@ class Continuous:
     ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
-        logsnr_t, logsnr_step = self._draw_logsnr(key_times, len(x), networks.schedule)
+        student_steps = self.draw_steps(jax.random.fold_in(key_times, 0), len(x))
+        logsnr_t, logsnr_step = self._draw_logsnr(key_times, len(x), networks.schedule, student_steps)
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
         velocity = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
@@ -70,7 +70,7 @@ class Continuous:
             teacher = guided(networks.teacher, networks.require_guide(), guidance=self.teacher_guidance)
             velocity = teacher(z_t, logsnr_t, cond, None)
 
-        target_fn = networks.target or networks.student
+        target_fn = self.until(networks.target or networks.student, logsnr_step)
         v_target, v_dot = along_flow(
             lambda z, logsnr: target_fn(z, logsnr, cond, key_dropout), z_t, velocity, logsnr_t=logsnr_t
         )
@@ -84,25 +84,25 @@ class Continuous:
             warmup=jnp.minimum(1.0, train_step / self.warmup_steps),
         )
         size = process.over_pixels(jnp.sqrt(process.mean_square(g)), g)
-        v_hat = networks.student(z_t, logsnr_t, cond, key_dropout)
-        return process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g / (size + self.tangent_floor)))
+        v_hat = self.until(networks.student, logsnr_step)(z_t, logsnr_t, cond, key_dropout)
+        v_target = jax.lax.stop_gradient(v_hat + g / (size + self.tangent_floor))
+        return self.steps_weight(student_steps) * process.mean_square(v_hat - v_target)
 
     def _draw_logsnr(
-        self, key: jax.Array, batch_size: int, schedule: Schedule
+        self, key: jax.Array, batch_size: int, schedule: Schedule, student_steps: int | Int[Array, " B"]
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """Log-SNRs at t and at the end of its segment."""
-        if self.student_steps is None:
-            raise ValueError("student_steps is not set")
         if self.proposal == "uniform":
             t, t_step = segments.draw_continuous_times(
-                key, batch_size=batch_size, student_steps=self.student_steps
+                key, batch_size=batch_size, student_steps=student_steps
             )
             return schedule(t), schedule(t_step)
-        ends = schedule(jnp.linspace(0.0, 1.0, self.student_steps + 1))
         noise = self.proposal_mean + self.proposal_std * jax.random.normal(key, (batch_size,))
-        logsnr_t = jnp.clip(-2 * noise, ends[-1], ends[0])
-        segment = jnp.sum(logsnr_t[:, None] < ends[1:-1], axis=1)
-        return logsnr_t, ends[segment]
+        logsnr_t = jnp.clip(-2 * noise, schedule(jnp.ones(())), schedule(jnp.zeros(())))
+        steps = jnp.broadcast_to(student_steps, (batch_size,))
+        bounds = jnp.arange(1, max(self.student_steps)) / steps[:, None]
+        passed = (logsnr_t[:, None] < schedule(jnp.minimum(bounds, 1.0))) & (bounds < 1)
+        return logsnr_t, schedule(passed.sum(axis=1) / steps)
 
 
 def along_flow(

@@ -34,7 +34,7 @@ class Tract:
         """The loss of a single stage as a consistency objective."""
         teacher_steps, student_steps = self.stages
         return Consistency(
-            student_steps=student_steps,
+            student_steps=(student_steps,),
             teacher_steps_first=float(teacher_steps),
             teacher_steps_last=float(teacher_steps),
             teacher_step="ddim",

@@ -6,6 +6,7 @@ import io
 from PIL import Image
 
 from mcm_jax import records
+from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data import images
 from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
 from mcm_jax.system import files, json_text
@@ -150,6 +151,7 @@ def read_run(path: Path) -> RunDescription:
         sections = [config, dataset, *(config.get(name, {}) for name in _SECTIONS)]
         if not all(isinstance(section, dict) for section in sections):
             raise TypeError("config and dataset must be objects")
+        config = upgraded(config)
     except OSError as error:
         raise InputError(f"{path} can't be read ({reason(error)})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

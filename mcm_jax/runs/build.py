@@ -44,7 +44,7 @@ def condition(dataset: DatasetInfo) -> Condition:
 
 def network(config: Config, *, condition: Condition) -> Network:
     """The network that the config describes, for images of config.data."""
-    return Network(config.network, image_shape(config), condition)
+    return Network(config.network, image_shape(config), condition, takes_end=config.takes_end)
 
 
 def schedule(config: Config) -> Schedule:
@@ -66,7 +66,7 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
     """Returns (params, teacher_params, target_params, batch, key, train_step) -> loss of each example.
 
     Args:
-      network: the student's and the teacher's network.
+      network: the student's network; the teacher's is the same, without the end of a step.
       guide: that of the model that guidance leads away from, `placed`; None: the teacher itself.
     """
     network = placed(config, network, mesh=mesh)
@@ -77,8 +77,8 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
         later = _BLOCKS if config.mesh.gather == "blocks" else ()
         params = sharding.gathered(mesh, network.rounded(params), without=later)
         constrain = network.placement.constrain
-        return lambda z_t, logsnr_t, cond, key: constrain(
-            network.apply(params, constrain(z_t), logsnr_t, cond, key)
+        return lambda z_t, logsnr_t, cond, key, logsnr_u=None: constrain(
+            network.apply(params, constrain(z_t), logsnr_t, cond, key, logsnr_u)
         )
 
     def loss_fn(
@@ -95,7 +95,7 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
             target = bind(tangent_network, jax.lax.stop_gradient(params))
         networks = Networks(
             student=bind(network, params),
-            teacher=None if teacher is None else bind(network, teacher),
+            teacher=None if teacher is None else bind(network.without_end, teacher),
             guide=None if guide is None else bind(guide, guide_params),
             target=target,
             schedule=schedule(config),
@@ -151,7 +151,7 @@ class Training:
         if not self.config.distils:
             return None
         guide = None if self.guide is None else self.guide.abstract_params
-        return TeacherParams(self.abstract.params, guide)
+        return TeacherParams(self.network.without_end.abstract_params, guide)
 
     @property
     def teacher_shardings(self) -> TeacherParams | None:
@@ -163,8 +163,9 @@ class Training:
         return self._jit(lambda key: self._state(self.network.init(key)))(key)
 
     def init_from(self, params: Params) -> TrainState:
-        """Returns the state before the first update, with these parameters."""
-        return self._jit(self._state)(params)
+        """Returns the state before the first update, with these parameters of a teacher."""
+        key = init_key(self.config.seed)
+        return self._jit(lambda params: self._state(self.network.init_from(key, params)))(params)
 
     def train_step(self) -> jax.stages.Wrapped:
         """Returns the jitted update."""

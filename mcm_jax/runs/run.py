@@ -78,7 +78,7 @@ class Run:
         self._embedded: dict[tuple[str, ...], Callable[[slice], dict[str, np.ndarray]]] = {}
 
     def __repr__(self) -> str:
-        steps = "" if self.student_steps is None else f" of {self.student_steps} steps"
+        steps = f" of {_listed(self.student_steps)} steps" if self.student_steps else ""
         place = "" if self.workdir is None else f", workdir={str(self.workdir)!r}"
         resolution = self.dataset.resolution
         return (
@@ -92,8 +92,8 @@ class Run:
         return self.config.objective
 
     @property
-    def student_steps(self) -> int | None:
-        """Number of steps that a student was trained for; None for a model that supports any number."""
+    def student_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that a student was trained for; () for a model that supports any number."""
         return self.config.student_steps
 
     @property
@@ -158,22 +158,22 @@ class Run:
           samplers.NonFiniteSamplesError: a sample is not finite.
         """
         settings = self.sampling(**options)
-        if self.student_steps not in (None, settings.steps):
+        if self.student_steps and settings.steps not in self.student_steps:
             warnings.warn(
-                f"this student was trained for {self.student_steps} steps but is sampled with "
+                f"this student was trained for {_listed(self.student_steps)} steps but is sampled with "
                 f"{settings.steps}; expect worse images",
                 stacklevel=2,
             )
-        if self.student_steps is not None and settings.noise_grid != "schedule":
+        if self.student_steps and settings.noise_grid != "schedule":
             warnings.warn(
                 f"this student was trained on its schedule's grid but is sampled on {settings.noise_grid}; "
                 "expect worse images",
                 stacklevel=2,
             )
-        if self.student_steps not in (None, 1) and settings.sampler == "consistency":
+        if self.student_steps not in ((), (1,)) and settings.sampler == "consistency":
             warnings.warn(
-                f"this student of {self.student_steps} steps predicts an image only in its last step, but "
-                "the sampler consistency adds noise to every prediction; expect worse images",
+                f"this student of {_listed(self.student_steps)} steps predicts an image only in its last "
+                "step, but the sampler consistency adds noise to every prediction; expect worse images",
                 stacklevel=2,
             )
         per_device = batch_per_device or self.config.sampling.batch_per_device
@@ -307,7 +307,7 @@ class Run:
         place = "the guide" if guide.workdir is None else resolved(guide.workdir).name
         name = place if guide.origin is None else guide.origin.file
         for run, what in ((guide, name), (self, str(self.workdir or "this run"))):
-            if run.student_steps is not None or (run.origin and run.origin.kind == CONSISTENCY):
+            if run.student_steps or (run.origin and run.origin.kind == CONSISTENCY):
                 raise InputError(
                     f"{what} is a student of few steps; only a diffusion model can guide or be guided by "
                     "another"
@@ -530,6 +530,12 @@ def load_run(
         origin=record.origin,
         guide_origin=record.guide_origin,
     )
+
+
+def _listed(steps: tuple[int, ...]) -> str:
+    """'4', or '1, 2 and 4'."""
+    *others, last = map(str, steps)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:

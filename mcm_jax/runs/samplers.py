@@ -82,8 +82,8 @@ def resolve(
 ) -> Sampling:
     """Returns the settings for sampling a run of `config` with these arguments; None means the run's default.
 
-    A student's defaults are its own number of steps, DDIM, the schedule's grid and no guidance. By default,
-    samples are rounded to the nearest byte.
+    A student's defaults are its own number of steps (the largest of several), DDIM, the schedule's grid and
+    no guidance. By default, samples are rounded to the nearest byte.
 
     Args:
       guide: the model that guidance leads away from; None: the network itself, without condition.
@@ -94,10 +94,10 @@ def resolve(
         variance, or there is a guide but no guidance.
     """
     settings, asked = config.sampling, guidance
-    if config.student_steps is not None:
+    if config.student_steps:
         settings = dataclasses.replace(
             settings,
-            teacher_steps=config.student_steps,
+            teacher_steps=max(config.student_steps),
             sampler="ddim",
             noise_grid="schedule",
             guidance=0.0,
@@ -121,6 +121,11 @@ def resolve(
         raise InputError(f"x_var={x_var} has no effect on {chosen}; it applies to addim and noisy_ddim")
     x_var = _known("x_var", x_var or settings.x_var, X_VARS) if takes_variance else None
     measured = x_var == "measured"
+    if measured and config.takes_end:
+        raise InputError(
+            "x_var=measured needs a model that predicts x for any noise, which a student of several numbers "
+            "of steps does not; use analytic"
+        )
     steps = steps or settings.teacher_steps
     kind = _known("noise_grid", noise_grid or settings.noise_grid, NOISE_GRIDS)
     if schedules.is_published(kind) and steps > 2:
@@ -193,6 +198,7 @@ def make_sampler(
             cond,
             keys,
             logsnr=logsnr,
+            logsnr_end=build.schedule(config)(jnp.zeros(())) if config.takes_end else None,
             sampler=sampler,
             x_var=x_var,
             clip=clip,

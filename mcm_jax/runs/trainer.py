@@ -190,7 +190,7 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
             f"config.teacher_checkpoint={path} was not trained for 'any class'; train a diffusion model with "
             "config.diffusion.label_dropout=0.1, or set config.guide_checkpoint to a worse model"
         )
-    if teacher_config.student_steps is not None and teacher_data.fingerprints != dataset.fingerprints:
+    if teacher_config.student_steps and teacher_data.fingerprints != dataset.fingerprints:
         raise InputError(
             f"config.teacher_checkpoint={path}, the stage before, was trained on other images than those in "
             f"{dataset.path} (their hashes differ); restore them, or train all stages in another workdir"
@@ -209,7 +209,7 @@ def check_guide(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
     """Returns the guide's record; InputError unless it is a finished diffusion model of such images."""
     what = f"config.guide_checkpoint={config.guide_checkpoint}"
     guide = finished_run(_workdir_of("guide", config), dataset, what=what)
-    if guide.config.student_steps is not None:
+    if guide.config.student_steps:
         raise InputError(
             f"{what} is a {guide.config.objective} student; use the workdir of a diffusion model"
         )
@@ -272,7 +272,7 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
       InputError: it is neither.
     """
     path, steps = config.teacher_checkpoint, teacher.student_steps
-    if steps is None:
+    if not steps:
         return
     loss = config.loss
     if teacher.objective != config.objective or not isinstance(loss, Staged):
@@ -280,9 +280,9 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
             f"config.teacher_checkpoint={path} is a {teacher.objective} student; use the workdir "
             "of a diffusion model"
         )
-    if steps != loss.stages[0]:
+    if steps != loss.stages[:1]:
         raise InputError(
-            f"config.teacher_checkpoint={path} is a student of {steps} steps, but "
+            f"config.teacher_checkpoint={path} is a student of {steps[0]} steps, but "
             f"config.{config.objective}.stages={loss.stages!r} needs a teacher of {loss.stages[0]}; "
             f"start the stages at {steps}"
         )
@@ -328,7 +328,9 @@ def _start(
     distributed.require_same(continuing, "the lists of checkpoints")
     teacher = guide = None
     if config.distils or (config.teacher_checkpoint is not None and not continuing):
-        teacher = _restored(_workdir_of("teacher", config), abstract.params, training.mesh)
+        teacher = _restored(
+            _workdir_of("teacher", config), training.network.without_end.abstract_params, training.mesh
+        )
     if continuing:
         state = checkpoints.restore(abstract, shardings, batches)
         distributed.say(f"continuing at update {int(state.step)}")

@@ -39,7 +39,7 @@ def test_rows(row):
         loss = built.consistency
         assert (loss.teacher_steps_first, loss.teacher_steps_last) == (256, 256)
         assert (loss.huber_epsilon, loss.xvar_frac, loss.teacher_guidance) == (1, 0.75, 0)
-        assert built.training.num_steps == 30_000 and built.student_steps == int(row.partition("=")[2])
+        assert built.training.num_steps == 30_000 and built.student_steps == (int(row.partition("=")[2]),)
 
 
 @pytest.mark.parametrize(

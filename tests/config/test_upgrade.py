@@ -40,7 +40,7 @@ def settings_of_version_0_1(objective, **consistency):
     ("objective", "given", "expected"),
     [
         ("diffusion", {}, {"label_dropout": 0.1}),
-        ("cd", {"student_steps": 4}, {"student_steps": 4, "anneal_steps": 150, "teacher_guidance": 0.5}),
+        ("cd", {"student_steps": 4}, {"student_steps": (4,), "anneal_steps": 150, "teacher_guidance": 0.5}),
         (
             "ct",
             {"student_steps": 1, "target_network": "ema"},
@@ -60,6 +60,14 @@ def test_settings_keep_their_meaning(objective, given, expected):
     config = validation.validate(upgraded(settings_of_version_0_1(objective, **given)))
     assert (config.objective, config.seed) == (objective, 3)
     assert dataclasses.asdict(config.loss).items() >= expected.items()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(4, (4,)), (None, ()), ([1, 4], [1, 4])])
+@pytest.mark.parametrize("section", ["consistency", "continuous"])
+def test_a_single_number_of_steps_becomes_a_tuple(section, given, expected):
+    raw = dataclasses.asdict(Config())
+    raw[section]["student_steps"] = given
+    assert upgraded(raw)[section] == {**raw[section], "student_steps": expected}
 
 
 def test_settings_of_today_stay_as_they_are():

@@ -46,7 +46,7 @@ FEATURE_METRICS = tuple(name for name in protocol.METRICS if name not in records
 class FakeRun:
     """What `runs.run.load_run` returns, with noise for samples; writes down what it was asked for."""
 
-    objective, student_steps, checkpoint_step, seed, origin = "cd", 4, 300, 17, None
+    objective, student_steps, checkpoint_step, seed, origin = "cd", (4,), 300, 17, None
 
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
@@ -169,6 +169,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "origin": None,
         "guide_origin": None,
         "student_steps": 4,
+        "one_student": [],
         "checkpoint_step": 300,
         "parameters": "ema",
         "seed": 0,

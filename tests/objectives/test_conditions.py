@@ -25,8 +25,8 @@ def pair_model(z_t, logsnr_t, cond, key):
     [
         Diffusion(label_dropout=0.5),
         Guidance(teacher_guidance=1.5),
-        Consistency(student_steps=4, teacher_guidance=0.7),
-        Consistency(student_steps=4),
+        Consistency(student_steps=(4,), teacher_guidance=0.7),
+        Consistency(student_steps=(4,)),
         Tract(stages=(64, 1)),
         Progressive(stages=(64, 32)),
     ],

@@ -57,7 +57,7 @@ def constant_grid(teacher_steps=64, *, student_steps=4, **settings):
     """Consistency with the same N_teacher in every update."""
     first = last = float(teacher_steps)
     return Consistency(
-        student_steps=student_steps, teacher_steps_first=first, teacher_steps_last=last, **settings
+        student_steps=(student_steps,), teacher_steps_first=first, teacher_steps_last=last, **settings
     )
 
 

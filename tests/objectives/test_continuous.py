@@ -248,12 +248,12 @@ def loss_of(objective, theta, *, train_step=10**6, key=KEY, **others):
 @pytest.mark.parametrize("proposal", ["uniform", "lognormal"])
 def test_loss_and_gradient(proposal, teacher):
     """The loss is ||g~||^2 / d, and its gradient -2 g~ dv/dtheta / d, of the normalised g~."""
-    objective = Continuous(student_steps=4, proposal=proposal)
+    objective = Continuous(student_steps=(4,), proposal=proposal)
     theta = 0.3
     loss, slope = jax.jvp(lambda theta: loss_of(objective, theta, teacher=teacher), (theta,), (1.0,))
 
     key_times, key_eps, _ = jax.random.split(KEY, 3)
-    logsnr_t, logsnr_step = objective._draw_logsnr(key_times, 8, SCHEDULE)
+    logsnr_t, logsnr_step = objective._draw_logsnr(key_times, 8, SCHEDULE, 4)
     eps = jax.random.normal(key_eps, X.shape)
     z_t = process.diffuse(X, eps, logsnr_t=logsnr_t)
     velocity = process.v_from_x_eps(X, eps, logsnr_t=logsnr_t)
@@ -273,7 +273,7 @@ def test_loss_and_gradient(proposal, teacher):
 
 def test_the_second_term_grows_with_the_updates():
     """At update 0 the tangent is cos^2(delta) (velocity - v_hat): a teacher has none, later it has."""
-    objective = Continuous(student_steps=2, warmup_steps=100, proposal="uniform")
+    objective = Continuous(student_steps=(2,), warmup_steps=100, proposal="uniform")
     at = [loss_of(objective, 0.2, teacher=linear(0.2), train_step=i) for i in (0, 50, 100, 200)]
     np.testing.assert_allclose(at[0], 0, atol=1e-10)
     assert np.all(at[0] < at[1]) and np.all(at[1] < at[2])
@@ -281,7 +281,7 @@ def test_the_second_term_grows_with_the_updates():
 
 
 def test_guidance_changes_the_teachers_flow():
-    objective = Continuous(student_steps=2, teacher_guidance=0.5)
+    objective = Continuous(student_steps=(2,), teacher_guidance=0.5)
     guided = loss_of(objective, 0.3, teacher=linear(0.2))
     # `linear` depends on the class: the null class -1 has another flow.
     plain = loss_of(dataclasses.replace(objective, teacher_guidance=0.0), 0.3, teacher=linear(0.2))
@@ -289,7 +289,7 @@ def test_guidance_changes_the_teachers_flow():
 
 
 def test_the_target_network_makes_the_tangent():
-    objective = Continuous(student_steps=2)
+    objective = Continuous(student_steps=(2,))
     own = loss_of(objective, 0.3, teacher=linear(0.2))
     np.testing.assert_array_equal(own, loss_of(objective, 0.3, teacher=linear(0.2), target=linear(0.3)))
     assert not np.allclose(own, loss_of(objective, 0.3, teacher=linear(0.2), target=linear(0.1)))
@@ -309,7 +309,7 @@ def test_tangent_and_student_share_their_dropout():
         return linear(0.2)(z, logsnr, cond, key)
 
     found = Networks(student=recorded, teacher=teacher, schedule=SCHEDULE, null_cond=-1)
-    Continuous(student_steps=2)(found, X, COND, KEY, jnp.int32(0))
+    Continuous(student_steps=(2,))(found, X, COND, KEY, jnp.int32(0))
     assert (
         len(keys) == 2
         and keys[0] == keys[1] == np.asarray(jax.random.key_data(jax.random.split(KEY, 3)[2])).tolist()
@@ -318,7 +318,7 @@ def test_tangent_and_student_share_their_dropout():
 
 
 def test_examples_do_not_influence_each_other():
-    objective = Continuous(student_steps=2)
+    objective = Continuous(student_steps=(2,))
 
     def loss(x):
         return objective(networks(0.3), x, COND, KEY, jnp.int32(10**6))
@@ -332,8 +332,8 @@ def test_examples_do_not_influence_each_other():
 @pytest.mark.parametrize("student_steps", [1, 4])
 @pytest.mark.parametrize("proposal", ["uniform", "lognormal"])
 def test_every_time_is_in_its_segment(proposal, student_steps):
-    objective = Continuous(student_steps=student_steps, proposal=proposal)
-    logsnr_t, logsnr_step = objective._draw_logsnr(KEY, 4096, SCHEDULE)
+    objective = Continuous(student_steps=(student_steps,), proposal=proposal)
+    logsnr_t, logsnr_step = objective._draw_logsnr(KEY, 4096, SCHEDULE, student_steps)
     ends = np.asarray(SCHEDULE(jnp.linspace(0, 1, student_steps + 1)))
     segment = np.argmin(np.abs(np.asarray(logsnr_step)[:, None] - ends[:-1]), axis=1)
     np.testing.assert_allclose(logsnr_step, ends[segment], rtol=1e-6)
@@ -342,10 +342,11 @@ def test_every_time_is_in_its_segment(proposal, student_steps):
 
 
 def test_the_proposals_have_their_distributions():
-    logsnr_t, _ = Continuous(student_steps=4, proposal="lognormal")._draw_logsnr(KEY, 20_000, SCHEDULE)
+    lognormal = Continuous(student_steps=(4,), proposal="lognormal")
+    logsnr_t, _ = lognormal._draw_logsnr(KEY, 20_000, SCHEDULE, 4)
     # Four standard errors.
     assert abs(np.mean(-logsnr_t / 2) + 1.0) < 4 * 1.6 / 20_000**0.5
     assert abs(np.std(-logsnr_t / 2) - 1.6) < 4 * 1.6 / 40_000**0.5
-    uniform, _ = Continuous(student_steps=4)._draw_logsnr(KEY, 20_000, SCHEDULE)
+    uniform, _ = Continuous(student_steps=(4,))._draw_logsnr(KEY, 20_000, SCHEDULE, 4)
     t = np.sort(np.asarray(process.angle(uniform)) * 2 / np.pi)  # The cosine schedule's t.
     assert np.max(np.abs(t - np.linspace(0, 1, len(t)))) < 0.02

@@ -96,7 +96,7 @@ def test_unsuitable_guides_are_refused(tiny_data, teacher, guide, tmp_path):
             guide, tmp_path / "unfinished", "config", training=longer
         ): "has completed 4 of its 9 updates",
         changed(guide, tmp_path / "size", "dataset", resolution=16): "images of 16x16 pixels, not 8x8",
-        changed(guide, tmp_path / "student", "config", objective="cd", consistency={"student_steps": 2}): (
+        changed(guide, tmp_path / "student", "config", objective="cd", consistency={"student_steps": (2,)}): (
             "is a cd student; use the workdir of a diffusion model"
         ),
         changed(guide, tmp_path / "range", "config", schedule={"logsnr_max": 12.0}): (
@@ -152,7 +152,9 @@ def test_the_licence_of_a_guide_is_recorded(monkeypatch, tiny_data, teacher, gui
 
 
 def test_runs_that_cannot_guide(teacher, guide, tmp_path):
-    student = changed(guide, tmp_path / "student", "config", objective="cd", consistency={"student_steps": 2})
+    student = changed(
+        guide, tmp_path / "student", "config", objective="cd", consistency={"student_steps": (2,)}
+    )
     larger = changed(guide, tmp_path / "larger", "dataset", resolution=16)
     for guided, by, message in (
         (teacher, student, "student is a student of few steps"),

@@ -113,10 +113,30 @@ def test_a_student_takes_its_own_steps(student):
 
 
 def test_a_student_of_either_kind_knows_its_steps(run, student):
-    for objective, steps in (("diffusion", None), ("cd", 2), ("ct", 2)):
+    for objective, steps in (("diffusion", ()), ("cd", (2,)), ("ct", (2,))):
         config = dataclasses.replace(student.config, objective=objective, seed=5)
         other = Run(config, run.dataset, mesh=run.mesh, params=run.params, checkpoint_step=4)
         assert (other.objective, other.student_steps, other.seed) == (objective, steps, 5)
+
+
+def test_one_student_samples_with_each_of_its_numbers_of_steps(tiny_data, teacher, tmp_path):
+    config = tiny.config(tiny_data, "cd", teacher)
+    config.consistency.student_steps = (1, 2)
+    assert trainer.train(config, tmp_path)
+    student = load_run(tmp_path)
+    assert (student.student_steps, student.sampling().steps) == ((1, 2), 2)
+    assert "cd of 1 and 2 steps" in repr(student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = (student.sample(4, steps=steps)[0] for steps in (1, 2))
+    assert not np.array_equal(one, two)
+    with pytest.warns(UserWarning, match="trained for 1 and 2 steps but is sampled with 3"):
+        student.sample(1, steps=3)
+    with pytest.raises(InputError, match="a student of several numbers of steps does not; use analytic"):
+        student.sample(1, sampler="addim", x_var="measured")
+    # The network has learned to use the end of the step.
+    end = student.params["conditioning"]["end"]["dense_2"]["kernel"]
+    assert np.abs(jax.device_get(end)).max() > 0
 
 
 def test_a_teacher_never_warns(run):

@@ -142,7 +142,7 @@ def progressive(tiny_data, teacher):
 def test_every_stage_is_a_run_of_its_own(staged, teacher):
     """Started from the last, sampled with its own step count; the adjustment only in the first."""
     first, second = (load_run(staged / name) for name in ("steps_2", "steps_1"))
-    assert (first.student_steps, second.student_steps) == (2, 1)
+    assert (first.student_steps, second.student_steps) == ((2,), (1,))
     assert first.sampling().steps == 2
     assert first.config.teacher_checkpoint == str(teacher)
     assert second.config.teacher_checkpoint == str(staged / "steps_2")
@@ -226,13 +226,13 @@ UNSTAGED = {"progressive__stages": ()}
             "was not trained for 'any class'; train a diffusion model",
         ),
         ({"objective": "guidance"} | UNSTAGED, "there is no guidance to distil"),
-        ({"objective": "cd", "consistency__student_steps": 2}, "stages=(4, 2) has no effect on cd"),
+        ({"objective": "cd", "consistency__student_steps": (2,)}, "stages=(4, 2) has no effect on cd"),
         (
-            {"objective": "ct", "consistency__student_steps": 2, "consistency__teacher_guidance": 1.0}
+            {"objective": "ct", "consistency__student_steps": (2,), "consistency__teacher_guidance": 1.0}
             | UNSTAGED,
             "config.consistency.teacher_guidance=1.0 has no effect on ct",
         ),
-        ({"consistency__student_steps": 2}, "student_steps=2 has no effect on progressive"),
+        ({"consistency__student_steps": (2,)}, "student_steps=(2,) has no effect on progressive"),
         ({"sampling__guidance": 1.0}, "config.sampling.guidance=1.0 needs a diffusion model that was also"),
         ({"diffusion__levels": (8,)}, "config.diffusion.levels=(8,) has no effect on progressive"),
     ],
@@ -263,7 +263,7 @@ def test_guidance_is_distilled_and_then_distilled_from(tiny_data, tmp_path):
     config.guidance.teacher_guidance = 1.0
     assert trainer.train(config, tmp_path / "guided")
     guided = load_run(tmp_path / "guided")
-    assert guided.student_steps is None
+    assert guided.student_steps == ()
     config = tiny.config(tiny_data, "cd", tmp_path / "guided")
     config.training.num_steps = 1
     assert trainer.train(config, tmp_path / "student")
@@ -676,7 +676,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
         ({"teacher_checkpoint": "x"}, "has no effect on a diffusion model"),
         ({"objective": "cd"}, "config.teacher_checkpoint is not set"),
         (
-            {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": 2},
+            {"objective": "cd", "teacher_checkpoint": "/none", "consistency__student_steps": (2,)},
             "/none is not a run",
         ),
     ],
@@ -694,7 +694,9 @@ def test_bad_config(fields, message, tiny_data, tmp_path, no_compilation):
     [
         ({"model__embedding_width": 32}, "its model.embedding_width is 16, this run's is 32"),
         ({"schedule__noise_resolution_low": 4}, "its schedule.noise_resolution_low is None, this run's is 4"),
-        ({"consistency__student_steps": None}, "config.consistency.student_steps is not set"),
+        ({"consistency__student_steps": ()}, "config.consistency.student_steps is not set"),
+        ({"consistency__student_steps": (2, 4, 2)}, "student_steps=(2, 4, 2): a number appears twice"),
+        ({"consistency__steps_power": 1.0}, "steps_power=1.0 has no effect on a student of one number"),
         ({"model__blocks": (3,)}, "its model.blocks is (1,), this run's is (3,)"),
     ],
 )

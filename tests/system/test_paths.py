@@ -132,7 +132,7 @@ def test_every_setting_with_text_is_a_path_or_known_to_be_none():
 def configured(name, value):
     config = settings.default_config()
     config.update(objective="cd", teacher_checkpoint="teacher")
-    config.consistency.update(student_steps=2, teacher_guidance=1.0)
+    config.consistency.update(student_steps=(2,), teacher_guidance=1.0)
     section, _, field = name.rpartition(".")
     (config[section] if section else config)[field] = value
     found = validation.validate(config)
