@@ -51,7 +51,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("num", Options.num, "Samples for each result.", lower_bound=2)
     flags.DEFINE_list("steps", [], "Sampling steps, separated by commas. Default: the run's own.")
     flags.DEFINE_enum("sampler", None, SAMPLERS, "Default: the run's own.")
-    flags.DEFINE_enum("noise_grid", None, NOISE_GRIDS, "Noise levels. Default: the run's own.")
+    flags.DEFINE_string(
+        "noise_grid",
+        None,
+        f"Noise levels: {', '.join(NOISE_GRIDS)}, or times such as 1,1/2,1/4, at which the network is "
+        "called. Default: the run's own.",
+    )
     flags.DEFINE_enum(
         "x_var",
         None,

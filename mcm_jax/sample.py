@@ -49,11 +49,11 @@ _SAMPLER = flags.DEFINE_enum(
     "Default: the run's own. heun calls the network twice in each step except the last; consistency, for "
     "consistency models of one step, adds new noise in each step.",
 )
-_NOISE_GRID = flags.DEFINE_enum(
+_NOISE_GRID = flags.DEFINE_string(
     "noise_grid",
     None,
-    ["schedule", "karras", "published_cd", "published_ct"],
-    "Noise levels. Default: the run's own.",
+    "Noise levels: schedule, karras, published_cd, published_ct, or times such as 1,1/2,1/4, at which the "
+    "network is called. Default: the run's own.",
 )
 _X_VAR = flags.DEFINE_enum(
     "x_var",

@@ -18,7 +18,7 @@ def upgraded(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Converts settings of older versions to equivalent current ones; returns current ones unchanged."""
     result = _from_version_0_1(raw)
     for section in _SINGLE:
-        steps = result.get(section, {}).get("student_steps", ())
+        steps = (result.get(section) or {}).get("student_steps", ())
         if not isinstance(steps, list | tuple):
             result[section] = {**result[section], "student_steps": () if steps is None else (steps,)}
     return result

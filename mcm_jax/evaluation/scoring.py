@@ -337,7 +337,9 @@ def _check(options: Options) -> None:
     settings = {"sampler": SAMPLERS, "noise_grid": NOISE_GRIDS, "x_var": X_VARS, "rounding": ROUNDINGS}
     for name, choices in settings.items():
         value = getattr(options, name)
-        if value is not None and value not in choices:
+        # A grid may be a list of times, which is checked with the run.
+        times = name == "noise_grid" and value is not None and value[:1].isdecimal()
+        if value is not None and value not in choices and not times:
             raise InputError(f"--{name}={value} is not one of {', '.join(choices)}")
     for guidance in options.guidance:
         if not 0 <= guidance < math.inf:

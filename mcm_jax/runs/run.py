@@ -150,7 +150,8 @@ class Run:
           caption_split: the split from which captions are drawn, test or heldout; None: test.
           first: index of the first image.
           progress: called after each batch with its number of images.
-          options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults.
+          options: steps, sampler, noise_grid, x_var, guidance, rounding; see `sampling` for the defaults. A
+            noise_grid of times, such as "1,1/2,1/4", calls the network there; its steps may differ in length.
 
         Raises:
           InputError: wrong number of labels or prompts, labels out of range, or labels, prompts or options
@@ -158,13 +159,21 @@ class Run:
           samplers.NonFiniteSamplesError: a sample is not finite.
         """
         settings = self.sampling(**options)
-        if self.student_steps and settings.steps not in self.student_steps:
+        times = samplers.grid_times(settings.noise_grid)
+        untrained = samplers.untrained_step(self.student_steps, times) if self.student_steps else None
+        if times and untrained is not None:
+            warnings.warn(
+                f"this student was not trained for the step from {untrained[0]:.6g} to {untrained[1]:.6g} of "
+                f"noise_grid={settings.noise_grid}; expect worse images",
+                stacklevel=2,
+            )
+        if self.student_steps and not times and settings.steps not in self.student_steps:
             warnings.warn(
                 f"this student was trained for {_listed(self.student_steps)} steps but is sampled with "
                 f"{settings.steps}; expect worse images",
                 stacklevel=2,
             )
-        if self.student_steps and settings.noise_grid != "schedule":
+        if self.student_steps and not times and settings.noise_grid != "schedule":
             warnings.warn(
                 f"this student was trained on its schedule's grid but is sampled on {settings.noise_grid}; "
                 "expect worse images",

@@ -1,7 +1,9 @@
 """Resolves a run's sampling settings and builds the jitted sampler."""
 
 import dataclasses
+import fractions
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Sequence
@@ -126,10 +128,7 @@ def resolve(
             "x_var=measured needs a model that predicts x for any noise, which a student of several numbers "
             "of steps does not; use analytic"
         )
-    steps = steps or settings.teacher_steps
-    kind = _known("noise_grid", noise_grid or settings.noise_grid, NOISE_GRIDS)
-    if schedules.is_published(kind) and steps > 2:
-        raise InputError(f"noise_grid={kind} has noise levels for 1 or 2 steps, not for {steps}")
+    kind, steps = _grid(noise_grid or settings.noise_grid, steps, default=settings.teacher_steps)
     return Sampling(
         steps=steps,
         sampler=chosen,
@@ -146,6 +145,51 @@ def resolve(
     )
 
 
+def _grid(noise_grid: str, steps: int | None, *, default: int) -> tuple[str, int]:
+    """The name or the times of a grid, and its number of steps; see `resolve`."""
+    times = grid_times(noise_grid)
+    if times:
+        kind = ",".join(f"{t:.6g}" for t in times)
+        if steps not in (None, len(times)):
+            raise InputError(f"steps={steps} contradicts noise_grid={kind}, which has {len(times)} times")
+        return kind, len(times)
+    kind, steps = _known("noise_grid", noise_grid, NOISE_GRIDS), steps or default
+    if schedules.is_published(kind) and steps > 2:
+        raise InputError(f"noise_grid={kind} has noise levels for 1 or 2 steps, not for {steps}")
+    return kind, steps
+
+
+def grid_times(noise_grid: str) -> tuple[float, ...]:
+    """The times of a grid such as '1,1/2,1/4', at which the network is called; () for a grid with a name.
+
+    Raises:
+      InputError: the times do not descend from 1 to a number above 0.
+
+    Examples:
+      >>> grid_times("1,1/2,1/4"), grid_times("karras")
+      ((1.0, 0.5, 0.25), ())
+    """
+    if not noise_grid[:1].isdecimal():
+        return ()
+    try:
+        times = tuple(float(fractions.Fraction(text.strip())) for text in noise_grid.split(","))
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"noise_grid={noise_grid} must be a name or times such as 1,1/2,1/4") from error
+    if times[0] != 1 or times[-1] <= 0 or any(t <= s for t, s in itertools.pairwise(times)):
+        raise InputError(f"noise_grid={noise_grid} must descend from 1 to a time above 0")
+    return times
+
+
+def untrained_step(student_steps: Sequence[int], times: Sequence[float]) -> tuple[float, float] | None:
+    """The first step of a grid that a student of these numbers of steps was not trained for; None: none."""
+    for t, s in itertools.pairwise((*times, 0.0)):
+        # The length of a step determines S; 1e-5 is more than the rounding of a printed time.
+        steps = round(1 / (t - s))
+        if steps not in student_steps or abs(t * steps - round(t * steps)) + abs(t - s - 1 / steps) > 1e-5:
+            return t, s
+    return None
+
+
 def _known(name: str, value: str, choices: Sequence[T]) -> T:
     """Returns `value` as one of `choices`; raises InputError if it is not among them."""
     for choice in choices:
@@ -158,6 +202,9 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
     """The log-SNRs at which the network is called."""
     if settings.noise_grid == "karras":
         return schedules.karras_grid(settings.steps)
+    times = grid_times(settings.noise_grid)
+    if times:
+        return build.schedule(config)(jnp.asarray(times, jnp.float32))
     kind = _known("noise_grid", settings.noise_grid, NOISE_GRIDS)
     if schedules.is_published(kind):
         return schedules.published_grid(kind, settings.steps)

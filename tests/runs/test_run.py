@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 import mcm_jax
 from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
-from mcm_jax.runs import build, trainer, workdirs
+from mcm_jax.runs import build, samplers, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system.errors import InputError
@@ -129,9 +129,14 @@ def test_one_student_samples_with_each_of_its_numbers_of_steps(tiny_data, teache
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, two = (student.sample(4, steps=steps)[0] for steps in (1, 2))
+        by_time, _ = student.sample(4, noise_grid="1,1/2")
     assert not np.array_equal(one, two)
+    np.testing.assert_array_equal(by_time, two)
+    assert student.sampling(noise_grid="1,1/3").noise_grid == "1,0.333333"
     with pytest.warns(UserWarning, match="trained for 1 and 2 steps but is sampled with 3"):
         student.sample(1, steps=3)
+    with pytest.warns(UserWarning, match="not trained for the step from 1 to 0.75 of noise_grid=1,0.75"):
+        student.sample(1, noise_grid="1,3/4")
     with pytest.raises(InputError, match="a student of several numbers of steps does not; use analytic"):
         student.sample(1, sampler="addim", x_var="measured")
     # The network has learned to use the end of the step.
@@ -317,6 +322,44 @@ def test_the_noise_levels_of_published_students(run, noise_grid):
         InputError, match=f"noise_grid={noise_grid} has noise levels for 1 or 2 steps, not for 3"
     ):
         run.sampling(steps=3, noise_grid=noise_grid)
+
+
+@pytest.mark.parametrize(
+    ("times", "step"),
+    [
+        ("1,1/2,1/4", None),
+        ("1,0.75,0.5", None),
+        ("1,0.333333,0.25", (1.0, 0.333333)),
+        ("1,3/4,1/3", (0.75, 1 / 3)),
+        ("1,1/2,3/8", (0.5, 0.375)),
+        ("1,7/8,1/2", (1.0, 0.875)),
+    ],
+)
+def test_a_grid_of_trained_steps(times, step):
+    assert samplers.untrained_step((1, 2, 4), samplers.grid_times(times)) == step
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_grid": "0.5,0.25"}, "must descend from 1 to a time above 0"),
+        ({"noise_grid": "1,1/2,1/2"}, "must descend from 1 to a time above 0"),
+        ({"noise_grid": "1,1/2,0"}, "must descend from 1 to a time above 0"),
+        ({"noise_grid": "1,half"}, "must be a name or times such as 1,1/2,1/4"),
+        ({"noise_grid": "1,1/0"}, "must be a name or times such as 1,1/2,1/4"),
+        ({"noise_grid": "1,1/2", "steps": 3}, "steps=3 contradicts noise_grid=1,0.5, which has 2 times"),
+    ],
+)
+def test_bad_times(run, options, message):
+    with pytest.raises(InputError, match=message):
+        run.sampling(**options)
+
+
+def test_a_teacher_is_sampled_at_any_times(run):
+    """At the times of a grid with a name, the samples are the same."""
+    expected, _ = run.sample(3, steps=4)
+    np.testing.assert_array_equal(run.sample(3, noise_grid="1,3/4,1/2,1/4")[0], expected)
+    assert not np.array_equal(run.sample(3, noise_grid="1,3/4,1/2,1/8")[0], expected)
 
 
 def test_new_noise_suits_only_students_of_one_step(student):
