@@ -26,6 +26,8 @@ JsonObject = dict[str, Any]
 
 # Files in a run's directory.
 RUN_FILE = "run.json"
+# In place of RUN_FILE, in a folder written by `mcm_jax.export`; has all that RUN_FILE has.
+EXPORTED_FILE = "config.json"
 RESULTS = Path("evaluation") / "results.jsonl"
 
 Objective = Literal["diffusion", "guidance", "cd", "ct", "scd", "sct", "progressive", "tract"]

@@ -8,7 +8,7 @@ from PIL import Image
 from mcm_jax import records
 from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data import images
-from mcm_jax.records import RESULTS, RUN_FILE, JsonObject, RecordError, Result
+from mcm_jax.records import EXPORTED_FILE, RESULTS, RUN_FILE, JsonObject, RecordError, Result
 from mcm_jax.system import files, json_text
 from mcm_jax.system.errors import InputError, printable, reason
 from mcm_jax.system.paths import Path, resolved
@@ -97,8 +97,9 @@ def collect(runs: Path) -> Collection:
         found, skipped = read_file(path)
         results += [RunResult(**vars(result), run=name, directory=directory) for result in found]
         notes += skipped
-        if (directory / RUN_FILE).exists():
-            descriptions[name] = read_run(directory / RUN_FILE)
+        described = [directory / file for file in (RUN_FILE, EXPORTED_FILE) if (directory / file).exists()]
+        if described:
+            descriptions[name] = read_run(described[0])
         else:
             notes.append(f"{name} has no {RUN_FILE}, so its training is unknown")
     if not results:
@@ -140,7 +141,7 @@ def read_file(path: Path) -> tuple[list[Result], list[str]]:
 
 
 def read_run(path: Path) -> RunDescription:
-    """Reads a run.json.
+    """Reads a run.json, or the config.json of an exported model.
 
     Raises:
       InputError: the file can't be read or is damaged.

@@ -26,7 +26,7 @@ from mcm_jax.system import distributed, files, json_text, sharding
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import Path, checked_path, resolved
 from mcm_jax.text import encoders
-from mcm_jax.training.checkpoints import Checkpoints, Parameters
+from mcm_jax.training.checkpoints import Parameters
 from mcm_jax.training.state import Params
 
 Images = UInt8[np.ndarray, "N r r 3"]
@@ -66,7 +66,8 @@ class Run:
           guide_origin: the published file of the model that guided the run's teacher; None: none.
         """
         self.config, self.dataset, self.mesh = config, dataset, mesh
-        self.params, self.checkpoint_step, self.parameters = params, checkpoint_step, parameters
+        self.params, self.checkpoint_step = params, checkpoint_step
+        self.parameters: Parameters = parameters
         self.workdir, self.checkpoint, self.origin, self.guide = workdir, checkpoint, origin, guide
         self._guide_origin = guide_origin
         self.network = build.network(config, condition=build.condition(dataset))
@@ -505,6 +506,7 @@ def load_run(
     """Loads the run in `workdir` from its newest checkpoint, or from the one at `checkpoint_step`.
 
     Args:
+      workdir: the directory of a run, or a folder written by `mcm_jax.export`.
       parameters: "ema" for the averaged parameters, "raw" for those after the last update.
       data_dir: the directory of prepared data; None for the one used in training.
 
@@ -519,14 +521,15 @@ def load_run(
     if data_dir is not None:
         data = dataclasses.replace(config.data, data_dir=str(data_dir))
         config = dataclasses.replace(config, data=data)
+        path = layout.dataset_dir(data_dir, dataset=dataset.dataset, resolution=dataset.resolution)
+        dataset = dataclasses.replace(dataset, path=path)
     # A trained run is sampled on the devices of this machine, with a copy of the parameters on each.
     mesh = sharding.make_mesh(data=-1, fsdp=1)
     network = build.network(config, condition=build.condition(dataset))
     abstract = network.abstract_params
     shardings = sharding.params_sharding(mesh, abstract)
-    with Checkpoints(workdir) as saved:
-        step = saved.require()[-1] if checkpoint_step is None else checkpoint_step
-        params = saved.restore_params(abstract, shardings, parameters=parameters, step=step)
+    step = workdirs.steps(workdir)[-1] if checkpoint_step is None else checkpoint_step
+    params = workdirs.restore_params(workdir, abstract, shardings, parameters=parameters, step=step)
     return Run(
         config,
         dataset,

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -35,6 +35,8 @@ CLIPS: tuple[Clip, ...] = typing.get_args(Clip)
 ROUNDINGS: tuple[Rounding, ...] = typing.get_args(Rounding)
 
 T = TypeVar("T")
+# See `sampler_fn`.
+SamplerFn = Callable[[Params, Array, Float[Array, " N"] | None, Array, Cond], tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,7 +216,16 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
 def make_sampler(
     config: Config, network: Network, settings: Sampling, *, guide: Network | None = None, mesh: Mesh
 ) -> jax.stages.Wrapped:
-    """Returns jitted (params, key, x_var, image indices, cond) -> (images, finite), sharded over the mesh.
+    """Returns the jitted `sampler_fn`, sharded over the mesh."""
+    network = build.placed(config, network, mesh=mesh)
+    sample = sampler_fn(config, network, settings, guide=guide)
+    return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
+
+
+def sampler_fn(
+    config: Config, network: Network, settings: Sampling, *, guide: Network | None = None
+) -> SamplerFn:
+    """Returns (params, key, x_var, image indices, cond) -> (images, finite).
 
     The images are uint8; `finite` states for each whether it was finite before rounding. Image n depends only
     on (key, n), its condition, the parameters and `settings`. For x_var, see `sampling.sample`.
@@ -222,7 +233,7 @@ def make_sampler(
     Args:
       guide: the guide's network; `params` is then a pair, the network's and the guide's.
     """
-    network, logsnr = build.placed(config, network, mesh=mesh), grid(config, settings)
+    logsnr = grid(config, settings)
     sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)
     rounding = _known("rounding", settings.rounding, ROUNDINGS)
 
@@ -254,4 +265,4 @@ def make_sampler(
         finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
         return to_uint8(x, rounding=rounding), finite
 
-    return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
+    return sample

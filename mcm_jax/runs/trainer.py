@@ -227,9 +227,7 @@ def finished_run(path: Path, dataset: DatasetInfo, *, what: str) -> workdirs.Run
       InputError: it is not finished, or was not trained for the size and the conditions of `dataset`.
     """
     try:
-        run = workdirs.read(path)
-        with Checkpoints(path) as checkpoints:
-            done = checkpoints.require()[-1]
+        run, done = workdirs.read(path), workdirs.steps(path)[-1]
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     if run.origin is not None and run.origin.kind == CONSISTENCY:
@@ -347,10 +345,8 @@ def _start(
 
 def _restored(workdir: Path, abstract: Params, mesh: Mesh) -> Params:
     """The averaged parameters of the run in `workdir`, sharded over the mesh."""
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_params(
-            abstract, sharding.params_sharding(mesh, abstract), parameters="ema"
-        )
+    shardings = sharding.params_sharding(mesh, abstract)
+    return workdirs.restore_params(workdir, abstract, shardings, parameters="ema")
 
 
 def _workdir_of(model: Literal["teacher", "guide"], config: Config) -> Path:

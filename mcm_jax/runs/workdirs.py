@@ -7,6 +7,9 @@ samples/      grids of samples drawn during training
 x_var/        measured variances for sampling
 evaluation/   results and their grids
 xla_cache/    compiled programs, for a fast restart
+
+A folder written by `mcm_jax.export` can be given wherever a run is read: as a run to sample or evaluate, as a
+teacher or as a guide. `read`, `steps`, `checkpoint_identity` and `restore_params` know both.
 """
 
 import contextlib
@@ -22,11 +25,13 @@ from mcm_jax.config.settings import Config
 from mcm_jax.config.upgrade import upgraded
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
-from mcm_jax.records import RUN_FILE, Origin
+from mcm_jax.records import EXPORTED_FILE, RUN_FILE, JsonObject, Origin
+from mcm_jax.runs import exported
 from mcm_jax.system import distributed, files, json_text, locks
 from mcm_jax.system.errors import InputError, reason, shortened
 from mcm_jax.system.paths import Path, absolute, as_path, checked_path, resolved
-from mcm_jax.training.checkpoints import CHECKPOINTS, newest_step
+from mcm_jax.training.checkpoints import CHECKPOINTS, Checkpoints, Parameters, newest_step
+from mcm_jax.training.state import Params
 
 _METADATA = "_CHECKPOINT_METADATA"
 LOCK = "lock"
@@ -34,7 +39,7 @@ LOCK = "lock"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The content of run.json.
+    """The content of run.json, or of config.json beside an exported model.
 
     Attributes:
       teacher: `checkpoint_identity` of the teacher's checkpoint that the run started from; None if there is
@@ -51,13 +56,51 @@ class RunRecord:
     origin: Origin | None = None
     guide_origin: Origin | None = None
 
+    def to_json(self) -> JsonObject:
+        """The content of the file."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def _exported(workdir: Path) -> exported.Exported | None:
+    """What an exported model's folder contains; None if `workdir` is not one."""
+    return None if (workdir / RUN_FILE).exists() else exported.find(workdir)
+
+
+def steps(workdir: Path) -> list[int]:
+    """Number of updates at each checkpoint, in ascending order.
+
+    Raises:
+      InputError: there is no checkpoint.
+    """
+    if (model := _exported(workdir)) is not None:
+        return [model.checkpoint_step]
+    with Checkpoints(workdir) as saved:
+        return saved.require()
+
+
+def restore_params(
+    workdir: Path, abstract: Params, shardings: Params, *, parameters: Parameters, step: int | None = None
+) -> Params:
+    """Restores averaged ("ema") or raw ("raw") parameters at `step`, by default the newest checkpoint.
+
+    Raises:
+      InputError: there are no such parameters, or they are damaged.
+    """
+    if (model := _exported(workdir)) is not None:
+        return exported.restore_params(workdir, model, abstract, shardings, parameters=parameters, step=step)
+    with Checkpoints(workdir) as saved:
+        return saved.restore_params(abstract, shardings, parameters=parameters, step=step)
+
 
 def checkpoint_identity(workdir: Path, step: int) -> str | None:
     """Returns a hash that identifies a checkpoint, even among checkpoints of the same step.
 
     Hashes the metadata written by Orbax, which contain the time to the nanosecond, so that copying or moving
-    the directory does not change the identity. None if there are no metadata.
+    the directory does not change the identity. None if there are no metadata. An exported model has the
+    identity of its checkpoint.
     """
+    if (model := _exported(workdir)) is not None:
+        return model.checkpoint
     try:
         return hashlib.sha256(files.read_bytes(workdir / CHECKPOINTS / str(step) / _METADATA)).hexdigest()
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +112,8 @@ def newest_identity(path: str | None) -> str | None:
     if path is None:
         return None
     workdir = as_path(path)
-    step = newest_step(workdir)
+    model = _exported(workdir)
+    step = newest_step(workdir) if model is None else model.checkpoint_step
     return None if step is None else checkpoint_identity(workdir, step)
 
 
@@ -77,8 +121,14 @@ def existing_run(workdir: Path, config: Config) -> RunRecord | None:
     """The run that was started in `workdir` with this config, teacher and guide; None if there is no run.
 
     Raises:
-      InputError: the run there has another config, teacher or guide, or its file is damaged.
+      InputError: the run there has another config, teacher or guide, or its file is damaged; or it is an
+        exported model.
     """
+    if _exported(workdir) is not None:
+        raise InputError(
+            f"--workdir={workdir} contains an exported model, which can't be trained further; start a "
+            "student in another directory"
+        )
     if not (workdir / RUN_FILE).exists():
         return None
     saved = read(workdir)
@@ -153,7 +203,7 @@ def read(workdir: Path) -> RunRecord:
     Raises:
       InputError: there is no run, or its file is damaged.
     """
-    path = workdir / RUN_FILE
+    path = workdir / (RUN_FILE if _exported(workdir) is None else EXPORTED_FILE)
     try:
         content = json_text.loads(files.read_bytes(path))
         return RunRecord(
@@ -191,8 +241,7 @@ def compilation_cache(workdir: Path) -> Path:
 
 
 def _write(workdir: Path, run: RunRecord) -> None:
-    content = json.dumps(dataclasses.asdict(run), indent=2, default=str)
-    files.write_whole(workdir / RUN_FILE, content + "\n")
+    files.write_whole(workdir / RUN_FILE, json.dumps(run.to_json(), indent=2) + "\n")
 
 
 def _check_same_settings(workdir: Path, config: Config, saved_config: Config) -> None:
