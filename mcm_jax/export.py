@@ -1,7 +1,7 @@
 """Writes a trained run as a folder to pass on: its parameters, or a sampler that needs only JAX.
 
-python -m mcm_jax.export --workdir=runs/cd4 --out=export/cd4 --format=safetensors
-python -m mcm_jax.export --workdir=runs/cd4 --out=export/cd4_sampler --format=stablehlo
+python -m mcm_jax.export --workdir=runs/cd4 --out=exports/cd4 --format=safetensors
+python -m mcm_jax.export --workdir=runs/cd4 --out=exports/cd4_sampler --format=stablehlo
 
 The first folder has the layout of the Hugging Face hub (model.safetensors, config.json, README.md); every
 program reads it like a workdir. The second one contains the sampler for CPUs, NVIDIA GPUs and TPUs, as a

@@ -87,6 +87,7 @@ def bucket(_bucket):
 SLOW = (
     "system/test_distributed.py",
     "runs",
+    "exporting",
     "test_commands.py",
     "models/test_uvit.py",
     "planning/test_planner.py",

@@ -113,6 +113,8 @@ def test_the_whole_thread_in_a_bucket(place, config, local_data, tmp_path):
     )
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/samples.npz")
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/grid.png")
+    succeed("export", f"--workdir={student}", f"--out={place}/model", "--format=safetensors")
+    jax.tree.map(np.testing.assert_array_equal, parameters(f"{place}/model"), parameters(student))
     prepared = f"--reference={place}/data/folder/tiny_8/1.0.0"
     scored = [f"--images={place}/samples.npz", f"--results={place}/scores.jsonl"]
     succeed("evaluate", *scored, prepared, cache)

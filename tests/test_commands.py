@@ -43,6 +43,8 @@ STORIES = {
             "mcm_jax/prepare.py",
             "mcm_jax/train.py",
             "mcm_jax/sample.py",
+            "mcm_jax/export.py",
+            "docs/passing_on.md",
             "mcm_jax/report.py",
             "launch/smoke.sh",
         ),

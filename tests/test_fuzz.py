@@ -250,6 +250,14 @@ TAR = tar({"n01440764.tar": tar(INNER), "n01443537.tar": tar({})})
 TEST_TAR = tar({"ILSVRC2012_val_00000001.JPEG": INNER["n01440764_1.JPEG"]})
 RUN = {"config": dataclasses.asdict(run_config()), "dataset": dataclasses.asdict(DATASET), "teacher": None}
 
+EXPORTED = {
+    "library_name": "mcm_jax",
+    "version": "1",
+    "checkpoint_step": 4,
+    "parameters": "ema",
+    "checksum": 1,
+}
+
 
 def read_pickle(path):
     pickles.read(path.read_bytes(), name="x")
@@ -297,6 +305,11 @@ def read_pictures(path):
 
 def read_run(path):
     path.rename(path.parent / records.RUN_FILE)
+    workdirs.read(path.parent)
+
+
+def read_exported(path):
+    path.rename(path.parent / records.EXPORTED_FILE)
     workdirs.read(path.parent)
 
 
@@ -395,6 +408,7 @@ READERS = {
     "picture": (lambda: damaged(pictures()), read_picture),
     "folder of pictures": (lambda: damaged(pictures()), read_pictures),
     "run.json": (lambda: json_of(RUN), read_run),
+    "config.json": (lambda: json_of({**RUN, **EXPORTED}), read_exported),
     "run.json in a report": (lambda: json_of({"config": made_up.CONFIG, "dataset": SUMMARY}), read_report),
     "results.jsonl": (lambda: json_of(made_up.record()), read_results),
     "summary.json": (lambda: json_of(SUMMARY), read_summary),

@@ -47,6 +47,9 @@ def call(program, *arguments):
             ["--workdir=/none", "--out=/dev/null/x.png"],
             "the directory of --out=/dev/null: cannot write",
         ),
+        ("export", ["--workdir=/none", "--out=/none/out", "--format=safetensors"], "/none is not a run"),
+        ("export", ["--workdir=s3://bucket/run", "--out=x", "--format=stablehlo"], "is a URL that can't be"),
+        ("export", ["--workdir=/none", "--out=x", "--format=onnx"], "format"),
         ("train", ["--config=openmoji:teacher", f"--workdir=/tmp/{'x' * 300}"], "of more than 255 bytes"),
         ("train", ["--config=openmoji:teacher", "--workdir="], "--workdir is empty"),
         ("sample", ["--out=x.png"], "workdir"),
@@ -62,7 +65,7 @@ def test_bad_input_is_one_line_and_exit_code_2(program, arguments, message):
     assert "Traceback" not in lines[0]
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "prepare", "report"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "export", "prepare", "report"])
 def test_help(program):
     """In an interpreter of its own, which imports what the program imports."""
     command = [sys.executable, "-m", f"mcm_jax.{program}", "--help"]

@@ -63,7 +63,7 @@ def _metadata(run: Run, record: RunRecord) -> JsonObject:
 
 
 def _facts(run: Run, record: RunRecord) -> dict[str, str]:
-    config, dataset, settings = run.config, run.dataset, run.sampling()
+    config, dataset, settings = record.config, run.dataset, run.sampling()
     count = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     steps = "any number" if run.student_steps is None else f"trained for {run.student_steps}"
     condition = f"{dataset.num_classes} classes"

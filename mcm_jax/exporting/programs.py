@@ -39,7 +39,7 @@ def exported_sampler(run: Run, settings: Sampling) -> export.Exported:
             f"--format=stablehlo: {run.workdir} is conditioned on captions, and its text encoder is not part "
             "of the sampler; use --format=safetensors"
         )
-    x_var = jax.device_get(run.x_var(settings))
+    x_var = run.x_var(settings)
     # The network as it is: on no mesh, with attention that every platform can compute.
     sample = samplers.sampler_fn(run.config, run.network, settings)
     abstract = run.network.abstract_params

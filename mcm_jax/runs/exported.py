@@ -6,12 +6,12 @@ README.md          the model card, for people
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import safetensors.numpy
 
 from mcm_jax.records import EXPORTED_FILE, Record
@@ -157,25 +157,25 @@ def _read(path: Path, abstract: Params, shardings: Params) -> Params:
         with files.reading(path) as file:
             tensors = TensorFile(file)
             wanted = {name: leaf.shape for name, leaf in by_name(abstract).items()}
-            # Pairs of a name and a shape that only one of both has.
+            # Pairs of a name and a shape that only the file or only the network has.
             differing = wanted.items() ^ tensors.shapes.items()
             if differing:
                 name, _ = min(differing)
                 raise ValueError(f"its tensor {shortened(name)} differs from the network of {EXPORTED_FILE}")
-            return jax.tree.map_with_path(
-                lambda place, leaf, sharding: _placed(tensors.read(_name(place)), leaf, sharding),
-                abstract,
-                shardings,
-            )
+            read = functools.partial(_tensor, tensors)
+            return jax.tree.map_with_path(read, abstract, shardings)
     except OSError as error:
         raise InputError(f"{path} can't be read ({reason(error)}); restore it") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged ({reason(error)}); restore it") from error
 
 
-def _placed(array: np.ndarray, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+def _tensor(
+    tensors: TensorFile, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    array = tensors.read(_name(path))
     if array.dtype != leaf.dtype:
-        raise ValueError(f"a tensor is {array.dtype}, not {leaf.dtype}")
+        raise ValueError(f"its tensor {_name(path)} is {array.dtype}, not {leaf.dtype}")
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 

@@ -6,7 +6,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from mcm_jax.data import embeddings, preparation
-from mcm_jax.runs import trainer
+from mcm_jax.exporting import folders, programs
+from mcm_jax.runs import trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system.errors import InputError
 from mcm_jax.text import encoders
@@ -88,6 +89,20 @@ def test_without_prompts_captions_of_the_test_split_are_drawn(run):
     np.testing.assert_array_equal(part, images[3:5])
     np.testing.assert_array_equal(part_labels, labels[3:5])
     assert run.label_rule() == "test_captions" and set(labels) <= set(run.images("test")[1])
+
+
+def test_it_is_exported_with_its_parameters_but_not_as_a_sampler(run, teacher, encoder, data_dir, tmp_path):
+    """A program without the text encoder could not read prompts."""
+    folders.write_model(run, workdirs.read(teacher), tmp_path)
+    loaded = load_run(tmp_path, data_dir=data_dir)
+    loaded.text_encoder(encoder)
+    for options in ({"prompts": PROMPTS}, {}):
+        expected, _ = run.sample(4, steps=2, **options)
+        np.testing.assert_array_equal(loaded.sample(4, steps=2, **options)[0], expected)
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipeline_tag: "text-to-image"' in card and "conditioned on captions, embedded by words" in card
+    with pytest.raises(InputError, match="is conditioned on captions, .* use --format=safetensors"):
+        programs.exported_sampler(run, run.sampling())
 
 
 def test_guidance_is_away_from_no_caption(run):

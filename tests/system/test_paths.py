@@ -17,7 +17,7 @@ from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 
 PACKAGE = Path(paths.__file__).parents[1]
-PROGRAMS = ("train", "sample", "evaluate", "prepare", "plan", "report", "findings")
+PROGRAMS = ("train", "sample", "evaluate", "export", "prepare", "plan", "report", "findings")
 # gs:/ is what pathlib makes of gs://.
 URLS = ("s3://bucket/run", "file:///tmp/run", "gs:/bucket/run", "gs://")
 
@@ -37,6 +37,7 @@ PATHS = {
         *("workdir", "guide", "images", "results", "data_dir", "inception", "reference", "cache_dir", "clip"),
         "dinov2",
     },
+    "export": {"workdir", "out", "data_dir"},
     "prepare": {"inception", "data_dir", "teacher", "workdir"},
     "plan": {"json", "hlo", "table", "scaling"},
     "report": {"runs", "out", "prompts", "text_encoder"},
