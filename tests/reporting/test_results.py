@@ -123,6 +123,13 @@ def test_other_damage_is_named_with_file_and_line(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_exported_model_says_how_it_was_trained(tmp_path):
+    write(tmp_path / "cd4", record(10.0), config=CONFIG)
+    (tmp_path / "cd4" / "run.json").rename(tmp_path / "cd4" / "config.json")
+    content = results.collect(tmp_path)
+    assert content.descriptions["cd4"].config == CONFIG and not content.notes
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", '{"config": {}}', '{"config": {"data": 3}, "dataset": {}}', "[]"]
 )

@@ -101,7 +101,7 @@ def test_it_is_exported_with_its_parameters_but_not_as_a_sampler(run, teacher, e
         np.testing.assert_array_equal(loaded.sample(4, steps=2, **options)[0], expected)
     card = (tmp_path / "README.md").read_text()
     assert 'pipeline_tag: "text-to-image"' in card and "conditioned on captions, embedded by words" in card
-    with pytest.raises(InputError, match="is conditioned on captions, .* use --format=safetensors"):
+    with pytest.raises(InputError, match=r"is conditioned on captions, .* use --format=safetensors"):
         programs.exported_sampler(run, run.sampling())
 
 
