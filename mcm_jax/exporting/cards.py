@@ -65,7 +65,7 @@ def _metadata(run: Run, record: RunRecord) -> JsonObject:
 def _facts(run: Run, record: RunRecord) -> dict[str, str]:
     config, dataset, settings = record.config, run.dataset, run.sampling()
     count = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    steps = "any number" if run.student_steps is None else f"trained for {run.student_steps}"
+    steps = f"trained for {', '.join(map(str, run.student_steps))}" if run.student_steps else "any number"
     condition = f"{dataset.num_classes} classes"
     if dataset.encoding is not None:
         condition = f"captions, embedded by {dataset.encoding.encoder}"

@@ -113,7 +113,7 @@ def test_the_card_states_what_is_known_and_what_is_not(model, teacher, tmp_path)
     config = dataclasses.replace(
         run.config,
         objective="cd",
-        consistency=Consistency(student_steps=2),
+        consistency=Consistency(student_steps=(2,)),
         teacher_checkpoint="/home/ada/runs/big",
     )
     record = dataclasses.replace(record, config=config, origin=ORIGIN)
@@ -126,7 +126,7 @@ def test_the_card_states_what_is_known_and_what_is_not(model, teacher, tmp_path)
     assert "trained for 2; by default 2 of ddim" in text and "Started from: big" in text
     assert f"Licence of {ORIGIN.file}: {ORIGIN.licence}" in text
     loaded = load_run(tmp_path)
-    assert (loaded.student_steps, loaded.origin, loaded.checkpoint) == (2, ORIGIN, None)
+    assert (loaded.student_steps, loaded.origin, loaded.checkpoint) == ((2,), ORIGIN, None)
     assert "/home/ada" not in text + (tmp_path / "config.json").read_text()
 
 
@@ -275,6 +275,27 @@ def test_a_guided_sampler_with_a_measured_variance(teacher, tmp_path):
     images = np.asarray(program.call(exported.by_name(run.params), np.uint32(0), labels))
     assert_nearly_equal(images, guided.sample(5, labels=labels, guidance=0.7)[0])
     assert not np.array_equal(images, guided.sample(5, labels=labels, guidance=0.0)[0])
+
+
+def test_a_student_of_several_numbers_of_steps(teacher, tmp_path):
+    """Its network also receives the end of each step."""
+    run, record = load_run(teacher), workdirs.read(teacher)
+    config = dataclasses.replace(
+        run.config, objective="cd", consistency=Consistency(student_steps=(1, 2)), teacher_checkpoint="big"
+    )
+    record = dataclasses.replace(record, config=config)
+    student = Run(config, run.dataset, mesh=run.mesh, params=None, checkpoint_step=4)
+    params = student.network.init_from(jax.random.key(0), run.params)
+    student.params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    folders.write_model(student, record, tmp_path)
+    assert "trained for 1, 2; by default 2 of ddim" in (tmp_path / "README.md").read_text()
+    assert front_matter(tmp_path)["mcm_jax"]["student_steps"] == [1, 2]
+    labels = np.array([0, 1, 1], np.int32)
+    expected, _ = student.sample(3, labels=labels)
+    np.testing.assert_array_equal(load_run(tmp_path).sample(3, labels=labels)[0], expected)
+    program = programs.exported_sampler(student, student.sampling())
+    images = np.asarray(program.call(exported.by_name(student.params), np.uint32(0), labels))
+    assert_nearly_equal(images, expected)
 
 
 @pytest.mark.multi_device
