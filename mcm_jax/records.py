@@ -30,7 +30,9 @@ RUN_FILE = "run.json"
 EXPORTED_FILE = "config.json"
 RESULTS = Path("evaluation") / "results.jsonl"
 
-Objective = Literal["diffusion", "guidance", "cd", "ct", "scd", "sct", "progressive", "tract"]
+Objective = Literal[
+    "diffusion", "guidance", "cd", "ct", "scd", "sct", "ayf", "meanflow", "progressive", "tract"
+]
 # In the order in which tables list them.
 OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
 # Models that support any number of steps; the others are students with a fixed number.

@@ -23,12 +23,14 @@ _SYSTEMS = {
     "cd": ({"ddim"}, {"steps"}, {"teacher_steps"}),
     "sct": (set(), {"steps"}, set()),
     "scd": (set(), {"steps"}, set()),
+    "ayf": (set(), set(), set()),
+    "meanflow": (set(), set(), set()),
     "pd": (set(), {"steps"}, set()),
     "tract": (set(), {"steps"}, set()),
 }
 _ALLOWED = (
-    "with teacher, or with ct, cd, sct, scd, pd or tract and steps=S, such as cd,steps=4; ct and cd may add "
-    "teacher_steps=N, and cd may add ddim"
+    "with teacher, ayf or meanflow, or with ct, cd, sct, scd, pd or tract and steps=S, such as cd,steps=4; "
+    "ct and cd may add teacher_steps=N, and cd may add ddim"
 )
 
 
@@ -57,9 +59,9 @@ def imagenet(
 
     Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
-    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time; not the paper's, but
-    trained like ct and cd). With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd,
-    "ddim" sets DDIM as the teacher's step.
+    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time), "ayf" and "meanflow"
+    (flow maps), which are not the paper's, but trained like ct and cd. With ct and cd, "teacher_steps=N" sets
+    a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's step.
 
     Args:
       resolution: height and width of the images in pixels.
@@ -116,6 +118,11 @@ def imagenet(
         if "teacher_steps" in numbers:
             constant = float(rows.single(row, numbers, "teacher_steps"))
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
+    elif system in rows.FLOW_MAPS:
+        config.flow_map.update(rows.FLOW_MAPS[system])
+        config.model.noise_scale = "smooth"
+        config.flow_map.teacher_guidance = settings.guidance if system == "ayf" else 0.0
+        config.sampling.teacher_steps = 4
     elif system in ("sct", "scd"):
         config.continuous.student_steps = numbers["steps"]
         # The teacher must have it too.
@@ -149,6 +156,8 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.consistency.anneal_steps //= 2
     elif config.objective in ("sct", "scd"):
         config.continuous.warmup_steps //= 2
+    elif config.objective in rows.FLOW_MAPS:
+        config.flow_map.warmup_steps //= 2
     return config
 
 

@@ -7,12 +7,18 @@ import ml_collections
 from mcm_jax.config.settings import default_config
 from mcm_jax.system.errors import InputError
 
+# The settings of flow maps that AYF and MeanFlow state differently.
+FLOW_MAPS: dict[str, dict[str, object]] = {
+    "ayf": {"warmup_last": 0.99},
+    "meanflow": {"equal_share": 0.75, "proposal": "lognormal", "normalised": "loss", "floor": 0.01},
+}
+
 
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
     """Returns the config of a row with a network and training small enough for two CPU cores.
 
-    Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "tract" (64 -> 8 -> 1),
-    "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance". Several numbers, as in
+    Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "ayf", "meanflow", "tract"
+    (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance". Several numbers, as in
     "cd,steps=1+2+4+8+16", train one student for all of them.
 
     The method is the paper's, the settings are not: fewer updates need a higher learning rate, faster
@@ -29,6 +35,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         "ct": (("steps",), ()),
         "scd": (("steps",), ()),
         "sct": (("steps",), ()),
+        "ayf": ((), ()),
+        "meanflow": ((), ()),
         "tract": ((), ()),
         "progressive": ((), ("steps",)),
         "guidance": ((), ()),
@@ -37,8 +45,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     needed, allowed = systems.get(system, ((), ()))
     if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
         raise InputError(
-            f"there is no config row {row!r}: use teacher, guidance, tract, progressive, or one of cd, ct, "
-            "scd and sct with steps=S, such as cd,steps=4 or cd,steps=1+2+4"
+            f"there is no config row {row!r}: use teacher, guidance, tract, progressive, ayf, meanflow, or "
+            "one of cd, ct, scd and sct with steps=S, such as cd,steps=4 or cd,steps=1+2+4"
         )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
@@ -58,6 +66,10 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         config.continuous.update(student_steps=numbers["steps"], warmup_steps=100)
         # The teacher must have it too.
         config.model.noise_scale = "smooth"
+    elif system in FLOW_MAPS:
+        config.flow_map.update(warmup_steps=100, **FLOW_MAPS[system])
+        config.model.noise_scale = "smooth"
+        config.sampling.teacher_steps = 4
     elif system == "tract":
         config.tract.stages = (64, 8, 1)
     elif system == "progressive":

@@ -22,6 +22,7 @@ from mcm_jax.models.uvit import UViTSettings
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.diffusion import Diffusion
+from mcm_jax.objectives.flow_map import FlowMap
 from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.progressive import Progressive
@@ -41,6 +42,8 @@ SECTIONS = {
     "ct": "consistency",
     "scd": "continuous",
     "sct": "continuous",
+    "ayf": "flow_map",
+    "meanflow": "flow_map",
     "tract": "tract",
     "progressive": "progressive",
     "guidance": "guidance",
@@ -50,7 +53,7 @@ ARCHITECTURES = {"uvit": "model", "adm": "adm", "edm2": "edm2"}
 # The objectives that are trained in stages.
 Staged = Tract | Progressive
 # The objectives that call no teacher during training.
-_FROM_DATA = ("diffusion", "ct", "sct")
+_FROM_DATA = ("diffusion", "ct", "sct", "meanflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,11 +173,13 @@ class Config:
     objective: Objective = setting(
         "diffusion",
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), scd or sct (the same in "
-        "continuous time), tract, progressive, guidance",
+        "continuous time), ayf or meanflow (flow maps, distilled or trained), tract, progressive, guidance",
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
-        None, "workdir of the teacher; required except for diffusion (ct and sct only copy its parameters)"
+        None,
+        "workdir of the teacher; required except for diffusion (ct, sct and meanflow only copy its "
+        "parameters)",
     )
     guide_checkpoint: str | None = setting(
         None,
@@ -195,6 +200,7 @@ class Config:
     diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
     continuous: Continuous = dataclasses.field(default_factory=Continuous)
+    flow_map: FlowMap = dataclasses.field(default_factory=FlowMap)
     tract: Tract = dataclasses.field(default_factory=Tract)
     progressive: Progressive = dataclasses.field(default_factory=Progressive)
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
@@ -209,7 +215,7 @@ class Config:
         return getattr(self, ARCHITECTURES[self.architecture])
 
     @property
-    def loss(self) -> Diffusion | Consistency | Continuous | Tract | Progressive | Guidance:
+    def loss(self) -> Diffusion | Consistency | Continuous | FlowMap | Tract | Progressive | Guidance:
         """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
@@ -221,7 +227,7 @@ class Config:
     @property
     def teacher_guidance(self) -> float:
         """Guidance weight g of the teacher; 0 if the objective does not distil a guided teacher."""
-        return self.loss.teacher_guidance if isinstance(self.loss, Multistep | Guidance) else 0.0
+        return self.loss.teacher_guidance if isinstance(self.loss, Multistep | FlowMap | Guidance) else 0.0
 
     @property
     def target_decay(self) -> float | None:
@@ -247,7 +253,13 @@ class Config:
     @property
     def takes_end(self) -> bool:
         """Whether the network receives the end of each step; see `objectives.multistep`."""
-        return isinstance(self.loss, Multistep) and self.loss.takes_end
+        loss = self.loss
+        return isinstance(loss, FlowMap) or (isinstance(loss, Multistep) and loss.takes_end)
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the model is made for few steps, and is no diffusion model."""
+        return bool(self.student_steps) or self.takes_end
 
 
 def stage_configs(config: Config, workdir: Path) -> list[tuple[Path, Config]]:

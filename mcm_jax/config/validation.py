@@ -22,6 +22,7 @@ from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
 from mcm_jax.objectives.continuous import Continuous
+from mcm_jax.objectives.flow_map import FlowMap
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
@@ -82,8 +83,8 @@ def _check_objective(config: Config) -> None:
     section = SECTIONS[objective]
     if isinstance(config.loss, Multistep):
         _check_student_steps(config.loss, objective)
-    if isinstance(config.loss, Continuous):
-        _check_continuous(config)
+    if isinstance(config.loss, Continuous | FlowMap):
+        _check_differentiable(config)
     if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:
@@ -134,7 +135,7 @@ def _check_student_steps(loss: Multistep, objective: str) -> None:
             )
 
 
-def _check_continuous(config: Config) -> None:
+def _check_differentiable(config: Config) -> None:
     """Refuses networks that change too fast with the noise level to be differentiated by it."""
     if config.architecture == "uvit" and config.model.noise_scale != "smooth":
         raise InputError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mcm_jax import fields, records
+from mcm_jax.config.settings import Config
 from mcm_jax.data import layout, pipeline
 from mcm_jax.evaluation import caption_scores as scores_by_captions
 from mcm_jax.evaluation import captioned, image_files, protocol, published
@@ -132,7 +133,7 @@ class Evaluator:
             training_seed=run.seed,
             origin=run.origin,
             guide_origin=run.guide_origin(sampling),
-            student_steps=_as_trained(run.student_steps, sampling.steps),
+            student_steps=_as_trained(run.config, sampling.steps),
             one_student=run.student_steps if len(run.student_steps) > 1 else (),
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
@@ -343,9 +344,13 @@ def _versions() -> dict[str, str]:
     return versions.record("jax", "flax", "mcm_jax")
 
 
-def _as_trained(student_steps: tuple[int, ...], steps: int) -> int | None:
-    """The number of steps that a student sampled with `steps` was trained for; None: it is no student."""
-    return steps if steps in student_steps else max(student_steps, default=None)
+def _as_trained(config: Config, steps: int) -> int | None:
+    """The number of steps that a student sampled with `steps` was trained for; None: it is no student.
+
+    A flow map was trained for any.
+    """
+    trained = config.student_steps or (steps,)
+    return (steps if steps in trained else max(trained)) if config.is_student else None
 
 
 def grid_name(measurement: Measurement) -> str:

@@ -24,6 +24,8 @@ _STUDENTS = {
     "ct": ("CT", "#d55e00", "s"),
     "scd": ("sCD", "#56b4e9", "v"),
     "sct": ("sCT", "#e69f00", "P"),
+    "ayf": ("AYF", "#8c6d31", "<"),
+    "meanflow": ("MeanFlow", "#7b4173", ">"),
     "progressive": ("PD", "#009e73", "D"),
     "tract": ("TRACT", "#cc79a7", "^"),
 }

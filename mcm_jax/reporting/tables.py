@@ -30,6 +30,8 @@ _COLUMNS = {
     "ct": "CT",
     "scd": "sCD",
     "sct": "sCT",
+    "ayf": "AYF",
+    "meanflow": "MeanFlow",
     "progressive": "PD",
     "tract": "TRACT",
 }
@@ -256,6 +258,11 @@ def _particulars(run: RunDescription) -> str:
     if run.config.get("objective") in ("scd", "sct") and continuous:
         parts.append(
             f"t {continuous.get('proposal')}, warm-up of {_plain(continuous.get('warmup_steps'))} updates"
+        )
+    flow_map = _settings(run, "flow_map")
+    if run.config.get("objective") in ("ayf", "meanflow") and flow_map:
+        parts.append(
+            f"times {flow_map.get('proposal')}, warm-up of {_plain(flow_map.get('warmup_steps'))} updates"
         )
     if consistency.get("stages"):
         parts.append(f"stages {' to '.join(map(str, consistency['stages']))} steps")

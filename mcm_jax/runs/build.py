@@ -19,6 +19,7 @@ from mcm_jax.models.conditions import Captions, Classes, Condition
 from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.continuous import Continuous
+from mcm_jax.objectives.flow_map import FlowMap
 from mcm_jax.objectives.objective import Networks
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
@@ -91,7 +92,7 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
     ) -> Float[Array, " B"]:
         teacher, guide_params = teacher_params or TeacherParams(None)
         target = None if target_params is None else bind(network, target_params)
-        if isinstance(config.loss, Continuous):
+        if isinstance(config.loss, Continuous | FlowMap):
             target = bind(tangent_network, jax.lax.stop_gradient(params))
         networks = Networks(
             student=bind(network, params),

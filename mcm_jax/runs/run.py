@@ -317,7 +317,7 @@ class Run:
         place = "the guide" if guide.workdir is None else resolved(guide.workdir).name
         name = place if guide.origin is None else guide.origin.file
         for run, what in ((guide, name), (self, str(self.workdir or "this run"))):
-            if run.student_steps or (run.origin and run.origin.kind == CONSISTENCY):
+            if run.config.is_student or (run.origin and run.origin.kind == CONSISTENCY):
                 raise InputError(
                     f"{what} is a student of few steps; only a diffusion model can guide or be guided by "
                     "another"

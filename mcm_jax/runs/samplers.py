@@ -98,10 +98,10 @@ def resolve(
         variance, or there is a guide but no guidance.
     """
     settings, asked = config.sampling, guidance
-    if config.student_steps:
+    if config.is_student:
         settings = dataclasses.replace(
             settings,
-            teacher_steps=max(config.student_steps),
+            teacher_steps=max(config.student_steps, default=settings.teacher_steps),
             sampler="ddim",
             noise_grid="schedule",
             guidance=0.0,
@@ -127,8 +127,8 @@ def resolve(
     measured = x_var == "measured"
     if measured and config.takes_end:
         raise InputError(
-            "x_var=measured needs a model that predicts x for any noise, which a student of several numbers "
-            "of steps does not; use analytic"
+            "x_var=measured needs a model that predicts x whatever the step, which this student does not; "
+            "use analytic"
         )
     kind, steps = _grid(noise_grid or settings.noise_grid, steps, default=settings.teacher_steps)
     return Sampling(

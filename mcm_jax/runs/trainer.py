@@ -190,7 +190,7 @@ def check_teacher(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
             f"config.teacher_checkpoint={path} was not trained for 'any class'; train a diffusion model with "
             "config.diffusion.label_dropout=0.1, or set config.guide_checkpoint to a worse model"
         )
-    if teacher_config.student_steps and teacher_data.fingerprints != dataset.fingerprints:
+    if teacher_config.is_student and teacher_data.fingerprints != dataset.fingerprints:
         raise InputError(
             f"config.teacher_checkpoint={path}, the stage before, was trained on other images than those in "
             f"{dataset.path} (their hashes differ); restore them, or train all stages in another workdir"
@@ -209,7 +209,7 @@ def check_guide(config: Config, dataset: DatasetInfo) -> workdirs.RunRecord:
     """Returns the guide's record; InputError unless it is a finished diffusion model of such images."""
     what = f"config.guide_checkpoint={config.guide_checkpoint}"
     guide = finished_run(_workdir_of("guide", config), dataset, what=what)
-    if guide.config.student_steps:
+    if guide.config.is_student:
         raise InputError(
             f"{what} is a {guide.config.objective} student; use the workdir of a diffusion model"
         )
@@ -270,7 +270,7 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
       InputError: it is neither.
     """
     path, steps = config.teacher_checkpoint, teacher.student_steps
-    if not steps:
+    if not teacher.is_student:
         return
     loss = config.loss
     if teacher.objective != config.objective or not isinstance(loss, Staged):
@@ -282,7 +282,7 @@ def _check_teacher_steps(config: Config, teacher: Config) -> None:
         raise InputError(
             f"config.teacher_checkpoint={path} is a student of {steps[0]} steps, but "
             f"config.{config.objective}.stages={loss.stages!r} needs a teacher of {loss.stages[0]}; "
-            f"start the stages at {steps}"
+            f"start the stages at {steps[0]}"
         )
     if isinstance(loss, Progressive) and loss.xvar_frac != loss.later_xvar_frac:
         raise InputError(

@@ -18,6 +18,7 @@ from mcm_jax import records
 from mcm_jax.config.settings import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.evaluation import efficientnet, evaluator, protocol, scoring, unfinished
+from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
 from tests import forks
@@ -50,7 +51,7 @@ class FakeRun:
 
     def __init__(self, workdir, parameters="ema", checkpoint_step=None, data_dir=None, asked=None):
         self.workdir, self.parameters = Path(workdir), parameters
-        self.config = Config(seed=17)
+        self.config = Config(seed=17, objective="cd", consistency=Consistency(self.student_steps))
         self.dataset = DATASET
         self.mesh = sharding.make_mesh(data=-1, fsdp=1)
         self.asked = [] if asked is None else asked

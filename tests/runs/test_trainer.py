@@ -45,7 +45,7 @@ def checkpoint_steps(workdir):
         return checkpoints.all_steps()
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "tract"])
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "meanflow", "tract"])
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path, capsys):
     """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
 
@@ -662,7 +662,8 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
     [
         (
             {"objective": "gan"},
-            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, progressive, tract",
+            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, ayf, meanflow, "
+            "progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8, 16)}, "config.model.widths=(8, 16) must have one entry"),
