@@ -23,9 +23,9 @@ URLS = ("s3://bucket/run", "file:///tmp/run", "gs:/bucket/run", "gs://")
 
 # Flags with text that names no path. prepare checks its manual_dir itself.
 TEXTS = {
-    "evaluate": {"steps", "guidance", "captions", "checkpoint_step", "metrics"},
+    "evaluate": {"steps", "guidance", "captions", "checkpoint_step", "metrics", "noise_grid"},
     "prepare": {"dataset", "encoder", "host", "name", "manual_dir"},
-    "sample": {"prompt"},
+    "sample": {"prompt", "noise_grid"},
     "train": {"profile"},
     "plan": {"topology"},
     "findings": {"problems"},
