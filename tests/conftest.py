@@ -50,7 +50,7 @@ hypothesis.settings.load_profile("fixed")
 
 import pytest
 
-from tests import buckets, tiny
+from tests import buckets, compiled, tiny
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +140,19 @@ def _checked_types(request):
     tests = Path(__file__).parent
     unchecked = any(request.path.is_relative_to(tests / name) for name in UNCHECKED)
     jaxtyping.config.update("jaxtyping_disable", unchecked)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _functions():
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _shared_functions(request, _functions):
+    """Shares jitted functions with earlier tests, but not with those that patch what they call."""
+    patched = "monkeypatch" in request.fixturenames
+    with compiled.shared({} if patched else _functions):
+        yield
 
 
 def pytest_collection_finish():
