@@ -30,6 +30,7 @@ from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_coco, test_emoji, test_imagenet
 from tests.evaluation import test_dinov2, test_inception_weights
+from tests.planning.stored import stored
 from tests.teachers import golden
 from tests.teachers import images as teacher_images
 from tests.text import tiny as encoders
@@ -287,6 +288,8 @@ def small_parts(monkeypatch):
         return compiled[key]
 
     monkeypatch.setattr(planner, "_compile", compile_once)
+    with stored():
+        yield
 
 
 def option(command: Command, flag: str) -> str | None:

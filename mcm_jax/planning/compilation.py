@@ -22,12 +22,22 @@ from mcm_jax.planning.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler reports: the memory that a program needs on each chip, and its module."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    total_bytes: int  # arguments, results that don't reuse their buffers, temporaries, and the program
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Memory and time that one execution of a compiled program needs on each chip, by estimate."""
 
     argument_bytes: int
     temporary_bytes: int
-    total_bytes: int  # arguments, results that don't reuse their buffers, temporaries, and the program
+    total_bytes: int  # as in `Compiled`
     operations: tuple[Operation, ...]
     text: str  # the compiled module
     doubts: tuple[str, ...] = ()  # messages about what could not be read from the module
@@ -92,7 +102,28 @@ def plan(
     Raises:
       jax.errors.JaxRuntimeError: compilation fails for a reason other than memory.
     """
-    lowered = function.lower(*arguments)
+    compiled = _compiled(function.lower(*arguments), topology)
+    if isinstance(compiled, TooLarge):
+        return compiled
+    operations, doubts = cost.operations(
+        hlo.parse(compiled.text),
+        topology.chip,
+        coordinates=[device.coords for device in mesh.devices.flat],
+        bounds=topology.bounds,
+        package=package,
+    )
+    return Plan(
+        argument_bytes=compiled.argument_bytes,
+        temporary_bytes=compiled.temporary_bytes,
+        total_bytes=compiled.total_bytes,
+        operations=tuple(operations),
+        text=compiled.text,
+        doubts=tuple(doubts),
+    )
+
+
+def _compiled(lowered: jax.stages.Lowered, topology: Topology) -> Compiled | TooLarge:
+    """Compiles a program for the topology; raises as `plan`."""
     try:
         with _no_cache():
             compiled = lowered.compile()
@@ -101,28 +132,18 @@ def plan(
         if refused is None:
             raise
         return refused
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise ValueError("the compiler does not report the program's memory or text")
-    operations, doubts = cost.operations(
-        hlo.parse(text),
-        topology.chip,
-        coordinates=[device.coords for device in mesh.devices.flat],
-        bounds=topology.bounds,
-        package=package,
-    )
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Plan(
+    return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         total_bytes=memory.argument_size_in_bytes
         + new_results
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        operations=tuple(operations),
         text=text,
-        doubts=tuple(doubts),
     )
 
 

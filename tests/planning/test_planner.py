@@ -23,6 +23,7 @@ from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
 from mcm_jax.system.errors import InputError
 from tests.limits import refusal
+from tests.planning.stored import stored
 from tests.planning.test_table import RECORD
 from tests.test_programs import call
 
@@ -84,7 +85,8 @@ def test_sampling_on_four_chips():
     flops = {}
     for steps in (1, 3):
         raw.sampling.teacher_steps = steps
-        record, text, _ = planner.plan(raw, "v5e:2x2", program="sample")
+        with stored():
+            record, text, _ = planner.plan(raw, "v5e:2x2", program="sample")
         assert record["doubts"] == [] and record["fits"]
         flops[steps] = record["flops_per_step"]
     assert record["hbm_argument_bytes"] >= 4 * record["params"]
@@ -123,7 +125,8 @@ def test_features_on_four_chips(monkeypatch):
     try:
         network = inception_weights.abstract_network()
         raw = rows.tiny("teacher", dataset="openmoji", resolution=16)
-        record, _, _ = planner.plan(raw, "v5e:2x2", program="features")
+        with stored():
+            record, _, _ = planner.plan(raw, "v5e:2x2", program="features")
     finally:
         inception_weights.abstract_network.cache_clear()
     images = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8)
