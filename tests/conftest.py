@@ -6,6 +6,7 @@ separate process with MCM_TEST_DEVICES=8, as in launch/test.sh.
 
 import functools
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -40,6 +41,22 @@ if not GPU:
 
 import jaxtyping
 
+# While the hook below imports a module, Python looks for all bytecode under the hook's names. It would not find
+# that of the libraries, and compile thousands of files, so they are imported first.
+for name in (
+    "beartype",
+    "clu.metric_writers",
+    "flax.nnx",
+    "grain",
+    "jax.experimental.pallas.ops.tpu.splash_attention",
+    "matplotlib.figure",
+    "orbax.checkpoint",
+    "PIL.Image",
+    "rich.progress",
+    "scipy.stats",
+    "tensorflow_datasets",
+):
+    importlib.import_module(name)
 jaxtyping.install_import_hook("mcm_jax", "beartype.beartype")
 
 import hypothesis
