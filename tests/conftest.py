@@ -41,21 +41,11 @@ if not GPU:
 
 import jaxtyping
 
-# While the hook below imports a module, Python looks for all bytecode under the hook's names. It would not find
-# that of the libraries, and compile thousands of files, so they are imported first.
-for name in (
-    "beartype",
-    "clu.metric_writers",
-    "flax.nnx",
-    "grain",
-    "jax.experimental.pallas.ops.tpu.splash_attention",
-    "matplotlib.figure",
-    "orbax.checkpoint",
-    "PIL.Image",
-    "rich.progress",
-    "scipy.stats",
-    "tensorflow_datasets",
-):
+from tests import libraries
+
+# While the hook below imports a module, Python looks for all bytecode under the hook's names. It would not
+# find that of the libraries, and compile thousands of files, so they are imported first.
+for name in libraries.LIBRARIES:
     importlib.import_module(name)
 jaxtyping.install_import_hook("mcm_jax", "beartype.beartype")
 

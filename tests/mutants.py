@@ -35,6 +35,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from tests.libraries import LIBRARIES
 from tests.mutations import KINDS, Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,16 +43,6 @@ SOURCES = ("mcm_jax/diffusion/*.py", "mcm_jax/objectives/*.py")
 TESTS = ("tests/diffusion/test_*.py", "tests/objectives/test_*.py")
 EQUIVALENT = "tests/equivalent_mutants.toml"
 
-# Imports of the tests and of the modules under test that take seconds; the parent imports them once.
-LIBRARIES = (
-    "beartype",
-    "flax.nnx",
-    "grain",
-    "hypothesis.extra.numpy",
-    "jax",
-    "pytest",
-    "tensorflow_datasets",
-)
 # A mutant counts as hanging after this multiple of the tests' time without a mutation, plus a minute.
 TIME_FACTOR = 4
 

@@ -26,6 +26,7 @@ from mcm_jax.config import rows
 from mcm_jax.evaluation import evaluator, scoring
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.planning import planner
+from mcm_jax.text import encoders as text_encoders
 from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_coco, test_emoji, test_imagenet
@@ -229,6 +230,9 @@ def small_parts(monkeypatch):
 
     monkeypatch.setattr(scoring, "_feature_network", few_features)
     monkeypatch.setattr(evaluator, "Extractor", Averages)
+
+    # MiniLM is inflated and hashed whole.
+    monkeypatch.setattr(text_encoders, "load", functools.cache(text_encoders.load))
 
     figure = functools.partial(
         trajectories_figure.trajectories_figure, num_updates=2, num_samples=50, num_paths=2

@@ -20,6 +20,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.data.pixels import to_float
 from mcm_jax.diffusion import sampling
 from mcm_jax.diffusion.conditions import Cond
+from mcm_jax.models.network import Network
 from mcm_jax.records import CONSISTENCY, Objective, Origin, Sampling, SamplingOptions
 from mcm_jax.runs import build, samplers, workdirs
 from mcm_jax.system import distributed, files, json_text, sharding
@@ -344,12 +345,13 @@ class Run:
         return run
 
     def untrained(self) -> "Run":
-        """The same run with newly initialized parameters, as before its first update."""
-        init = jax.jit(self.network.init, out_shardings=sharding.replicated(self.mesh))
-        params = init(build.init_key(self.config.seed))
-        return Run(
+        """The same run with newly initialized parameters, as before its first update; shares the samplers."""
+        params = _init(self.network, self.mesh)(build.init_key(self.config.seed))
+        run = Run(
             self.config, self.dataset, mesh=self.mesh, params=params, checkpoint_step=0, guide=self.guide
         )
+        run._compiled = self._compiled
+        return run
 
     def images(self, split: str) -> tuple[Images, Labels]:
         """Loads all images and labels of a split of the run's data set; see `check_data`."""
@@ -494,6 +496,12 @@ class Run:
             values = sharding.gather(errors(self.params, *on_mesh)).astype(np.float64)
             total += values[:, : part.stop - start].sum(axis=1)
         return list(total / num)
+
+
+@functools.lru_cache(maxsize=4)
+def _init(network: Network, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted initialization: runs of the same network share it."""
+    return jax.jit(network.init, out_shardings=sharding.replicated(mesh))
 
 
 def load_run(
