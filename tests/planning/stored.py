@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from mcm_jax.planning.compilation import Compiled, TooLarge
 from mcm_jax.system import files
 
 _CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+_OF_TESTS = re.compile(re.escape(f'"{Path(__file__).parents[1]}/') + r'[^"]*":[\d: to]*')
 
 
 @contextlib.contextmanager
@@ -31,8 +33,8 @@ def stored() -> Iterator[None]:
     def plan_once(function, arguments, topology, *, mesh, package):
         def compiled(lowered, topology):
             devices = [f"{device.device_kind} {device.coords}" for device in mesh.devices.flat]
-            # With the source lines, which the compiled module contains.
-            text = lowered.as_text(debug_info=True)
+            # With the source lines, which the compiled module contains, except those of tests.
+            text = _OF_TESTS.sub("", lowered.as_text(debug_info=True))
             key = json.dumps([versions, options, topology.name, devices, text])
             path = _CACHE / f"plan-{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
             if not path.exists():
