@@ -31,7 +31,17 @@ EXPORTED_FILE = "config.json"
 RESULTS = Path("evaluation") / "results.jsonl"
 
 Objective = Literal[
-    "diffusion", "guidance", "cd", "ct", "scd", "sct", "ayf", "meanflow", "progressive", "tract"
+    "diffusion",
+    "guidance",
+    "cd",
+    "ct",
+    "scd",
+    "sct",
+    "moments",
+    "ayf",
+    "meanflow",
+    "progressive",
+    "tract",
 ]
 # In the order in which tables list them.
 OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)

@@ -13,9 +13,9 @@ from mcm_jax.diffusion.mixtures import Mixture
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.models.mlp import MLPSettings
 from mcm_jax.models.network import Network, Params
-from mcm_jax.objectives.objective import Networks
+from mcm_jax.objectives.objective import Networks, Objective
 from mcm_jax.runs import build
-from mcm_jax.training import optimizer, step
+from mcm_jax.training import step
 from mcm_jax.training.state import TrainState
 
 # Distinct from the numbers folded in for the updates: fold_in(key(seed), 0), fold_in(key(seed), 1), ...
@@ -72,6 +72,7 @@ def train(
         return functools.partial(network.apply, params)
 
     def loss_fn(
+        objective: Objective,
         params: Params,
         teacher_params: Params | None,
         target_params: Params | None,
@@ -87,14 +88,17 @@ def train(
             schedule=build.schedule(config),
             null_cond=network.condition.null,
         )
-        return config.loss(networks, batch["image"], batch["label"], key, train_step)
+        return objective(networks, batch["image"], batch["label"], key, train_step)
 
-    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
+    adam, target_optimizer = build.optimizers(config)
     update = step.make_update(
-        loss_fn,
+        functools.partial(loss_fn, config.loss),
         adam,
         ema_decay=config.optimizer.ema_decay,
         target_decay=config.target_decay,
+        target_training=build.target_training(
+            config, lambda objective: functools.partial(loss_fn, objective)
+        ),
         seed=config.seed,
     )
     batch_size = config.training.batch_size
@@ -108,7 +112,9 @@ def train(
             state, metrics = update(state, teacher, batch)
             return state, metrics["loss"]
 
-        state = step.init_state(start, adam, target_decay=config.target_decay)
+        state = step.init_state(
+            start, adam, target_decay=config.target_decay, target_optimizer=target_optimizer
+        )
         state, losses = jax.lax.scan(one, state, jnp.arange(config.training.num_steps))
         return state.ema_params, losses
 

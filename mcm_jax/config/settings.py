@@ -24,6 +24,7 @@ from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.diffusion import Diffusion
 from mcm_jax.objectives.flow_map import FlowMap
 from mcm_jax.objectives.guidance import Guidance
+from mcm_jax.objectives.moments import Moments
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.objectives.tract import Tract
@@ -44,6 +45,7 @@ SECTIONS = {
     "sct": "continuous",
     "ayf": "flow_map",
     "meanflow": "flow_map",
+    "moments": "moments",
     "tract": "tract",
     "progressive": "progressive",
     "guidance": "guidance",
@@ -126,7 +128,9 @@ class ScheduleSettings:
 class SamplingSettings:
     """Default settings for sampling from a run."""
 
-    sampler: Sampler = setting("addim", "a teacher's sampler; students use ddim", affects=Affects.SAMPLES)
+    sampler: Sampler = setting(
+        "addim", "a teacher's sampler; students use ddim, or ddpm with moments", affects=Affects.SAMPLES
+    )
     teacher_steps: int = setting(512, "steps of the teacher's sampler", low=1, affects=Affects.SAMPLES)
     noise_grid: Grid = setting(
         "schedule",
@@ -173,7 +177,8 @@ class Config:
     objective: Objective = setting(
         "diffusion",
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), scd or sct (the same in "
-        "continuous time), ayf or meanflow (flow maps, distilled or trained), tract, progressive, guidance",
+        "continuous time), moments (moment matching), ayf or meanflow (flow maps, distilled or trained), tract, "
+        "progressive, guidance",
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
@@ -201,6 +206,7 @@ class Config:
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
     continuous: Continuous = dataclasses.field(default_factory=Continuous)
     flow_map: FlowMap = dataclasses.field(default_factory=FlowMap)
+    moments: Moments = dataclasses.field(default_factory=Moments)
     tract: Tract = dataclasses.field(default_factory=Tract)
     progressive: Progressive = dataclasses.field(default_factory=Progressive)
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
@@ -215,7 +221,9 @@ class Config:
         return getattr(self, ARCHITECTURES[self.architecture])
 
     @property
-    def loss(self) -> Diffusion | Consistency | Continuous | FlowMap | Tract | Progressive | Guidance:
+    def loss(
+        self,
+    ) -> Diffusion | Consistency | Continuous | Moments | FlowMap | Tract | Progressive | Guidance:
         """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
@@ -227,7 +235,8 @@ class Config:
     @property
     def teacher_guidance(self) -> float:
         """Guidance weight g of the teacher; 0 if the objective does not distil a guided teacher."""
-        return self.loss.teacher_guidance if isinstance(self.loss, Multistep | FlowMap | Guidance) else 0.0
+        guidable = Multistep | Moments | FlowMap | Guidance
+        return self.loss.teacher_guidance if isinstance(self.loss, guidable) else 0.0
 
     @property
     def target_decay(self) -> float | None:
@@ -236,6 +245,11 @@ class Config:
         if isinstance(loss, Tract) or (isinstance(loss, Consistency) and loss.target_network == "ema"):
             return loss.target_decay
         return None
+
+    @property
+    def student_sampler(self) -> Sampler:
+        """The sampler that the objective's students are trained for."""
+        return "ddpm" if isinstance(self.loss, Moments) else "ddim"
 
     @property
     def supports_guidance(self) -> bool:
@@ -248,6 +262,8 @@ class Config:
         loss = self.loss
         if isinstance(loss, Staged):
             return (loss.stages[-1],)
+        if isinstance(loss, Moments):
+            return () if loss.student_steps is None else (loss.student_steps,)
         return loss.student_steps if isinstance(loss, Multistep) else ()
 
     @property

@@ -23,6 +23,7 @@ from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
 from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.flow_map import FlowMap
+from mcm_jax.objectives.moments import Moments
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import checked_path
@@ -83,6 +84,11 @@ def _check_objective(config: Config) -> None:
     section = SECTIONS[objective]
     if isinstance(config.loss, Multistep):
         _check_student_steps(config.loss, objective)
+    if isinstance(config.loss, Moments) and config.loss.student_steps is None:
+        raise InputError(
+            "config.moments.student_steps is not set: specify the student's number of steps, for example with "
+            "the config row 'moments,steps=4'"
+        )
     if isinstance(config.loss, Continuous | FlowMap):
         _check_differentiable(config)
     if isinstance(config.loss, Staged):

@@ -100,7 +100,8 @@ def sample(
       logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid`,
         `schedules.karras_grid` or `schedules.published_grid`.
       logsnr_end: the log-SNR at t = 0, for a model_fn that takes the end of each step; None: it does not.
-      sampler: use "ddim" for students, which have already learned aDDIM's adjustment. "consistency" adds new
+      sampler: use "ddim" for students, which have already learned aDDIM's adjustment, but "ddpm" for those of
+        moment matching, whose x_hat is a sample rather than a mean. "consistency" adds new
         noise to x_hat in each step (arXiv:2303.01469, algorithm 1, without their sigma_min of 0.002, which
         reduces the noise by less than 1e-5 of itself at the published noise levels).
       x_var: for addim and noisy_ddim, the variance per pixel of x given z_t at every grid point; None uses

@@ -94,6 +94,21 @@ def draw_continuous_times(
     return t, jnp.floor(t * student_steps) / student_steps
 
 
+def draw_jumps(
+    key: PRNGKey, *, batch_size: int, student_steps: int
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """(t, s): s ~ U(0, 1) and t = min(s + U(0, 1 / S), 1), at most a student's step apart.
+
+    Examples:
+      >>> t, s = draw_jumps(jax.random.key(0), batch_size=5, student_steps=4)
+      >>> bool(jnp.all((s <= t) & (t <= s + 1 / 4) & (t <= 1)))
+      True
+    """
+    key_s, key_gap = jax.random.split(key)
+    s = jax.random.uniform(key_s, (batch_size,))
+    return jnp.minimum(s + jax.random.uniform(key_gap, (batch_size,)) / student_steps, 1.0), s
+
+
 def draw_halves(
     key: PRNGKey, *, batch_size: int, student_steps: int
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:

@@ -1,7 +1,7 @@
 """The common interface of all objectives: the networks that they receive, and their call signature."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -20,8 +20,8 @@ class Networks:
       student: f, the trained network; its parameters are differentiated.
       teacher: the model to distil; None for objectives without a teacher.
       guide: the worse model that a guided teacher leads away from; None: the teacher without condition.
-      target: the network that the target is made of (x_ref, or the tangent in continuous time), for example
-        with averaged parameters; None: the student itself.
+      target: the network that the target is made of (x_ref, the tangent in continuous time, or g_phi of
+        moment matching), for example with averaged parameters; None: the student itself.
       schedule: the noise schedule.
       null_cond: the condition that stands for none, such as the label that means 'any class'.
     """
@@ -39,11 +39,18 @@ class Networks:
             raise ValueError("this objective distils a teacher, but there is none")
         return self.teacher
 
+    def require_target(self) -> ModelFn:
+        """The target network, for an objective that trains one; raises ValueError if there is none."""
+        if self.target is None:
+            raise ValueError("this objective trains a target network, but there is none")
+        return self.target
+
     def require_guide(self) -> ModelFn:
         """The model that a guided teacher leads away from; raises ValueError if there is no teacher."""
         return self.guide or guidance.without_condition(self.require_teacher(), self.null_cond)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A frozen dataclass whose fields are its settings and whose call is the loss."""
 

@@ -20,7 +20,8 @@ from mcm_jax.models.network import Network
 from mcm_jax.models.placement import Placement
 from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.flow_map import FlowMap
-from mcm_jax.objectives.objective import Networks
+from mcm_jax.objectives.moments import Moments
+from mcm_jax.objectives.objective import Networks, Objective
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
 from mcm_jax.training.state import Params, TeacherParams, TrainState
@@ -63,13 +64,22 @@ def schedule(config: Config) -> Schedule:
     )
 
 
-def loss_fn(config: Config, network: Network, *, guide: Network | None = None, mesh: Mesh) -> step.LossFn:
+def loss_fn(
+    config: Config,
+    network: Network,
+    *,
+    guide: Network | None = None,
+    mesh: Mesh,
+    objective: Objective | None = None,
+) -> step.LossFn:
     """Returns (params, teacher_params, target_params, batch, key, train_step) -> loss of each example.
 
     Args:
       network: the student's network; the teacher's is the same, without the end of a step.
       guide: that of the model that guidance leads away from, `placed`; None: the teacher itself.
+      objective: computes the loss from the networks; None: config.loss.
     """
+    objective = objective or config.loss
     network = placed(config, network, mesh=mesh)
     tangent_network = dataclasses.replace(network, placement=network.placement.with_forward_derivative)
 
@@ -102,9 +112,36 @@ def loss_fn(config: Config, network: Network, *, guide: Network | None = None, m
             schedule=schedule(config),
             null_cond=network.condition.null,
         )
-        return config.loss(networks, batch["image"], network.condition.of(batch), key, train_step)
+        return objective(networks, batch["image"], network.condition.of(batch), key, train_step)
 
     return loss_fn
+
+
+def optimizers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation | None]:
+    """The optimizers of the student and of a target network that is trained in turn; None if none is."""
+    settings, loss, num_steps = config.optimizer, config.loss, config.training.num_steps
+    if not isinstance(loss, Moments):
+        return optimizer.adam(settings, num_steps=num_steps), None
+    rate = loss.target_rate * settings.learning_rate
+    target_settings = dataclasses.replace(settings, learning_rate=rate)
+    student, target = (
+        optimizer.adam(each, num_steps=num_steps, turns=2) for each in (settings, target_settings)
+    )
+    return student, target
+
+
+def target_training(
+    config: Config, loss_of: Callable[[Objective], step.LossFn]
+) -> step.TargetTraining | None:
+    """How a target network is trained in turn with the student; None if none is.
+
+    Args:
+      loss_of: makes a `step.LossFn` of an objective.
+    """
+    _, target_optimizer = optimizers(config)
+    if target_optimizer is None or not isinstance(config.loss, Moments):
+        return None
+    return step.TargetTraining(loss_of(config.loss.target_loss), target_optimizer)
 
 
 def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:
@@ -171,21 +208,31 @@ class Training:
     def train_step(self) -> jax.stages.Wrapped:
         """Returns the jitted update."""
         config = self.config
+
+        def loss_of(objective: Objective) -> step.LossFn:
+            return loss_fn(config, self.network, guide=self.guide, mesh=self.mesh, objective=objective)
+
         return step.make_train_step(
-            loss_fn(config, self.network, guide=self.guide, mesh=self.mesh),
+            loss_of(config.loss),
             self.optimizer,
             mesh=self.mesh,
             state_sharding=self.shardings,
             teacher_sharding=self.teacher_shardings,
             ema_decay=config.optimizer.ema_decay,
             target_decay=config.target_decay,
+            target_training=target_training(config, loss_of),
             accumulation_steps=config.training.accumulation_steps,
             seed=config.seed,
             project=edm2.normalised if config.architecture == "edm2" else None,
         )
 
     def _state(self, params: Params) -> TrainState:
-        return step.init_state(params, self.optimizer, target_decay=self.config.target_decay)
+        return step.init_state(
+            params,
+            self.optimizer,
+            target_decay=self.config.target_decay,
+            target_optimizer=optimizers(self.config)[1],
+        )
 
     def _jit(self, init: Callable[..., TrainState]) -> Callable[..., TrainState]:
         return jax.jit(init, out_shardings=self.shardings)
@@ -198,8 +245,13 @@ def training(config: Config, *, condition: Condition, mesh: Mesh, guide: Config 
       guide: the config of the run at config.guide_checkpoint.
     """
     built = network(config, condition=condition)
-    adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
-    init_state = functools.partial(step.init_state, optimizer=adam, target_decay=config.target_decay)
+    adam, target_optimizer = optimizers(config)
+    init_state = functools.partial(
+        step.init_state,
+        optimizer=adam,
+        target_decay=config.target_decay,
+        target_optimizer=target_optimizer,
+    )
     abstract = jax.eval_shape(init_state, built.abstract_params)
     if guide is not None:
         guide = dataclasses.replace(guide, mesh=config.mesh)

@@ -86,8 +86,8 @@ def resolve(
 ) -> Sampling:
     """Returns the settings for sampling a run of `config` with these arguments; None means the run's default.
 
-    A student's defaults are its own number of steps (the largest of several), DDIM, the schedule's grid and
-    no guidance. By default, samples are rounded to the nearest byte.
+    A student's defaults are its own number of steps (the largest of several), its objective's sampler, the
+    schedule's grid and no guidance. By default, samples are rounded to the nearest byte.
 
     Args:
       guide: the model that guidance leads away from; None: the network itself, without condition.
@@ -102,7 +102,7 @@ def resolve(
         settings = dataclasses.replace(
             settings,
             teacher_steps=max(config.student_steps, default=settings.teacher_steps),
-            sampler="ddim",
+            sampler=config.student_sampler,
             noise_grid="schedule",
             guidance=0.0,
         )

@@ -36,7 +36,7 @@ DAMAGED = "damaged_checkpoints"  # subdirectory for checkpoints that were set as
 Batches = grain.DatasetIterator[dict[str, np.ndarray]]
 Parameters = Literal["ema", "raw"]
 _ITEMS = {"ema": "ema_params", "raw": "params"}
-_TREES = ("params", "ema_params", "target_params", "opt_state")
+_TREES = ("params", "ema_params", "target_params", "opt_state", "target_opt_state")
 # Pauses before a failed save is repeated: during training, and each time at its end.
 _RETRY_SECONDS, _FINAL_RETRY_SECONDS = 60.0, (5.0, 20.0)
 

@@ -41,16 +41,18 @@ def learning_rate_schedule(settings: OptimizerSettings, *, num_steps: int) -> op
     return optax.join_schedules([warmup, tail], [warmup_steps])
 
 
-def adam(settings: OptimizerSettings, *, num_steps: int) -> optax.GradientTransformation:
+def adam(settings: OptimizerSettings, *, num_steps: int, turns: int = 1) -> optax.GradientTransformation:
     """Clips the gradient to a global norm of clip_norm, then applies Adam.
 
     Args:
       num_steps: total number of updates.
+      turns: number of optimizers that take turns, each of which makes every turns-th update.
     """
+    schedule = learning_rate_schedule(settings, num_steps=num_steps)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adam(
-            learning_rate_schedule(settings, num_steps=num_steps),
+            schedule if turns == 1 else lambda count: schedule(turns * count),
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,

@@ -24,4 +24,5 @@ class TrainState(NamedTuple):
     params: Params
     ema_params: Params
     opt_state: optax.OptState
-    target_params: Params = None  # of the target network, a separate average; None if there is none
+    target_params: Params = None  # of the target network, averaged or trained; None if there is none
+    target_opt_state: PyTree = None  # of a target network that is trained

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,35 @@ T = TypeVar("T", bound=PyTree)
 TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
+class TargetTraining(NamedTuple):
+    """How a target network is trained in turn with the student."""
+
+    loss_fn: LossFn  # differentiated with respect to the target network's parameters
+    optimizer: optax.GradientTransformation
+
+
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, target_decay: float | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    target_decay: float | None = None,
+    target_optimizer: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """Returns the state before the first update; all averages start at `params`. Works under jit.
 
     Args:
-      target_decay: see `make_update`; None: there is no target network.
+      target_decay: see `make_update`; None: there is no averaged target network.
+      target_optimizer: that of a trained target network, which also starts at `params`; None: there is none.
     """
+    has_target = target_decay is not None or target_optimizer is not None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # A copy, because both are donated to the step, and a buffer can only be donated once.
         ema_params=jax.tree.map(jnp.copy, params),
-        target_params=None if target_decay is None else jax.tree.map(jnp.copy, params),
+        target_params=jax.tree.map(jnp.copy, params) if has_target else None,
         opt_state=optimizer.init(params),
+        target_opt_state=None if target_optimizer is None else target_optimizer.init(params),
     )
 
 
@@ -51,6 +65,7 @@ def make_train_step(
     teacher_sharding: PyTree,
     ema_decay: float,
     target_decay: float | None = None,
+    target_training: TargetTraining | None = None,
     accumulation_steps: int = 1,
     seed: int,
     project: Callable[[Params], Params] | None = None,
@@ -61,6 +76,7 @@ def make_train_step(
         optimizer,
         ema_decay=ema_decay,
         target_decay=target_decay,
+        target_training=target_training,
         accumulation_steps=accumulation_steps,
         seed=seed,
         project=project,
@@ -79,6 +95,7 @@ def make_update(
     *,
     ema_decay: float,
     target_decay: float | None = None,
+    target_training: TargetTraining | None = None,
     accumulation_steps: int = 1,
     seed: int,
     project: Callable[[Params], Params] | None = None,
@@ -90,32 +107,73 @@ def make_update(
 
     Args:
       ema_decay: decay of the averaged parameters, which are used for sampling.
-      target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: no
-        target network.
+      target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: there
+        is no averaged target network.
+      target_training: how updates 0, 2, 4, ... train the target network, and only that; the student is
+        trained in the others. None: every update trains the student.
       accumulation_steps: number of parts of the batch, processed one after the other (see `accumulated`).
-      project: applied to the parameters after every update; None: they stay as they are.
+      project: applied to the trained parameters after every update; None: they stay as they are.
     """
 
-    def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def gradient_step(
+        mean_loss: Callable[[Params, Batch, Array], Float[Array, ""]],
+        optimizer: optax.GradientTransformation,
+        params: Params,
+        opt_state: optax.OptState,
+        batch: Batch,
+        key: Array,
+    ) -> tuple[Params, optax.OptState, Metrics]:
+        value_and_grad = functools.partial(jax.value_and_grad(mean_loss), params)
+        loss, gradient = accumulated(value_and_grad, batch, key, parts=accumulation_steps)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if project is not None:
+            params = project(params)
+        return params, opt_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
+    def update_student(
+        state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
         def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
             losses = loss_fn(params, teacher_params, state.target_params, batch, key, state.step)
             return jnp.mean(losses)
 
-        value_and_grad = functools.partial(jax.value_and_grad(mean_loss), state.params)
-        loss, gradient = accumulated(value_and_grad, batch, key, parts=accumulation_steps)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if project is not None:
-            params = project(params)
+        params, opt_state, metrics = gradient_step(
+            mean_loss, optimizer, state.params, state.opt_state, batch, key
+        )
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        target_params = None
+        target_params = state.target_params
         if target_decay is not None:
             new = 1 - debiased_decay(target_decay, state.step + 1)
             target_params = optax.incremental_update(params, state.target_params, new)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, ema_params, opt_state, target_params), metrics
+        state = state._replace(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_params,
+            opt_state=opt_state,
+            target_params=target_params,
+        )
+        return state, metrics
+
+    def update_target(
+        training: TargetTraining, state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        def mean_loss(target_params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
+            losses = training.loss_fn(state.params, teacher_params, target_params, batch, key, state.step)
+            return jnp.mean(losses)
+
+        target_params, opt_state, metrics = gradient_step(
+            mean_loss, training.optimizer, state.target_params, state.target_opt_state, batch, key
+        )
+        state = state._replace(step=state.step + 1, target_params=target_params, target_opt_state=opt_state)
+        return state, metrics
+
+    def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        arguments = state, teacher_params, batch, jax.random.fold_in(jax.random.key(seed), state.step)
+        if target_training is None:
+            return update_student(*arguments)
+        trains_target = functools.partial(update_target, target_training)
+        return jax.lax.cond(state.step % 2 == 0, trains_target, update_student, *arguments)
 
     return update
 
