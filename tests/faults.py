@@ -54,7 +54,10 @@ from tests import (
 )
 
 assert conftest
-OBJECTIVES = ("diffusion", "guidance", "cd", "ct", "scd", "sct", "ayf", "meanflow", "tract", "progressive")
+OBJECTIVES = (
+    *("diffusion", "guidance", "cd", "ct", "scd", "sct", "moments", "ayf", "meanflow"),
+    *("tract", "progressive"),
+)
 UPDATES, EVERY = 32, 4  # of each run, or each stage; and between checkpoints
 # Added to each update, so that faults come in the middle of a run.
 _UPDATE_SECONDS, _SLOW_UPDATE_SECONDS = 0.05, 0.5

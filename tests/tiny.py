@@ -67,6 +67,8 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
         result.continuous.update(student_steps=(2,), warmup_steps=2)
     elif objective in ("ayf", "meanflow"):
         result.flow_map.update(warmup_steps=2)
+    elif objective == "moments":
+        result.moments.student_steps = 2
     elif objective in ("tract", "progressive"):
         result[objective].stages = (4, 2)
     return result

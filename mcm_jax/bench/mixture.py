@@ -186,6 +186,8 @@ class Bench:
                 config.progressive.stages = (2 * cell.steps, cell.steps)
             elif cell.system in ("scd", "sct"):
                 config.continuous.update(student_steps=(cell.steps,), warmup_steps=max(1, num_steps // 2))
+            elif cell.system == "moments":
+                config.moments.student_steps = cell.steps
             else:
                 # As in the paper, annealing takes half of the training.
                 config.consistency.update(student_steps=(cell.steps,), anneal_steps=max(1, num_steps // 2))

@@ -25,12 +25,13 @@ _SYSTEMS = {
     "scd": (set(), {"steps"}, set()),
     "ayf": (set(), set(), set()),
     "meanflow": (set(), set(), set()),
+    "moments": (set(), {"steps"}, set()),
     "pd": (set(), {"steps"}, set()),
     "tract": (set(), {"steps"}, set()),
 }
 _ALLOWED = (
-    "with teacher, ayf or meanflow, or with ct, cd, sct, scd, pd or tract and steps=S, such as cd,steps=4; "
-    "ct and cd may add teacher_steps=N, and cd may add ddim"
+    "with teacher, ayf or meanflow, or with ct, cd, sct, scd, moments, pd or tract and steps=S, such as "
+    "cd,steps=4; ct and cd may add teacher_steps=N, and cd may add ddim"
 )
 
 
@@ -59,9 +60,10 @@ def imagenet(
 
     Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
-    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time), "ayf" and "meanflow"
-    (flow maps), which are not the paper's, but trained like ct and cd. With ct and cd, "teacher_steps=N" sets
-    a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's step.
+    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time), "moments,steps=S"
+    (moment matching), "ayf" and "meanflow" (flow maps), which are not the paper's, but trained like ct and cd.
+    With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
+    step.
 
     Args:
       resolution: height and width of the images in pixels.
@@ -128,6 +130,10 @@ def imagenet(
         # The teacher must have it too.
         config.model.noise_scale = "smooth"
         config.continuous.teacher_guidance = settings.guidance if system == "scd" else 0.0
+    elif system == "moments":
+        config.moments.update(
+            student_steps=rows.single(row, numbers, "steps"), teacher_guidance=settings.guidance
+        )
     else:
         stages, config.training.num_steps = _stages(row, system, rows.single(row, numbers, "steps"))
         config[config.objective].stages = stages

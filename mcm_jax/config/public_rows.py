@@ -38,7 +38,7 @@ def set_schedule(config: ml_collections.ConfigDict, kind: Preconditioning) -> No
 
 
 def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
-    """Returns the config of a row: a published network, and "cd,steps=S" or "ct,steps=S".
+    """Returns the config of a row: a published network, and "cd,steps=S", "ct,steps=S" or "moments,steps=S".
 
     "cd,heun,steps=S", for networks of EDM, follows a published multistep distillation of EDM2-S in PyTorch
     (FID 3.44, 2.32 and 1.79 at 2, 4 and 8 steps) in what is known of it: Heun's step of the teacher, 256 to
@@ -53,7 +53,7 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     """
     words, numbers = rows.parse_row(row)
     networks, rest = words & set(NETWORKS[resolution]), words - set(NETWORKS[resolution])
-    systems = [{"cd"}, {"ct"}]
+    systems = [{"cd"}, {"ct"}, {"moments"}]
     if networks <= {*_EDM2, "edm", "openai_edm"}:
         systems.append({"cd", "heun"})
     if networks <= {*_EDM2, "edm"}:
@@ -64,8 +64,8 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
         if resolution == 64:
             heun = ", or a network of EDM with cd,heun,steps=S, or edm or one of EDM2 with scd or sct,steps=S"
         raise InputError(
-            f"there is no config row {row!r}: use one of {', '.join(NETWORKS[resolution])}, with cd,steps=S "
-            f"or ct,steps=S{heun}"
+            f"there is no config row {row!r}: use one of {', '.join(NETWORKS[resolution])}, with "
+            f"cd,steps=S, ct,steps=S or moments,steps=S{heun}"
         )
     (network,), (system,) = networks, rest - {"heun"}
     config = default_config()
@@ -73,6 +73,8 @@ def imagenet(row: str, *, resolution: int) -> ml_collections.ConfigDict:
     config.objective = system
     if system in ("scd", "sct"):
         config.continuous.student_steps = numbers["steps"]
+    elif system == "moments":
+        config.moments.student_steps = rows.single(row, numbers, "steps")
     else:
         # The annealing ends before the training, as in the paper, though both are shorter.
         config.consistency.update(student_steps=numbers["steps"], anneal_steps=20_000)

@@ -177,8 +177,8 @@ class Config:
     objective: Objective = setting(
         "diffusion",
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), scd or sct (the same in "
-        "continuous time), moments (moment matching), ayf or meanflow (flow maps, distilled or trained), tract, "
-        "progressive, guidance",
+        "continuous time), moments (moment matching), ayf or meanflow (flow maps, distilled or trained), "
+        "tract, progressive, guidance",
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(

@@ -86,8 +86,8 @@ def _check_objective(config: Config) -> None:
         _check_student_steps(config.loss, objective)
     if isinstance(config.loss, Moments) and config.loss.student_steps is None:
         raise InputError(
-            "config.moments.student_steps is not set: specify the student's number of steps, for example with "
-            "the config row 'moments,steps=4'"
+            "config.moments.student_steps is not set: specify the student's number of steps, for example "
+            "with the config row 'moments,steps=4'"
         )
     if isinstance(config.loss, Continuous | FlowMap):
         _check_differentiable(config)

@@ -24,6 +24,7 @@ _STUDENTS = {
     "ct": ("CT", "#d55e00", "s"),
     "scd": ("sCD", "#56b4e9", "v"),
     "sct": ("sCT", "#e69f00", "P"),
+    "moments": ("MM", "#f0e442", "X"),
     "ayf": ("AYF", "#8c6d31", "<"),
     "meanflow": ("MeanFlow", "#7b4173", ">"),
     "progressive": ("PD", "#009e73", "D"),

@@ -30,6 +30,7 @@ _COLUMNS = {
     "ct": "CT",
     "scd": "sCD",
     "sct": "sCT",
+    "moments": "MM",
     "ayf": "AYF",
     "meanflow": "MeanFlow",
     "progressive": "PD",

@@ -92,6 +92,7 @@ def test_a_row_that_is_none(row):
         "cd",
         "sct",
         "scd",
+        "moments",
         "pd",
         "tract",
         "teacher_steps=N",

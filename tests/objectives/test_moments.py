@@ -79,7 +79,7 @@ def regression(slope, intercept, std):
 
 
 def data(dimension=1, count=COUNT):
-    return MEAN + STD * jax.random.normal(jax.random.key(9), (count, dimension), jnp.float64)
+    return MEAN + STD * jax.random.normal(jax.random.key(9), (count, dimension))
 
 
 def networks(student, target, teacher=None, schedule=SCHEDULE):
@@ -113,9 +113,8 @@ def test_the_target_networks_minimum_is_between_the_moment_and_the_teacher(name,
     @jax.jit
     def loss(phi):
         target = predicting(lambda z, _: phi[0] * z + phi[1])
-        return jnp.mean(
-            call(Moments(student_steps=2).target_loss, networks(student, target, schedule=lambda t: t), x)
-        )
+        found = networks(student, target, schedule=lambda t: t)
+        return jnp.mean(call(Moments(student_steps=2).target_loss, found, x))
 
     # One step of Newton's method minimises a quadratic function.
     start = jnp.zeros(2)

@@ -98,7 +98,7 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (json.dumps(record(metrics={"x": 1.5})).replace("1.5", "1e999"), "metrics.x is not finite"),
         (
             json.dumps(record(objective="gan")),
-            "objective is 'gan', not one of diffusion, guidance, cd, ct, scd, sct, ayf, meanflow, "
+            "objective is 'gan', not one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, meanflow, "
             "progressive, tract",
         ),
         (json.dumps(record(steps="4")), "steps is '4', not a whole number"),

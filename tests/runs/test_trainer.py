@@ -45,7 +45,7 @@ def checkpoint_steps(workdir):
         return checkpoints.all_steps()
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "meanflow", "tract"])
+@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "moments", "meanflow", "tract"])
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path, capsys):
     """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
 
@@ -386,6 +386,7 @@ def assert_trained_alike(params, expected):
         ("cd", (2, 4), "blocks"),
         ("ct", (2, 4), "all"),
         ("scd", (2, 4), "blocks"),
+        ("moments", (2, 4), "all"),
     ],
 )
 def test_eight_devices_train_the_real_objectives_like_one(
@@ -662,7 +663,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
     [
         (
             {"objective": "gan"},
-            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, ayf, meanflow, "
+            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, meanflow, "
             "progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
