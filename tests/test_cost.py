@@ -31,6 +31,8 @@ OBJECTIVES = {
     "cd, heun": ("cd", {}, {"teacher_step": "heun"}),
     "cd, target ema": ("cd", {}, {"target_network": "ema"}),
     "cd, guided": ("cd", {}, {"teacher_guidance": 0.5}),
+    "moments": ("moments", {}, {}),
+    "moments, guided": ("moments", {"moments.teacher_guidance": 0.5}, {}),
     "progressive": ("progressive", {}, {}),
     "tract": ("tract", {}, {}),
     "guidance": ("guidance", {"guidance.teacher_guidance": 0.5}, {}),
@@ -50,7 +52,7 @@ def config_and_loss(name, **consistency):
         networks = Networks(
             student=student,
             teacher=teacher if config.distils else None,
-            target=None if config.target_decay is None else target,
+            target=target if config.target_decay is not None or objective == "moments" else None,
             schedule=build.schedule(config),
             null_cond=NULL_CLASS,
         )
@@ -61,6 +63,8 @@ def config_and_loss(name, **consistency):
 
 STUDENT, TARGET = ("student", "label", "dropout"), ("target", "label", "dropout")
 TEACHER, UNCONDITIONAL = ("teacher", "label", "none"), ("teacher", "any class", "none")
+# In moment matching, the teacher has the dropout of the target network, with which it is compared.
+DROPPED_TEACHER = ("teacher", "label", "dropout")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,8 @@ TEACHER, UNCONDITIONAL = ("teacher", "label", "none"), ("teacher", "any class", 
         ("cd, heun", [STUDENT] * 2 + [TEACHER] * 2),
         ("cd, target ema", [STUDENT, TARGET, TEACHER]),
         ("cd, guided", [STUDENT] * 2 + [TEACHER, UNCONDITIONAL]),
+        ("moments", [STUDENT, TARGET, DROPPED_TEACHER]),
+        ("moments, guided", [STUDENT, TARGET, DROPPED_TEACHER, ("teacher", "any class", "dropout")]),
         ("progressive", [STUDENT] + [TEACHER] * 2),
         ("tract", [STUDENT, TARGET, TEACHER]),
         ("guidance", [STUDENT, TEACHER, UNCONDITIONAL]),

@@ -228,19 +228,6 @@ def test_guidance_changes_the_teacher_only():
     np.testing.assert_allclose(guided, call(Moments(student_steps=2), by_hand, x), rtol=1e-5)
 
 
-def test_all_networks_share_their_dropout():
-    keys = []
-
-    def model_fn(z, logsnr, cond, key):
-        keys.append(jax.random.key_data(key))
-        return z
-
-    call(Moments(student_steps=2), networks(model_fn, model_fn, model_fn), data(count=4))
-    assert len(keys) == 3
-    np.testing.assert_array_equal(keys[0], keys[1])
-    np.testing.assert_array_equal(keys[0], keys[2])
-
-
 @pytest.mark.parametrize("student_steps", [1, 4])
 def test_jumps_are_as_in_the_paper(student_steps):
     """s is uniform, and t - s is uniform up to 1 / S where t is below 1."""

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 import mcm_jax
 from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
+from mcm_jax.objectives.moments import Moments
 from mcm_jax.runs import build, samplers, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
@@ -110,6 +111,11 @@ def test_a_student_takes_its_own_steps(student):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student.sample(2)
+
+
+def test_a_student_of_moment_matching_is_sampled_with_noise(student):
+    config = dataclasses.replace(student.config, objective="moments", moments=Moments(student_steps=4))
+    assert samplers.resolve(config).sampler == "ddpm" and samplers.resolve(config).steps == 4
 
 
 def test_a_student_of_either_kind_knows_its_steps(run, student):

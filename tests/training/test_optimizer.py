@@ -29,6 +29,17 @@ def test_the_longest_warmup_still_decays():
     np.testing.assert_allclose([schedule(i) for i in (0, 8, 9, 10)], [1 / 9, 1, 1, 0], rtol=1e-6, atol=1e-7)
 
 
+def test_optimizers_that_take_turns_have_the_rates_of_their_updates():
+    """Of ten updates, five each: the n-th has the learning rate of update 2 n."""
+    settings = OptimizerSettings(learning_rate=1.0, decay="linear")
+    adam = optimizer.adam(settings, num_steps=10, turns=2)
+    state = adam.init(jnp.zeros(()))
+    for n in range(5):
+        # A constant gradient makes Adam's step the learning rate.
+        update, state = adam.update(jnp.ones(()), state)
+        np.testing.assert_allclose(update, -(1 - 2 * n / 10), rtol=1e-5)
+
+
 def test_adam_equals_its_definition():
     """Two updates in float64: clip to norm 1, moments, bias correction."""
     gradients = [np.array([3.0, -4.0]), np.array([0.1, 0.2])]
