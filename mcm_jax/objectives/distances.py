@@ -9,7 +9,7 @@ from mcm_jax.diffusion import process
 
 Distance = Literal["huber", "squared"]
 Reduction = Literal["mean", "sum"]
-LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "sqrt_edm"]
+LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "sqrt_edm", "one"]
 
 
 def distance(
@@ -34,7 +34,7 @@ def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, 
 
 
 def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its square root, max(SNR(t), 1), or "sqrt_edm".
+    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its root, max(SNR(t), 1), "sqrt_edm", or 1.
 
     SNR + 1 turns the squared distance in x into the squared distance in v; sqrt(SNR + 1) does the same for
     the unsquared distance of a small huber_epsilon. max(SNR, 1) is the weight of progressive distillation
@@ -42,6 +42,8 @@ def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " 
     is the root of EDM's weight, sqrt(s^2 + 0.25) / (0.5 s) with s = sigma / alpha, for the unsquared
     distance.
     """
+    if kind == "one":
+        return jnp.ones_like(logsnr_t)
     snr = jnp.exp(logsnr_t)
     if kind == "max_snr_one":
         return jnp.maximum(snr, 1.0)

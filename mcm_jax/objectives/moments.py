@@ -30,7 +30,10 @@ class Moments:
 
     student_steps: int | None = setting(None, "k, network calls of the student's sampler", low=1)
     teacher_guidance: float = setting(0.0, "g of the teacher's prediction; 0: none", low=0)
-    loss_weight: LossWeight = setting("snr_plus_one", "w(s) of both losses (open), see `distances.weight`")
+    loss_weight: LossWeight = setting(
+        "sqrt_snr_plus_one",
+        "w(s) of both losses (open); sqrt_snr_plus_one makes the gap of the moments one in v",
+    )
     target_rate: float = setting(
         1.0, "g_phi's learning rate as a multiple of the student's (open; ours: the same)", low=1e-6, high=1e6
     )

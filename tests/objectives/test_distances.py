@@ -67,3 +67,4 @@ def test_weights():
     sigma = snr**-0.5
     expected = np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
     np.testing.assert_allclose(distances.weight(logsnr, kind="sqrt_edm"), expected, rtol=1e-6)
+    np.testing.assert_array_equal(distances.weight(logsnr, kind="one"), np.ones(len(logsnr)))
