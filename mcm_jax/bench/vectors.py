@@ -16,7 +16,7 @@ from mcm_jax.models.network import Network, Params
 from mcm_jax.objectives.objective import Networks, Objective
 from mcm_jax.runs import build
 from mcm_jax.training import step
-from mcm_jax.training.state import TrainState
+from mcm_jax.training.state import Moved, TrainState
 
 # Distinct from the numbers folded in for the updates: fold_in(key(seed), 0), fold_in(key(seed), 1), ...
 _DATA = 2**31 + 1
@@ -75,16 +75,20 @@ def train(
         objective: Objective,
         params: Params,
         teacher_params: Params | None,
-        target_params: Params | None,
+        target_params: Params | Moved | None,
         batch: step.Batch,
         key: Array,
         train_step: Array,
     ) -> Float[Array, " B"]:
         teacher_fn = exact if teacher_params is None else bind(teacher_params, network.without_end)
+        if isinstance(target_params, Moved):
+            target = build.first_order(bind, target_params)
+        else:
+            target = None if target_params is None else bind(target_params)
         networks = Networks(
             student=bind(params),
             teacher=teacher_fn if config.distils else None,
-            target=None if target_params is None else bind(target_params),
+            target=target,
             schedule=build.schedule(config),
             null_cond=network.condition.null,
         )

@@ -247,6 +247,12 @@ class Config:
         return None
 
     @property
+    def batch_parts(self) -> int:
+        """Number of equal parts of a batch that are processed one after another."""
+        halves = 2 if isinstance(self.loss, Moments) and self.loss.instant else 1
+        return halves * self.training.accumulation_steps
+
+    @property
     def student_sampler(self) -> Sampler:
         """The sampler that the objective's students are trained for."""
         return "ddpm" if isinstance(self.loss, Moments) else "ddim"

@@ -91,6 +91,11 @@ def _check_objective(config: Config) -> None:
         )
     if isinstance(config.loss, Continuous | FlowMap):
         _check_differentiable(config)
+    if isinstance(config.loss, Moments) and config.loss.instant and config.teacher_guidance > 0:
+        raise InputError(
+            f"config.moments.teacher_guidance={config.teacher_guidance}: config.moments.instant=True moves "
+            "the teacher itself, without guidance; leave one of them out"
+        )
     if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:

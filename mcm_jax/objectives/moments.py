@@ -1,4 +1,4 @@
-"""Moment matching distillation (Salimans et al. 2024, arXiv:2406.04103) by alternating updates (SPEC 11)."""
+"""Moment matching distillation (Salimans et al. 2024, arXiv:2406.04103; SPEC 11)."""
 
 import dataclasses
 
@@ -20,16 +20,23 @@ class Moments:
     """w(s) x~ . sg(g_phi(z_s) - g_theta(z_s)) / d, for x~ = g_eta(z_t) and z_s ~ q(z_s | z_t, x~).
 
     The student g_eta should match a moment: E[x~ | z_s] should be E[x | z_s], which the teacher g_theta
-    predicts. The target network g_phi starts as the teacher and learns E[x~ | z_s] by `target_loss`. Updates
-    0, 2, ... train g_phi, updates 1, 3, ... the student. No gradient flows through z_s. All networks share
-    their dropout mask, so that g_phi - g_theta is zero as long as both have the same parameters.
+    predicts. The target network g_phi starts as the teacher and learns E[x~ | z_s] by `target_loss`. No
+    gradient flows through z_s. All networks share their dropout, so that g_phi - g_theta starts at zero.
 
-    The student is sampled by ancestral sampling in student_steps steps. The value of its loss does not show
-    its quality: it is zero on average for a perfect student, but also before the first update.
+    Updates 0, 2, ... train g_phi, updates 1, 3, ... the student. Or, if `instant`, each update moves g_phi
+    from the teacher by one step of Adam, to first order: with nu the gradient of `target_loss` on one half of
+    the batch, g_phi - g_theta = -(dg_theta / dtheta) Lambda nu. On the other half, the student's gradient is
+    then that of ||E[nu]||^2 in the norm of Lambda, up to a factor.
+
+    The student is sampled by ancestral sampling. Its loss does not show its quality: it is zero for a perfect
+    student, on average, but also at the start.
     """
 
     student_steps: int | None = setting(None, "k, network calls of the student's sampler", low=1)
     teacher_guidance: float = setting(0.0, "g of the teacher's prediction; 0: none", low=0)
+    instant: bool = setting(
+        False, "move g_phi from the teacher anew in each update, instead of training it in turn"
+    )
     loss_weight: LossWeight = setting(
         "sqrt_snr_plus_one",
         "w(s) of both losses (open); sqrt_snr_plus_one makes the gap of the moments one in v",
@@ -62,8 +69,7 @@ class Moments:
     ) -> Float[Array, " B"]:
         """w(s) (||x~ - g_phi(z_s)||^2 + ||g_theta(z_s) - g_phi(z_s)||^2) / d, the loss of g_phi.
 
-        Its minimum is at g_phi = (E[x~ | z_s] + g_theta) / 2. The second term keeps g_phi near the teacher,
-        and halves the student's gradient.
+        Its minimum is at g_phi = (E[x~ | z_s] + g_theta) / 2: the second term halves the student's gradient.
         """
         del train_step
         x_tilde, x_phi, x_theta, w = self._predictions(networks, x, cond, key)
@@ -89,6 +95,5 @@ class Moments:
         noise = jax.random.normal(key_noise, x.shape)
         z_s = steps.ddpm(jax.lax.stop_gradient(x_tilde), z_t, noise, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
         teacher = guided(networks.require_teacher(), networks.require_guide(), guidance=self.teacher_guidance)
-        x_phi = predict(networks.require_target(), z_s, logsnr_s)
-        x_theta = predict(teacher, z_s, logsnr_s)
+        x_phi, x_theta = (predict(f, z_s, logsnr_s) for f in (networks.require_target(), teacher))
         return x_tilde, x_phi, x_theta, weight(logsnr_s, kind=self.loss_weight)

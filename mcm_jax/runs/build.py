@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from mcm_jax.config.settings import Config
 from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.diffusion import schedules
+from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.models import attention, edm2
@@ -24,7 +25,7 @@ from mcm_jax.objectives.moments import Moments
 from mcm_jax.objectives.objective import Networks, Objective
 from mcm_jax.system import sharding
 from mcm_jax.training import optimizer, step
-from mcm_jax.training.state import Params, TeacherParams, TrainState
+from mcm_jax.training.state import Moved, Params, TeacherParams, TrainState
 
 CHANNELS = 3
 # Names of the networks' parts that consist of blocks.
@@ -102,6 +103,8 @@ def loss_fn(
     ) -> Float[Array, " B"]:
         teacher, guide_params = teacher_params or TeacherParams(None)
         target = None if target_params is None else bind(network, target_params)
+        if isinstance(target_params, Moved):
+            target = first_order(functools.partial(bind, tangent_network), target_params)
         if isinstance(config.loss, Continuous | FlowMap):
             target = bind(tangent_network, jax.lax.stop_gradient(params))
         networks = Networks(
@@ -117,15 +120,38 @@ def loss_fn(
     return loss_fn
 
 
+def first_order(bind: Callable[[Params], ModelFn], moved: Moved) -> ModelFn:
+    """v(theta) + (dv / dtheta) change: the network at `moved`, by forward differentiation.
+
+    Args:
+      bind: makes the network of its parameters.
+    """
+
+    def model_fn(
+        z_t: Float[Array, "B ..."], logsnr_t: Float[Array, " B"], cond: Cond, key: Array | None
+    ) -> Float[Array, "B ..."]:
+        v, v_change = jax.jvp(
+            lambda params: bind(params)(z_t, logsnr_t, cond, key), (moved.params,), (moved.change,)
+        )
+        return v + v_change
+
+    return model_fn
+
+
 def optimizers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation | None]:
     """The optimizers of the student and of a target network that is trained in turn; None if none is."""
     settings, loss, num_steps = config.optimizer, config.loss, config.training.num_steps
     if not isinstance(loss, Moments):
         return optimizer.adam(settings, num_steps=num_steps), None
-    rate = loss.target_rate * settings.learning_rate
-    target_settings = dataclasses.replace(settings, learning_rate=rate)
+    target_settings = dataclasses.replace(
+        settings,
+        learning_rate=loss.target_rate * settings.learning_rate,
+        # Each change starts anew: only the second moments carry over.
+        b1=0.0 if loss.instant else settings.b1,
+    )
     student, target = (
-        optimizer.adam(each, num_steps=num_steps, turns=2) for each in (settings, target_settings)
+        optimizer.adam(each, num_steps=num_steps, turns=1 if loss.instant else 2)
+        for each in (settings, target_settings)
     )
     return student, target
 
@@ -141,7 +167,9 @@ def target_training(
     _, target_optimizer = optimizers(config)
     if target_optimizer is None or not isinstance(config.loss, Moments):
         return None
-    return step.TargetTraining(loss_of(config.loss.target_loss), target_optimizer)
+    return step.TargetTraining(
+        loss_of(config.loss.target_loss), target_optimizer, instant=config.loss.instant
+    )
 
 
 def placed(config: Config, network: Network, *, mesh: Mesh) -> Network:

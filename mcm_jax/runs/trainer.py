@@ -93,7 +93,7 @@ def _train_run(config: Config, workdir: Path, profile: Profile | None) -> bool:
         sharding.check_batch(
             mesh,
             batch_size=config.training.batch_size,
-            accumulation_steps=config.training.accumulation_steps,
+            accumulation_steps=config.batch_parts,
         )
         run, guide = _record(config, dataset, existing)
         training = build.training(config, condition=build.condition(dataset), mesh=mesh, guide=guide)

@@ -17,6 +17,13 @@ class TeacherParams(NamedTuple):
     guide: Params = None  # None: the teacher itself, without condition
 
 
+class Moved(NamedTuple):
+    """Parameters and a small change of them; a network takes the first order of its effect."""
+
+    params: Params
+    change: Params
+
+
 class TrainState(NamedTuple):
     """Everything that an update reads and writes; checkpoints contain all of it."""
 
@@ -25,4 +32,4 @@ class TrainState(NamedTuple):
     ema_params: Params
     opt_state: optax.OptState
     target_params: Params = None  # of the target network, averaged or trained; None if there is none
-    target_opt_state: PyTree = None  # of a target network that is trained
+    target_opt_state: PyTree = None  # of a target network that is trained or moved

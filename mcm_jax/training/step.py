@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mcm_jax.system import sharding
-from mcm_jax.training.state import Params, TrainState
+from mcm_jax.training.state import Moved, Params, TrainState
 
 # (params, teacher_params, target_params, batch, key, step) -> loss of every example; the teacher's parameters
-# are any tree that the loss function understands.
+# are any tree that the loss function understands. Those of the target network may be `Moved`.
 Batch = dict[str, Array]
 LossFn = Callable[[Params, PyTree, Params, Batch, Array, Array], Float[Array, " B"]]
 Metrics = dict[str, Float[Array, ""]]
@@ -25,10 +25,17 @@ TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
 
 
 class TargetTraining(NamedTuple):
-    """How a target network is trained in turn with the student."""
+    """How a target network is trained in turn with the student, or anew for each of its updates.
 
-    loss_fn: LossFn  # differentiated with respect to the target network's parameters
+    Attributes:
+      loss_fn: differentiated with respect to the target network's parameters.
+      optimizer: makes an update of the gradient.
+      instant: in each update, the target network is moved by one such update, and only in this one.
+    """
+
+    loss_fn: LossFn
     optimizer: optax.GradientTransformation
+    instant: bool = False
 
 
 def init_state(
@@ -110,7 +117,8 @@ def make_update(
       target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: there
         is no averaged target network.
       target_training: how updates 0, 2, 4, ... train the target network, and only that; the student is
-        trained in the others. None: every update trains the student.
+        trained in the others. If it is instant, every update trains the student on one half of the batch,
+        with the target network `Moved` by the gradient of the other half. None: none is trained.
       accumulation_steps: number of parts of the batch, processed one after the other (see `accumulated`).
       project: applied to the trained parameters after every update; None: they stay as they are.
     """
@@ -132,11 +140,11 @@ def make_update(
         return params, opt_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
     def update_student(
-        state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
+        state: TrainState, teacher_params: PyTree, batch: Batch, key: Array, moved: Moved | None = None
     ) -> tuple[TrainState, Metrics]:
         def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
-            losses = loss_fn(params, teacher_params, state.target_params, batch, key, state.step)
-            return jnp.mean(losses)
+            target = moved or state.target_params
+            return jnp.mean(loss_fn(params, teacher_params, target, batch, key, state.step))
 
         params, opt_state, metrics = gradient_step(
             mean_loss, optimizer, state.params, state.opt_state, batch, key
@@ -155,23 +163,43 @@ def make_update(
         )
         return state, metrics
 
+    def mean_target_loss(
+        training: TargetTraining, state: TrainState, teacher_params: PyTree
+    ) -> Callable[[Params, Batch, Array], Float[Array, ""]]:
+        return lambda target_params, batch, key: jnp.mean(
+            training.loss_fn(state.params, teacher_params, target_params, batch, key, state.step)
+        )
+
     def update_target(
         training: TargetTraining, state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
-        def mean_loss(target_params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
-            losses = training.loss_fn(state.params, teacher_params, target_params, batch, key, state.step)
-            return jnp.mean(losses)
-
+        mean_loss = mean_target_loss(training, state, teacher_params)
         target_params, opt_state, metrics = gradient_step(
             mean_loss, training.optimizer, state.target_params, state.target_opt_state, batch, key
         )
         state = state._replace(step=state.step + 1, target_params=target_params, target_opt_state=opt_state)
         return state, metrics
 
+    def update_instantly(
+        training: TargetTraining, state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        # Every second example, so that none moves to another device.
+        first, second = ({name: array[n::2] for name, array in batch.items()} for n in range(2))
+        key_first, key_second = jax.random.split(key)
+        mean_loss = mean_target_loss(training, state, teacher_params)
+        gradient_of = functools.partial(jax.grad(mean_loss), state.target_params)
+        gradient = accumulated(gradient_of, second, key_second, parts=accumulation_steps)
+        change, opt_state = training.optimizer.update(gradient, state.target_opt_state, state.target_params)
+        state = state._replace(target_opt_state=opt_state)
+        moved = Moved(state.target_params, change)
+        return update_student(state, teacher_params, first, key_first, moved)
+
     def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         arguments = state, teacher_params, batch, jax.random.fold_in(jax.random.key(seed), state.step)
         if target_training is None:
             return update_student(*arguments)
+        if target_training.instant:
+            return update_instantly(target_training, *arguments)
         trains_target = functools.partial(update_target, target_training)
         return jax.lax.cond(state.step % 2 == 0, trains_target, update_student, *arguments)
 

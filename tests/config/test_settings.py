@@ -107,6 +107,15 @@ def test_values_that_are_not_allowed(section, field, value, message):
             {"objective": "ct", "consistency.teacher_step": "heun"},
             r"consistency\.teacher_step=heun has no effect on ct",
         ),
+        (
+            {
+                "objective": "moments",
+                "moments.student_steps": 2,
+                "moments.instant": True,
+                "moments.teacher_guidance": 0.5,
+            },
+            r"moments\.teacher_guidance=0\.5: config\.moments\.instant=True moves the teacher itself",
+        ),
     ],
 )
 def test_settings_that_have_no_effect_together(changes, message):

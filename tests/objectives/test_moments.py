@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from mcm_jax.diffusion import process, schedules, segments
 from mcm_jax.objectives.moments import Moments
 from mcm_jax.objectives.objective import Networks
+from mcm_jax.runs import build
 from mcm_jax.training import step
+from mcm_jax.training.state import Moved
 
 KEY = jax.random.key(3)
 SCHEDULE = schedules.cosine()
@@ -246,8 +249,8 @@ def test_jumps_are_as_in_the_paper(student_steps):
 # --- Alternating updates. ---
 
 
-def affine(params, z, logsnr, cond, key):
-    return z @ params["w"] + params["b"]
+def small(params, z, logsnr, cond, key):
+    return jnp.tanh(z @ params["w"]) + params["b"]
 
 
 PARAMS = {"w": 0.1 * jax.random.normal(KEY, (3, 3)), "b": jnp.ones(3)}
@@ -256,7 +259,11 @@ STUDENT_ADAM, TARGET_ADAM = optax.adam(1e-2), optax.adam(3e-2)
 
 def loss_of(loss):
     def loss_fn(params, teacher_params, target_params, batch, key, train_step):
-        found = networks(*(functools.partial(affine, p) for p in (params, target_params, teacher_params)))
+        student, teacher = (functools.partial(small, p) for p in (params, teacher_params))
+        target = functools.partial(small, target_params)
+        if isinstance(target_params, Moved):
+            target = build.first_order(lambda params: functools.partial(small, params), target_params)
+        found = networks(student, target, teacher)
         return call(loss, found, batch["image"], key)
 
     return loss_fn
@@ -326,3 +333,42 @@ def test_each_update_is_one_of_adam_by_hand():
         # The student's average has one update more after its own update only.
         mean = (PARAMS[leaf] + found[2].params[leaf]) / 2
         np.testing.assert_allclose(found[3].ema_params[leaf], mean, rtol=1e-5)
+
+
+def test_an_instant_update_descends_on_the_norm_of_the_teachers_gradient():
+    """The student's gradient is rate / 2 times that of nu_1 . sg(nu_2), for the gradients nu of both halves.
+
+    nu is the gradient of w(s) ||x~ - g_theta(z_s)||^2 / d, by the teacher's parameters, here with Lambda = 1.
+    """
+    rate, objective = 0.3, Moments(student_steps=2, instant=True)
+    training = step.TargetTraining(loss_of(objective.target_loss), optax.sgd(rate), instant=True)
+    sgd = optax.sgd(1.0)
+    update = step.make_update(loss_of(objective), sgd, ema_decay=0.5, target_training=training, seed=7)
+    student = jax.tree.map(lambda leaf: leaf + 0.3, PARAMS)
+    before = step.init_state(PARAMS, sgd, target_optimizer=training.optimizer)._replace(params=student)
+    after, _ = jax.jit(update)(before, PARAMS, BATCH)
+
+    def teacher_gradient(student, half, key):
+        def loss(theta):
+            # The teacher's loss on the student's samples: without the second term, which has no gradient.
+            def squares(*arguments):
+                x_tilde, _, x_theta, w = objective._predictions(*arguments[:4])
+                return w * process.mean_square(x_tilde - x_theta)
+
+            return jnp.mean(loss_of(squares)(student, theta, PARAMS, half, key, None))
+
+        return ravel_pytree(jax.grad(loss)(PARAMS))[0]
+
+    keys = list(jax.random.split(jax.random.fold_in(jax.random.key(7), 0)))
+    halves = [{"image": BATCH["image"][n::2]} for n in range(2)]
+
+    @jax.jit
+    def product(params):
+        nu_1, nu_2 = (teacher_gradient(params, half, key) for half, key in zip(halves, keys, strict=True))
+        return rate / 2 * jnp.dot(nu_1, jax.lax.stop_gradient(nu_2))
+
+    gradient = jax.grad(product)(student)
+    for leaf in PARAMS:
+        np.testing.assert_allclose(student[leaf] - after.params[leaf], gradient[leaf], rtol=1e-3, atol=1e-6)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in gradient.values()) > 1e-3
+    assert not differs(after.target_params, PARAMS) and int(after.step) == 1

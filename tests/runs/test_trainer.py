@@ -45,13 +45,18 @@ def checkpoint_steps(workdir):
         return checkpoints.all_steps()
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "cd", "ct", "scd", "sct", "moments", "meanflow", "tract"])
+@pytest.mark.parametrize(
+    "objective",
+    ["diffusion", "cd", "ct", "scd", "sct", "moments", "moments instant", "meanflow", "tract"],
+)
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path, capsys):
     """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
 
     TRACT's target network is an average of its own, saved with the rest.
     """
+    objective, *instant = objective.split()
     config = tiny.config(tiny_data, objective, None if objective == "diffusion" else teacher)
+    config.moments.instant = bool(instant)
     assert trainer.train(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts/checkpoints/4")
