@@ -82,7 +82,7 @@ def train(
     ) -> Float[Array, " B"]:
         teacher_fn = exact if teacher_params is None else bind(teacher_params, network.without_end)
         if isinstance(target_params, Moved):
-            target = build.first_order(bind, target_params)
+            target = build.first_order(network.apply, target_params)
         else:
             target = None if target_params is None else bind(target_params)
         networks = Networks(

@@ -84,29 +84,43 @@ def loss_fn(
     network = placed(config, network, mesh=mesh)
     tangent_network = dataclasses.replace(network, placement=network.placement.with_forward_derivative)
 
-    def bind(network: Network, params: Params) -> ModelFn:
+    def bind(network: Network, params: Params | Moved) -> ModelFn:
         # Gathers once per update; otherwise the compiler gathers layers twice, for the loss and the gradient.
         later = _BLOCKS if config.mesh.gather == "blocks" else ()
-        params = sharding.gathered(mesh, network.rounded(params), without=later)
         constrain = network.placement.constrain
-        return lambda z_t, logsnr_t, cond, key, logsnr_u=None: constrain(
-            network.apply(params, constrain(z_t), logsnr_t, cond, key, logsnr_u)
-        )
+
+        def gathered(params: Params) -> Params:
+            return sharding.gathered(mesh, network.rounded(params), without=later)
+
+        def apply(
+            params: Params,
+            z_t: Float[Array, "B ..."],
+            logsnr_t: Float[Array, " B"],
+            cond: Cond,
+            key: Array | None,
+            logsnr_u: Float[Array, " B"] | None = None,
+        ) -> Float[Array, "B ..."]:
+            return constrain(network.apply(params, constrain(z_t), logsnr_t, cond, key, logsnr_u))
+
+        if isinstance(params, Moved):
+            return first_order(apply, Moved(*map(gathered, params)))
+        return functools.partial(apply, gathered(params))
 
     def loss_fn(
         params: Params,
         teacher_params: TeacherParams | None,
-        target_params: Params,
+        target_params: Params | Moved,
         batch: step.Batch,
         key: Array,
         train_step: Array,
     ) -> Float[Array, " B"]:
         teacher, guide_params = teacher_params or TeacherParams(None)
-        target = None if target_params is None else bind(network, target_params)
-        if isinstance(target_params, Moved):
-            target = first_order(functools.partial(bind, tangent_network), target_params)
+        target = None
         if isinstance(config.loss, Continuous | FlowMap):
             target = bind(tangent_network, jax.lax.stop_gradient(params))
+        elif target_params is not None:
+            moved = isinstance(target_params, Moved)
+            target = bind(tangent_network if moved else network, target_params)
         networks = Networks(
             student=bind(network, params),
             teacher=None if teacher is None else bind(network.without_end, teacher),
@@ -120,18 +134,18 @@ def loss_fn(
     return loss_fn
 
 
-def first_order(bind: Callable[[Params], ModelFn], moved: Moved) -> ModelFn:
+def first_order(apply: Callable[..., Float[Array, "B ..."]], moved: Moved) -> ModelFn:
     """v(theta) + (dv / dtheta) change: the network at `moved`, by forward differentiation.
 
     Args:
-      bind: makes the network of its parameters.
+      apply: computes v of (parameters, z_t, logsnr_t, cond, key).
     """
 
     def model_fn(
         z_t: Float[Array, "B ..."], logsnr_t: Float[Array, " B"], cond: Cond, key: Array | None
     ) -> Float[Array, "B ..."]:
         v, v_change = jax.jvp(
-            lambda params: bind(params)(z_t, logsnr_t, cond, key), (moved.params,), (moved.change,)
+            lambda params: apply(params, z_t, logsnr_t, cond, key), (moved.params,), (moved.change,)
         )
         return v + v_change
 

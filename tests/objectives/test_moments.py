@@ -262,7 +262,7 @@ def loss_of(loss):
         student, teacher = (functools.partial(small, p) for p in (params, teacher_params))
         target = functools.partial(small, target_params)
         if isinstance(target_params, Moved):
-            target = build.first_order(lambda params: functools.partial(small, params), target_params)
+            target = build.first_order(small, target_params)
         found = networks(student, target, teacher)
         return call(loss, found, batch["image"], key)
 
