@@ -96,6 +96,11 @@ def _check_objective(config: Config) -> None:
             f"config.moments.teacher_guidance={config.teacher_guidance}: config.moments.instant=True moves "
             "the teacher itself, without guidance; leave one of them out"
         )
+    if isinstance(config.loss, Moments) and config.loss.instant and config.mesh.gather == "blocks":
+        raise InputError(
+            "config.mesh.gather=blocks: config.moments.instant=True differentiates by all parameters at "
+            "once; use gather=all"
+        )
     if isinstance(config.loss, Staged):
         _check_stages(objective, config.loss.stages)
     if objective == "guidance" and config.teacher_guidance == 0:

@@ -112,6 +112,15 @@ def test_values_that_are_not_allowed(section, field, value, message):
                 "objective": "moments",
                 "moments.student_steps": 2,
                 "moments.instant": True,
+                "mesh.gather": "blocks",
+            },
+            r"mesh\.gather=blocks: config\.moments\.instant=True differentiates by all parameters",
+        ),
+        (
+            {
+                "objective": "moments",
+                "moments.student_steps": 2,
+                "moments.instant": True,
                 "moments.teacher_guidance": 0.5,
             },
             r"moments\.teacher_guidance=0\.5: config\.moments\.instant=True moves the teacher itself",
