@@ -60,8 +60,8 @@ def imagenet(
 
     Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
-    "tract,steps=S" (1024 -> 32 -> S); "sct,steps=S" and "scd,steps=S" (continuous time), "moments,steps=S"
-    (moment matching), "ayf" and "meanflow" (flow maps), which are not the paper's, but trained like ct and cd.
+    "tract,steps=S" (1024 -> 32 -> S). Trained like ct and cd, though not the paper's: "sct,steps=S" and
+    "scd,steps=S" (continuous time), "moments,steps=S" (moment matching), "ayf" and "meanflow" (flow maps).
     With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
     step.
 

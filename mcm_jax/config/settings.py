@@ -235,8 +235,8 @@ class Config:
     @property
     def teacher_guidance(self) -> float:
         """Guidance weight g of the teacher; 0 if the objective does not distil a guided teacher."""
-        guidable = Multistep | Moments | FlowMap | Guidance
-        return self.loss.teacher_guidance if isinstance(self.loss, guidable) else 0.0
+        loss = self.loss
+        return loss.teacher_guidance if isinstance(loss, Multistep | Moments | FlowMap | Guidance) else 0.0
 
     @property
     def target_decay(self) -> float | None:

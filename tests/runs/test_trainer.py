@@ -671,8 +671,8 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
     [
         (
             {"objective": "gan"},
-            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, meanflow, "
-            "progressive, tract",
+            "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, "
+            "meanflow, progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8, 16)}, "config.model.widths=(8, 16) must have one entry"),
