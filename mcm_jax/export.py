@@ -61,8 +61,19 @@ def main() -> None:
     from mcm_jax.runs import workdirs  # Slow to import; --help and bad flags should not wait for it.
 
     record = workdirs.read(_WORKDIR.value)
+    if _FORMAT.value == "stablehlo":
+        _check_sampler(record)
     files.require_writable(out, "--out")
     print("\n".join(_write(record)))
+
+
+def _check_sampler(record: "RunRecord") -> None:
+    """Raises InputError for a run or for settings that can't be exported as a program."""
+    from mcm_jax.exporting import programs
+    from mcm_jax.runs import samplers
+
+    programs.require_labels(record.dataset, _WORKDIR.value)
+    samplers.resolve(record.config, steps=_STEPS.value, guidance=_GUIDANCE.value)
 
 
 def _write(record: "RunRecord") -> list[str]:

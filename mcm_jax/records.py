@@ -14,6 +14,7 @@ library, so that reports start without JAX and TensorFlow.
 import dataclasses
 import datetime
 import functools
+import hashlib
 import math
 import re
 import types
@@ -45,8 +46,16 @@ Objective = Literal[
 ]
 # In the order in which tables list them.
 OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
-# Models that support any number of steps; the others are students with a fixed number.
+# The others are students of few steps.
 DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
+# Students of any number of steps.
+FLOW_MAPS: tuple[Objective, ...] = ("ayf", "meanflow")
+
+
+def student_sampler(objective: Objective | str) -> Literal["ddim", "ddpm"]:
+    """The sampler that an objective's students are trained for."""
+    return "ddpm" if objective == "moments" else "ddim"
+
 
 EFFICIENTNET: Literal["efficientnet-lite0"] = "efficientnet-lite0"
 INCEPTION: Literal["inception-2015-12-05"] = "inception-2015-12-05"
@@ -205,6 +214,13 @@ class Sampling(Record):
         }
 
     @property
+    def grid_name(self) -> str:
+        """The noise grid in names of files: its own name, or a hash of its times, which may be many."""
+        if not self.noise_grid[:1].isdecimal():
+            return self.noise_grid
+        return f"times{hashlib.sha256(self.noise_grid.encode()).hexdigest()[:12]}"
+
+    @property
     def label(self) -> str:
         """The sampler and its unusual settings: 'ddim', 'heun (karras grid)'."""
         return f"{self.sampler} ({', '.join(self.unusual.values())})" if self.unusual else self.sampler
@@ -273,9 +289,9 @@ class Measurement(Record):
     resolution: int
     data_preprocessing: str
     training_seed: int
-    # Of a student of several numbers, the one it is sampled with. None: supports any number.
+    # Of a student of several numbers, or of any, the one it is sampled with; None: a diffusion model.
     student_steps: int | None = None
-    one_student: tuple[int, ...] = ()  # all numbers of steps of such a student; (): one number, or any
+    trained_for: tuple[int, ...] = ()  # all numbers of steps of a student of several; (): one number, or any
     checkpoint_step: int
     checkpoint: str | None = None  # its identity (a hash); None: unknown
     parameters: str
@@ -294,6 +310,12 @@ class Measurement(Record):
     def __post_init__(self) -> None:
         if self.student_steps is None and self.objective not in DIFFUSION_MODELS:
             raise RecordError("student_steps is None, not a whole number")
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether a student was sampled with the steps and the sampler that it was trained for."""
+        trained = (self.student_steps, student_sampler(self.objective))
+        return (self.sampling.steps, self.sampling.label) == trained
 
     def same_measurement(self, other: "Measurement") -> bool:
         """Whether both have the same inputs, regardless of their outcomes."""

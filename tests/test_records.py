@@ -53,7 +53,7 @@ def test_fields_of_other_versions():
             "x_var_eta",
         ),
         *("x_var_images", "clip", "rounding", "sampling_seconds", "features_seconds", "guide"),
-        *("guide_checkpoint", "one_student"),
+        *("guide_checkpoint", "trained_for"),
     }
     for name in optional:
         del content[name]
@@ -69,7 +69,7 @@ def test_every_input_identifies_a_measurement_and_no_outcome_does():
     inputs = {
         **{"version": 1, "workdir": "x", "objective": "ct", "dataset": "x", "resolution": 1, "seed": 1},
         **{"data_preprocessing": "x", "training_seed": 1, "student_steps": 1, "checkpoint_step": 1},
-        **{"one_student": [1, 2]},
+        **{"trained_for": [1, 2]},
         **{"checkpoint": "x", "parameters": "raw", "label_rule": "x", "steps": 1, "sampler": "x"},
         **{"noise_grid": "x", "x_var": "analytic", "x_var_eta": 1.0, "x_var_images": 1, "guidance": 1.0},
         **{

@@ -62,6 +62,7 @@ def imagenet(
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
     "tract,steps=S" (1024 -> 32 -> S). Trained like ct and cd, though not the paper's: "sct,steps=S" and
     "scd,steps=S" (continuous time), "moments,steps=S" (moment matching), "ayf" and "meanflow" (flow maps).
+    Several numbers, as in "cd,steps=1+2+4", train one student for all of them.
     With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
     step.
 
@@ -163,7 +164,7 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     elif config.objective in ("sct", "scd"):
         config.continuous.warmup_steps //= 2
     elif config.objective in rows.FLOW_MAPS:
-        config.flow_map.warmup_steps //= 2
+        config.flow_map.warmup_steps = max(1, config.flow_map.warmup_steps // 2)
     return config
 
 

@@ -10,7 +10,13 @@ from mcm_jax.system.errors import InputError
 # The settings of flow maps that AYF and MeanFlow state differently.
 FLOW_MAPS: dict[str, dict[str, object]] = {
     "ayf": {"warmup_last": 0.99},
-    "meanflow": {"equal_share": 0.75, "proposal": "lognormal", "normalised": "loss", "floor": 0.01},
+    "meanflow": {
+        "equal_share": 0.75,
+        "proposal": "lognormal",
+        "normalised": "loss",
+        "floor": 0.01,
+        "warmup_steps": 1,
+    },
 }
 
 
@@ -68,7 +74,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         # The teacher must have it too.
         config.model.noise_scale = "smooth"
     elif system in FLOW_MAPS:
-        config.flow_map.update(warmup_steps=100, **FLOW_MAPS[system])
+        config.flow_map.update({"warmup_steps": 100, **FLOW_MAPS[system]})
         config.model.noise_scale = "smooth"
         config.sampling.teacher_steps = 4
     elif system == "moments":
@@ -121,7 +127,7 @@ def parse_row(row: str) -> tuple[set[str], dict[str, tuple[int, ...]]]:
         if not separator:
             words.add(name)
         elif not all(text.isdecimal() for text in number.split("+")):
-            raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER")
+            raise InputError(f"config row {row!r}: {part!r} is not NAME=WHOLE NUMBER, or NAME=1+2")
         elif name in numbers:
             raise InputError(f"config row {row!r}: {name} appears twice; remove one")
         else:

@@ -13,6 +13,7 @@ from typing import Literal
 import ml_collections
 from ml_collections import config_dict
 
+from mcm_jax import records
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import LOGSNR_LIMIT, EndPoints, Grid
 from mcm_jax.fields import Affects, Settings, setting
@@ -255,7 +256,7 @@ class Config:
     @property
     def student_sampler(self) -> Sampler:
         """The sampler that the objective's students are trained for."""
-        return "ddpm" if isinstance(self.loss, Moments) else "ddim"
+        return records.student_sampler(self.objective)
 
     @property
     def supports_guidance(self) -> bool:

@@ -15,7 +15,7 @@ from mcm_jax.diffusion.conditions import Cond
 # `conditions`. `key` is the randomness of dropout; None disables dropout. The result is float32, whatever
 # precision the network computes in.
 #
-# A student of several numbers of steps takes the log-SNR at the end of the step, too; see `until`.
+# Students of several numbers of steps and flow maps also take the log-SNR at the end of a step; see `until`.
 ModelFn = Callable[
     [Float[Array, "B ..."], Float[Array, " B"], Cond, jax.Array | None],
     Float[Array, "B ..."],

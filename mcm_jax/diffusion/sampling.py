@@ -99,7 +99,8 @@ def sample(
       keys: one key per image, for the noise of noisy_ddim, ddpm and consistency.
       logsnr: the log-SNRs at which the network is called, ascending, from `schedules.uniform_grid`,
         `schedules.karras_grid` or `schedules.published_grid`.
-      logsnr_end: the log-SNR at t = 0, for a model_fn that takes the end of each step; None: it does not.
+      logsnr_end: the log-SNR at t = 0, for a model_fn that takes the end of each step; None: it does not. Its
+        prediction is not the mean of x, so it needs ddim.
       sampler: use "ddim" for students, which have already learned aDDIM's adjustment, but "ddpm" for those of
         moment matching, whose x_hat is a sample rather than a mean. "consistency" adds new
         noise to x_hat in each step (arXiv:2303.01469, algorithm 1, without their sigma_min of 0.002, which

@@ -134,7 +134,7 @@ class Evaluator:
             origin=run.origin,
             guide_origin=run.guide_origin(sampling),
             student_steps=_as_trained(run.config, sampling.steps),
-            one_student=run.student_steps if len(run.student_steps) > 1 else (),
+            trained_for=run.student_steps if len(run.student_steps) > 1 else (),
             checkpoint_step=run.checkpoint_step,
             checkpoint=workdirs.checkpoint_identity(workdir_of(run), run.checkpoint_step),
             parameters=parameters,
@@ -358,7 +358,10 @@ def grid_name(measurement: Measurement) -> str:
     sampling = measurement.sampling
     words = [f"samples_step{measurement.checkpoint_step}", measurement.parameters]
     words.append(f"{sampling.sampler}{sampling.steps}")
-    words += [str(getattr(sampling, name)) for name in sampling.unusual]
+    words += [
+        sampling.grid_name if name == "noise_grid" else str(getattr(sampling, name))
+        for name in sampling.unusual
+    ]
     words += [f"g{sampling.guidance:g}"] if sampling.guidance else []
     words += [measurement.label_rule] if measurement.label_rule == "heldout_captions" else []
     return "_".join([*words, f"seed{measurement.seed}.png"])

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.records import Sampling
 from mcm_jax.runs import exported, samplers
 from mcm_jax.runs.run import Run
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import Path
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -34,11 +36,7 @@ def exported_sampler(run: Run, settings: Sampling) -> export.Exported:
       >>> params = exported.by_name(run.params)  # doctest: +SKIP
       >>> images = program.call(params, np.uint32(0), np.array([2, 7], np.int32))  # doctest: +SKIP
     """
-    if run.dataset.encoding is not None:
-        raise InputError(
-            f"--format=stablehlo: {run.workdir} is conditioned on captions, and its text encoder is not part "
-            "of the sampler; use --format=safetensors"
-        )
+    require_labels(run.dataset, run.workdir)
     x_var = run.x_var(settings)
     # The network as it is: on no mesh, with attention that every platform can compute.
     sample = samplers.sampler_fn(run.config, run.network, settings)
@@ -56,3 +54,12 @@ def exported_sampler(run: Run, settings: Sampling) -> export.Exported:
     labels = jax.ShapeDtypeStruct((b,), jnp.int32)
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     return export.export(jax.jit(draw), platforms=PLATFORMS)(exported.by_name(abstract), seed, labels)
+
+
+def require_labels(dataset: DatasetInfo, workdir: Path | None) -> None:
+    """Raises InputError for a run on captions, because the program has no text encoder."""
+    if dataset.encoding is not None:
+        raise InputError(
+            f"--format=stablehlo: {workdir} is conditioned on captions, and its text encoder is not part "
+            "of the sampler; use --format=safetensors"
+        )

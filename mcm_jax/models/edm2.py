@@ -228,7 +228,7 @@ class EDM2(UNet):
     ) -> Float[Array, "B E"]:
         """swish(mix(W_noise fourier(level), W_label label) + end): what every block's scale is made of.
 
-        The end of a step, gain W_end fourier(level_u), is added with a gain that is zero at first.
+        The end of a step adds gain W_end fourier(level_u), where the gain is zero at first.
         """
         label = jax.nn.one_hot(cond, self.num_classes) * math.sqrt(self.num_classes)
         emb = mix(self.noise(self._fourier(level)), self.labels(label), 0.5)

@@ -43,7 +43,8 @@ class Network:
       shape: the shape of an example: (resolution, resolution, channels) for images, (dimension,) for vectors.
       condition: the kind of `cond`: class labels or captions.
       placement: how the computation is split over devices.
-      takes_end: whether the network receives the end of the step, as students of several numbers of steps do.
+      takes_end: whether the network receives the end of the step, as students of several numbers of steps and
+        flow maps do.
 
     Examples:
       >>> import jax.numpy as jnp

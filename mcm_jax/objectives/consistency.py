@@ -68,6 +68,7 @@ class Consistency(Multistep):
     ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
+        # No bits are shared with the draw of times, which splits the keys that it makes of key_times.
         student_steps = self.draw_steps(jax.random.fold_in(key_times, 0), len(x))
         times = self._draw_times(key_times, len(x), train_step, student_steps)
         logsnr_t, logsnr_s, logsnr_step = (networks.schedule(t) for t in (times.t, times.s, times.t_step))

@@ -61,7 +61,7 @@ class Continuous(Multistep):
     ) -> Float[Array, " B"]:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
-        student_steps = self.draw_steps(jax.random.fold_in(key_times, 0), len(x))
+        student_steps = self.draw_steps(jax.random.fold_in(key_times, 2), len(x))
         logsnr_t, logsnr_step = self._draw_logsnr(key_times, len(x), networks.schedule, student_steps)
         eps = jax.random.normal(key_eps, x.shape)
         z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)

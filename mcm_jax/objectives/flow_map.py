@@ -30,8 +30,8 @@ class FlowMap:
 
     AYF (arXiv:2506.14603) follows the teacher and normalises the tangent, with r growing to 0.99. MeanFlow
     (arXiv:2505.13447) follows the data and normalises the loss. Its identity u = v - (t - r) du/dt is
-    df/dt = 0 on straight paths, where the step is z_t - (t - r) u; here it is written on our paths. Its
-    residual is multiplied by cos^2(delta), as in sCM (ours: on our paths it diverges at delta = pi / 2).
+    df/dt = 0 on straight paths, where the step is z_t - (t - r) u. On our paths, tan(delta) takes the place
+    of t - r, and diverges at delta = pi / 2. We therefore multiply the identity by cos^2(delta), as sCM does.
     """
 
     teacher_guidance: float = setting(0.0, "ayf: g of the teacher's prediction; 0: none", low=0)
@@ -60,7 +60,7 @@ class FlowMap:
     )
     floor: float = setting(
         0.1,
-        "see normalised; ||g||^2 is the mean over d (open); MeanFlow: 0.01 with normalised=loss",
+        "see normalised; ||g||^2 is the mean over d (ours); MeanFlow: 0.01 with normalised=loss",
         low=1e-6,
     )
     warmup_steps: int = setting(

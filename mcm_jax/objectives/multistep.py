@@ -1,4 +1,4 @@
-"""What all students of few steps have in common: the numbers of steps that they are trained for."""
+"""What students of consistency have in common: the numbers of steps that they are trained for."""
 
 import dataclasses
 
@@ -25,9 +25,14 @@ class Multistep:
         "train one student for all of them",
         low=1,
     )
-    steps_power: float = setting(0.0, "several student_steps: S is drawn in proportion to S^steps_power")
+    steps_power: float = setting(
+        0.0, "several student_steps: S is drawn in proportion to S^steps_power", low=-4, high=4
+    )
     steps_weight_power: float = setting(
-        0.0, "several student_steps: the loss is weighted in proportion to S^steps_weight_power, with mean 1"
+        0.0,
+        "several student_steps: the loss is weighted in proportion to S^steps_weight_power, with mean 1",
+        low=-4,
+        high=4,
     )
     teacher_guidance: float = setting(
         0.0, "cd and scd: g of the teacher's prediction; 0: none (open, see `teacher_prediction`)", low=0

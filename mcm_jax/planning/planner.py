@@ -64,7 +64,8 @@ def plan(
     described = topologies.describe(topology)
     if raw_config.objective != "diffusion" and raw_config.teacher_checkpoint is None:
         raw_config = raw_config.copy_and_resolve_references()
-        raw_config.teacher_checkpoint = "any"  # Never read: only shapes matter, and they equal the student's.
+        # Never read: only shapes matter, and they follow from the student's.
+        raw_config.teacher_checkpoint = "any"
     config = validation.validate(raw_config)
     if num_classes is not None and config.data.encoder is not None:
         raise InputError("--num_classes applies only to configs without config.data.encoder; remove it")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mcm_jax.records import OBJECTIVES, caption_score_of, count_of, with_count
+from mcm_jax.records import OBJECTIVES, caption_score_of, count_of, student_sampler, with_count
 from mcm_jax.reporting.results import Collection, Conditions, RunDescription, RunResult
 
 # Settings that do not affect learning, or that each result states itself.
@@ -61,6 +61,7 @@ class Estimate:
 
     objective: str
     student_steps: int | None
+    trained_for: tuple[int, ...] = ()  # all numbers of steps of a student of several
     steps: int
     sampler: str  # records.Sampling.label
     mean: float
@@ -71,7 +72,7 @@ class Estimate:
     @property
     def as_trained(self) -> bool:
         """Whether a student was sampled with the steps and the sampler that it was trained for."""
-        return self.student_steps == self.steps and self.sampler == "ddim"
+        return (self.steps, self.sampler) == (self.student_steps, student_sampler(self.objective))
 
 
 def group(collection: Collection) -> tuple[list[Group], list[str]]:
@@ -140,6 +141,7 @@ def _estimate(results: list[list[RunResult]], metric: str) -> Estimate:
     return Estimate(
         objective=first.objective,
         student_steps=first.student_steps,
+        trained_for=first.trained_for,
         steps=first.sampling.steps,
         sampler=first.sampling.label,
         mean=statistics.fmean(values),

@@ -243,7 +243,9 @@ def _caption(result: RunResult) -> str:
     if result.student_steps is None:
         return f"{tables.kind(result.objective)}, {sampling}"
     caption = f"{tables.kind(result.objective)}, {tables.plural(result.student_steps or 0, 'student step')}"
-    if (result.sampling.steps, result.sampling.label) != (result.student_steps, "ddim"):
+    if result.trained_for:
+        caption += f" (one student for {', '.join(map(str, result.trained_for))})"
+    if not result.as_trained:
         caption += f", sampled with {sampling}"
     return caption
 

@@ -113,7 +113,7 @@ def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
         return Cell(size, c.resolution, "teacher", _TEACHER_STEPS) if as_in_paper else None
     system = {"ct": "ct", "cd": "cd", "progressive": "pd"}.get(result.objective)
     # The paper trains a student for each number of steps.
-    if system is None or result.one_student or (steps, sampler) != (result.student_steps, "ddim"):
+    if system is None or result.trained_for or not result.as_trained:
         return None
     teacher_step = "addim" if system == "ct" else consistency.get("teacher_step", "addim")
     first, last = consistency.get("teacher_steps_first", 64), consistency.get("teacher_steps_last", 1280)

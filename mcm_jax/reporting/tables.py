@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mcm_jax.records import (
     ATTRIBUTES,
     CLIP_SCORE,
+    FLOW_MAPS,
     HELD_OUT_IMAGES,
     MEAN_IMAGE,
     NEAREST,
@@ -219,7 +220,11 @@ def runs_table(collection: Collection) -> Table:
         results = [result for result in collection.results if result.run == name]
         first, run = results[0], collection.descriptions.get(name, RunDescription({}, {}))
         name_of_kind = kind(first.objective)
-        if first.student_steps is not None:
+        if first.objective in FLOW_MAPS:
+            name_of_kind += ", any steps"
+        elif first.trained_for:
+            name_of_kind += f", {', '.join(map(str, first.trained_for))} steps"
+        elif first.student_steps is not None:
             name_of_kind += f", {plural(first.student_steps, 'step')}"
         checkpoint_step = max(result.checkpoint_step for result in results)
         cells = (name, name_of_kind, str(first.training_seed), *_training(run, checkpoint_step))
@@ -263,7 +268,9 @@ def _particulars(run: RunDescription) -> str:
     flow_map = _settings(run, "flow_map")
     if run.config.get("objective") in ("ayf", "meanflow") and flow_map:
         parts.append(
-            f"times {flow_map.get('proposal')}, warm-up of {_plain(flow_map.get('warmup_steps'))} updates"
+            f"times {flow_map.get('proposal')}, equal in {_plain(flow_map.get('equal_share'))}; derivative "
+            f"along {flow_map.get('along')}; {flow_map.get('normalised')} normalised; warm-up of "
+            f"{_plain(flow_map.get('warmup_steps'))} updates"
         )
     if consistency.get("stages"):
         parts.append(f"stages {' to '.join(map(str, consistency['stages']))} steps")
@@ -340,8 +347,13 @@ def _decimals(value: float) -> int:
 
 def _cell(estimates: list[Estimate]) -> tuple[str, ...]:
     if len(estimates) == 1:
-        return (estimate_text(estimates[0]),)
-    return tuple(f"{estimate_text(e)} [{', '.join(e.runs)}]" for e in estimates)
+        return (_estimate_cell(estimates[0]),)
+    return tuple(f"{_estimate_cell(e)} [{', '.join(e.runs)}]" for e in estimates)
+
+
+def _estimate_cell(estimate: Estimate) -> str:
+    text, steps = estimate_text(estimate), ", ".join(map(str, estimate.trained_for))
+    return f"{text} (one student for {steps})" if steps else text
 
 
 def _markdown_cell(lines: tuple[str, ...]) -> str:

@@ -99,7 +99,7 @@ def _cell_of(result: RunResult, collection: Collection) -> Cell | None:
         return Cell("teacher", sampling.guidance, sampling.steps)
     if objective == "guidance" and sampling.label == "ddim":
         weight = _weight(run)
-    elif objective == "cd" and (sampling.label, sampling.steps) == ("ddim", result.student_steps):
+    elif objective == "cd" and result.as_trained and not result.trained_for:
         weight = _teachers_weight(run, collection)
     else:
         return None

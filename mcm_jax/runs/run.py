@@ -162,8 +162,11 @@ class Run:
         """
         settings = self.sampling(**options)
         times = samplers.grid_times(settings.noise_grid)
-        untrained = samplers.untrained_step(self.student_steps, times) if self.student_steps else None
-        if times and untrained is not None:
+        # The sampler consistency takes no such steps.
+        untrained = None
+        if times and settings.sampler != "consistency":
+            untrained = samplers.untrained_step(self.config, times)
+        if untrained is not None:
             warnings.warn(
                 f"this student was not trained for the step from {untrained[0]:.6g} to {untrained[1]:.6g} of "
                 f"noise_grid={settings.noise_grid}; expect worse images",
@@ -443,7 +446,7 @@ class Run:
         return self._x_var[settings]
 
     def _x_var_path(self, workdir: Path, settings: Sampling) -> Path:
-        what = f"step{self.checkpoint_step}_{self.parameters}_{settings.noise_grid}{settings.steps}"
+        what = f"step{self.checkpoint_step}_{self.parameters}_{settings.grid_name}{settings.steps}"
         return workdir / "x_var" / f"{what}_images{settings.x_var_images}.json"
 
     def _stored_mean_square_error(self, settings: Sampling) -> list[float] | None:

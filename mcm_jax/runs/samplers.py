@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mcm_jax.config.settings import Config
+from mcm_jax.config.settings import Config, Staged
 from mcm_jax.data.pixels import Rounding, to_uint8
 from mcm_jax.diffusion import sampling, schedules
 from mcm_jax.diffusion.conditions import Cond
@@ -107,6 +107,11 @@ def resolve(
             guidance=0.0,
         )
     chosen = _known("sampler", sampler or settings.sampler, SAMPLERS)
+    if config.takes_end and chosen != "ddim":
+        raise InputError(
+            f"sampler={chosen} needs a model that predicts the mean of x; this student predicts the end of "
+            "each step, so use ddim"
+        )
     guidance = settings.guidance if guidance is None else guidance
     if not 0 <= guidance < math.inf:
         raise InputError(f"guidance={guidance} must be a finite number of at least 0")
@@ -125,11 +130,6 @@ def resolve(
         raise InputError(f"x_var={x_var} has no effect on {chosen}; it applies to addim and noisy_ddim")
     x_var = _known("x_var", x_var or settings.x_var, X_VARS) if takes_variance else None
     measured = x_var == "measured"
-    if measured and config.takes_end:
-        raise InputError(
-            "x_var=measured needs a model that predicts x whatever the step, which this student does not; "
-            "use analytic"
-        )
     kind, steps = _grid(noise_grid or settings.noise_grid, steps, default=settings.teacher_steps)
     return Sampling(
         steps=steps,
@@ -151,7 +151,7 @@ def _grid(noise_grid: str, steps: int | None, *, default: int) -> tuple[str, int
     """The name or the times of a grid, and its number of steps; see `resolve`."""
     times = grid_times(noise_grid)
     if times:
-        kind = ",".join(f"{t:.6g}" for t in times)
+        kind = ",".join(repr(t).removesuffix(".0") for t in times)
         if steps not in (None, len(times)):
             raise InputError(f"steps={steps} contradicts noise_grid={kind}, which has {len(times)} times")
         return kind, len(times)
@@ -175,20 +175,29 @@ def grid_times(noise_grid: str) -> tuple[float, ...]:
         return ()
     try:
         times = tuple(float(fractions.Fraction(text.strip())) for text in noise_grid.split(","))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise InputError(f"noise_grid={noise_grid} must be a name or times such as 1,1/2,1/4") from error
     if times[0] != 1 or times[-1] <= 0 or any(t <= s for t, s in itertools.pairwise(times)):
         raise InputError(f"noise_grid={noise_grid} must descend from 1 to a time above 0")
     return times
 
 
-def untrained_step(student_steps: Sequence[int], times: Sequence[float]) -> tuple[float, float] | None:
-    """The first step of a grid that a student of these numbers of steps was not trained for; None: none."""
-    for t, s in itertools.pairwise((*times, 0.0)):
-        # The length of a step determines S; 1e-5 is more than the rounding of a printed time.
-        steps = round(1 / (t - s))
-        if steps not in student_steps or abs(t * steps - round(t * steps)) + abs(t - s - 1 / steps) > 1e-5:
-            return t, s
+def untrained_step(config: Config, times: Sequence[float]) -> tuple[float, float] | None:
+    """The first step of a grid that a student was not trained for; None if there is none.
+
+    A student of S steps is trained for the steps from any t in a segment to the segment's end, and in stages
+    (TRACT, progressive distillation) only for those from boundary to boundary. Flow maps support all steps.
+    """
+    staged = isinstance(config.loss, Staged)
+
+    def trained(t: float, u: float, steps: int) -> bool:
+        # Fractions such as 1/3 are rounded.
+        whole = [abs(time * steps - round(time * steps)) < 1e-6 for time in (t, u)]
+        return whole[1] and (t - u) * steps < 1 + 1e-6 and (whole[0] or not staged)
+
+    for t, u in itertools.pairwise((*times, 0.0)):
+        if config.student_steps and not any(trained(t, u, steps) for steps in config.student_steps):
+            return t, u
     return None
 
 

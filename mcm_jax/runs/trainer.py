@@ -18,7 +18,7 @@ from mcm_jax.data.layout import DatasetInfo
 from mcm_jax.fields import Affects
 from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.records import CONSISTENCY
-from mcm_jax.runs import build, samplers, workdirs
+from mcm_jax.runs import build, exported, samplers, workdirs
 from mcm_jax.runs.run import Run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
 from mcm_jax.system import distributed, sharding
@@ -230,6 +230,9 @@ def finished_run(path: Path, dataset: DatasetInfo, *, what: str) -> workdirs.Run
         run, done = workdirs.read(path), workdirs.steps(path)[-1]
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+    described = exported.find(path)
+    if described is not None and described.parameters != "ema":
+        raise InputError(f"{what} has only the raw parameters; export the averaged ones (--parameters=ema)")
     if run.origin is not None and run.origin.kind == CONSISTENCY:
         raise InputError(f"{what} is the consistency model {run.origin.file}; use a diffusion model")
     if done < run.config.training.num_steps:

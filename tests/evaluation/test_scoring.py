@@ -170,7 +170,7 @@ def test_the_record_says_everything_that_the_number_depends_on(options, workdirs
         "origin": None,
         "guide_origin": None,
         "student_steps": 4,
-        "one_student": [],
+        "trained_for": [],
         "checkpoint_step": 300,
         "parameters": "ema",
         "seed": 0,

@@ -16,7 +16,7 @@ RECORD = {
     "data_preprocessing": "drawn at 16x16",
     "training_seed": 0,
     "student_steps": 4,
-    "one_student": [],
+    "trained_for": [],
     "checkpoint_step": 500,
     "parameters": "ema",
     "label_rule": "train_frequency",

@@ -15,9 +15,12 @@ import pytest
 from jax.sharding import AxisType
 
 import mcm_jax
+from mcm_jax.config.settings import Config
 from mcm_jax.data import pipeline
 from mcm_jax.diffusion import process, sampling
+from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.moments import Moments
+from mcm_jax.objectives.tract import Tract
 from mcm_jax.runs import build, samplers, trainer, workdirs
 from mcm_jax.runs.run import Run, load_run
 from mcm_jax.runs.samplers import NonFiniteSamplesError
@@ -138,13 +141,13 @@ def test_one_student_samples_with_each_of_its_numbers_of_steps(tiny_data, teache
         by_time, _ = student.sample(4, noise_grid="1,1/2")
     assert not np.array_equal(one, two)
     np.testing.assert_array_equal(by_time, two)
-    assert student.sampling(noise_grid="1,1/3").noise_grid == "1,0.333333"
+    assert student.sampling(noise_grid="1,1/3").noise_grid == "1,0.3333333333333333"
     with pytest.warns(UserWarning, match="trained for 1 and 2 steps but is sampled with 3"):
         student.sample(1, steps=3)
     with pytest.warns(UserWarning, match="not trained for the step from 1 to 0.75 of noise_grid=1,0.75"):
         student.sample(1, noise_grid="1,3/4")
-    with pytest.raises(InputError, match="whatever the step, which this student does not"):
-        student.sample(1, sampler="addim", x_var="measured")
+    with pytest.raises(InputError, match=r"sampler=heun .* predicts the end of each step, so use ddim"):
+        student.sample(1, sampler="heun")
     # The network has learned to use the end of the step.
     end = student.params["conditioning"]["end"]["dense_2"]["kernel"]
     assert np.abs(jax.device_get(end)).max() > 0
@@ -331,18 +334,30 @@ def test_the_noise_levels_of_published_students(run, noise_grid):
 
 
 @pytest.mark.parametrize(
-    ("times", "step"),
+    ("objective", "steps", "times", "step"),
     [
-        ("1,1/2,1/4", None),
-        ("1,0.75,0.5", None),
-        ("1,0.333333,0.25", (1.0, 0.333333)),
-        ("1,3/4,1/3", (0.75, 1 / 3)),
-        ("1,1/2,3/8", (0.5, 0.375)),
-        ("1,7/8,1/2", (1.0, 0.875)),
+        ("cd", (1, 2, 4), "1,1/2,1/4", None),
+        ("cd", (1, 2, 4), "1,3/4,1/2", None),
+        ("cd", (1, 2, 4), "1,3/4", None),  # The student of one step was trained from every time to 0.
+        ("cd", (1, 2, 4), "1,1/2,0.3,1/4", (0.5, 0.3)),
+        ("cd", (2, 4), "1,3/4", (0.75, 0.0)),
+        ("cd", (3, 4), "1,2/3,1/2", None),
+        ("cd", (3,), "1,2/3,1/2", (2 / 3, 0.5)),
+        ("ayf", (), "1,0.123", None),
+        ("tract", (2,), "1,1/2", None),
+        ("tract", (2,), "1,1/2,1/4", (0.5, 0.25)),
     ],
 )
-def test_a_grid_of_trained_steps(times, step):
-    assert samplers.untrained_step((1, 2, 4), samplers.grid_times(times)) == step
+def test_a_grid_of_trained_steps(objective, steps, times, step):
+    config = Config(objective=objective, consistency=Consistency(steps), tract=Tract((8, *steps)))
+    assert samplers.untrained_step(config, samplers.grid_times(times)) == step
+
+
+def test_grids_of_times_have_short_names(run):
+    times = ",".join(f"{n}/400" for n in range(400, 0, -1))
+    name, other = (run.sampling(noise_grid=grid).grid_name for grid in (times, times + ",1/500"))
+    assert name != other and len(name) == len("times") + 12
+    assert run.sampling(noise_grid="karras").grid_name == "karras"
 
 
 @pytest.mark.parametrize(
@@ -352,6 +367,7 @@ def test_a_grid_of_trained_steps(times, step):
         ({"noise_grid": "1,1/2,1/2"}, "must descend from 1 to a time above 0"),
         ({"noise_grid": "1,1/2,0"}, "must descend from 1 to a time above 0"),
         ({"noise_grid": "1,half"}, "must be a name or times such as 1,1/2,1/4"),
+        ({"noise_grid": "1,1e400"}, "must be a name or times such as 1,1/2,1/4"),
         ({"noise_grid": "1,1/0"}, "must be a name or times such as 1,1/2,1/4"),
         ({"noise_grid": "1,1/2", "steps": 3}, "steps=3 contradicts noise_grid=1,0.5, which has 2 times"),
     ],
