@@ -341,7 +341,7 @@ def test_the_noise_levels_of_published_students(run, noise_grid):
         ("cd", (1, 2, 4), "1,3/4", None),  # The student of one step was trained from every time to 0.
         ("cd", (1, 2, 4), "1,1/2,0.3,1/4", (0.5, 0.3)),
         ("cd", (2, 4), "1,3/4", (0.75, 0.0)),
-        ("cd", (3, 4), "1,2/3,1/2", None),
+        ("cd", (3, 4), "1,2/3,1/2,1/4", None),
         ("cd", (3,), "1,2/3,1/2", (2 / 3, 0.5)),
         ("ayf", (), "1,0.123", None),
         ("tract", (2,), "1,1/2", None),
