@@ -34,7 +34,7 @@ class Cell:
       problem: name of the problem.
       system: cd, ct or progressive: a student. diffusion: the diffusion model from which a mixture's students
         start. teacher: the model that students distil: a mixture's closed-form denoiser, or OpenMoji's
-        trained diffusion model.
+        trained diffusion model. data: new samples of a mixture.
       steps: the student's steps; for the other systems, the sampler's.
       seed: training and sampling seed.
       overrides: config fields that differ from the problem's, such as ("consistency.xvar_frac", 0.0).

@@ -7,6 +7,7 @@ model from which they start, share the same lower limit of the distance, which m
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from mcm_jax.objectives.progressive import Progressive
 from mcm_jax.runs import build
 
 NUM_SAMPLES = 10_000
+# A quantity of samples of a mixture.
+Measure = Callable[[Mixture, np.ndarray], float]
 # Added to a cell's seed: cells of one seed share their sampling noise, other seeds have different noise.
 _SAMPLING_SEED = 1000
 
@@ -90,42 +93,55 @@ QUICK_2D = dataclasses.replace(QUICK, name="mixture2d", dimension=2, width=64)
 
 
 class Bench:
-    """Measures cells of one problem; caches the models from which later cells of the same seed start."""
+    """Measures cells of one problem; caches the models from which later cells of the same seed start.
 
-    def __init__(self, problem: Problem):
+    Args:
+      exact: the mixture; None: `random_mixture` of the problem's sizes.
+      measures: what to measure of the samples beside their distance, by name.
+    """
+
+    def __init__(
+        self, problem: Problem, exact: Mixture | None = None, measures: Mapping[str, Measure] | None = None
+    ):
         self.problem = problem
-        exact = mixtures.random_mixture(
-            0, dimension=problem.dimension, components=problem.components, mean_square=0.1
-        )
+        self._measures = measures or {}
+        if exact is None:
+            exact = mixtures.random_mixture(
+                0, dimension=problem.dimension, components=problem.components, mean_square=0.1
+            )
         self.mixture = Mixture(*(np.asarray(a, np.float32) for a in exact))
         self._diffusion = functools.lru_cache(maxsize=1)(self._train_diffusion)
         self._stage = functools.lru_cache(maxsize=1)(self._train_stage)
 
     def __call__(self, cell: Cell) -> Values:
         """The distance of the cell's samples; for CT also its difference from the diffusion model."""
+        if cell.system == "data":
+            return self._values(self._data(cell.seed))
         config = self._config(cell)
         if cell.system == "teacher":
-            return {"distance": self._distance(mixtures.model_fn(self.mixture), config, cell)}
+            return self._sampled(mixtures.model_fn(self.mixture), config, cell)
         if cell.system == "diffusion":
-            return {
-                "distance": self._distance(self._diffusion(cell.seed, cell.shared).model_fn, config, cell)
-            }
+            return self._sampled(self._diffusion(cell.seed, cell.shared).model_fn, config, cell)
         if cell.system == "progressive":
             stage = self._stage(cell.seed, cell.steps, cell.overrides)
-            return {"distance": self._distance(stage.model_fn, config, cell)}
+            return self._sampled(stage.model_fn, config, cell)
         start = self._diffusion(cell.seed, cell.shared)
         run = vectors.train(config, self._model(config), self.mixture, start=start.params)
-        values = {"distance": self._distance(run.model_fn, config, cell)}
+        values = self._sampled(run.model_fn, config, cell)
         if cell.system == "ct":
             schedule = build.schedule(config)
-            x = mixtures.sample(self.mixture, jax.random.key(cell.seed + _SAMPLING_SEED), NUM_SAMPLES)
+            x = self._data(cell.seed)
             cond = jnp.zeros(len(x), jnp.int32)
             values["from_diffusion"] = mean_difference(
                 run.model_fn, start.model_fn, x, cond, schedule=schedule
             )
         return values
 
-    def _distance(self, model_fn: ModelFn, config: Config, cell: Cell) -> float:
+    def _data(self, seed: int) -> Float[Array, "N d"]:
+        return mixtures.sample(self.mixture, jax.random.key(seed + _SAMPLING_SEED), NUM_SAMPLES)
+
+    def _sampled(self, model_fn: ModelFn, config: Config, cell: Cell) -> Values:
+        """The values of samples of a model."""
         x = vectors.sample(
             model_fn,
             self.problem.dimension,
@@ -135,7 +151,12 @@ class Bench:
             sampler=cell.sampler,
             schedule=build.schedule(config),
         )
-        return mixtures.marginal_wasserstein(self.mixture, np.asarray(x))
+        return self._values(x)
+
+    def _values(self, x: Float[Array, "N d"]) -> Values:
+        samples = np.asarray(x)
+        measured = {name: measure(self.mixture, samples) for name, measure in self._measures.items()}
+        return {"distance": mixtures.marginal_wasserstein(self.mixture, samples), **measured}
 
     def _train_diffusion(self, seed: int, overrides: Overrides) -> VectorRun:
         config = self._config(Cell(self.problem.name, "diffusion", 1, seed, overrides))
@@ -206,7 +227,7 @@ def mean_difference(
     """Mean over data (x, cond), noise and t ~ U(0, 1) of ||x_hat(z_t) - x_hat'(z_t)||^2 / d."""
 
     @jax.jit
-    def run(x: Float[Array, "B ..."]) -> Float[Array, ""]:
+    def run(x: Float[Array, "B ..."], model_fn: ModelFn, other_fn: ModelFn) -> Float[Array, ""]:
         key_t, key_eps = jax.random.split(jax.random.key(0))
         logsnr_t = schedule(jax.random.uniform(key_t, x.shape[:1]))
         z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
@@ -216,4 +237,4 @@ def mean_difference(
         )
         return jnp.mean(process.mean_square(a - b))
 
-    return float(run(x))
+    return float(run(x, *(vectors.as_pytree(f) for f in (model_fn, other_fn))))

@@ -5,7 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mcm_jax.config.settings import Config
 from mcm_jax.diffusion import mixtures, sampling, schedules
@@ -32,8 +32,8 @@ class VectorRun:
 
     @property
     def model_fn(self) -> ModelFn:
-        """The network's v_hat with the averaged parameters."""
-        return functools.partial(self.network.apply, self.params)
+        """The network's v_hat with the averaged parameters, which are the leaves of a pytree."""
+        return jax.tree_util.Partial(self.network.apply, self.params)
 
     def sample(self, num: int, *, seed: int, num_steps: int) -> Float[Array, "num dimension"]:
         """Draws samples by DDIM on the uniform grid of the config's schedule, as `sample` does."""
@@ -95,21 +95,24 @@ def train(
         return objective(networks, batch["image"], batch["label"], key, train_step)
 
     adam, target_optimizer = build.optimizers(config)
-    update = step.make_update(
-        functools.partial(loss_fn, config.loss),
-        adam,
-        ema_decay=config.optimizer.ema_decay,
-        target_decay=config.target_decay,
-        target_training=build.target_training(
-            config, lambda objective: functools.partial(loss_fn, objective)
-        ),
-        seed=config.seed,
-    )
+    target_training = build.target_training(config, lambda objective: functools.partial(loss_fn, objective))
     batch_size = config.training.batch_size
-    data_key = jax.random.fold_in(jax.random.key(config.seed), _DATA)
 
+    # The seed is an argument, so that other seeds find the compiled program in the cache.
     @jax.jit
-    def run(start: Params, teacher: Params | None) -> tuple[Params, Float[Array, " num_steps"]]:
+    def run(
+        start: Params, teacher: Params | None, seed: Int[Array, ""]
+    ) -> tuple[Params, Float[Array, " num_steps"]]:
+        update = step.make_update(
+            functools.partial(loss_fn, config.loss),
+            adam,
+            ema_decay=config.optimizer.ema_decay,
+            target_decay=config.target_decay,
+            target_training=target_training,
+            seed=seed,
+        )
+        data_key = jax.random.fold_in(jax.random.key(seed), _DATA)
+
         def one(state: TrainState, n: Array) -> tuple[TrainState, Float[Array, ""]]:
             x = mixtures.sample(mixture, jax.random.fold_in(data_key, n), batch_size)
             batch = {"image": x, "label": jnp.zeros(batch_size, jnp.int32)}
@@ -124,7 +127,7 @@ def train(
 
     key = build.init_key(config.seed)
     start = network.init(key) if start is None else network.init_from(key, start)
-    params, losses = run(start, teacher)
+    params, losses = run(start, teacher, jnp.int32(config.seed))
     if not bool(jnp.all(jnp.isfinite(losses))):
         raise FloatingPointError(f"the loss of {config.objective} is not finite")
     return VectorRun(config, network, params)
@@ -146,8 +149,9 @@ def sample(
     logsnr = schedules.uniform_grid(schedule, num_steps)
     logsnr_end = schedule(jnp.zeros(())) if takes_end else None
 
+    # As arguments, so that other models and seeds find the compiled program in the cache.
     @jax.jit
-    def run() -> Float[Array, "num dimension"]:
+    def run(model_fn: ModelFn, seed: Int[Array, ""]) -> Float[Array, "num dimension"]:
         keys = sampling.image_keys(jax.random.key(seed), jnp.arange(num))
         z_1 = sampling.initial_noise(keys, (dimension,))
         cond = jnp.zeros(num, jnp.int32)
@@ -155,4 +159,9 @@ def sample(
             model_fn, z_1, cond, keys, logsnr=logsnr, logsnr_end=logsnr_end, sampler=sampler, clip="never"
         )
 
-    return run()
+    return run(as_pytree(model_fn), jnp.int32(seed))
+
+
+def as_pytree(model_fn: ModelFn) -> jax.tree_util.Partial:
+    """The function as an argument of jit; `VectorRun.model_fn` already has its parameters as leaves."""
+    return model_fn if isinstance(model_fn, jax.tree_util.Partial) else jax.tree_util.Partial(model_fn)

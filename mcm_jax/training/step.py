@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from mcm_jax.system import sharding
 from mcm_jax.training.state import Moved, Params, TrainState
@@ -104,7 +104,7 @@ def make_update(
     target_decay: float | None = None,
     target_training: TargetTraining | None = None,
     accumulation_steps: int = 1,
-    seed: int,
+    seed: int | Int[Array, ""],
     project: Callable[[Params], Params] | None = None,
 ) -> TrainStep:
     """Returns (state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
