@@ -11,7 +11,7 @@ writes them from the results so far.
 
 from absl import flags
 
-from mcm_jax.bench.runner import PROBLEMS, run
+from mcm_jax.bench.runner import PROBLEMS, STUDIES, run
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import as_path
@@ -33,6 +33,11 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "methods", False, "Compare methods on the mixture instead: CD, CT and both in continuous time."
     )
+    flags.DEFINE_list(
+        "studies",
+        [],
+        f"Measure studies on mixtures instead; some of {','.join(STUDIES)}. See bench/studies.py.",
+    )
     flags.DEFINE_bool("report_only", False, "Measure nothing; write the report from the stored results.")
 
 
@@ -40,17 +45,24 @@ def main() -> None:
     """Measures the findings that the flags specify."""
     values = flags.FLAGS
     seeds = values.seeds or (2 if values.quick else 3)
-    out = values.out or as_path(
-        f"runs/{'methods' if values.methods else 'findings'}{'_quick' * values.quick}"
-    )
-    if values.methods and (values.choices or values.report_only or flags.FLAGS["problems"].present):
-        raise InputError(
-            "--methods can't be combined with --problems, --choices or --report_only; leave them out"
-        )
-    if values.methods:
+    kind = "methods" if values.methods else "studies" if values.studies else "findings"
+    out = values.out or as_path(f"runs/{kind}{'_quick' * values.quick}")
+    if kind != "findings":
+        others = values.choices or values.report_only or flags.FLAGS["problems"].present
+        if others or (values.methods and values.studies):
+            raise InputError(
+                f"--{kind} can't be combined with --problems, --choices, --report_only or another "
+                "comparison; leave them out"
+            )
+    if kind == "methods":
         from mcm_jax.bench import methods  # Slow to import.
 
         print(f"\n{methods.run(out, seeds=seeds, quick=values.quick)}\n{out / 'methods.md'}")
+        return
+    if kind == "studies":
+        from mcm_jax.bench import studies  # Slow to import.
+
+        print(f"\n{studies.run(out, values.studies, seeds=seeds, quick=values.quick)}\n{out}")
         return
     markdown = run(
         out,

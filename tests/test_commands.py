@@ -259,9 +259,9 @@ def small_parts(monkeypatch):
     measure, cells_of = mixture.Bench.__call__, choices.cells_of
 
     def made_up(bench, cell):
-        if cell.problem != "mixture":
+        if cell.problem == "mixture2d":
             return measure(bench, cell)
-        return {"distance": 1.0 + cell.seed, "from_diffusion": 0.5}
+        return {"distance": 1.0 + cell.seed, "from_diffusion": 0.5, "largest_share": 0.7}
 
     monkeypatch.setattr(mixture.Bench, "__call__", made_up)
     monkeypatch.setattr(choices, "cells_of", lambda chosen, *rest: cells_of(chosen, *rest) if chosen else [])

@@ -26,12 +26,17 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 DDIM_TEACHER: Overrides = (("consistency.teacher_step", "ddim"),)
 
 
+def annealed(first: int, last: int) -> Overrides:
+    """Overrides for N_teacher annealed from first to last."""
+    return (
+        ("consistency.teacher_steps_first", float(first)),
+        ("consistency.teacher_steps_last", float(last)),
+    )
+
+
 def constant(teacher_steps: int) -> Overrides:
     """Overrides for a constant N_teacher instead of an annealed one."""
-    return (
-        ("consistency.teacher_steps_first", float(teacher_steps)),
-        ("consistency.teacher_steps_last", float(teacher_steps)),
-    )
+    return annealed(teacher_steps, teacher_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from mcm_jax.bench import cells, mixture, runner, summary
 from mcm_jax.bench.cells import RESULTS, Cell, Store
-from mcm_jax.bench.findings import Measured, measure
 from mcm_jax.bench.mixture import Problem
 from mcm_jax.models.embeddings import NoiseScale
-from mcm_jax.system.files import require_writable, write_whole
+from mcm_jax.system.files import write_whole
 from mcm_jax.system.paths import Path
 
 
@@ -58,9 +57,7 @@ def run(out: Path, *, seeds: int = 3, quick: bool = False) -> str:
     Raises:
       InputError: there are fewer seeds, or OUT can't be written or holds other results.
     """
-    runner.require_seeds(seeds)
-    require_writable(out, "--out")
-    runner.cache_programs(out)
+    runner.start(out, seeds)
     problem = _QUICK if quick else mixture.MIXTURE_64D
     store = Store(out / RESULTS, {problem.name: problem})
     bench = mixture.Bench(problem)
@@ -97,15 +94,14 @@ def tuning(problem: Problem) -> list[Cell]:
 
 def table(problem: Problem, store: Store, seeds: Sequence[int], *, quick: bool) -> str:
     """Markdown: the distance of every method by steps, then differences of methods, paired by seed."""
-    heads = [f"{steps} steps" if steps > 1 else "1 step" for steps in problem.student_steps]
+    heads = [summary.count(steps) for steps in problem.student_steps]
     lines = [
         "Squared Wasserstein distance to the 64-dimensional mixture (exact), mean ± one standard error of "
         f"{len(seeds)} seeds; {problem.student_updates} updates of {problem.batch_size} examples. Lower is "
         "better.",
         "",
     ]
-    if quick:
-        lines += ["**Quick: trained for seconds. These numbers only show that everything runs.**", ""]
+    lines += summary.quick_note(quick)
     lines += summary.head(["Method", *heads, "network calls per example", "learning rates"])
     for noise_scale in _NOISE_SCALES:
         found = [
@@ -113,7 +109,12 @@ def table(problem: Problem, store: Store, seeds: Sequence[int], *, quick: bool) 
         ]
         lines += [
             summary.row(
-                [f"start, {noise_scale}", *(_text(_measure(store, cells)) for cells in found), "", ""]
+                [
+                    f"start, {noise_scale}",
+                    *(summary.mean(summary.paired(store, cells)) for cells in found),
+                    "",
+                    "",
+                ]
             )
         ]
     chosen = {
@@ -123,12 +124,12 @@ def table(problem: Problem, store: Store, seeds: Sequence[int], *, quick: bool) 
     for method in METHODS:
         best = [_best(problem, store, method, steps) for steps in problem.student_steps]
         rates = ", ".join(f"{problem.learning_rate * factor:.2g}" for factor in best)
-        distances = [_text(_measure(store, cells)) for cells in chosen[method.name]]
+        distances = [summary.mean(summary.paired(store, cells)) for cells in chosen[method.name]]
         lines.append(summary.row([method.name, *distances, str(method.calls), rates]))
     lines += ["", *summary.head(["Difference (negative: the first is better)", *heads])]
     for first, second in _PAIRS:
         pairs = zip(chosen[first], chosen[second], strict=True)
-        differences = [_difference(_measure(store, *pair)) for pair in pairs]
+        differences = [summary.difference(summary.paired(store, *pair)) for pair in pairs]
         lines.append(summary.row([f"{first} - {second}", *differences]))
     return "\n".join(lines) + "\n"
 
@@ -152,22 +153,3 @@ def _chosen(problem: Problem, store: Store, method: Method, steps: int, seeds: S
     """The cells of these seeds, with the learning rate that is best at seed 0."""
     factor = _best(problem, store, method, steps)
     return [_cell(problem, method, steps, factor, seed) for seed in seeds]
-
-
-def _measure(store: Store, first: Sequence[Cell], second: Sequence[Cell] = ()) -> Measured:
-    """The distances of the first cells, or their differences from the second ones, paired."""
-    distances = [store[cell]["distance"] for cell in first]
-    if second:
-        distances = [a - store[cell]["distance"] for a, cell in zip(distances, second, strict=True)]
-    return measure(distances)
-
-
-def _text(measured: Measured) -> str:
-    return f"{measured.mean:.3f} ± {measured.standard_error:.2g}"
-
-
-def _difference(measured: Measured) -> str:
-    text = f"{measured.mean:+.3f} ± {measured.standard_error:.2g}"
-    if measured.standard_error == 0:
-        return text
-    return f"{text} ({measured.mean / measured.standard_error:+.1f} standard errors)"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.bench.cells import Cell, Values
 
 PROBLEMS = ("mixture", "mixture2d", "openmoji")
+STUDIES = ("median", "annealing", "teachers")  # of bench.studies, which is slow to import
 
 
 def run(
@@ -43,7 +44,6 @@ def run(
     Raises:
       InputError: an argument is invalid, or the results file holds something else.
     """
-    require_seeds(seeds)
     if not problems:
         raise InputError(f"--problems is empty; give some of {', '.join(PROBLEMS)}")
     for problem in problems:
@@ -51,12 +51,11 @@ def run(
             raise InputError(f"--problems: {problem} is not one of {', '.join(PROBLEMS)}")
     if report_only and not (out / RESULTS).is_file():
         raise InputError(f"--out={out} has no {RESULTS} to report; measure first")
-    require_writable(out, "--out")
+    start(out, seeds)
     # Slow to import, so only after the flags have been checked.
     from mcm_jax.bench import cells, findings, summary
     from mcm_jax.bench import choices as open_choices
 
-    cache_programs(out)
     benches = {name: _bench(name, out, quick=quick) for name in problems}
     chosen = {name: problem for name, (problem, _) in benches.items()}
     store = cells.Store(out / RESULTS, chosen)
@@ -75,14 +74,15 @@ def run(
     return markdown
 
 
-def require_seeds(seeds: int) -> None:
-    """Raises InputError if there are too few seeds for a standard error."""
+def start(out: Path, seeds: int) -> None:
+    """Checks what every measurement needs, and lets its cells share a cache of compiled programs in `out`.
+
+    Raises:
+      InputError: there are too few seeds for a standard error, or OUT can't be written.
+    """
     if seeds < 2:
         raise InputError(f"--seeds={seeds}: a standard error needs at least 2")
-
-
-def cache_programs(out: Path) -> None:
-    """Lets all cells share a cache of compiled programs in `out`, which makes later starts fast."""
+    require_writable(out, "--out")
     cache = os.environ.setdefault("MCM_COMPILATION_CACHE", str(absolute(out / "xla_cache")))
     jax.config.update("jax_compilation_cache_dir", cache)
 

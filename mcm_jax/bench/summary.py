@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from mcm_jax.bench.cells import Store
+from mcm_jax.bench.cells import Cell, Store
 from mcm_jax.bench.choices import STUDENT_STEPS, Choice, measured
 from mcm_jax.bench.findings import DDIM_TEACHER, Contrast, Finding, Measured, Term, measure, verdict
 
@@ -61,11 +61,7 @@ def markdown(store: Store, problems: Problems, seeds: Sequence[int], *, quick: b
         "does not hold if it is more than two standard errors below 0, and is undecided otherwise.",
         "",
     ]
-    if quick:
-        lines += [
-            "**Quick: each training takes seconds. These numbers only show that everything runs.**",
-            "",
-        ]
+    lines += quick_note(quick)
     lines += _summary(store, problems, seeds)
     for number in sorted({f.number for problem in problems.values() for f in problem.findings()}):
         lines += ["", *_details(store, problems, seeds, number)]
@@ -120,8 +116,7 @@ def _choices(store: Store, choices: Sequence[Choice], name: str, seeds: Sequence
         f"Open choices (for CD unless stated), {_NAMES[name]}: distance minus the default's (positive: the "
         "default is better)"
     )
-    heads = [f"{steps} steps" if steps > 1 else "1 step" for steps in STUDENT_STEPS]
-    return ["", *head([title, *heads]), *rows]
+    return ["", *head([title, *(count(steps) for steps in STUDENT_STEPS)]), *rows]
 
 
 def _measure(store: Store, contrast: Contrast, problem: str, seeds: Sequence[int]) -> Measured | None:
@@ -146,6 +141,41 @@ def _text(measured: Measured | None) -> str:
     if measured.verdict == "undecided":
         text += f" (needs {measured.detectable:.2g})"
     return text
+
+
+def quick_note(quick: bool) -> list[str]:
+    """Lines that say so if the results are from trainings of seconds."""
+    if not quick:
+        return []
+    return ["**Quick: each training takes seconds. These numbers only show that everything runs.**", ""]
+
+
+def count(steps: int) -> str:
+    """'1 step', '2 steps', and so on."""
+    return f"{steps} steps" if steps > 1 else "1 step"
+
+
+def paired(
+    store: Store, first: Sequence[Cell], second: Sequence[Cell] = (), *, quantity: str = "distance"
+) -> Measured:
+    """The values of the first cells, or their differences from the second ones, one per seed."""
+    values = [store[cell][quantity] for cell in first]
+    if second:
+        values = [a - store[cell][quantity] for a, cell in zip(values, second, strict=True)]
+    return measure(values)
+
+
+def mean(measured: Measured, *, digits: int = 3) -> str:
+    """The mean, with this number of decimals, ± one standard error."""
+    return f"{measured.mean:.{digits}f} ± {measured.standard_error:.2g}"
+
+
+def difference(measured: Measured, *, digits: int = 3) -> str:
+    """A mean difference ± one standard error, and how many standard errors it is."""
+    text = f"{measured.mean:+.{digits}f} ± {measured.standard_error:.2g}"
+    if measured.standard_error == 0:
+        return text
+    return f"{text} ({measured.mean / measured.standard_error:+.1f} standard errors)"
 
 
 def head(cells: Sequence[str]) -> list[str]:

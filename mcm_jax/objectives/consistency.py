@@ -42,7 +42,12 @@ class Consistency(Multistep):
     )
     xvar_frac: float = setting(0.75, "x_var = xvar_frac ||x_teacher - x||^2 / d", low=0)
     distance: Distance = setting("huber", "huber or squared, see `distances.distance`")
-    huber_epsilon: float = setting(1e-4, "pseudo-Huber's epsilon, in units of a pixel", low=1e-30)
+    huber_epsilon: float = setting(
+        1e-4,
+        "pseudo-Huber's epsilon, in units of a pixel; on data of few dimensions a small one favours the "
+        "largest mode, see `distances.pseudo_huber`",
+        low=1e-30,
+    )
     huber_reduction: Reduction = setting(
         "mean", "reduction of the squares in the distance (open; see `distances.pseudo_huber`)"
     )

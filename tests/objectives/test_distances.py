@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 
 from mcm_jax.objectives import distances
 
@@ -68,3 +70,51 @@ def test_weights():
     expected = np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
     np.testing.assert_allclose(distances.weight(logsnr, kind="sqrt_edm"), expected, rtol=1e-6)
     np.testing.assert_array_equal(distances.weight(logsnr, kind="one"), np.ones(len(logsnr)))
+
+
+def minimiser(loss, low, high):
+    """The minimiser of a convex function of one float, in float64."""
+    with jax.enable_x64(True):
+        found = scipy.optimize.minimize_scalar(
+            lambda f: float(loss(f)), bounds=(low, high), method="bounded", options={"xatol": 1e-12}
+        )
+    return found.x
+
+
+@pytest.mark.parametrize(("epsilon", "expected"), [(1e-6, -1.0), (1e3, 0.7 * -1 + 0.3 * 2)])
+def test_the_best_prediction_of_two_points_is_the_median_or_the_mean(epsilon, expected):
+    """x = -1 with probability 0.7, otherwise 2: for epsilon far below and far above their distance."""
+
+    def loss(f):
+        x_diff = jnp.array([[-1.0], [2.0]], jnp.float64) - f
+        return jnp.array([0.7, 0.3]) @ huber(x_diff, epsilon)
+
+    # The slopes balance where (f + 1) / epsilon is about 0.5; the mean's error is of order 1 / epsilon^2. The
+    # minimum is flat, so the search ends within the root of float64's precision.
+    assert minimiser(loss, -3, 4) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_median_of_many_independent_coordinates_is_nearly_their_mean():
+    """Each is -1, 2 or 3 with probability 0.7, 0.2, 0.1; median - mean tends to -mu_3 / (2 n Var).
+
+    All coordinates of the minimiser are equal by symmetry, and only the counts of the three values matter.
+    """
+    values, weights = np.array([-1.0, 2.0, 3.0]), np.array([0.7, 0.2, 0.1])
+    limit = -(weights @ values**3) / (2 * weights @ values**2)  # the mean is 0
+
+    def median(n):
+        counts = np.array([(a, b, n - a - b) for a in range(n + 1) for b in range(n + 1 - a)])
+        probability = scipy.stats.multinomial.pmf(counts, n, weights)
+        return minimiser(
+            lambda f: (
+                probability
+                @ distances.pseudo_huber(jnp.asarray(counts @ (values - f) ** 2 / n), epsilon=1e-6)
+            ),
+            -2,
+            2,
+        )
+
+    assert median(1) == pytest.approx(-1, abs=1e-5)
+    errors = [abs(n * median(n) / limit - 1) for n in (8, 16, 32)]
+    # The corrections are of relative order 1 / n.
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.06

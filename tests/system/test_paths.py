@@ -28,7 +28,7 @@ TEXTS = {
     "sample": {"prompt", "noise_grid"},
     "train": {"profile"},
     "plan": {"topology"},
-    "findings": {"problems"},
+    "findings": {"problems", "studies"},
 }
 PATHS = {
     "train": {"workdir"},
