@@ -240,7 +240,7 @@ def fitted_range(updates: int, *, power: float) -> tuple[int, int]:
     updates.
 
     Examples:
-      >>> fitted_range(1500, power=0.5), fitted_range(1500, power=1), fitted_range(200_000, power=0.5)
+      >>> fitted_range(1500, power=0.5), fitted_range(1500, power=1.0), fitted_range(200_000, power=0.5)
       ((6, 111), (1, 10), (64, 1280))
     """
     paper = Consistency()
@@ -299,7 +299,7 @@ class Annealing:
         paper = Consistency()
         return {
             "the rule": fitted_range(problem.student_updates, power=0.5),
-            "as many updates per teacher step": fitted_range(problem.student_updates, power=1),
+            "as many updates per teacher step": fitted_range(problem.student_updates, power=1.0),
             "the paper's range": (int(paper.teacher_steps_first), int(paper.teacher_steps_last)),
             **{f"constant {n}": (n, n) for n in problem.constants},
         }
@@ -321,7 +321,7 @@ def _full() -> dict[str, Study]:
             undecided=undecided,
         )
         for dimension, undecided, student_steps in (
-            *((8, None, (1, 2, 4, 8)), (2, None, (8,)), (32, None, (8,))),
+            *((2, None, (8,)), (8, None, (1, 2, 4, 8)), (32, None, (8,))),
             *((8, 1, (1, 8)), (32, 1, (8,)), (128, 1, (8,))),
         )
     ]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from mcm_jax.bench import mixture, studies
-from mcm_jax.bench.cells import Cell
+from mcm_jax.bench.cells import Cell, Store
 from mcm_jax.bench.runner import STUDIES
 from mcm_jax.diffusion import mixtures
 from mcm_jax.system.errors import InputError
+from mcm_jax.system.paths import as_path
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
@@ -93,8 +94,8 @@ def test_the_rule_of_the_annealing():
     """The paper's range for its own updates, half of it for a quarter of them."""
     assert studies.fitted_range(200_000, power=0.5) == (64, 1280)
     assert studies.fitted_range(50_000, power=0.5) == (32, 640)
-    assert studies.fitted_range(50_000, power=1) == (16, 320)
-    assert studies.fitted_range(1, power=1) == (1, 1)
+    assert studies.fitted_range(50_000, power=1.0) == (16, 320)
+    assert studies.fitted_range(1, power=1.0) == (1, 1)
 
 
 @pytest.mark.parametrize("system", ["data", "ct"])
@@ -108,3 +109,13 @@ def test_a_bench_measures_other_quantities_of_another_mixture(system, monkeypatc
         # Of 400 coordinates 70%: five standard deviations.
         assert values["largest_share"] == pytest.approx(0.7, abs=5 * np.sqrt(0.21 / 400))
         assert values["distance"] < 0.05
+
+
+@pytest.mark.parametrize("name", ["median"])
+def test_the_recorded_table_is_made_from_the_results(name):
+    study = studies._full()[name]
+    recorded = ROOT / "results" / "studies"
+    store = Store(as_path(recorded) / "results.jsonl", {p.name: p for p in study.problems})
+    made = "\n".join(study.table(store, SEEDS)) + "\n"
+    assert made == (recorded / f"{name}.md").read_text()
+    assert made in (ROOT / "docs" / "findings.md").read_text()
