@@ -46,7 +46,7 @@ def test_the_tables_have_means_and_paired_differences(measured):
     tables, text, _ = measured
     assert text == "\n".join(tables.values()) and "Quick" not in text
     # 0.65, 0.85, 1.05 and 0.5, 0.55, 0.6: standard deviations 0.2 and 0.05 over three seeds.
-    median = rows(tables["median"])
+    median = rows(tables["median", "annealing"])
     assert median["8-D, all undecided, unsquared"] == ["0.8500 ± 0.12"] * 4
     assert median["8-D, all undecided, squared"] == ["0.5500 ± 0.029"] * 4
     assert median["8-D, all undecided, difference"] == ["+0.3000 ± 0.087 (+3.5 standard errors)"] * 4
@@ -111,7 +111,7 @@ def test_a_bench_measures_other_quantities_of_another_mixture(system, monkeypatc
         assert values["distance"] < 0.05
 
 
-@pytest.mark.parametrize("name", ["median"])
+@pytest.mark.parametrize("name", ["median", "annealing"])
 def test_the_recorded_table_is_made_from_the_results(name):
     study = studies._full()[name]
     recorded = ROOT / "results" / "studies"
