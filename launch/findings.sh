@@ -8,8 +8,8 @@
 #   bash launch/findings.sh --quick                   trains briefly, to check that everything runs
 #   bash launch/findings.sh --choices                 also measures choices that the paper leaves open
 #   bash launch/findings.sh --methods                 compares methods on the mixture instead: two hours on a busy core
-#   bash launch/findings.sh --studies=median,annealing,teachers
-#                                                     measures studies that explain findings 4 and 6 and CT's bias
+#   bash launch/findings.sh --studies=median,annealing,teachers,one_student
+#                                                     measures studies: CT's bias, findings 4 and 6, one student for all
 #   bash launch/findings.sh --problems=mixture --out=DIR --seeds=5
 #
 # The same command continues an interrupted one. Arguments go to `python -m mcm_jax.findings`.

@@ -112,6 +112,7 @@ class Bench:
         self.mixture = Mixture(*(np.asarray(a, np.float32) for a in exact))
         self._diffusion = functools.lru_cache(maxsize=1)(self._train_diffusion)
         self._stage = functools.lru_cache(maxsize=1)(self._train_stage)
+        self._student = functools.lru_cache(maxsize=1)(self._train_student)
 
     def __call__(self, cell: Cell) -> Values:
         """The distance of the cell's samples; for CT also its difference from the diffusion model."""
@@ -125,10 +126,11 @@ class Bench:
         if cell.system == "progressive":
             stage = self._stage(cell.seed, cell.steps, cell.overrides)
             return self._sampled(stage.model_fn, config, cell)
-        start = self._diffusion(cell.seed, cell.shared)
-        run = vectors.train(config, self._model(config), self.mixture, start=start.params)
+        # One student for several numbers of steps is trained once for all of them.
+        run = self._student(dataclasses.replace(cell, steps=1) if config.takes_end else cell)
         values = self._sampled(run.model_fn, config, cell)
-        if cell.system == "ct":
+        if cell.system == "ct" and not config.takes_end:
+            start = self._diffusion(cell.seed, cell.shared)
             schedule = build.schedule(config)
             x = self._data(cell.seed)
             cond = jnp.zeros(len(x), jnp.int32)
@@ -150,6 +152,7 @@ class Bench:
             num_steps=cell.steps,
             sampler=cell.sampler,
             schedule=build.schedule(config),
+            takes_end=config.takes_end,
         )
         return self._values(x)
 
@@ -161,6 +164,10 @@ class Bench:
     def _train_diffusion(self, seed: int, overrides: Overrides) -> VectorRun:
         config = self._config(Cell(self.problem.name, "diffusion", 1, seed, overrides))
         return vectors.train(config, self._model(config), self.mixture)
+
+    def _train_student(self, cell: Cell) -> VectorRun:
+        config, start = self._config(cell), self._diffusion(cell.seed, cell.shared)
+        return vectors.train(config, self._model(config), self.mixture, start=start.params)
 
     def _train_stage(self, seed: int, steps: int, overrides: Overrides) -> VectorRun:
         """Trains the stage of progressive distillation with this many steps, from the previous stage."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.bench.cells import Cell, Values
 
 PROBLEMS = ("mixture", "mixture2d", "openmoji")
-STUDIES = ("median", "annealing", "teachers")  # of bench.studies, which is slow to import
+STUDIES = ("median", "annealing", "teachers", "one_student")  # of bench.studies, which is slow to import
 
 
 def run(

@@ -23,6 +23,7 @@ import numpy as np
 from mcm_jax.bench import cells, findings, runner, summary
 from mcm_jax.bench.cells import RESULTS, Cell, Overrides, Store
 from mcm_jax.bench.mixture import Bench, Problem
+from mcm_jax.bench.one_student import OneStudent
 from mcm_jax.bench.runner import STUDIES
 from mcm_jax.diffusion.mixtures import Mixture, random_mixture
 from mcm_jax.diffusion.sampling import Sampler
@@ -342,6 +343,7 @@ def _full() -> dict[str, Study]:
         "median": Median(tuple(modes)),
         "annealing": Annealing(tuple(annealing)),
         "teachers": Teachers(tuple(teachers)),
+        "one_student": OneStudent((Problem("one_student", dimension=64),)),
     }
 
 
@@ -360,6 +362,9 @@ def _quick() -> dict[str, Study]:
             (Problem("annealing", dimension=2, student_steps=(2,), constants=(8,), **tiny),)
         ),
         "teachers": Teachers((Problem("teacher", dimension=2, **tiny, **steps),)),
+        "one_student": OneStudent(
+            (Problem("one_student", dimension=2, student_steps=(1, 2), **tiny),), ("cd",), variants=()
+        ),
     }
 
 

@@ -25,6 +25,7 @@ def made_up(bench, cell):
     far = UNSQUARED * (1 + cell.seed) if cell.system == "ct" and not changed else 0.0
     far += changed.get("consistency.teacher_steps_last", 0.0) == 1024
     far += cell.system == "diffusion" and cell.sampler == "ddim"
+    far -= 0.5 * ("training.num_steps" in changed) - 0.25 * (changed.get("consistency.steps_power") == 1)
     value = 1 + far + 0.1 * cell.seed
     return {"distance": value, "largest_share": value / 2}
 
@@ -63,6 +64,31 @@ def test_the_tables_have_means_and_paired_differences(measured):
     assert teachers["exact denoiser"][1].startswith("+0.0000 ± 0")
 
 
+def test_one_student_is_compared_with_each_and_its_variants_with_itself(measured):
+    lines = rows(measured[0]["one_student"])
+    assert lines["one student, 1500 updates"] == ["1.100 ± 0.058"] * 4
+    assert lines["one student, 6000 updates"] == ["0.600 ± 0.058"] * 4
+    longer = lines["one student, 6000 updates - a student for each, 1500 updates"]
+    assert len(longer) == 4 and longer[0].startswith("-0.500 ± ")
+    variant = lines["S drawn in proportion to S - one student, 1500 updates"]
+    assert len(variant) == 4 and variant[0].startswith("+0.250 ± ")
+
+
+def test_one_student_is_trained_once(monkeypatch):
+    problem = studies._quick()["one_student"].problems[0]
+    bench, trained, original = mixture.Bench(problem), [], mixture.vectors.train
+
+    def counted(config, *arguments, **named):
+        trained.append(config.student_steps)
+        return original(config, *arguments, **named)
+
+    monkeypatch.setattr(mixture, "NUM_SAMPLES", 200)
+    monkeypatch.setattr(mixture.vectors, "train", counted)
+    together = (("consistency.student_steps", (1, 2)),)
+    one, two = (bench(Cell(problem.name, "cd", steps, 0, together))["distance"] for steps in (1, 2))
+    assert trained.count((1, 2)) == 1 and one != two
+
+
 def test_finished_cells_are_not_measured_again(measured, monkeypatch):
     _, text, out = measured
     monkeypatch.setattr(mixture.Bench, "__call__", None)
@@ -70,7 +96,9 @@ def test_finished_cells_are_not_measured_again(measured, monkeypatch):
 
 
 def test_an_unknown_study_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--studies: mean is not one of median, annealing, teachers"):
+    with pytest.raises(
+        InputError, match="--studies: mean is not one of median, annealing, teachers, one_student"
+    ):
         studies.run(tmp_path, ["median", "mean"])
 
 
@@ -111,7 +139,7 @@ def test_a_bench_measures_other_quantities_of_another_mixture(system, monkeypatc
         assert values["distance"] < 0.05
 
 
-@pytest.mark.parametrize("name", ["median", "annealing"])
+@pytest.mark.parametrize("name", ["median", "annealing", "one_student"])
 def test_the_recorded_table_is_made_from_the_results(name):
     study = studies._full()[name]
     recorded = ROOT / "results" / "studies"
