@@ -47,7 +47,7 @@ def test_the_tables_have_means_and_paired_differences(measured):
     tables, text, _ = measured
     assert text == "\n".join(tables.values()) and "Quick" not in text
     # 0.65, 0.85, 1.05 and 0.5, 0.55, 0.6: standard deviations 0.2 and 0.05 over three seeds.
-    median = rows(tables["median", "annealing"])
+    median = rows(tables["median"])
     assert median["8-D, all undecided, unsquared"] == ["0.8500 ± 0.12"] * 4
     assert median["8-D, all undecided, squared"] == ["0.5500 ± 0.029"] * 4
     assert median["8-D, all undecided, difference"] == ["+0.3000 ± 0.087 (+3.5 standard errors)"] * 4
