@@ -49,11 +49,12 @@ _SAMPLER = flags.DEFINE_enum(
     "Default: the run's own. heun calls the network twice in each step except the last; consistency, for "
     "consistency models of one step, adds new noise in each step.",
 )
+_NOISE_GRIDS = ("schedule", "karras", "published_cd", "published_ct")
 _NOISE_GRID = flags.DEFINE_string(
     "noise_grid",
     None,
-    "Noise levels: schedule, karras, published_cd, published_ct, or times such as 1,1/2,1/4, at which the "
-    "network is called. Default: the run's own.",
+    f"Noise levels: {', '.join(_NOISE_GRIDS)}, or times such as 1,1/2,1/4, from noise (1) towards data (0), at "
+    "which the network is called. Default: the run's own.",
 )
 _X_VAR = flags.DEFINE_enum(
     "x_var",
@@ -106,6 +107,11 @@ def main() -> None:
         raise InputError(f"--out={out} must end in .png (a grid) or .npz (arrays)")
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
         raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
+    grid = _NOISE_GRID.value
+    if grid is not None and grid not in _NOISE_GRIDS and not grid[:1].isdecimal():
+        raise InputError(
+            f"--noise_grid={grid} is not one of {', '.join(_NOISE_GRIDS)}, or times such as 1,1/2"
+        )
     require_output(out, "--out")
     from mcm_jax.system import distributed  # Slow to import; --help and bad flags should not wait for it.
 
