@@ -53,8 +53,8 @@ _NOISE_GRIDS = ("schedule", "karras", "published_cd", "published_ct")
 _NOISE_GRID = flags.DEFINE_string(
     "noise_grid",
     None,
-    f"Noise levels: {', '.join(_NOISE_GRIDS)}, or times such as 1,1/2,1/4, from noise (1) towards data (0), at "
-    "which the network is called. Default: the run's own.",
+    f"Noise levels: {', '.join(_NOISE_GRIDS)}, or times such as 1,1/2,1/4, from noise (1) towards data (0), "
+    "at which the network is called. Default: the run's own.",
 )
 _X_VAR = flags.DEFINE_enum(
     "x_var",
