@@ -85,6 +85,7 @@ def sample(
     sampler: Sampler = "ddim",
     x_var: Float[Array, " N"] | None = None,
     clip: Clip = "last",
+    trajectory: bool = False,
 ) -> Float[Array, "B ..."]:
     """Integrates from z_1 at logsnr[0] to logsnr[N - 1] and returns the x_hat predicted there.
 
@@ -109,6 +110,8 @@ def sample(
         the analytic variance. Guidance does not change it, as it belongs to the conditional prediction.
       clip: not in the paper. Clip x_hat in the "last" step (our default), in "every" step, or "never" (for
         data outside [-1, 1]).
+      trajectory: return the x_hat predicted at every point of the grid, [B, N, ...]. The last one is the
+        usual result. Unless clip is "never", those returned are clipped, also those whose step is not.
 
     Examples:
       The exact denoiser of two Gaussians stands in for a network:
@@ -121,6 +124,8 @@ def sample(
       >>> x = sample(teacher, z_1, cond, keys, logsnr=grid, sampler="ddpm")
       >>> x.shape
       (4, 1)
+      >>> sample(teacher, z_1, cond, keys, logsnr=grid, trajectory=True).shape
+      (4, 64, 1)
     """
     batch = z_1.shape[:1]
     x_var = steps.analytic_x_var(logsnr) if x_var is None else x_var
@@ -138,29 +143,37 @@ def sample(
         x_hat = jnp.clip(x_hat, -1.0, 1.0)
         return x_hat, process.eps_from_x(x_hat, z_t, logsnr_t=logsnr_t)
 
-    def step(i: Int[Array, ""], z_t: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def step(
+        z_t: Float[Array, "B ..."], i: Int[Array, ""]
+    ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
         logsnr_t, logsnr_s, x_var_t = (
             jnp.broadcast_to(value, batch) for value in (logsnr[i], logsnr[i + 1], x_var[i])
         )
         times = {"logsnr_t": logsnr_t, "logsnr_s": logsnr_s}
         x_hat, eps_hat = predict(z_t, i)
         if sampler == "addim":
-            return steps.addim(x_hat, z_t, x_var=x_var_t, **times)
+            return steps.addim(x_hat, z_t, x_var=x_var_t, **times), x_hat
         if sampler in ("noisy_ddim", "ddpm", "consistency"):
             noise = _normal(keys, _STEPS + i, z_t.shape[1:])
             if sampler == "consistency":
-                return process.diffuse(x_hat, noise, logsnr_t=logsnr_s)
+                return process.diffuse(x_hat, noise, logsnr_t=logsnr_s), x_hat
             if sampler == "ddpm":
-                return steps.ddpm(x_hat, z_t, noise, **times)
-            return steps.noisy_ddim(x_hat, z_t, noise, x_var=x_var_t, **times)
+                return steps.ddpm(x_hat, z_t, noise, **times), x_hat
+            return steps.noisy_ddim(x_hat, z_t, noise, x_var=x_var_t, **times), x_hat
         z_s = steps.ddim(x_hat, z_t, **times)
         if sampler == "ddim":
-            return z_s
+            return z_s, x_hat
         _, eps_hat_s = predict(z_s, i + 1)
-        return steps.heun(z_s, eps_hat, eps_hat_s, **times)
+        return steps.heun(z_s, eps_hat, eps_hat_s, **times), x_hat
 
-    z_t = jax.lax.fori_loop(0, len(logsnr) - 1, step, z_1)
-    x_hat, _ = predict(z_t, len(logsnr) - 1)
+    last = len(logsnr) - 1
+    if trajectory:
+        z_t, earlier = jax.lax.scan(step, z_1, jnp.arange(last))
+        x_hat, _ = predict(z_t, last)
+        x_hat = jnp.moveaxis(jnp.concatenate([earlier, x_hat[None]]), 0, 1)
+    else:
+        z_t = jax.lax.fori_loop(0, last, lambda i, z_t: step(z_t, i)[0], z_1)
+        x_hat, _ = predict(z_t, last)
     return x_hat if clip == "never" else jnp.clip(x_hat, -1.0, 1.0)
 
 

@@ -31,6 +31,7 @@ from mcm_jax.training.checkpoints import Parameters
 from mcm_jax.training.state import Params
 
 Images = UInt8[np.ndarray, "N r r 3"]
+Trajectories = UInt8[np.ndarray, "N steps r r 3"]
 Labels = Int[np.ndarray, "N"]
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ class Run:
         self.workdir, self.checkpoint, self.origin, self.guide = workdir, checkpoint, origin, guide
         self._guide_origin = guide_origin
         self.network = build.network(config, condition=build.condition(dataset))
-        self._compiled: dict[Sampling, jax.stages.Wrapped] = {}
+        self._compiled: dict[tuple[Sampling, bool], jax.stages.Wrapped] = {}
         self._x_var: dict[Sampling, Float[Array, " N"]] = {}
         self._encoder: encoders.Encoder | None = None
         self._opened: dict[str, pipeline.RecordSource] = {}
@@ -161,6 +162,41 @@ class Run:
           samplers.NonFiniteSamplesError: a sample is not finite.
         """
         settings = self.sampling(**options)
+        self._warn_of(settings)
+        indices = np.arange(first, first + num, dtype=np.int32)
+        labels, cond_of = self._conditions(seed, indices, labels, prompts, caption_split)
+        images = self._draw(
+            settings, seed, indices, cond_of, batch_per_device=batch_per_device, progress=progress
+        )
+        return images, labels
+
+    def trajectories(
+        self,
+        labels: Labels,
+        *,
+        seed: int = 0,
+        batch_per_device: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Trajectories:
+        """The x_hat that the network predicts in each of the steps by which `sample` draws these images.
+
+        The last x_hat is the image that `sample` returns for the same seed, label and options, up to the
+        last bits of XLA's results.
+
+        Raises:
+          InputError: as for `sample`.
+          samplers.NonFiniteSamplesError: an x_hat is not finite.
+        """
+        settings = self.sampling(**options)
+        self._warn_of(settings)
+        indices = np.arange(len(labels), dtype=np.int32)
+        _, cond_of = self._conditions(seed, indices, labels, None, None)
+        return self._draw(
+            settings, seed, indices, cond_of, batch_per_device=batch_per_device, trajectory=True
+        )
+
+    def _warn_of(self, settings: Sampling) -> None:
+        """Warns the caller of `sample` of settings that a student was not trained for."""
         times = samplers.grid_times(settings.noise_grid)
         # The sampler consistency takes no such steps.
         untrained = None
@@ -170,32 +206,44 @@ class Run:
             warnings.warn(
                 f"this student was not trained for the step from {untrained[0]:.6g} to {untrained[1]:.6g} of "
                 f"noise_grid={settings.noise_grid}; expect worse images",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.student_steps and not times and settings.steps not in self.student_steps:
             warnings.warn(
                 f"this student was trained for {_listed(self.student_steps)} steps but is sampled with "
                 f"{settings.steps}; expect worse images",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.student_steps and not times and settings.noise_grid != "schedule":
             warnings.warn(
                 f"this student was trained on its schedule's grid but is sampled on {settings.noise_grid}; "
                 "expect worse images",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.student_steps not in ((), (1,)) and settings.sampler == "consistency":
             warnings.warn(
                 f"this student of {_listed(self.student_steps)} steps predicts an image only in its last "
                 "step, but the sampler consistency adds noise to every prediction; expect worse images",
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def _draw(
+        self,
+        settings: Sampling,
+        seed: int,
+        indices: Int[np.ndarray, " N"],
+        cond_of: Callable[[slice], Cond],
+        *,
+        batch_per_device: int | None,
+        progress: Callable[[int], None] | None = None,
+        trajectory: bool = False,
+    ) -> UInt8[np.ndarray, "N ..."]:
+        """The images with these indices, or their trajectories, batch by batch; see `sample`."""
         per_device = batch_per_device or self.config.sampling.batch_per_device
         batch = per_device * self.mesh.size
-        indices = np.arange(first, first + num, dtype=np.int32)
-        labels, cond_of = self._conditions(seed, indices, labels, prompts, caption_split)
-        images = np.empty((num, *build.image_shape(self.config)), np.uint8)
-        run, guide = self._compiled_sampler(settings), self._guide(settings)
+        num, shape = len(indices), build.image_shape(self.config)
+        images = np.empty((num, settings.steps, *shape) if trajectory else (num, *shape), np.uint8)
+        run, guide = self._compiled_sampler(settings, trajectory), self._guide(settings)
         params = self.params if guide is None else (self.params, guide.params)
         key, x_var = sharding.replicate(self.mesh, (jax.random.key(seed), self.x_var(settings)))
         for start in range(0, num, batch):
@@ -211,7 +259,7 @@ class Run:
             images[part] = drawn[: part.stop - start]
             if progress is not None:
                 progress(part.stop - start)
-        return images, labels
+        return images
 
     def _on_mesh(self, arrays: T, batch: int) -> T:
         """Pads all arrays to `batch` entries and splits them over the devices."""
@@ -405,17 +453,19 @@ class Run:
         keys = sampling.image_keys(jax.random.key(seed), jnp.asarray(indices))
         return np.asarray(sampling.draw_labels(keys, jnp.asarray(probabilities / probabilities.sum())))
 
-    def _compiled_sampler(self, settings: Sampling) -> jax.stages.Wrapped:
-        if settings not in self._compiled:
+    def _compiled_sampler(self, settings: Sampling, trajectory: bool) -> jax.stages.Wrapped:
+        key = (settings, trajectory)
+        if key not in self._compiled:
             guide = self._guide(settings)
-            self._compiled[settings] = samplers.make_sampler(
+            self._compiled[key] = samplers.make_sampler(
                 self.config,
                 self.network,
                 settings,
                 guide=guide and guide.network,
                 mesh=self.mesh,
+                trajectory=trajectory,
             )
-        return self._compiled[settings]
+        return self._compiled[key]
 
     def guide_origin(self, settings: Sampling) -> Origin | None:
         """The published file of the guide, in sampling with these settings or in training; None: none."""

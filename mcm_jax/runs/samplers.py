@@ -223,16 +223,27 @@ def grid(config: Config, settings: Sampling) -> Float[Array, " N"]:
 
 
 def make_sampler(
-    config: Config, network: Network, settings: Sampling, *, guide: Network | None = None, mesh: Mesh
+    config: Config,
+    network: Network,
+    settings: Sampling,
+    *,
+    guide: Network | None = None,
+    mesh: Mesh,
+    trajectory: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns the jitted `sampler_fn`, sharded over the mesh."""
     network = build.placed(config, network, mesh=mesh)
-    sample = sampler_fn(config, network, settings, guide=guide)
+    sample = sampler_fn(config, network, settings, guide=guide, trajectory=trajectory)
     return jax.jit(sample, out_shardings=sharding.batch_sharding(mesh))
 
 
 def sampler_fn(
-    config: Config, network: Network, settings: Sampling, *, guide: Network | None = None
+    config: Config,
+    network: Network,
+    settings: Sampling,
+    *,
+    guide: Network | None = None,
+    trajectory: bool = False,
 ) -> SamplerFn:
     """Returns (params, key, x_var, image indices, cond) -> (images, finite).
 
@@ -241,6 +252,7 @@ def sampler_fn(
 
     Args:
       guide: the guide's network; `params` is then a pair, the network's and the guide's.
+      trajectory: each image is then [N, r, r, 3], the x_hat of every step; see `sampling.sample`.
     """
     logsnr = grid(config, settings)
     sampler, clip = _known("sampler", settings.sampler, SAMPLERS), _known("clip", settings.clip, CLIPS)
@@ -269,6 +281,7 @@ def sampler_fn(
             sampler=sampler,
             x_var=x_var,
             clip=clip,
+            trajectory=trajectory,
         )
         # NaN would become an arbitrary gray level.
         finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))

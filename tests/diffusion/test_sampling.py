@@ -251,3 +251,26 @@ def test_noise_and_label_are_independent():
     labels = sampling.draw_labels(keys, jnp.full(4, 0.25))
     # A quarter by chance, standard deviation 0.005.
     np.testing.assert_allclose(jnp.mean(largest == labels), 0.25, atol=0.02)
+
+
+@pytest.mark.parametrize("clip", typing.get_args(sampling.Clip))
+@pytest.mark.parametrize("sampler", typing.get_args(sampling.Sampler))
+def test_a_trajectory_has_the_x_hat_of_every_step(sampler, clip):
+    """That of point k is what the same sampler returns on the grid up to k. Some exceed [-1, 1]."""
+
+    def loud(z_t, logsnr_t, cond, key, logsnr_u):
+        # A network that uses the end of the step.
+        return exact_gaussian(z_t, logsnr_t, cond, key) * (3 + jnp.tanh(process.over_pixels(logsnr_u, z_t)))
+
+    grid, end = schedules.uniform_grid(SCHEDULE, 4), jnp.float32(20)
+    ends = jnp.append(grid[1:], end)
+    options = {"sampler": sampler, "clip": clip}
+    whole = sampling.sample(
+        loud, noise(), COND, KEYS, logsnr=grid, logsnr_end=end, trajectory=True, **options
+    )
+    assert whole.shape == (4, 4, 4, 4, 3)
+    for k in range(4):
+        part = sampling.sample(loud, noise(), COND, KEYS, logsnr=grid[: k + 1], logsnr_end=ends[k], **options)
+        # float32: another program of the same operations.
+        np.testing.assert_allclose(whole[:, k], part, rtol=1e-5, atol=1e-5)
+    assert (jnp.abs(whole).max() > 1) == (clip == "never")
