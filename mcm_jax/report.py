@@ -13,6 +13,11 @@ and plots the distances of a diffusion model's samplers against network calls in
 With --prompts=FILE, --runs lists directories of runs on captions. The figure prompts.png shows the prompts in
 FILE, one per line, drawn by each run from the same noise, with the time per image.
 
+    python -m mcm_jax.report --runs=runs/smoke --demo=demo.html
+
+This samples all runs in that directory from the same noise, with 1 to 16 steps, and writes a self-contained
+page to look at the pictures and at the prediction of each step.
+
     python -m mcm_jax.report --figure=trajectories
 
 This needs no runs. In about a minute it trains students of 1, 2 and 4 steps on a mixture of two Gaussians in
@@ -37,14 +42,17 @@ def define_flags() -> None:
     paths.define_paths(
         "runs",
         None,
-        "Directory that contains the evaluated runs, at any depth. With --prompts: directories of runs, "
-        "separated by commas.",
+        "Directory that contains the runs, at any depth; evaluated ones, except for --demo. With --prompts: "
+        "directories of runs, separated by commas.",
     )
     flags.DEFINE_enum("figure", None, ["trajectories"], "Draw this figure instead of writing a page.")
     flags.DEFINE_bool("tables", False, "With --runs: write the paper's tables with our FIDs, not a page.")
     paths.define_path("prompts", None, "With --runs: draw a figure of these prompts, one on each line.")
     paths.define_path(
         "text_encoder", None, "With --prompts: directory of the text encoder. Default: the installed one."
+    )
+    paths.define_path(
+        "demo", None, "With --runs: write this page (.html), which shows samples with 1 to 16 steps."
     )
     flags.DEFINE_integer("seeds", 1, "With --figure: number of training seeds per student.", lower_bound=1)
     paths.define_path(
@@ -75,6 +83,12 @@ def main() -> None:
         print(f"The figure: {out}")
         return
     (runs,) = flags.FLAGS.runs
+    if flags.FLAGS.demo is not None:
+        from mcm_jax.reporting.demo import write_demo  # Imports matplotlib.
+
+        print(write_demo(runs, flags.FLAGS.demo))
+        print(f"The page: {flags.FLAGS.demo}")
+        return
     if flags.FLAGS.tables:
         print(write_paper_tables(runs))
         return
@@ -88,14 +102,17 @@ def _check() -> None:
     values = flags.FLAGS
     if values.runs is not None and not values.runs:
         raise InputError("--runs is empty; give the directory that contains the evaluated runs")
-    if sum([values.prompts is not None, values.figure is not None, values.tables]) > 1:
-        raise InputError("--prompts, --figure and --tables exclude each other; give one of them")
+    others = [values.prompts is not None, values.figure is not None, values.demo is not None]
+    if sum([*others, values.tables]) > 1:
+        raise InputError("--prompts, --figure, --demo and --tables exclude each other; give one of them")
     if values.prompts is None and len(values.runs or ()) > 1:
         raise InputError("--runs is one directory with all runs; several apply only to --prompts=FILE")
     if values.prompts is None and values.text_encoder is not None:
         raise InputError("--text_encoder applies only to --prompts; remove it")
     if values.tables and values.out is not None:
         raise InputError("--out does not apply to --tables, which writes tables.md to --runs; remove it")
+    if values.demo is not None and values.out is not None:
+        raise InputError("--out does not apply to --demo, which names the file itself; remove it")
     if values.figure is None and values.seeds != 1:
         raise InputError("--seeds applies only to --figure; remove it")
 

@@ -116,6 +116,7 @@ SLOW = (
     "evaluation/test_inception.py",
     "test_mutants.py",
     "test_clusters.py",
+    "reporting/test_demo.py",
     "test_report.py",
     "evaluation/test_caption_scores.py",
     "training/test_watchdog.py",

@@ -5,6 +5,7 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from mcm_jax.config import validation
@@ -82,9 +83,14 @@ def two_stage_config(data_dir: Path, objective: str = "diffusion", teacher: Path
 
 
 def made_up_teacher(data_dir: Path, workdir: Path) -> Path:
-    """A finished teacher without training: its parameters are random, none zero as after initialisation."""
-    settings = validation.validate(two_stage_config(data_dir))
-    dataset = pipeline.describe(data_dir=data_dir, dataset="folder/tiny", resolution=8)
+    """A finished teacher without training; see `made_up_run`."""
+    return made_up_run(two_stage_config(data_dir), workdir)
+
+
+def made_up_run(config: ConfigDict, workdir: Path) -> Path:
+    """A finished run without training: its parameters are random, none zero as after initialisation."""
+    settings = validation.validate(config)
+    dataset = pipeline.describe(data_dir=settings.data.data_dir, dataset="folder/tiny", resolution=8)
     network = build.network(settings, condition=Classes(dataset.num_classes))
     rng = np.random.default_rng(0)
     start = jax.device_get(jax.jit(network.init)(jax.random.key(0)))

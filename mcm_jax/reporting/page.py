@@ -2,10 +2,11 @@
 
 import base64
 import dataclasses
+import hashlib
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mcm_jax.records import NEAREST, caption_score_of, count_of
+from mcm_jax.records import NEAREST, Origin, caption_score_of, count_of
 from mcm_jax.reporting import averages, plots, results, tables
 from mcm_jax.reporting.averages import Estimate, Group
 from mcm_jax.reporting.results import Collection, RunResult
@@ -144,19 +145,42 @@ def page(content: Content) -> str:
         *_versions(content.collection),
         *_notes(content.notes),
     ]
+    return document(TITLE, body)
+
+
+def document(title: str, body: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """A self-contained HTML page, whose content policy forbids loading and running anything else."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-            "style-src 'unsafe-inline'\">",
-            f"<title>{_text(TITLE)}</title>",
-            f"<style>{_STYLE}</style></head><body>",
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f"<title>{_text(title)}</title>",
+            f"<style>{_STYLE}{style}</style></head><body>",
             *body,
+            *([f"<script>{script}</script>"] if script else []),
             "</body></html>\n",
         ]
     )
+
+
+def attributions(datasets: Iterable[str], origins: Iterable[tuple[Origin | None, str]]) -> list[str]:
+    """What the licences of the data sets and of published models ask to be said, as HTML.
+
+    Args:
+      origins: published files and what they were used for, such as 'Trained from'; None: no such file.
+    """
+    parts = []
+    for origin, verb in dict.fromkeys(origins):
+        if origin is not None:
+            text = f"{verb} {origin.file} of {origin.source}; licence: {origin.licence}."
+            parts.append(f"<p>{_text(text)}</p>")
+    return parts + ([f"<p>{_text(OPENMOJI)}</p>"] if "openmoji" in datasets else [])
 
 
 def _all_measured(section: Section) -> list[Measured]:
@@ -272,13 +296,7 @@ def _data(collection: Collection) -> list[str]:
         parts.append(f"<p>Images: {_text(splits)}.</p>")
     origins = [(result.origin, "Trained from") for result in collection.results]
     origins += [(result.guide_origin, "Guided by") for result in collection.results]
-    for origin, verb in dict.fromkeys(origins):
-        if origin is not None:
-            text = f"{verb} {origin.file} of {origin.source}; licence: {origin.licence}."
-            parts.append(f"<p>{_text(text)}</p>")
-    if _shows_openmoji(collection):
-        parts.append(f"<p>{_text(OPENMOJI)}</p>")
-    return parts
+    return parts + attributions({result.dataset for result in collection.results}, origins)
 
 
 def _versions(collection: Collection) -> list[str]:

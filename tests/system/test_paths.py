@@ -40,7 +40,7 @@ PATHS = {
     "export": {"workdir", "out", "data_dir"},
     "prepare": {"inception", "data_dir", "teacher", "workdir"},
     "plan": {"json", "hlo", "table", "scaling"},
-    "report": {"runs", "out", "prompts", "text_encoder"},
+    "report": {"runs", "out", "prompts", "text_encoder", "demo"},
     "findings": {"out"},
 }
 
