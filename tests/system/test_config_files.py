@@ -114,4 +114,4 @@ def test_an_installed_config_is_found_from_any_directory(wheel, tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, f"8 {wheel}/mcm_jax/configs\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"(8,) {wheel}/mcm_jax/configs\n"), done.stderr
