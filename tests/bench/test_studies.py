@@ -139,7 +139,7 @@ def test_a_bench_measures_other_quantities_of_another_mixture(system, monkeypatc
         assert values["distance"] < 0.05
 
 
-@pytest.mark.parametrize("name", ["median", "annealing", "one_student"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_recorded_table_is_made_from_the_results(name):
     study = studies._full()[name]
     recorded = ROOT / "results" / "studies"
