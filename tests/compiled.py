@@ -38,9 +38,9 @@ def shared(functions: Functions) -> Iterator[None]:
     def jit(self, init):
         return once((init.__qualname__, _of_training(self)), lambda: _jit(self, init))
 
-    def make_sampler(config, network, settings, *, guide=None, mesh):
-        key = _of_sampler(config), network, settings, guide, mesh
-        return once(key, lambda: _make_sampler(config, network, settings, guide=guide, mesh=mesh))
+    def make_sampler(config, network, settings, **options):
+        key = _of_sampler(config), network, settings, tuple(sorted(options.items()))
+        return once(key, lambda: _make_sampler(config, network, settings, **options))
 
     with (
         mock.patch.object(Training, "train_step", train_step),
