@@ -121,8 +121,8 @@ def imagenet(
         if "teacher_steps" in numbers:
             constant = float(rows.single(row, numbers, "teacher_steps"))
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
-    elif system in rows.FLOW_MAPS:
-        config.flow_map.update(rows.FLOW_MAPS[system])
+    elif system in rows.FLOW_MAP_SETTINGS:
+        config.flow_map.update(rows.FLOW_MAP_SETTINGS[system])
         config.model.noise_scale = "smooth"
         config.flow_map.teacher_guidance = settings.guidance if system == "ayf" else 0.0
         config.sampling.teacher_steps = 4
@@ -163,7 +163,7 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.consistency.anneal_steps //= 2
     elif config.objective in ("sct", "scd"):
         config.continuous.warmup_steps //= 2
-    elif config.objective in rows.FLOW_MAPS:
+    elif config.objective in rows.FLOW_MAP_SETTINGS:
         config.flow_map.warmup_steps = max(1, config.flow_map.warmup_steps // 2)
     return config
 

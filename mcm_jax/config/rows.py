@@ -8,7 +8,7 @@ from mcm_jax.config.settings import default_config
 from mcm_jax.system.errors import InputError
 
 # The settings of flow maps that AYF and MeanFlow state differently.
-FLOW_MAPS: dict[str, dict[str, object]] = {
+FLOW_MAP_SETTINGS: dict[str, dict[str, object]] = {
     "ayf": {"warmup_last": 0.99},
     "meanflow": {
         "equal_share": 0.75,
@@ -73,8 +73,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         config.continuous.update(student_steps=numbers["steps"], warmup_steps=100)
         # The teacher must have it too.
         config.model.noise_scale = "smooth"
-    elif system in FLOW_MAPS:
-        config.flow_map.update({"warmup_steps": 100, **FLOW_MAPS[system]})
+    elif system in FLOW_MAP_SETTINGS:
+        config.flow_map.update({"warmup_steps": 100, **FLOW_MAP_SETTINGS[system]})
         config.model.noise_scale = "smooth"
         config.sampling.teacher_steps = 4
     elif system == "moments":
