@@ -16,6 +16,8 @@ from mcm_jax.runs.build import Training
 from mcm_jax.training.loop import TrainingSettings
 
 Functions = dict[Hashable, Callable]
+# Each function holds its compiled programs.
+_MOST = 24
 
 _train_step, _jit, _make_sampler = Training.train_step, Training._jit, samplers.make_sampler
 
@@ -28,8 +30,10 @@ def shared(functions: Functions) -> Iterator[None]:
     """
 
     def once(key: Hashable, make: Callable[[], Callable]) -> Callable:
-        if key not in functions:
-            functions[key] = make()
+        # Moved to the end, so that the first is the one that has not been used for the longest time.
+        functions[key] = functions.pop(key, None) or make()
+        if len(functions) > _MOST:
+            functions.pop(next(iter(functions)))
         return functions[key]
 
     def train_step(self):

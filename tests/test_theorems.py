@@ -626,7 +626,7 @@ def test_tract_of_one_phase_without_momentum_trains_like_distillation():
 def test_one_compilation_while_the_teacher_steps_are_annealed():
     """N_teacher from 4 to 64 is a number in one program: the student is traced twice, its teacher once."""
     _, annealed = config_and_loss(
-        "cd", student_steps=4, teacher_steps_first=4.0, teacher_steps_last=64.0, anneal_steps=4
+        "cd", student_steps=(4,), teacher_steps_first=4.0, teacher_steps_last=64.0, anneal_steps=4
     )
     traces, seen = [], []
 
