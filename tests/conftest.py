@@ -44,9 +44,11 @@ import jaxtyping
 from tests import libraries
 
 # While the hook below imports a module, Python looks for all bytecode under the hook's names. It would not
-# find that of the libraries, and compile thousands of files, so they are imported first.
-for name in libraries.LIBRARIES:
-    importlib.import_module(name)
+# find that of the libraries, and compile thousands of files, so they are imported first. Where PyTorch is
+# installed, its Triton crashes when it is imported after them.
+if importlib.util.find_spec("torch") is None:
+    for name in libraries.LIBRARIES:
+        importlib.import_module(name)
 jaxtyping.install_import_hook("mcm_jax", "beartype.beartype")
 
 import hypothesis
