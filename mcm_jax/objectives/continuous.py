@@ -63,13 +63,9 @@ class Continuous(Multistep):
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
         student_steps = self.draw_steps(jax.random.fold_in(key_times, 2), len(x))
         logsnr_t, logsnr_step = self._draw_logsnr(key_times, len(x), networks.schedule, student_steps)
-        eps = jax.random.normal(key_eps, x.shape)
-        z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-        velocity = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
-        if networks.teacher is not None:
-            teacher = guided(networks.teacher, networks.require_guide(), guidance=self.teacher_guidance)
-            velocity = teacher(z_t, logsnr_t, cond, None)
-
+        z_t, velocity = noisy_flow(
+            networks, x, cond, key_eps, logsnr_t=logsnr_t, teacher_guidance=self.teacher_guidance
+        )
         target_fn = self.until(networks.target or networks.student, logsnr_step)
         v_target, v_dot = along_flow(
             lambda z, logsnr: target_fn(z, logsnr, cond, key_dropout), z_t, velocity, logsnr_t=logsnr_t
@@ -83,10 +79,8 @@ class Continuous(Multistep):
             logsnr_step=logsnr_step,
             warmup=jnp.minimum(1.0, train_step / self.warmup_steps),
         )
-        size = process.over_pixels(jnp.sqrt(process.mean_square(g)), g)
         v_hat = self.until(networks.student, logsnr_step)(z_t, logsnr_t, cond, key_dropout)
-        v_target = jax.lax.stop_gradient(v_hat + g / (size + self.tangent_floor))
-        return self.steps_weight(student_steps) * process.mean_square(v_hat - v_target)
+        return self.steps_weight(student_steps) * tangent_loss(v_hat, g, floor=self.tangent_floor)
 
     def _draw_logsnr(
         self, key: jax.Array, batch_size: int, schedule: Schedule, student_steps: int | Int[Array, " B"]
@@ -97,12 +91,45 @@ class Continuous(Multistep):
                 key, batch_size=batch_size, student_steps=student_steps
             )
             return schedule(t), schedule(t_step)
-        noise = self.proposal_mean + self.proposal_std * jax.random.normal(key, (batch_size,))
-        logsnr_t = jnp.clip(-2 * noise, schedule(jnp.ones(())), schedule(jnp.zeros(())))
+        logsnr_t = lognormal(key, (batch_size,), schedule, mean=self.proposal_mean, std=self.proposal_std)
         steps = jnp.broadcast_to(student_steps, (batch_size,))
         bounds = jnp.arange(1, max(self.student_steps)) / steps[:, None]
         passed = (logsnr_t[:, None] < schedule(jnp.minimum(bounds, 1.0))) & (bounds < 1)
         return logsnr_t, schedule(passed.sum(axis=1) / steps)
+
+
+def lognormal(
+    key: jax.Array, shape: tuple[int, ...], schedule: Schedule, *, mean: float, std: float
+) -> Float[Array, "..."]:
+    """Log-SNRs with log(sigma / alpha) ~ N(mean, std^2), within the schedule's range."""
+    noise = mean + std * jax.random.normal(key, shape)
+    return jnp.clip(-2 * noise, schedule(jnp.ones(())), schedule(jnp.zeros(())))
+
+
+def noisy_flow(
+    networks: Networks,
+    x: Float[Array, "B ..."],
+    cond: Cond,
+    key: jax.Array,
+    *,
+    logsnr_t: Float[Array, " B"],
+    teacher_guidance: float,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """(z_t, dz/dtheta): the velocity is the guided teacher's v, or without a teacher that of the data."""
+    eps = jax.random.normal(key, x.shape)
+    z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
+    if networks.teacher is None:
+        return z_t, process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
+    teacher = guided(networks.teacher, networks.require_guide(), guidance=teacher_guidance)
+    return z_t, teacher(z_t, logsnr_t, cond, None)
+
+
+def tangent_loss(
+    v_hat: Float[Array, "B ..."], g: Float[Array, "B ..."], *, floor: float
+) -> Float[Array, " B"]:
+    """||v_hat - sg(v_hat + g / (||g|| + floor))||^2 / d, where ||g||^2 is the mean over d."""
+    size = process.over_pixels(jnp.sqrt(process.mean_square(g)), g)
+    return process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g / (size + floor)))
 
 
 def along_flow(

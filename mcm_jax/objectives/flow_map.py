@@ -9,11 +9,17 @@ from jaxtyping import Array, Float, Int
 
 from mcm_jax.diffusion import process
 from mcm_jax.diffusion.conditions import Cond
-from mcm_jax.diffusion.guidance import guided
 from mcm_jax.diffusion.network import until
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
-from mcm_jax.objectives.continuous import Proposal, along_flow, tangent
+from mcm_jax.objectives.continuous import (
+    Proposal,
+    along_flow,
+    lognormal,
+    noisy_flow,
+    tangent,
+    tangent_loss,
+)
 from mcm_jax.objectives.objective import Networks
 
 
@@ -79,13 +85,9 @@ class FlowMap:
         """The loss of every example; see `objective.Objective`."""
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
         logsnr_t, logsnr_u = self._draw_logsnr(key_times, len(x), networks.schedule)
-        eps = jax.random.normal(key_eps, x.shape)
-        z_t = process.diffuse(x, eps, logsnr_t=logsnr_t)
-        velocity = process.v_from_x_eps(x, eps, logsnr_t=logsnr_t)
-        if networks.teacher is not None:
-            teacher = guided(networks.teacher, networks.require_guide(), guidance=self.teacher_guidance)
-            velocity = teacher(z_t, logsnr_t, cond, None)
-
+        z_t, velocity = noisy_flow(
+            networks, x, cond, key_eps, logsnr_t=logsnr_t, teacher_guidance=self.teacher_guidance
+        )
         target_fn, student = networks.target or networks.student, until(networks.student, logsnr_u)
         along = velocity
         if self.along == "predicted":
@@ -104,12 +106,10 @@ class FlowMap:
             warmup=self.warmup_last * jnp.minimum(1.0, train_step / self.warmup_steps),
         )
         v_hat = student(z_t, logsnr_t, cond, key_dropout)
-        size = process.mean_square(g)
-        if self.normalised == "loss":
-            weight = jax.lax.stop_gradient(1 / (size + self.floor))
-            return weight * process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g))
-        g /= process.over_pixels(jnp.sqrt(size), g) + self.floor
-        return process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g))
+        if self.normalised == "tangent":
+            return tangent_loss(v_hat, g, floor=self.floor)
+        weight = jax.lax.stop_gradient(1 / (process.mean_square(g) + self.floor))
+        return weight * process.mean_square(v_hat - jax.lax.stop_gradient(v_hat + g))
 
     def _draw_logsnr(
         self, key: jax.Array, batch_size: int, schedule: Schedule
@@ -120,8 +120,7 @@ class FlowMap:
         if self.proposal == "uniform":
             logsnr = schedule(jax.random.uniform(key_times, shape))
         else:
-            noise = self.proposal_mean + self.proposal_std * jax.random.normal(key_times, shape)
-            logsnr = jnp.clip(-2 * noise, schedule(jnp.ones(())), schedule(jnp.zeros(())))
+            logsnr = lognormal(key_times, shape, schedule, mean=self.proposal_mean, std=self.proposal_std)
         logsnr_t = logsnr.min(axis=0)
         equal = jax.random.bernoulli(key_equal, self.equal_share, (batch_size,))
         return logsnr_t, jnp.where(equal, logsnr_t, logsnr.max(axis=0))
