@@ -158,6 +158,11 @@ class Record:
             raise RecordError(f"{prefix}{error}") from error
 
 
+def lists_times(noise_grid: str) -> bool:
+    """Whether a noise grid lists its times, such as '1,1/2,1/4', and has no name."""
+    return noise_grid[:1].isdecimal()
+
+
 class SamplingOptions(TypedDict, total=False):
     """The settings of a `Sampling` that a user may choose; if None or missing, the run's own is used."""
 
@@ -216,7 +221,7 @@ class Sampling(Record):
     @property
     def grid_name(self) -> str:
         """The noise grid in names of files: its own name, or a hash of its times, which may be many."""
-        if not self.noise_grid[:1].isdecimal():
+        if not lists_times(self.noise_grid):
             return self.noise_grid
         return f"times{hashlib.sha256(self.noise_grid.encode()).hexdigest()[:12]}"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from absl import flags
 
-from mcm_jax.records import SamplingOptions
+from mcm_jax.records import SamplingOptions, lists_times
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.files import require_output, write_output
@@ -108,7 +108,7 @@ def main() -> None:
     if _FORMAT.value is not None and out.suffix != _FORMATS[_FORMAT.value]:
         raise InputError(f"--out={out} must end in {_FORMATS[_FORMAT.value]} for --format={_FORMAT.value}")
     grid = _NOISE_GRID.value
-    if grid is not None and grid not in _NOISE_GRIDS and not grid[:1].isdecimal():
+    if grid is not None and grid not in _NOISE_GRIDS and not lists_times(grid):
         raise InputError(
             f"--noise_grid={grid} is not one of {', '.join(_NOISE_GRIDS)}, or times such as 1,1/2"
         )

@@ -33,6 +33,7 @@ from mcm_jax.records import (
     Result,
     SamplingOptions,
     count_of,
+    lists_times,
 )
 from mcm_jax.system import distributed, sharding
 from mcm_jax.system.errors import InputError
@@ -338,7 +339,7 @@ def _check(options: Options) -> None:
     for name, choices in settings.items():
         value = getattr(options, name)
         # A grid may be a list of times, which is checked with the run.
-        times = name == "noise_grid" and value is not None and value[:1].isdecimal()
+        times = name == "noise_grid" and value is not None and lists_times(value)
         if value is not None and value not in choices and not times:
             raise InputError(f"--{name}={value} is not one of {', '.join(choices)}")
     for guidance in options.guidance:

@@ -22,7 +22,7 @@ from mcm_jax.diffusion.guidance import guided, without_condition
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.models.network import Network
-from mcm_jax.records import Origin, Sampling
+from mcm_jax.records import Origin, Sampling, lists_times
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
 from mcm_jax.system.errors import InputError
@@ -171,7 +171,7 @@ def grid_times(noise_grid: str) -> tuple[float, ...]:
       >>> grid_times("1,1/2,1/4"), grid_times("karras")
       ((1.0, 0.5, 0.25), ())
     """
-    if not noise_grid[:1].isdecimal():
+    if not lists_times(noise_grid):
         return ()
     try:
         times = tuple(float(fractions.Fraction(text.strip())) for text in noise_grid.split(","))
