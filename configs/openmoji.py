@@ -3,6 +3,7 @@
     teacher          the diffusion model
     cd,steps=S       S-step multistep consistency distillation of it
     ct,steps=S       S-step multistep consistency training, started from it
+    ct,ect,steps=S   the same with the teacher steps and weights of ECT; ct,ict,steps=S with iCT's
     progressive      progressive distillation of it, 64 -> 32 -> ... -> 1 steps, or to steps=S
     tract            TRACT, 64 -> 8 -> 1 steps
     guidance         distillation of its guided prediction (weight 1) into one network call; train the

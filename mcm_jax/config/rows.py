@@ -18,6 +18,17 @@ FLOW_MAP_SETTINGS: dict[str, dict[str, object]] = {
         "warmup_steps": 1,
     },
 }
+# The settings of `ct` that iCT (arXiv:2310.14189) and ECT (arXiv:2406.14548) state differently. iCT's epsilon
+# 0.00054 sqrt(d) for the sum over d is 0.00054 for the mean. The length of ECT's stages is open.
+CT_STYLES: dict[str, dict[str, object]] = {
+    "ict": {
+        "teacher_grid": "doubling",
+        "teacher_steps_first": 10.0,
+        "huber_epsilon": 0.00054,
+        "loss_weight": "inverse_gap",
+    },
+    "ect": {"teacher_grid": "ect", "ect_stage_steps": 30, "proposal": "lognormal", "loss_weight": "edm"},
+}
 
 
 def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDict:
@@ -26,6 +37,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "moments,steps=S", "ayf",
     "meanflow", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance".
     Several numbers, as in "cd,steps=1+2+4+8+16", train one student for all of them, except in moments.
+    "ct,ict,steps=S" and "ct,ect,steps=S" are ct with the teacher steps and weights of iCT and ECT.
 
     The method is the paper's, the settings are not: fewer updates need a higher learning rate, faster
     annealing and a shorter average.
@@ -48,12 +60,14 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         "progressive": ((), ("steps",)),
         "guidance": ((), ()),
     }
-    (system,) = words if len(words) == 1 else ("",)
+    styles = words & set(CT_STYLES) if "ct" in words else set()
+    (system,) = words - styles if len(words - styles) == 1 and len(styles) < 2 else ("",)
     needed, allowed = systems.get(system, ((), ()))
     if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
         raise InputError(
             f"there is no config row {row!r}: use teacher, guidance, tract, progressive, ayf, meanflow, or "
-            "one of cd, ct, scd, sct and moments with steps=S, such as cd,steps=4 or cd,steps=1+2+4"
+            "one of cd, ct, scd, sct and moments with steps=S, such as cd,steps=4, cd,steps=1+2+4 or "
+            "ct,ect,steps=1"
         )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
@@ -69,6 +83,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     config.training.update(num_steps=250, sample_every_steps=250)
     if system in ("cd", "ct"):
         config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+        for style in styles:
+            config.consistency.update(CT_STYLES[style])
     elif system in ("scd", "sct"):
         config.continuous.update(student_steps=numbers["steps"], warmup_steps=100)
         # The teacher must have it too.

@@ -21,6 +21,7 @@ from mcm_jax.config.settings import (
 from mcm_jax.diffusion import schedules
 from mcm_jax.models.adm import ADMSettings
 from mcm_jax.models.unet import UNetSettings
+from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.continuous import Continuous
 from mcm_jax.objectives.flow_map import FlowMap
 from mcm_jax.objectives.moments import Moments
@@ -107,6 +108,8 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             "config.guidance.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
         )
+    if isinstance(config.loss, Consistency):
+        _check_teacher_grid(config.loss)
     if objective == "ct" and config.consistency.teacher_step == "heun":
         raise InputError(
             "config.consistency.teacher_step=heun has no effect on ct, which has no teacher; leave it out"
@@ -212,6 +215,22 @@ def _check_optimizer(config: Config) -> None:
         raise InputError(
             f"config.optimizer.warmup_steps={warmup} must be below config.training.num_steps={updates}; "
             "shorten the warm-up or train longer"
+        )
+
+
+def _check_teacher_grid(loss: Consistency) -> None:
+    """Raises InputError for a setting that has no effect with this teacher_grid."""
+    grid, default = f"config.consistency.teacher_grid={loss.teacher_grid}", Consistency()
+    for name in ("ect_q", "ect_stage_steps", "proposal") if loss.teacher_grid != "ect" else ():
+        if getattr(loss, name) != getattr(default, name):
+            raise InputError(
+                f"config.consistency.{name}={getattr(loss, name)} has no effect with {grid}; leave it out, "
+                "or use teacher_grid=ect"
+            )
+    if loss.teacher_grid == "doubling" and loss.teacher_steps_last < loss.teacher_steps_first:
+        raise InputError(
+            f"config.consistency.teacher_steps_last={loss.teacher_steps_last} must be at least "
+            f"teacher_steps_first={loss.teacher_steps_first} with {grid}"
         )
 
 

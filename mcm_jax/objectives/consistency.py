@@ -8,7 +8,7 @@ their x. This reduces Algorithm 1's invDDIM(DDIM(x_ref, aDDIM(x_teacher, z_t)), 
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,27 @@ from jaxtyping import Array, Bool, Float, Int
 from mcm_jax.diffusion import guidance, process, segments, steps
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import ModelFn
+from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
 from mcm_jax.objectives.distances import Distance, LossWeight, Reduction, distance, weight
+from mcm_jax.objectives.levels import Proposal, draw_in_segments, ect_logsnr
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.objective import Networks
 
 TeacherStep = Literal["addim", "ddim"]
+TeacherGrid = Literal["annealed", "doubling", "ect"]
+StepWeight = Literal[LossWeight, "inverse_gap"]
 Integrator = Literal[TeacherStep, "heun"]
 TargetNetwork = Literal["student", "ema"]
+
+
+class Levels(NamedTuple):
+    """The log-SNRs at both ends of a teacher's step t -> s and at the end of its segment, t_step <= s < t."""
+
+    t: Float[Array, " B"]
+    s: Float[Array, " B"]
+    t_step: Float[Array, " B"]
+    is_last: Bool[Array, " B"]  # whether s = t_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +47,24 @@ class Consistency(Multistep):
     The gradient flows only through f(z_t, t). Both calls of the student share their dropout mask.
     """
 
+    teacher_grid: TeacherGrid = setting(
+        "annealed",
+        "how the teacher's steps become shorter: annealed, N_teacher grows exponentially (MCM); doubling, it "
+        "doubles at equal intervals of anneal_steps (iCT); ect, off the grid, by the factor ect_q in each "
+        "stage (ECT)",
+    )
     teacher_steps_first: float = setting(64.0, "N_teacher at the first update", low=1)
     teacher_steps_last: float = setting(1280.0, "N_teacher at the end of the annealing", low=1)
     anneal_steps: int = setting(100_000, "updates of the exponential annealing from first to last", low=1)
+    ect_q: float = setting(2.0, "ect: q; ECT on ImageNet-64: 4", low=1.001)
+    ect_stage_steps: int = setting(25_000, "ect: updates of a stage (open)", low=1)
+    proposal: Proposal = setting(
+        "uniform", "ect: distribution of t (open), uniform or lognormal, see proposal_mean"
+    )
+    proposal_mean: float = setting(-1.1, "lognormal: mean of log(sigma / alpha) (open; iCT's)")
+    proposal_std: float = setting(
+        2.0, "lognormal: standard deviation of log(sigma / alpha) (open; iCT's)", low=1e-3
+    )
     teacher_step: Integrator = setting(
         "addim", "integrator of the teacher's step; heun (not the paper's) calls the teacher once more"
     )
@@ -51,10 +79,11 @@ class Consistency(Multistep):
     huber_reduction: Reduction = setting(
         "mean", "reduction of the squares in the distance (open; see `distances.pseudo_huber`)"
     )
-    loss_weight: LossWeight = setting(
+    loss_weight: StepWeight = setting(
         "sqrt_snr_plus_one",
         "w_t (open); sqrt_snr_plus_one makes the unsquared distance in x one in v, see `distances.weight`; "
-        "sqrt_edm is the root of EDM's weight (not the paper's)",
+        "not the paper's: edm (as in ECT), its root sqrt_edm, and inverse_gap, one over the difference of "
+        "the noise levels sigma / alpha at t and s (as in iCT)",
     )
     target_network: TargetNetwork = setting(
         "student", "the network of x_ref: the student itself, or its averaged parameters (ema)"
@@ -75,8 +104,8 @@ class Consistency(Multistep):
         key_times, key_eps, key_dropout = jax.random.split(key, 3)
         # No bits are shared with the draw of times, which splits the keys that it makes of key_times.
         student_steps = self.draw_steps(jax.random.fold_in(key_times, 0), len(x))
-        times = self._draw_times(key_times, len(x), train_step, student_steps)
-        logsnr_t, logsnr_s, logsnr_step = (networks.schedule(t) for t in (times.t, times.s, times.t_step))
+        levels = self._draw_levels(key_times, len(x), networks.schedule, train_step, student_steps)
+        logsnr_t, logsnr_s, logsnr_step, is_last = levels
         z_t = process.diffuse(x, jax.random.normal(key_eps, x.shape), logsnr_t=logsnr_t)
 
         x_step = self._teacher_x(networks, x, z_t, cond, logsnr_t=logsnr_t, logsnr_s=logsnr_s)
@@ -91,33 +120,55 @@ class Consistency(Multistep):
             logsnr_t=logsnr_t,
             logsnr_s=logsnr_s,
             logsnr_step=logsnr_step,
-            is_last=times.is_last,
+            is_last=is_last,
         )
         v_hat = self.until(networks.student, logsnr_step)(z_t, logsnr_t, cond, key_dropout)
         x_diff = x_target - process.x_from_v(v_hat, z_t, logsnr_t=logsnr_t)
-        w_t = weight(logsnr_t, kind=self.loss_weight) * self.steps_weight(student_steps)
+        w_t = self._weight(logsnr_t, logsnr_s) * self.steps_weight(student_steps)
         return w_t * distance(
             x_diff, kind=self.distance, huber_epsilon=self.huber_epsilon, reduction=self.huber_reduction
         )
 
-    def _draw_times(
+    def _draw_levels(
         self,
         key: jax.Array,
         batch_size: int,
+        schedule: Schedule,
         train_step: Int[Array, ""],
         student_steps: int | Int[Array, " B"],
-    ) -> segments.Times:
-        """Draws teacher steps inside the student's segments, with N_teacher at `train_step`."""
-        teacher_steps = segments.annealed_teacher_steps(
+    ) -> Levels:
+        """Draws the teacher's steps of `train_step` inside the student's segments."""
+        if self.teacher_grid == "ect":
+            logsnr_t, logsnr_step = draw_in_segments(
+                key,
+                schedule,
+                jnp.broadcast_to(student_steps, (batch_size,)),
+                most_steps=max(self.student_steps),
+                proposal=self.proposal,
+                mean=self.proposal_mean,
+                std=self.proposal_std,
+            )
+            stage = train_step // self.ect_stage_steps
+            logsnr_s = ect_logsnr(logsnr_t, logsnr_step, stage=stage, q=self.ect_q)
+            return Levels(logsnr_t, logsnr_s, logsnr_step, logsnr_s == logsnr_step)
+        doubling = self.teacher_grid == "doubling"
+        grow = segments.doubling_teacher_steps if doubling else segments.annealed_teacher_steps
+        teacher_steps = grow(
             train_step,
             first=self.teacher_steps_first,
             last=self.teacher_steps_last,
             anneal_steps=self.anneal_steps,
         )
         n_per = segments.steps_per_segment(teacher_steps, student_steps=student_steps)
-        return segments.draw_times(
+        times = segments.draw_times(
             key, batch_size=batch_size, student_steps=student_steps, steps_per_segment=n_per
         )
+        return Levels(schedule(times.t), schedule(times.s), schedule(times.t_step), times.is_last)
+
+    def _weight(self, logsnr_t: Float[Array, " B"], logsnr_s: Float[Array, " B"]) -> Float[Array, " B"]:
+        if self.loss_weight == "inverse_gap":
+            return 1 / (jnp.exp(-logsnr_t / 2) - jnp.exp(-logsnr_s / 2))
+        return weight(logsnr_t, kind=self.loss_weight)
 
     def _teacher_x(
         self,

@@ -2,21 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mcm_jax.diffusion import process, segments
+from mcm_jax.diffusion import process
 from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.guidance import guided
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
+from mcm_jax.objectives.levels import Proposal, draw_in_segments
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.objective import Networks
-
-Proposal = Literal["uniform", "lognormal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +84,15 @@ class Continuous(Multistep):
         self, key: jax.Array, batch_size: int, schedule: Schedule, student_steps: int | Int[Array, " B"]
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """Log-SNRs at t and at the end of its segment."""
-        if self.proposal == "uniform":
-            t, t_step = segments.draw_continuous_times(
-                key, batch_size=batch_size, student_steps=student_steps
-            )
-            return schedule(t), schedule(t_step)
-        logsnr_t = lognormal(key, (batch_size,), schedule, mean=self.proposal_mean, std=self.proposal_std)
-        steps = jnp.broadcast_to(student_steps, (batch_size,))
-        bounds = jnp.arange(1, max(self.student_steps)) / steps[:, None]
-        passed = (logsnr_t[:, None] < schedule(jnp.minimum(bounds, 1.0))) & (bounds < 1)
-        return logsnr_t, schedule(passed.sum(axis=1) / steps)
-
-
-def lognormal(
-    key: jax.Array, shape: tuple[int, ...], schedule: Schedule, *, mean: float, std: float
-) -> Float[Array, "..."]:
-    """Log-SNRs with log(sigma / alpha) ~ N(mean, std^2), within the schedule's range."""
-    noise = mean + std * jax.random.normal(key, shape)
-    return jnp.clip(-2 * noise, schedule(jnp.ones(())), schedule(jnp.zeros(())))
+        return draw_in_segments(
+            key,
+            schedule,
+            jnp.broadcast_to(student_steps, (batch_size,)),
+            most_steps=max(self.student_steps),
+            proposal=self.proposal,
+            mean=self.proposal_mean,
+            std=self.proposal_std,
+        )
 
 
 def noisy_flow(

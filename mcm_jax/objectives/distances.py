@@ -9,7 +9,7 @@ from mcm_jax.diffusion import process
 
 Distance = Literal["huber", "squared"]
 Reduction = Literal["mean", "sum"]
-LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "sqrt_edm", "one"]
+LossWeight = Literal["snr_plus_one", "sqrt_snr_plus_one", "max_snr_one", "edm", "sqrt_edm", "one"]
 
 
 def distance(
@@ -39,12 +39,12 @@ def pseudo_huber(square: Float[Array, " B"], *, epsilon: float) -> Float[Array, 
 
 
 def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " B"]:
-    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), its root, max(SNR(t), 1), "sqrt_edm", or 1.
+    """w_t = SNR(t) + 1 ("snr_plus_one", the paper's example), max(SNR(t), 1), EDM's weight, a root, or 1.
 
-    SNR + 1 turns the squared distance in x into the squared distance in v; sqrt(SNR + 1) does the same for
+    SNR + 1 turns the squared distance in x into the squared distance in v; its root does the same for
     the unsquared distance of a small huber_epsilon. max(SNR, 1) is the weight of progressive distillation
-    and TRACT, which gives the larger of the squared distances in x and in eps. sqrt(SNR + 4) ("sqrt_edm")
-    is the root of EDM's weight, sqrt(s^2 + 0.25) / (0.5 s) with s = sigma / alpha, for the unsquared
+    and TRACT, which gives the larger of the squared distances in x and in eps. SNR + 4 ("edm") is EDM's
+    weight, (s^2 + 0.25) / (0.5 s)^2 with s = sigma / alpha, and "sqrt_edm" its root, for the unsquared
     distance.
     """
     if kind == "one":
@@ -52,6 +52,6 @@ def weight(logsnr_t: Float[Array, " B"], *, kind: LossWeight) -> Float[Array, " 
     snr = jnp.exp(logsnr_t)
     if kind == "max_snr_one":
         return jnp.maximum(snr, 1.0)
-    if kind == "sqrt_edm":
-        return jnp.sqrt(4 + snr)
+    if kind in ("edm", "sqrt_edm"):
+        return 4 + snr if kind == "edm" else jnp.sqrt(4 + snr)
     return 1 + snr if kind == "snr_plus_one" else jnp.sqrt(1 + snr)

@@ -12,14 +12,8 @@ from mcm_jax.diffusion.conditions import Cond
 from mcm_jax.diffusion.network import until
 from mcm_jax.diffusion.schedules import Schedule
 from mcm_jax.fields import setting
-from mcm_jax.objectives.continuous import (
-    Proposal,
-    along_flow,
-    lognormal,
-    noisy_flow,
-    tangent,
-    tangent_loss,
-)
+from mcm_jax.objectives.continuous import along_flow, noisy_flow, tangent, tangent_loss
+from mcm_jax.objectives.levels import Proposal, lognormal
 from mcm_jax.objectives.objective import Networks
 
 
