@@ -41,6 +41,7 @@ Objective = Literal[
     "moments",
     "ayf",
     "meanflow",
+    "shortcut",
     "progressive",
     "tract",
 ]
@@ -49,7 +50,7 @@ OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
 # The others are students of few steps.
 DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
 # Students of any number of steps.
-FLOW_MAPS: tuple[Objective, ...] = ("ayf", "meanflow")
+FLOW_MAPS: tuple[Objective, ...] = ("ayf", "meanflow", "shortcut")
 
 
 def student_sampler(objective: Objective | str) -> Literal["ddim", "ddpm"]:

@@ -55,7 +55,7 @@ from tests import (
 
 assert conftest
 OBJECTIVES = (
-    *("diffusion", "guidance", "cd", "ct", "scd", "sct", "moments", "ayf", "meanflow"),
+    *("diffusion", "guidance", "cd", "ct", "scd", "sct", "moments", "ayf", "meanflow", "shortcut"),
     *("tract", "progressive"),
 )
 UPDATES, EVERY = 32, 4  # of each run, or each stage; and between checkpoints

@@ -68,6 +68,8 @@ def config(data_dir: Path, objective: str = "diffusion", teacher: Path | None = 
         result.continuous.update(student_steps=(2,), warmup_steps=2)
     elif objective in ("ayf", "meanflow"):
         result.flow_map.update(warmup_steps=2)
+    elif objective == "shortcut":
+        result.shortcut.smallest_steps = 8
     elif objective == "moments":
         result.moments.student_steps = 2
     elif objective in ("tract", "progressive"):

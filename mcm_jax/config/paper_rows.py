@@ -25,13 +25,14 @@ _SYSTEMS = {
     "scd": (set(), {"steps"}, set()),
     "ayf": (set(), set(), set()),
     "meanflow": (set(), set(), set()),
+    "shortcut": (set(), set(), set()),
     "moments": (set(), {"steps"}, set()),
     "pd": (set(), {"steps"}, set()),
     "tract": (set(), {"steps"}, set()),
 }
 _ALLOWED = (
-    "with teacher, ayf or meanflow, or with ct, cd, sct, scd, moments, pd or tract and steps=S, such as "
-    "cd,steps=4; ct and cd may add teacher_steps=N, and cd may add ddim"
+    "with teacher, ayf, meanflow or shortcut, or with ct, cd, sct, scd, moments, pd or tract and steps=S, "
+    "such as cd,steps=4; ct and cd may add teacher_steps=N, and cd may add ddim"
 )
 
 
@@ -61,7 +62,8 @@ def imagenet(
     Sizes: "small" and "large"; "mini", see `_mini`. Systems: "teacher" (the diffusion model);
     "ct,steps=S"; "cd,steps=S"; "pd,steps=S" (progressive distillation, 1024 -> 512 ... -> S);
     "tract,steps=S" (1024 -> 32 -> S). Trained like ct and cd, though not the paper's: "sct,steps=S" and
-    "scd,steps=S" (continuous time), "moments,steps=S" (moment matching), "ayf" and "meanflow" (flow maps).
+    "scd,steps=S" (continuous time), "moments,steps=S" (moment matching), "ayf", "meanflow" and
+    "shortcut" (flow maps).
     Several numbers, as in "cd,steps=1+2+4", train one student for all of them.
     With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
     step.

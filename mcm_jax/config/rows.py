@@ -35,7 +35,8 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     """Returns the config of a row with a network and training small enough for two CPU cores.
 
     Rows: "teacher", "cd,steps=S", "ct,steps=S", "scd,steps=S", "sct,steps=S", "moments,steps=S", "ayf",
-    "meanflow", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and "guidance".
+    "meanflow", "shortcut", "tract" (64 -> 8 -> 1), "progressive" (64 -> 32 ... -> 1, or to "steps=S"), and
+    "guidance".
     Several numbers, as in "cd,steps=1+2+4+8+16", train one student for all of them, except in moments.
     "ct,ict,steps=S" and "ct,ect,steps=S" are ct with the teacher steps and weights of iCT and ECT.
 
@@ -55,6 +56,7 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
         "sct": (("steps",), ()),
         "ayf": ((), ()),
         "meanflow": ((), ()),
+        "shortcut": ((), ()),
         "moments": (("steps",), ()),
         "tract": ((), ()),
         "progressive": ((), ("steps",)),
@@ -65,9 +67,9 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     needed, allowed = systems.get(system, ((), ()))
     if system not in systems or not set(needed) <= set(numbers) <= {*needed, *allowed}:
         raise InputError(
-            f"there is no config row {row!r}: use teacher, guidance, tract, progressive, ayf, meanflow, or "
-            "one of cd, ct, scd, sct and moments with steps=S, such as cd,steps=4, cd,steps=1+2+4 or "
-            "ct,ect,steps=1"
+            f"there is no config row {row!r}: use teacher, guidance, tract, progressive, ayf, meanflow, "
+            "shortcut, or one of cd, ct, scd, sct and moments with steps=S, such as cd,steps=4, "
+            "cd,steps=1+2+4 or ct,ect,steps=1"
         )
     config = default_config()
     config.data.update(dataset=dataset, resolution=resolution)
@@ -92,6 +94,10 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     elif system in FLOW_MAP_SETTINGS:
         config.flow_map.update({"warmup_steps": 100, **FLOW_MAP_SETTINGS[system]})
         config.model.noise_scale = "smooth"
+        config.sampling.teacher_steps = 4
+    elif system == "shortcut":
+        # As for the students' own average: fewer updates need a shorter one.
+        config.shortcut.target_decay = 0.99
         config.sampling.teacher_steps = 4
     elif system == "moments":
         config.moments.student_steps = single(row, numbers, "steps")

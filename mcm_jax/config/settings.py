@@ -28,6 +28,7 @@ from mcm_jax.objectives.guidance import Guidance
 from mcm_jax.objectives.moments import Moments
 from mcm_jax.objectives.multistep import Multistep
 from mcm_jax.objectives.progressive import Progressive
+from mcm_jax.objectives.shortcut import Shortcut
 from mcm_jax.objectives.tract import Tract
 from mcm_jax.records import Objective
 from mcm_jax.system.paths import Path
@@ -46,6 +47,7 @@ SECTIONS = {
     "sct": "continuous",
     "ayf": "flow_map",
     "meanflow": "flow_map",
+    "shortcut": "shortcut",
     "moments": "moments",
     "tract": "tract",
     "progressive": "progressive",
@@ -56,7 +58,7 @@ ARCHITECTURES = {"uvit": "model", "adm": "adm", "edm2": "edm2"}
 # The objectives that are trained in stages.
 Staged = Tract | Progressive
 # The objectives that call no teacher during training.
-_FROM_DATA = ("diffusion", "ct", "sct", "meanflow")
+_FROM_DATA = ("diffusion", "ct", "sct", "meanflow", "shortcut")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +180,13 @@ class Config:
     objective: Objective = setting(
         "diffusion",
         "diffusion (the teacher), cd or ct (consistency, distilled or trained), scd or sct (the same in "
-        "continuous time), moments (moment matching), ayf or meanflow (flow maps, distilled or trained), "
-        "tract, progressive, guidance",
+        "continuous time), moments (moment matching), ayf, meanflow or shortcut (flow maps, distilled or "
+        "trained), tract, progressive, guidance",
     )
     seed: int = setting(0, "random seed of training", low=0, high=2**32 - 1)
     teacher_checkpoint: str | None = setting(
         None,
-        "workdir of the teacher; required except for diffusion (ct, sct and meanflow only copy its "
+        "workdir of the teacher; required except for diffusion (ct, sct, meanflow and shortcut only copy its "
         "parameters)",
     )
     guide_checkpoint: str | None = setting(
@@ -207,6 +209,7 @@ class Config:
     consistency: Consistency = dataclasses.field(default_factory=Consistency)
     continuous: Continuous = dataclasses.field(default_factory=Continuous)
     flow_map: FlowMap = dataclasses.field(default_factory=FlowMap)
+    shortcut: Shortcut = dataclasses.field(default_factory=Shortcut)
     moments: Moments = dataclasses.field(default_factory=Moments)
     tract: Tract = dataclasses.field(default_factory=Tract)
     progressive: Progressive = dataclasses.field(default_factory=Progressive)
@@ -224,7 +227,7 @@ class Config:
     @property
     def loss(
         self,
-    ) -> Diffusion | Consistency | Continuous | Moments | FlowMap | Tract | Progressive | Guidance:
+    ) -> Diffusion | Consistency | Continuous | Moments | FlowMap | Shortcut | Tract | Progressive | Guidance:
         """The selected objective with its settings; call it to compute the loss."""
         return getattr(self, SECTIONS[self.objective])
 
@@ -243,7 +246,9 @@ class Config:
     def target_decay(self) -> float | None:
         """Decay of the target network's average; None if the student itself provides x_ref."""
         loss = self.loss
-        if isinstance(loss, Tract) or (isinstance(loss, Consistency) and loss.target_network == "ema"):
+        if isinstance(loss, Tract | Shortcut) or (
+            isinstance(loss, Consistency) and loss.target_network == "ema"
+        ):
             return loss.target_decay
         return None
 
@@ -277,7 +282,7 @@ class Config:
     def takes_end(self) -> bool:
         """Whether the network receives the end of each step; see `objectives.multistep`."""
         loss = self.loss
-        return isinstance(loss, FlowMap) or (isinstance(loss, Multistep) and loss.takes_end)
+        return isinstance(loss, FlowMap | Shortcut) or (isinstance(loss, Multistep) and loss.takes_end)
 
     @property
     def is_student(self) -> bool:

@@ -108,6 +108,10 @@ def _check_objective(config: Config) -> None:
         raise InputError(
             "config.guidance.teacher_guidance=0.0: there is no guidance to distil; set it, for example to 0.5"
         )
+    if objective == "shortcut" and config.shortcut.smallest_steps.bit_count() != 1:
+        raise InputError(
+            f"config.shortcut.smallest_steps={config.shortcut.smallest_steps} must be a power of two"
+        )
     if isinstance(config.loss, Consistency):
         _check_teacher_grid(config.loss)
     if objective == "ct" and config.consistency.teacher_step == "heun":

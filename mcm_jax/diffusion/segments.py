@@ -126,12 +126,13 @@ def draw_jumps(
 
 
 def draw_halves(
-    key: PRNGKey, *, batch_size: int, student_steps: int
+    key: PRNGKey, *, batch_size: int, student_steps: int | Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """(t, m, s): a student step t -> s and its midpoint m, at which two teacher steps meet.
 
     s = 2 step / 2S, m = (2 step + 1) / 2S, t = (2 step + 2) / 2S with step ~ U{0..S-1}, computed from
-    integers (arXiv:2202.00512).
+    integers (arXiv:2202.00512). S may differ between examples.
     """
     start = 2 * jax.random.randint(key, (batch_size,), 0, student_steps)
-    return tuple((start + n) / jnp.float32(2 * student_steps) for n in (2, 1, 0))
+    t, m, s = ((start + n) / jnp.asarray(2 * student_steps, jnp.float32) for n in (2, 1, 0))
+    return t, m, s

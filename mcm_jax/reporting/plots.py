@@ -27,6 +27,7 @@ _STUDENTS = {
     "moments": ("MM", "#f0e442", "X"),
     "ayf": ("AYF", "#8c6d31", "<"),
     "meanflow": ("MeanFlow", "#7b4173", ">"),
+    "shortcut": ("Shortcut", "#637939", "*"),
     "progressive": ("PD", "#009e73", "D"),
     "tract": ("TRACT", "#cc79a7", "^"),
 }

@@ -34,6 +34,7 @@ _COLUMNS = {
     "moments": "MM",
     "ayf": "AYF",
     "meanflow": "MeanFlow",
+    "shortcut": "Shortcut",
     "progressive": "PD",
     "tract": "TRACT",
 }

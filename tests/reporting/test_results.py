@@ -99,7 +99,7 @@ def test_a_brace_within_text_does_not_close_a_cut_off_line(tmp_path):
         (
             json.dumps(record(objective="gan")),
             "objective is 'gan', not one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, meanflow, "
-            "progressive, tract",
+            "shortcut, progressive, tract",
         ),
         (json.dumps(record(steps="4")), "steps is '4', not a whole number"),
         (json.dumps(record(seed=True)), "seed is True, not a whole number"),

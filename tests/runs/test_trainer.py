@@ -47,7 +47,7 @@ def checkpoint_steps(workdir):
 
 @pytest.mark.parametrize(
     "objective",
-    ["diffusion", "cd", "ct", "scd", "sct", "moments", "moments instant", "meanflow", "tract"],
+    ["diffusion", "cd", "ct", "scd", "sct", "moments", "moments instant", "meanflow", "shortcut", "tract"],
 )
 def test_four_updates_are_two_and_two_more(objective, tiny_data, teacher, tmp_path, capsys):
     """Bit for bit: parameters, averages, optimizer, randomness and data go on where they were.
@@ -672,7 +672,7 @@ TWO_STAGES = {f"model__{name}": value for name, value in tiny.TWO_STAGES.items()
         (
             {"objective": "gan"},
             "config.objective='gan' must be one of diffusion, guidance, cd, ct, scd, sct, moments, ayf, "
-            "meanflow, progressive, tract",
+            "meanflow, shortcut, progressive, tract",
         ),
         ({"model__width": 3}, "config.model.width is not a setting"),
         ({"model__widths": (8, 16)}, "config.model.widths=(8, 16) must have one entry"),
