@@ -580,7 +580,9 @@ def train(objective, *, updates, target_decay=None, apply=network):
 
     config, _ = config_and_loss("diffusion")
     adam = optimizer.adam(config.optimizer, num_steps=config.training.num_steps)
-    update = jax.jit(step.make_update(loss_fn, adam, ema_decay=0.9, target_decay=target_decay, seed=0))
+    update = jax.jit(
+        step.Update(loss_fn=loss_fn, optimizer=adam, ema_decay=0.9, target_decay=target_decay, seed=0)
+    )
     state = step.init_state(network_params(0), adam, target_decay=target_decay)
     for n in range(updates):
         batch = {

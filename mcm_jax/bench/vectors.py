@@ -103,9 +103,9 @@ def train(
     def run(
         start: Params, teacher: Params | None, seed: Int[Array, ""]
     ) -> tuple[Params, Float[Array, " num_steps"]]:
-        update = step.make_update(
-            functools.partial(loss_fn, config.loss),
-            adam,
+        update = step.Update(
+            loss_fn=functools.partial(loss_fn, config.loss),
+            optimizer=adam,
             ema_decay=config.optimizer.ema_decay,
             target_decay=config.target_decay,
             target_training=target_training,

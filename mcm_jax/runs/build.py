@@ -254,18 +254,21 @@ class Training:
         def loss_of(objective: Objective) -> step.LossFn:
             return loss_fn(config, self.network, guide=self.guide, mesh=self.mesh, objective=objective)
 
-        return step.make_train_step(
-            loss_of(config.loss),
-            self.optimizer,
-            mesh=self.mesh,
-            state_sharding=self.shardings,
-            teacher_sharding=self.teacher_shardings,
+        update = step.Update(
+            loss_fn=loss_of(config.loss),
+            optimizer=self.optimizer,
             ema_decay=config.optimizer.ema_decay,
+            seed=config.seed,
             target_decay=config.target_decay,
             target_training=target_training(config, loss_of),
             accumulation_steps=config.training.accumulation_steps,
-            seed=config.seed,
             project=edm2.normalised if config.architecture == "edm2" else None,
+        )
+        return step.make_train_step(
+            update,
+            mesh=self.mesh,
+            state_sharding=self.shardings,
+            teacher_sharding=self.teacher_shardings,
         )
 
     def _state(self, params: Params) -> TrainState:

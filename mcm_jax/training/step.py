@@ -1,5 +1,6 @@
 """The train step: loss, gradient, optimizer update, and averaged parameters."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from mcm_jax.training.state import Moved, Params, TrainState
 Batch = dict[str, Array]
 LossFn = Callable[[Params, PyTree, Params, Batch, Array, Array], Float[Array, " B"]]
 Metrics = dict[str, Float[Array, ""]]
+MeanLoss = Callable[[Params, Batch, Array], Float[Array, ""]]
 T = TypeVar("T", bound=PyTree)
 # (state, teacher_params, batch) -> (state, metrics)
 TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
@@ -48,7 +50,7 @@ def init_state(
     """Returns the state before the first update; all averages start at `params`. Works under jit.
 
     Args:
-      target_decay: see `make_update`; None: there is no averaged target network.
+      target_decay: see `Update`; None: there is no averaged target network.
       target_optimizer: that of a trained target network, which also starts at `params`; None: there is none.
     """
     has_target = target_decay is not None or target_optimizer is not None
@@ -64,30 +66,9 @@ def init_state(
 
 
 def make_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    mesh: Mesh,
-    state_sharding: TrainState,
-    teacher_sharding: PyTree,
-    ema_decay: float,
-    target_decay: float | None = None,
-    target_training: TargetTraining | None = None,
-    accumulation_steps: int = 1,
-    seed: int,
-    project: Callable[[Params], Params] | None = None,
+    update: TrainStep, *, mesh: Mesh, state_sharding: TrainState, teacher_sharding: PyTree
 ) -> jax.stages.Wrapped:
-    """Returns `make_update` jitted on a mesh, with the state donated."""
-    update = make_update(
-        loss_fn,
-        optimizer,
-        ema_decay=ema_decay,
-        target_decay=target_decay,
-        target_training=target_training,
-        accumulation_steps=accumulation_steps,
-        seed=seed,
-        project=project,
-    )
+    """Returns the update jitted on a mesh, with the state donated."""
     return jax.jit(
         update,
         in_shardings=(state_sharding, teacher_sharding, sharding.batch_sharding(mesh)),
@@ -96,23 +77,14 @@ def make_train_step(
     )
 
 
-def make_update(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    *,
-    ema_decay: float,
-    target_decay: float | None = None,
-    target_training: TargetTraining | None = None,
-    accumulation_steps: int = 1,
-    seed: int | Int[Array, ""],
-    project: Callable[[Params], Params] | None = None,
-) -> TrainStep:
-    """Returns (state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """(state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
 
     Update i uses the key fold_in(key(seed), i). The metrics are the loss averaged over the batch and the
     gradient's global norm before clipping.
 
-    Args:
+    Attributes:
       ema_decay: decay of the averaged parameters, which are used for sampling.
       target_decay: decay of the target network's bias-corrected average (see `debiased_decay`); None: there
         is no averaged target network.
@@ -123,87 +95,111 @@ def make_update(
       project: applied to the trained parameters after every update; None: they stay as they are.
     """
 
-    def gradient_step(
-        mean_loss: Callable[[Params, Batch, Array], Float[Array, ""]],
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    seed: int | Int[Array, ""]
+    target_decay: float | None = None
+    target_training: TargetTraining | None = None
+    accumulation_steps: int = 1
+    project: Callable[[Params], Params] | None = None
+
+    def __call__(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The state and the metrics after one update."""
+        training = self.target_training
+        arguments = state, teacher_params, batch, jax.random.fold_in(jax.random.key(self.seed), state.step)
+        if training is None:
+            return self._student(*arguments)
+        if training.instant:
+            return self._student_on_half(training, *arguments)
+        return jax.lax.cond(
+            state.step % 2 == 0, functools.partial(self._target, training), self._student, *arguments
+        )
+
+    def _student(
+        self,
+        state: TrainState,
+        teacher_params: PyTree,
+        batch: Batch,
+        key: Array,
+        moved: Moved | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
+            target = moved or state.target_params
+            return jnp.mean(self.loss_fn(params, teacher_params, target, batch, key, state.step))
+
+        params, opt_state, metrics = self._descend(
+            mean_loss, self.optimizer, state.params, state.opt_state, batch, key
+        )
+        target_params = state.target_params
+        if self.target_decay is not None:
+            new = 1 - debiased_decay(self.target_decay, state.step + 1)
+            target_params = optax.incremental_update(params, state.target_params, new)
+        state = state._replace(
+            step=state.step + 1,
+            params=params,
+            ema_params=optax.incremental_update(params, state.ema_params, 1 - self.ema_decay),
+            opt_state=opt_state,
+            target_params=target_params,
+        )
+        return state, metrics
+
+    def _target(
+        self,
+        training: TargetTraining,
+        state: TrainState,
+        teacher_params: PyTree,
+        batch: Batch,
+        key: Array,
+    ) -> tuple[TrainState, Metrics]:
+        mean_loss = _mean_target_loss(training, state, teacher_params)
+        target_params, opt_state, metrics = self._descend(
+            mean_loss, training.optimizer, state.target_params, state.target_opt_state, batch, key
+        )
+        state = state._replace(step=state.step + 1, target_params=target_params, target_opt_state=opt_state)
+        return state, metrics
+
+    def _student_on_half(
+        self,
+        training: TargetTraining,
+        state: TrainState,
+        teacher_params: PyTree,
+        batch: Batch,
+        key: Array,
+    ) -> tuple[TrainState, Metrics]:
+        # Every second example, so that none moves to another device.
+        first, second = ({name: array[n::2] for name, array in batch.items()} for n in range(2))
+        key_first, key_second = jax.random.split(key)
+        mean_loss = _mean_target_loss(training, state, teacher_params)
+        gradient_of = functools.partial(jax.grad(mean_loss), state.target_params)
+        gradient = accumulated(gradient_of, second, key_second, parts=self.accumulation_steps)
+        change, opt_state = training.optimizer.update(gradient, state.target_opt_state, state.target_params)
+        state = state._replace(target_opt_state=opt_state)
+        return self._student(state, teacher_params, first, key_first, Moved(state.target_params, change))
+
+    def _descend(
+        self,
+        mean_loss: MeanLoss,
         optimizer: optax.GradientTransformation,
         params: Params,
         opt_state: optax.OptState,
         batch: Batch,
         key: Array,
     ) -> tuple[Params, optax.OptState, Metrics]:
+        """One step of an optimizer down the gradient."""
         value_and_grad = functools.partial(jax.value_and_grad(mean_loss), params)
-        loss, gradient = accumulated(value_and_grad, batch, key, parts=accumulation_steps)
+        loss, gradient = accumulated(value_and_grad, batch, key, parts=self.accumulation_steps)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
-        if project is not None:
-            params = project(params)
+        if self.project is not None:
+            params = self.project(params)
         return params, opt_state, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
-    def update_student(
-        state: TrainState, teacher_params: PyTree, batch: Batch, key: Array, moved: Moved | None = None
-    ) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
-            target = moved or state.target_params
-            return jnp.mean(loss_fn(params, teacher_params, target, batch, key, state.step))
 
-        params, opt_state, metrics = gradient_step(
-            mean_loss, optimizer, state.params, state.opt_state, batch, key
-        )
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        target_params = state.target_params
-        if target_decay is not None:
-            new = 1 - debiased_decay(target_decay, state.step + 1)
-            target_params = optax.incremental_update(params, state.target_params, new)
-        state = state._replace(
-            step=state.step + 1,
-            params=params,
-            ema_params=ema_params,
-            opt_state=opt_state,
-            target_params=target_params,
-        )
-        return state, metrics
-
-    def mean_target_loss(
-        training: TargetTraining, state: TrainState, teacher_params: PyTree
-    ) -> Callable[[Params, Batch, Array], Float[Array, ""]]:
-        return lambda target_params, batch, key: jnp.mean(
-            training.loss_fn(state.params, teacher_params, target_params, batch, key, state.step)
-        )
-
-    def update_target(
-        training: TargetTraining, state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
-    ) -> tuple[TrainState, Metrics]:
-        mean_loss = mean_target_loss(training, state, teacher_params)
-        target_params, opt_state, metrics = gradient_step(
-            mean_loss, training.optimizer, state.target_params, state.target_opt_state, batch, key
-        )
-        state = state._replace(step=state.step + 1, target_params=target_params, target_opt_state=opt_state)
-        return state, metrics
-
-    def update_instantly(
-        training: TargetTraining, state: TrainState, teacher_params: PyTree, batch: Batch, key: Array
-    ) -> tuple[TrainState, Metrics]:
-        # Every second example, so that none moves to another device.
-        first, second = ({name: array[n::2] for name, array in batch.items()} for n in range(2))
-        key_first, key_second = jax.random.split(key)
-        mean_loss = mean_target_loss(training, state, teacher_params)
-        gradient_of = functools.partial(jax.grad(mean_loss), state.target_params)
-        gradient = accumulated(gradient_of, second, key_second, parts=accumulation_steps)
-        change, opt_state = training.optimizer.update(gradient, state.target_opt_state, state.target_params)
-        state = state._replace(target_opt_state=opt_state)
-        moved = Moved(state.target_params, change)
-        return update_student(state, teacher_params, first, key_first, moved)
-
-    def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        arguments = state, teacher_params, batch, jax.random.fold_in(jax.random.key(seed), state.step)
-        if target_training is None:
-            return update_student(*arguments)
-        if target_training.instant:
-            return update_instantly(target_training, *arguments)
-        trains_target = functools.partial(update_target, target_training)
-        return jax.lax.cond(state.step % 2 == 0, trains_target, update_student, *arguments)
-
-    return update
+def _mean_target_loss(training: TargetTraining, state: TrainState, teacher_params: PyTree) -> MeanLoss:
+    return lambda target_params, batch, key: jnp.mean(
+        training.loss_fn(state.params, teacher_params, target_params, batch, key, state.step)
+    )
 
 
 def accumulated(

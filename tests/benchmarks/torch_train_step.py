@@ -125,15 +125,13 @@ def jax_steps(config: Config, network: Network, batch: Batch) -> Iterator[None]:
     state_sharding = sharding.params_sharding(mesh, state)
     state = jax.device_put(state, state_sharding)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    train_step = step.make_train_step(
-        build.loss_fn(config, network, mesh=mesh),
-        adam,
-        mesh=mesh,
-        state_sharding=state_sharding,
-        teacher_sharding=None,
+    update = step.Update(
+        loss_fn=build.loss_fn(config, network, mesh=mesh),
+        optimizer=adam,
         ema_decay=config.optimizer.ema_decay,
         seed=config.seed,
     )
+    train_step = step.make_train_step(update, mesh=mesh, state_sharding=state_sharding, teacher_sharding=None)
     while True:
         state, metrics = train_step(state, None, batch)
         jax.block_until_ready((state, metrics))

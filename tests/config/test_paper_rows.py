@@ -402,9 +402,9 @@ def test_an_update_of_every_program(resolution, row):
         "image": jnp.asarray(rng.uniform(-1, 1, (4, SIDE, SIDE, 3)), jnp.float32),
         "label": jnp.arange(4),
     }
-    update = step.make_update(
-        build.loss_fn(config, network, mesh=mesh),
-        adam,
+    update = step.Update(
+        loss_fn=build.loss_fn(config, network, mesh=mesh),
+        optimizer=adam,
         ema_decay=config.optimizer.ema_decay,
         target_decay=config.target_decay,
         seed=config.seed,

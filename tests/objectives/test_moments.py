@@ -273,9 +273,9 @@ def loss_of(loss):
 def states(updates):
     """The states before and after each of some updates, and their metrics."""
     objective = Moments(student_steps=2)
-    update = step.make_update(
-        loss_of(objective),
-        STUDENT_ADAM,
+    update = step.Update(
+        loss_fn=loss_of(objective),
+        optimizer=STUDENT_ADAM,
         ema_decay=0.5,
         target_training=step.TargetTraining(loss_of(objective.target_loss), TARGET_ADAM),
         seed=7,
@@ -343,7 +343,9 @@ def test_an_instant_update_descends_on_the_norm_of_the_teachers_gradient():
     rate, objective = 0.3, Moments(student_steps=2, instant=True)
     training = step.TargetTraining(loss_of(objective.target_loss), optax.sgd(rate), instant=True)
     sgd = optax.sgd(1.0)
-    update = step.make_update(loss_of(objective), sgd, ema_decay=0.5, target_training=training, seed=7)
+    update = step.Update(
+        loss_fn=loss_of(objective), optimizer=sgd, ema_decay=0.5, target_training=training, seed=7
+    )
     student = jax.tree.map(lambda leaf: leaf + 0.3, PARAMS)
     before = step.init_state(PARAMS, sgd, target_optimizer=training.optimizer)._replace(params=student)
     after, _ = jax.jit(update)(before, PARAMS, BATCH)

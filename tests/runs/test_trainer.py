@@ -459,8 +459,8 @@ class Handed(dict):
         self.update(observer_workdir=workdir, **settings)
         return contextlib.nullcontext()
 
-    def make_train_step(self, loss_fn, optimizer, **settings):
-        self.update(settings)
+    def make_train_step(self, update, **others):
+        self.update(vars(update))
         return jax.jit(lambda *_: None)
 
     def claim(self, *arguments, needed_bytes, **others):

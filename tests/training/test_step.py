@@ -62,17 +62,15 @@ def run(
     abstract = jax.eval_shape(lambda: init(init_params()))
     shardings = sharding.params_sharding(mesh, abstract)
     state = jax.jit(init, out_shardings=shardings)(init_params())
-    train_step = step.make_train_step(
-        loss,
-        optimizer,
-        mesh=mesh,
-        state_sharding=shardings,
-        teacher_sharding=None,
+    update = step.Update(
+        loss_fn=loss,
+        optimizer=optimizer,
         ema_decay=ema_decay,
+        seed=seed,
         target_decay=target_decay,
         accumulation_steps=accumulation_steps,
-        seed=seed,
     )
+    train_step = step.make_train_step(update, mesh=mesh, state_sharding=shardings, teacher_sharding=None)
     losses = []
     for batch in batches(updates):
         state, metrics = train_step(state, None, sharding.global_batch(mesh, batch))
