@@ -50,7 +50,7 @@ OBJECTIVES: tuple[Objective, ...] = typing.get_args(Objective)
 # The others are students of few steps.
 DIFFUSION_MODELS: tuple[Objective, ...] = ("diffusion", "guidance")
 # Students of any number of steps.
-FLOW_MAPS: tuple[Objective, ...] = ("ayf", "meanflow", "shortcut")
+FLOW_MAPS: tuple[Objective, ...] = ("ayf", "meanflow")
 
 
 def student_sampler(objective: Objective | str) -> Literal["ddim", "ddpm"]:

@@ -19,7 +19,7 @@ _CHIPS = {"mini": 8, "small": 64, "large": 256}
 # For each system: the words it allows, the numbers it requires, and the numbers it allows.
 _SYSTEMS = {
     "teacher": (set(), set(), set()),
-    "ct": (set(), {"steps"}, {"teacher_steps"}),
+    "ct": (set(rows.CT_STYLES), {"steps"}, {"teacher_steps"}),
     "cd": ({"ddim"}, {"steps"}, {"teacher_steps"}),
     "sct": (set(), {"steps"}, set()),
     "scd": (set(), {"steps"}, set()),
@@ -32,7 +32,8 @@ _SYSTEMS = {
 }
 _ALLOWED = (
     "with teacher, ayf, meanflow or shortcut, or with ct, cd, sct, scd, moments, pd or tract and steps=S, "
-    "such as cd,steps=4; ct and cd may add teacher_steps=N, and cd may add ddim"
+    "such as cd,steps=4; ct and cd may add teacher_steps=N, cd may add ddim, and ct "
+    "may add ict or ect"
 )
 
 
@@ -65,6 +66,7 @@ def imagenet(
     "scd,steps=S" (continuous time), "moments,steps=S" (moment matching), "ayf", "meanflow" and
     "shortcut" (flow maps).
     Several numbers, as in "cd,steps=1+2+4", train one student for all of them.
+    "ct,ict" and "ct,ect" have the teacher steps and weights of iCT and ECT.
     With ct and cd, "teacher_steps=N" sets a constant N_teacher; with cd, "ddim" sets DDIM as the teacher's
     step.
 
@@ -123,6 +125,14 @@ def imagenet(
         if "teacher_steps" in numbers:
             constant = float(rows.single(row, numbers, "teacher_steps"))
             config.consistency.update(teacher_steps_first=constant, teacher_steps_last=constant)
+        for style in options & set(rows.CT_STYLES):
+            config.consistency.update(rows.CT_STYLES[style])
+        if "ict" in options:
+            config.consistency.anneal_steps = config.training.num_steps
+        if "ect" in options and resolution == 64:
+            config.consistency.ect_q = 4.0
+    elif system == "shortcut":
+        pass  # The defaults.
     elif system in rows.FLOW_MAP_SETTINGS:
         config.flow_map.update(rows.FLOW_MAP_SETTINGS[system])
         config.model.noise_scale = "smooth"
@@ -161,7 +171,9 @@ def _mini(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.training.num_steps = 300_000
         return config
     config.training.num_steps //= 2
-    if config.objective in ("ct", "cd"):
+    if config.objective in ("ct", "cd") and config.consistency.teacher_grid == "ect":
+        config.consistency.ect_stage_steps //= 2
+    elif config.objective in ("ct", "cd"):
         config.consistency.anneal_steps //= 2
     elif config.objective in ("sct", "scd"):
         config.continuous.warmup_steps //= 2
@@ -178,7 +190,11 @@ def _parse(row: str, known: Collection[str]) -> tuple[str, str, set[str], dict[s
         (size,), (system,) = sizes, systems
         others = words - sizes - systems
         options, needed, allowed = _SYSTEMS[system]
-        if others <= options and needed <= set(numbers) <= needed | allowed:
+        if (
+            others <= options
+            and len(others & set(rows.CT_STYLES)) < 2
+            and needed <= set(numbers) <= needed | allowed
+        ):
             return size, system, others, numbers
     raise InputError(f"there is no config row {row!r}: use {', '.join(known)} {_ALLOWED}")
 

@@ -19,7 +19,7 @@ FLOW_MAP_SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 # The settings of `ct` that iCT (arXiv:2310.14189) and ECT (arXiv:2406.14548) state differently. iCT's epsilon
-# 0.00054 sqrt(d) for the sum over d is 0.00054 for the mean. The length of ECT's stages is open.
+# 0.00054 sqrt(d) for the sum over d is 0.00054 for the mean.
 CT_STYLES: dict[str, dict[str, object]] = {
     "ict": {
         "teacher_grid": "doubling",
@@ -27,7 +27,7 @@ CT_STYLES: dict[str, dict[str, object]] = {
         "huber_epsilon": 0.00054,
         "loss_weight": "inverse_gap",
     },
-    "ect": {"teacher_grid": "ect", "ect_stage_steps": 30, "proposal": "lognormal", "loss_weight": "edm"},
+    "ect": {"teacher_grid": "ect", "proposal": "lognormal", "loss_weight": "edm"},
 }
 
 
@@ -84,7 +84,9 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     config.optimizer.learning_rate = 3e-4
     config.training.update(num_steps=250, sample_every_steps=250)
     if system in ("cd", "ct"):
-        config.consistency.update(student_steps=numbers["steps"], anneal_steps=150)
+        # iCT and ECT shorten the teacher's steps during the whole training.
+        lengths = {"ect_stage_steps": 30} if "ect" in styles else {"anneal_steps": 250 if styles else 150}
+        config.consistency.update({"student_steps": numbers["steps"], **lengths})
         for style in styles:
             config.consistency.update(CT_STYLES[style])
     elif system in ("scd", "sct"):
@@ -98,7 +100,6 @@ def tiny(row: str, *, dataset: str, resolution: int) -> ml_collections.ConfigDic
     elif system == "shortcut":
         # As for the students' own average: fewer updates need a shorter one.
         config.shortcut.target_decay = 0.99
-        config.sampling.teacher_steps = 4
     elif system == "moments":
         config.moments.student_steps = single(row, numbers, "steps")
     elif system == "tract":

@@ -276,6 +276,8 @@ class Config:
             return (loss.stages[-1],)
         if isinstance(loss, Moments):
             return () if loss.student_steps is None else (loss.student_steps,)
+        if isinstance(loss, Shortcut):
+            return loss.trained_steps
         return loss.student_steps if isinstance(loss, Multistep) else ()
 
     @property

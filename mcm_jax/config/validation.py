@@ -222,15 +222,29 @@ def _check_optimizer(config: Config) -> None:
         )
 
 
+# The settings that have an effect only with some teacher_grid.
+_OF_GRIDS = {
+    **dict.fromkeys(("teacher_steps_first", "teacher_steps_last", "anneal_steps"), ("annealed", "doubling")),
+    **dict.fromkeys(("ect_q", "ect_stages", "ect_stage_steps", "proposal"), ("ect",)),
+    **dict.fromkeys(("proposal_mean", "proposal_std"), ("ect",)),
+}
+
+
 def _check_teacher_grid(loss: Consistency) -> None:
-    """Raises InputError for a setting that has no effect with this teacher_grid."""
+    """Raises InputError for a setting that has no effect with this teacher_grid, or does not go with it."""
     grid, default = f"config.consistency.teacher_grid={loss.teacher_grid}", Consistency()
-    for name in ("ect_q", "ect_stage_steps", "proposal") if loss.teacher_grid != "ect" else ():
-        if getattr(loss, name) != getattr(default, name):
+    for name, grids in _OF_GRIDS.items():
+        value = getattr(loss, name)
+        if loss.teacher_grid not in grids and value != getattr(default, name):
             raise InputError(
-                f"config.consistency.{name}={getattr(loss, name)} has no effect with {grid}; leave it out, "
-                "or use teacher_grid=ect"
+                f"config.consistency.{name}={value} has no effect with {grid}; leave it out, or use "
+                f"teacher_grid={' or '.join(grids)}"
             )
+    if loss.teacher_grid == "ect" and loss.loss_weight == "inverse_gap":
+        raise InputError(
+            f"config.consistency.loss_weight=inverse_gap needs a grid; with {grid}, steps may be too short "
+            "for it, so use edm"
+        )
     if loss.teacher_grid == "doubling" and loss.teacher_steps_last < loss.teacher_steps_first:
         raise InputError(
             f"config.consistency.teacher_steps_last={loss.teacher_steps_last} must be at least "

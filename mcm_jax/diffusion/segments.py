@@ -35,14 +35,14 @@ def doubling_teacher_steps(
 ) -> Float[Array, ""]:
     """N_teacher(i) = min(first 2^floor(i / K'), last): it doubles at equal intervals (iCT, arXiv:2310.14189).
 
-    K' = floor(anneal_steps / (log2(last / first) + 1)), where log2 is rounded down and K' is at least 1.
+    K' = floor(anneal_steps / (log2(floor(last / first)) + 1)), and at least 1.
 
     Examples:
       >>> n = doubling_teacher_steps(jnp.int32(50_000), first=10.0, last=1280.0, anneal_steps=400_000)
       >>> float(n)
       20.0
     """
-    interval = max(1, anneal_steps // (int(np.log2(last / first)) + 1))
+    interval = max(1, int(anneal_steps / (np.log2(np.floor(last / first)) + 1)))
     return jnp.minimum(first * 2.0 ** (train_step // interval), last)
 
 

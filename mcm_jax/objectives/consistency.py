@@ -32,11 +32,11 @@ TargetNetwork = Literal["student", "ema"]
 
 
 class Levels(NamedTuple):
-    """The log-SNRs at both ends of a teacher's step t -> s and at the end of its segment, t_step <= s < t."""
+    """The log-SNRs at both ends of a teacher's step t -> s, and at the end t_step of its segment."""
 
-    t: Float[Array, " B"]
-    s: Float[Array, " B"]
-    t_step: Float[Array, " B"]
+    logsnr_t: Float[Array, " B"]
+    logsnr_s: Float[Array, " B"]
+    logsnr_step: Float[Array, " B"]
     is_last: Bool[Array, " B"]  # whether s = t_step
 
 
@@ -55,15 +55,18 @@ class Consistency(Multistep):
     )
     teacher_steps_first: float = setting(64.0, "N_teacher at the first update", low=1)
     teacher_steps_last: float = setting(1280.0, "N_teacher at the end of the annealing", low=1)
-    anneal_steps: int = setting(100_000, "updates of the exponential annealing from first to last", low=1)
+    anneal_steps: int = setting(
+        100_000, "updates of the annealing from first to last; with doubling, K of iCT", low=1
+    )
     ect_q: float = setting(2.0, "ect: q; ECT on ImageNet-64: 4", low=1.001)
+    ect_stages: int = setting(8, "ect: number of stages; the last one stays (open)", low=1, high=16)
     ect_stage_steps: int = setting(25_000, "ect: updates of a stage (open)", low=1)
     proposal: Proposal = setting(
-        "uniform", "ect: distribution of t (open), uniform or lognormal, see proposal_mean"
+        "uniform", "ect: distribution of t, uniform or lognormal (as in ECT), see proposal_mean"
     )
-    proposal_mean: float = setting(-1.1, "lognormal: mean of log(sigma / alpha) (open; iCT's)")
+    proposal_mean: float = setting(-1.1, "lognormal: mean of log(sigma / alpha) (that of the published code)")
     proposal_std: float = setting(
-        2.0, "lognormal: standard deviation of log(sigma / alpha) (open; iCT's)", low=1e-3
+        2.0, "lognormal: standard deviation of log(sigma / alpha) (that of the published code)", low=1e-3
     )
     teacher_step: Integrator = setting(
         "addim", "integrator of the teacher's step; heun (not the paper's) calls the teacher once more"
@@ -148,7 +151,9 @@ class Consistency(Multistep):
                 mean=self.proposal_mean,
                 std=self.proposal_std,
             )
-            stage = train_step // self.ect_stage_steps
+            # The draws end there; at twice that noise level, the step is still one of ECT's.
+            logsnr_t = jnp.minimum(logsnr_t, schedule(jnp.zeros(())) - 2 * jnp.log(2.0))
+            stage = jnp.minimum(train_step // self.ect_stage_steps, self.ect_stages - 1)
             logsnr_s = ect_logsnr(logsnr_t, logsnr_step, stage=stage, q=self.ect_q)
             return Levels(logsnr_t, logsnr_s, logsnr_step, logsnr_s == logsnr_step)
         doubling = self.teacher_grid == "doubling"

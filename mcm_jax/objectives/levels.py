@@ -55,8 +55,8 @@ def ect_logsnr(
     """The log-SNR at s = max(t (1 - q^-(stage + 1) n(t)), t_step), n(t) = 1 + 8 sigmoid(-t).
 
     ECT's t is the noise level sigma / alpha (arXiv:2406.14548). Stage by stage, the step from t to s gets
-    shorter by the factor q. In the first ones, t_step, the end of the segment, is reached at once: with one
-    segment, that is diffusion training.
+    shorter by the factor q. At first, it leads from low noise levels to the end of the segment at once: in
+    stage 0 with q = 2, from those below ln 7.
     """
     noise_t = jnp.exp(-logsnr_t / 2)
     share = q ** -(stage + 1.0) * (1 + _ECT_K * jax.nn.sigmoid(-noise_t))

@@ -115,6 +115,8 @@ def cell_of(result: RunResult, run: RunDescription) -> Cell | None:
     # The paper trains a student for each number of steps.
     if system is None or result.trained_for or not result.as_trained:
         return None
+    if system != "pd" and consistency.get("teacher_grid", "annealed") != "annealed":
+        return None
     teacher_step = "addim" if system == "ct" else consistency.get("teacher_step", "addim")
     first, last = consistency.get("teacher_steps_first", 64), consistency.get("teacher_steps_last", 1280)
     teacher_steps = f"{first:g}" if first == last else f"{first:g}->{last:g}"

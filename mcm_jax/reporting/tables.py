@@ -256,11 +256,7 @@ def _particulars(run: RunDescription) -> str:
     consistency, widths = _settings(run, "consistency"), _settings(run, "model").get("widths")
     parts = [f"widths {'-'.join(map(str, widths))}"] if isinstance(widths, list) else []
     if run.config.get("objective") in ("cd", "ct") and consistency:
-        parts.append(
-            f"teacher grid {_plain(consistency.get('teacher_steps_first'))} to "
-            f"{_plain(consistency.get('teacher_steps_last'))} steps over "
-            f"{_plain(consistency.get('anneal_steps'))} updates"
-        )
+        parts.append(_teacher_grid(consistency))
     continuous = _settings(run, "continuous")
     if run.config.get("objective") in ("scd", "sct") and continuous:
         parts.append(
@@ -273,11 +269,33 @@ def _particulars(run: RunDescription) -> str:
             f"along {flow_map.get('along')}; {flow_map.get('normalised')} normalised; warm-up of "
             f"{_plain(flow_map.get('warmup_steps'))} updates"
         )
+    shortcut = _settings(run, "shortcut")
+    if run.config.get("objective") == "shortcut" and shortcut:
+        parts.append(
+            f"one in {_plain(shortcut.get('every'))} learns from two steps of an average with decay "
+            f"{_plain(shortcut.get('target_decay'))}"
+        )
     if consistency.get("stages"):
         parts.append(f"stages {' to '.join(map(str, consistency['stages']))} steps")
     if run.config.get("objective") in ("cd", "progressive") and "teacher_step" in consistency:
         parts.append(f"teacher's step {consistency['teacher_step']}")
     return "; ".join(parts) or "–"
+
+
+def _teacher_grid(consistency: JsonObject) -> str:
+    """How the teacher's steps of cd or ct become shorter; runs of older versions have only one way."""
+    kind = consistency.get("teacher_grid", "annealed")
+    if kind == "ect":
+        return (
+            f"teacher steps of ECT, q {_plain(consistency.get('ect_q'))}, "
+            f"{_plain(consistency.get('ect_stages'))} stages of "
+            f"{_plain(consistency.get('ect_stage_steps'))} updates, t {consistency.get('proposal')}, weight "
+            f"{consistency.get('loss_weight')}"
+        )
+    names = ("teacher_steps_first", "teacher_steps_last", "anneal_steps")
+    first, last, updates = (_plain(consistency.get(name)) for name in names)
+    grown = f"teacher grid {first} to {last} steps over {updates} updates"
+    return f"{grown}, doubling, weight {consistency.get('loss_weight')}" if kind == "doubling" else grown
 
 
 def _settings(run: RunDescription, section: str) -> JsonObject:

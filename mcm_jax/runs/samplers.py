@@ -22,6 +22,7 @@ from mcm_jax.diffusion.guidance import guided, without_condition
 from mcm_jax.diffusion.sampling import Clip, Sampler, XVar
 from mcm_jax.diffusion.schedules import Grid
 from mcm_jax.models.network import Network
+from mcm_jax.objectives.shortcut import Shortcut
 from mcm_jax.records import Origin, Sampling, lists_times
 from mcm_jax.runs import build
 from mcm_jax.system import sharding
@@ -186,14 +187,15 @@ def untrained_step(config: Config, times: Sequence[float]) -> tuple[float, float
     """The first step of a grid that a student was not trained for; None if there is none.
 
     A student of S steps is trained for the steps from any t in a segment to the segment's end, and in stages
-    (TRACT, progressive distillation) only for those from boundary to boundary. Flow maps support all steps.
+    (TRACT, progressive distillation) and shortcut models only for those from boundary to boundary. The other
+    flow maps support all steps.
     """
-    staged = isinstance(config.loss, Staged)
+    whole_steps = isinstance(config.loss, Staged | Shortcut)
 
     def trained(t: float, u: float, steps: int) -> bool:
         # Fractions such as 1/3 are rounded.
         whole = [abs(time * steps - round(time * steps)) < 1e-6 for time in (t, u)]
-        return whole[1] and (t - u) * steps < 1 + 1e-6 and (whole[0] or not staged)
+        return whole[1] and (t - u) * steps < 1 + 1e-6 and (whole[0] or not whole_steps)
 
     for t, u in itertools.pairwise((*times, 0.0)):
         if config.student_steps and not any(trained(t, u, steps) for steps in config.student_steps):

@@ -66,9 +66,14 @@ def init_state(
 
 
 def make_train_step(
-    update: TrainStep, *, mesh: Mesh, state_sharding: TrainState, teacher_sharding: PyTree
+    train_update: TrainStep, *, mesh: Mesh, state_sharding: TrainState, teacher_sharding: PyTree
 ) -> jax.stages.Wrapped:
-    """Returns the update jitted on a mesh, with the state donated."""
+    """Returns `train_update` jitted on a mesh, with the state donated."""
+
+    # The compiled program has the function's name.
+    def update(state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        return train_update(state, teacher_params, batch)
+
     return jax.jit(
         update,
         in_shardings=(state_sharding, teacher_sharding, sharding.batch_sharding(mesh)),
@@ -77,7 +82,7 @@ def make_train_step(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Update:
     """(state, teacher_params, batch) -> (state, metrics), a pure function for jit or scan.
 

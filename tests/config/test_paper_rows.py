@@ -77,6 +77,7 @@ def test_every_row_of_the_tables(resolution, row):
         *("small,cd", "small,cd,steps", "small,teacher,steps=4", "small,teacher,ddim", "small,cd,step=4"),
         *("small,ct,ddim,steps=4", "small,cd,addim,steps=4", "small,cd,ddim=1,steps=4"),
         *("small,pd,ddim,steps=4", "small,pd,steps=4,teacher_steps=128", "small,tract"),
+        *("small,cd,ect,steps=4", "small,ct,ect,ict,steps=4", "small,shortcut,steps=4"),
     ],
 )
 def test_a_row_that_is_none(row):
@@ -221,6 +222,17 @@ def test_what_all_systems_share(resolution, size, system):
     assert (config.data.dataset, config.data.data_dir) == ("imagenet", "data")
     assert config.data.resolution == resolution
     assert (config.mesh.data, config.mesh.fsdp) == (-1, {"small": 64, "large": 256}[size])
+
+
+@pytest.mark.parametrize("size", ["small", "mini"])
+def test_rows_of_later_methods(size):
+    updates = 200_000 if size == "small" else 100_000
+    ict, ect, plain = (load(64, f"{size},{row},steps=4").consistency for row in ("ct,ict", "ct,ect", "ct"))
+    assert (ict.teacher_grid, ict.teacher_steps_first, ict.anneal_steps) == ("doubling", 10.0, updates)
+    assert (ect.teacher_grid, ect.ect_q, ect.ect_stages * ect.ect_stage_steps) == ("ect", 4.0, updates)
+    assert (plain.teacher_grid, plain.anneal_steps) == ("annealed", updates // 2)
+    assert load(128, "small,ct,ect,steps=4").consistency.ect_q == 2.0
+    assert load(64, f"{size},shortcut").student_steps == (1, 2, 4, 8, 16, 32, 64)
 
 
 @pytest.mark.parametrize("system", ["teacher", "ct,steps=8", "cd,steps=8", "pd,steps=8", "tract,steps=8"])

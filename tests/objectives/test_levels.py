@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mcm_jax.config import rows, validation
+from mcm_jax.config.settings import default_config
 from mcm_jax.diffusion import schedules, segments
 from mcm_jax.objectives.consistency import Consistency
 from mcm_jax.objectives.levels import ect_logsnr
@@ -41,14 +42,26 @@ def test_ects_step(q, stage):
 def test_ects_first_steps_end_their_segment_and_later_ones_are_shorter():
     steps = [ECT._draw_levels(KEY, 4096, SCHEDULE, jnp.int32(n), 2) for n in (0, 9, 10, 60)]
     for levels in steps:
-        assert jnp.all(levels.t <= levels.s) and jnp.all(levels.s <= levels.t_step)
-        np.testing.assert_array_equal(levels.is_last, levels.s == levels.t_step)
-        np.testing.assert_array_equal(levels.t, steps[0].t)
+        assert jnp.all(levels.logsnr_t <= levels.logsnr_s) and jnp.all(levels.logsnr_s <= levels.logsnr_step)
+        np.testing.assert_array_equal(levels.is_last, levels.logsnr_s == levels.logsnr_step)
+        np.testing.assert_array_equal(levels.logsnr_t, steps[0].logsnr_t)
     # At stage 0, q = 2: up to the noise level at which 8 / (1 + e^t) = 1, the step leads to the end.
-    assert jnp.all(steps[0].is_last[noise_of(steps[0].t) < math.log(7)])
-    np.testing.assert_array_equal(steps[0].s, steps[1].s)
+    assert jnp.all(steps[0].is_last[noise_of(steps[0].logsnr_t) < math.log(7)])
+    np.testing.assert_array_equal(steps[0].logsnr_s, steps[1].logsnr_s)
     shares = [np.mean(levels.is_last) for levels in steps]
     assert shares[1] > shares[2] > shares[3]
+
+
+def test_ects_last_stage_stays():
+    """Its steps are short, but not too short for float32, also where the draws end."""
+    last, later = (ECT._draw_levels(KEY, 4096, SCHEDULE, jnp.int32(n), 2) for n in (70, 10**6))
+    jax.tree.map(np.testing.assert_array_equal, last, later)
+    shares = 1 - noise_of(last.logsnr_s) / noise_of(last.logsnr_t)
+    # q^-8 to 5 q^-8, less where the segment ends.
+    inside = shares[~np.asarray(last.is_last)]
+    assert inside.min() > 0.99 / 2**8 and inside.max() < 5.01 / 2**8
+    lowest = np.asarray(last.logsnr_t) == np.max(last.logsnr_t)
+    assert not np.any(np.asarray(last.is_last) & lowest)
 
 
 @pytest.mark.parametrize("student_steps", [1, 3])
@@ -56,7 +69,7 @@ def test_with_s_segments_ect_is_limited_to_each(student_steps):
     objective = dataclasses.replace(ECT, student_steps=(student_steps,), proposal="uniform")
     levels = objective._draw_levels(KEY, 4096, SCHEDULE, jnp.int32(40), student_steps)
     ends = np.asarray(SCHEDULE(jnp.arange(student_steps) / student_steps))
-    np.testing.assert_allclose(np.unique(levels.t_step), np.sort(ends), rtol=1e-6)
+    np.testing.assert_allclose(np.unique(levels.logsnr_step), np.sort(ends), rtol=1e-6)
 
 
 def test_icts_teacher_steps_double():
@@ -118,17 +131,43 @@ def test_the_rows(style):
     loss = validation.validate(config).loss
     plain = rows.tiny("ct,steps=1+2", dataset="openmoji", resolution=16).consistency
     changed = {name for name, value in plain.items() if value != getattr(loss, name)}
-    assert changed == set(rows.CT_STYLES[style])
+    assert changed == set(rows.CT_STYLES[style]) | {"anneal_steps"} | (
+        {"ect_stage_steps"} if style == "ect" else set()
+    )
     with pytest.raises(InputError, match="there is no config row"):
         rows.tiny(f"cd,{style},steps=1", dataset="openmoji", resolution=16)
 
 
-def test_settings_without_effect_are_refused():
-    config = rows.tiny("ct,steps=1", dataset="openmoji", resolution=16)
+@pytest.mark.parametrize(
+    ("grid", "name", "value"),
+    [
+        ("annealed", "ect_q", 4.0),
+        ("annealed", "ect_stages", 4),
+        ("doubling", "ect_stage_steps", 10),
+        ("doubling", "proposal", "lognormal"),
+        ("annealed", "proposal_mean", 0.0),
+        ("ect", "anneal_steps", 10),
+        ("ect", "teacher_steps_first", 10.0),
+    ],
+)
+def test_settings_without_effect_are_refused(grid, name, value):
+    plain = default_config()
+    plain.update(objective="ct", teacher_checkpoint="teacher")
+    plain.consistency.update(student_steps=(1,), teacher_grid=grid)
+    validation.validate(plain)
+    plain.consistency[name] = value
+    with pytest.raises(InputError, match=rf"{name}=.* has no effect with .*teacher_grid={grid}"):
+        validation.validate(plain)
+
+
+def test_grids_that_cannot_be():
+    config = rows.tiny("ct,ict,steps=1", dataset="openmoji", resolution=16)
     config.teacher_checkpoint = "teacher"
-    config.consistency.ect_q = 4.0
-    with pytest.raises(InputError, match=r"ect_q=4\.0 has no effect with .*teacher_grid=annealed"):
+    config.consistency.teacher_steps_last = 8.0
+    with pytest.raises(InputError, match=r"must be at least teacher_steps_first=10\.0"):
         validation.validate(config)
-    config.consistency.update(ect_q=2.0, teacher_grid="doubling", teacher_steps_last=8.0)
-    with pytest.raises(InputError, match=r"must be at least teacher_steps_first=64\.0"):
+    config = rows.tiny("ct,ect,steps=1", dataset="openmoji", resolution=16)
+    config.teacher_checkpoint = "teacher"
+    config.consistency.loss_weight = "inverse_gap"
+    with pytest.raises(InputError, match="inverse_gap needs a grid"):
         validation.validate(config)

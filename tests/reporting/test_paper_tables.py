@@ -126,6 +126,8 @@ def test_where_results_belong(settings, changes, cell, tmp_path):
     ("settings", "changes"),
     [
         ({"model": {"widths": [32, 64], "blocks": [1, 1]}}, {}),
+        ({"consistency": ANNEALED | {"teacher_grid": "ect"}}, {"objective": "ct"}),
+        ({"consistency": ANNEALED | {"teacher_grid": "doubling"}}, {"objective": "ct"}),
         ({"model": {"widths": [256, 512, 1024], "blocks": [3, 3, 4]}}, {}),
         ({}, {"resolution": 128}),
         ({}, {"dataset": "openmoji"}),

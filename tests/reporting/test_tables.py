@@ -125,6 +125,35 @@ def test_how_runs_were_trained(tmp_path):
     assert cells[1] == ["teacher", "Teacher", "0", "500 of –", "–", "–", "–", "–", "–"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "settings", "text"),
+    [
+        (
+            "ct",
+            {"teacher_grid": "ect", "ect_q": 2.0, "ect_stages": 8, "ect_stage_steps": 30}
+            | {"proposal": "lognormal", "loss_weight": "edm"},
+            "teacher steps of ECT, q 2, 8 stages of 30 updates, t lognormal, weight edm",
+        ),
+        (
+            "ct",
+            {"teacher_grid": "doubling", "teacher_steps_first": 10.0, "teacher_steps_last": 1280.0}
+            | {"anneal_steps": 250, "loss_weight": "inverse_gap"},
+            "teacher grid 10 to 1280 steps over 250 updates, doubling, weight inverse_gap",
+        ),
+        (
+            "shortcut",
+            {"every": 8, "target_decay": 0.999},
+            "one in 8 learns from two steps of an average with decay 0.999",
+        ),
+    ],
+)
+def test_how_later_methods_were_trained(objective, settings, text, tmp_path):
+    section = "shortcut" if objective == "shortcut" else "consistency"
+    write(tmp_path / "run", record(objective=objective), config={"objective": objective, section: settings})
+    ((*_, notes),) = tables.runs_table(results.collect(tmp_path)).rows
+    assert notes == (text,)
+
+
 def test_the_other_methods_have_columns_and_rows_of_their_own():
     table = tables.results_table(
         [

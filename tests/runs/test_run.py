@@ -344,6 +344,8 @@ def test_the_noise_levels_of_published_students(run, noise_grid):
         ("cd", (3, 4), "1,2/3,1/2,1/4", None),
         ("cd", (3,), "1,2/3,1/2", (2 / 3, 0.5)),
         ("ayf", (), "1,0.123", None),
+        ("shortcut", (), "1,1/2,1/4", None),
+        ("shortcut", (), "1,0.123", (1.0, 0.123)),
         ("tract", (2,), "1,1/2", None),
         ("tract", (2,), "1,1/2,1/4", (0.5, 0.25)),
     ],
