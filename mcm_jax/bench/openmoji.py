@@ -1,10 +1,5 @@
-"""The bench on 16x16 OpenMoji, with a trained teacher and a proxy distance; it uses the programs' own code.
+"""The bench on 16x16 OpenMoji, with a trained teacher for each seed."""
 
-Every cell is a training run in its own directory, which can be resumed, sampled and inspected like any other.
-The distance is fd_effnet_lite0_1024, as reported by `evaluate`: a proxy, not FID.
-"""
-
-import contextlib
 import dataclasses
 import functools
 
@@ -12,22 +7,19 @@ import jax.numpy as jnp
 import ml_collections
 
 from mcm_jax import records
+from mcm_jax.bench import images
 from mcm_jax.bench.cells import Cell, Values
 from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.mixture import mean_difference
-from mcm_jax.config import rows, validation
-from mcm_jax.config.settings import stage_configs
+from mcm_jax.config import rows
 from mcm_jax.data import preparation
 from mcm_jax.data.pixels import to_float
-from mcm_jax.evaluation import scoring
-from mcm_jax.runs import build, trainer
+from mcm_jax.runs import build
 from mcm_jax.runs.run import load_run
-from mcm_jax.system.files import appending
-from mcm_jax.system.paths import Path, as_path
+from mcm_jax.system.paths import Path
 
 RESOLUTION = 16
-_DATA_DIR = as_path("data")
 NUM_SAMPLES = 1024
 METRIC = records.with_count(records.DISTANCES[records.EFFICIENTNET], NUM_SAMPLES)
 
@@ -77,61 +69,34 @@ QUICK = Problem(
 )
 
 
-class Bench:
-    """Measures cells of one problem by training runs in `directory`."""
+class Bench(images.Bench):
+    """Measures cells of one problem."""
 
-    def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = _DATA_DIR):
-        """Prepares the data set if it does not exist. The programs' output goes to directory/log.txt."""
-        self.problem, self.directory, self.data_dir = problem, directory, data_dir
+    def __init__(self, problem: Problem, directory: Path, *, data_dir: Path = images.DATA_DIR):
         plan = preparation.plan(dataset="openmoji", resolution=RESOLUTION)
-        preparation.prepare(plan, data_dir=data_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        super().__init__(directory, plan, data_dir=data_dir)
+        self.problem = problem
 
-    def __call__(self, cell: Cell) -> Values:
-        """Trains unless already done, and evaluates; for CT also measures the difference from its teacher."""
-        with appending(self.directory / "log.txt") as log, contextlib.redirect_stdout(log):
-            return self._measure(cell)
-
-    def _measure(self, cell: Cell) -> Values:
-        workdir = self._workdir(cell)
-        teacher = self._train(Cell(cell.problem, "teacher", 1, cell.seed, cell.shared))
+    def values(self, cell: Cell) -> Values:
+        """The distance; for CT also the difference from the teacher."""
+        teacher = self.train(Cell(cell.problem, "teacher", 1, cell.seed, cell.shared))
         if cell.system != "teacher":
-            self._train(cell)
-        options = scoring.Options(
-            workdirs=(workdir,),
-            num=NUM_SAMPLES,
-            steps=(cell.steps,),
-            sampler=cell.sampler,
-            seed=cell.seed,
-            cache_dir=self.data_dir / "reference_cache",
-            untrained_num=0,
-        )
-        (result,) = scoring.evaluate(options, load_run)
-        values = {"distance": result.metrics[METRIC]}
+            self.train(cell)
+        values = {"distance": self.evaluate(cell, num=NUM_SAMPLES).metrics[METRIC]}
         if cell.system == "ct":
-            values["from_diffusion"] = _difference(workdir, teacher)
+            values["from_diffusion"] = _difference(self.workdir(cell), teacher)
         return values
 
-    def _train(self, cell: Cell) -> Path:
-        """Trains the cell's model to the end; returns its workdir."""
-        workdir = self._workdir(cell)
-        if not trainer.train(self._config(cell), self._root(cell)):
-            raise KeyboardInterrupt
-        return workdir
-
-    def _root(self, cell: Cell) -> Path:
+    def root(self, cell: Cell) -> Path:
+        """One for each seed, system and overrides; students of consistency also for each number of steps."""
         name = "_".join(
             [cell.system, *([str(cell.steps)] if cell.system in ("cd", "ct") else [])]
             + [f"{field}={value}" for field, value in cell.overrides]
         )
         return self.directory / f"seed{cell.seed}" / name
 
-    def _workdir(self, cell: Cell) -> Path:
-        """The workdir of the model; for progressive distillation, that of the last stage."""
-        config = validation.validate(self._config(cell))
-        return stage_configs(config, self._root(cell))[-1][0]
-
-    def _config(self, cell: Cell) -> ml_collections.ConfigDict:
+    def config(self, cell: Cell) -> ml_collections.ConfigDict:
+        """A row of the tiny configs, with the problem's training length."""
         row = {"cd": f"cd,steps={cell.steps}", "ct": f"ct,steps={cell.steps}"}.get(cell.system, cell.system)
         config = rows.tiny(row, dataset="openmoji", resolution=RESOLUTION)
         config.data.data_dir = str(self.data_dir)
@@ -143,7 +108,7 @@ class Bench:
             config.training.num_steps = self.problem.teacher_updates
         else:
             teacher = Cell(cell.problem, "teacher", 1, cell.seed, cell.shared)
-            config.teacher_checkpoint = str(self._root(teacher))
+            config.teacher_checkpoint = str(self.root(teacher))
             config.optimizer.learning_rate = self.problem.learning_rate
         if cell.system in ("cd", "ct"):
             # As in the paper, annealing takes half of the training.

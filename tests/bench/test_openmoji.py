@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcm_jax.bench import openmoji
+from mcm_jax.bench import images, openmoji
 from mcm_jax.bench.cells import Cell
 from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
@@ -18,9 +18,9 @@ def test_students_of_progressive_distillation_share_their_stages(problem):
     roots = set()
     for steps in problem.student_steps:
         cell = Cell("openmoji", "progressive", steps, seed=0)
-        stages = stage_configs(validation.validate(bench._config(cell)), bench._root(cell))
-        roots.add(bench._root(cell))
-        assert all(workdir.parent == bench._root(cell) for workdir, _ in stages)
+        stages = stage_configs(validation.validate(bench.config(cell)), bench.root(cell))
+        roots.add(bench.root(cell))
+        assert all(workdir.parent == bench.root(cell) for workdir, _ in stages)
         assert stages[-1][0].name == f"steps_{steps}"
     assert len(roots) == 1
 
@@ -30,7 +30,7 @@ def test_students_of_progressive_distillation_share_their_stages(problem):
 def test_the_config_of_every_cell_is_valid(problem, system):
     bench = openmoji.Bench.__new__(openmoji.Bench)
     bench.problem, bench.directory, bench.data_dir = problem, Path("bench"), Path("data")
-    config = validation.validate(bench._config(Cell("openmoji", system, 1, seed=0)))
+    config = validation.validate(bench.config(Cell("openmoji", system, 1, seed=0)))
     assert config.optimizer.warmup_steps == (config.training.num_steps // 10 if system == "teacher" else 0)
 
 
@@ -45,7 +45,7 @@ def small_bench(tiny_data, tmp_path, monkeypatch):
         return tiny.two_stage_config(tiny_data, system, "the teacher's workdir")
 
     monkeypatch.setattr(openmoji.rows, "tiny", tiny_config)
-    monkeypatch.setattr(openmoji.preparation, "prepare", lambda plan, *, data_dir: None)
+    monkeypatch.setattr(images.preparation, "prepare", lambda plan, *, data_dir: None)
     monkeypatch.setattr(openmoji, "NUM_SAMPLES", 8)
     scored = []
 
@@ -53,7 +53,7 @@ def small_bench(tiny_data, tmp_path, monkeypatch):
         scored.append(options.workdirs)
         return [SimpleNamespace(metrics={openmoji.METRIC: 0.5})]
 
-    monkeypatch.setattr(openmoji.scoring, "evaluate", evaluate)
+    monkeypatch.setattr(images.scoring, "evaluate", evaluate)
     bench = openmoji.Bench(
         openmoji.Problem("openmoji", teacher_updates=4, student_updates=1), tmp_path, data_dir=tiny_data
     )

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from mcm_jax.bench import findings, mixture, openmoji, runner
+from mcm_jax.bench import findings, images, mixture, openmoji, runner
 from mcm_jax.config import validation
 from mcm_jax.config.settings import stage_configs
 from mcm_jax.system.errors import InputError
@@ -86,11 +86,11 @@ def test_more_than_one_seed(tmp_path):
 @pytest.mark.parametrize("problem", [openmoji.OPENMOJI, openmoji.QUICK])
 def test_every_openmoji_cell_is_looked_for_where_it_is_trained(problem, tmp_path, monkeypatch):
     """In particular a progressive distillation of one stage, which has no directory for it."""
-    monkeypatch.setattr(openmoji.preparation, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(images.preparation, "prepare", lambda *_, **__: None)
     bench = openmoji.Bench(problem, tmp_path)
     for cell in findings.cells_of(problem.findings(), "openmoji", [0]):
-        config = validation.validate(bench._config(cell))
-        stages = stage_configs(config, bench._root(cell))
-        assert bench._workdir(cell) == stages[-1][0]
+        config = validation.validate(bench.config(cell))
+        stages = stage_configs(config, bench.root(cell))
+        assert bench.workdir(cell) == stages[-1][0]
         expected = () if cell.system == "teacher" else (cell.steps,)
         assert stages[-1][1].student_steps == expected
