@@ -7,7 +7,8 @@
 #   bash launch/findings.sh                           writes to runs/findings, 3 seeds
 #   bash launch/findings.sh --quick                   trains briefly, to check that everything runs
 #   bash launch/findings.sh --choices                 also measures choices that the paper leaves open
-#   bash launch/findings.sh --methods                 compares methods on the mixture instead: two hours on a busy core
+#   bash launch/findings.sh --methods=mixture         compares methods for few steps instead: three hours on a busy core
+#   bash launch/findings.sh --methods=avatars         the same on 32x32 avatars, with one trained teacher
 #   bash launch/findings.sh --studies=median,annealing,teachers,one_student
 #                                                     measures studies: CT's bias, findings 4 and 6, one student for all
 #   bash launch/findings.sh --problems=mixture --out=DIR --seeds=5

@@ -11,7 +11,7 @@ writes them from the results so far.
 
 from absl import flags
 
-from mcm_jax.bench.runner import PROBLEMS, STUDIES, run
+from mcm_jax.bench.runner import METHODS, PROBLEMS, STUDIES, run
 from mcm_jax.system import command_line, paths
 from mcm_jax.system.errors import InputError
 from mcm_jax.system.paths import as_path
@@ -30,8 +30,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("quick", False, "Train only for seconds, to check that everything runs.")
     flags.DEFINE_bool("choices", False, "Also measure the choices that the paper leaves open.")
-    flags.DEFINE_bool(
-        "methods", False, "Compare methods on the mixture instead: CD, CT and both in continuous time."
+    flags.DEFINE_list(
+        "methods",
+        [],
+        f"Compare methods for few steps on these problems instead; some of {','.join(METHODS)}. See "
+        "bench/methods.py.",
     )
     flags.DEFINE_list(
         "studies",
@@ -57,7 +60,7 @@ def main() -> None:
     if kind == "methods":
         from mcm_jax.bench import methods  # Slow to import.
 
-        print(f"\n{methods.run(out, seeds=seeds, quick=values.quick)}\n{out / 'methods.md'}")
+        print(f"\n{methods.run(out, values.methods, seeds=seeds, quick=values.quick)}\n{out}")
         return
     if kind == "studies":
         from mcm_jax.bench import studies  # Slow to import.

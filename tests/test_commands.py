@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mcm_jax import records
-from mcm_jax.bench import choices, mixture, openmoji, trajectories_figure
+from mcm_jax.bench import avatars, choices, mixture, openmoji, trajectories_figure
 from mcm_jax.config import rows
 from mcm_jax.evaluation import evaluator, scoring
 from mcm_jax.evaluation.features import Extractor
@@ -264,6 +264,9 @@ def small_parts(monkeypatch):
         return {"distance": 1.0 + cell.seed, "from_diffusion": 0.5, "largest_share": 0.7}
 
     monkeypatch.setattr(mixture.Bench, "__call__", made_up)
+    monkeypatch.setattr(avatars.Bench, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(avatars.Bench, "__call__", made_up)
+    monkeypatch.setattr(avatars.Bench, "picture", lambda *_: b"")
     monkeypatch.setattr(choices, "cells_of", lambda chosen, *rest: cells_of(chosen, *rest) if chosen else [])
     problem = dataclasses.asdict(mixture.QUICK_2D)
     monkeypatch.setattr(mixture, "QUICK_2D", Mixture2D(**problem))

@@ -20,6 +20,7 @@ from mcm_jax.bench.choices import Choice, choices
 from mcm_jax.bench.findings import Finding, Term, findings
 from mcm_jax.bench.vectors import VectorRun
 from mcm_jax.config import validation
+from mcm_jax.config.rows import FLOW_MAP_SETTINGS
 from mcm_jax.config.settings import Config, default_config
 from mcm_jax.diffusion import mixtures, process
 from mcm_jax.diffusion.conditions import Cond
@@ -216,9 +217,16 @@ class Bench:
                 config.continuous.update(student_steps=(cell.steps,), warmup_steps=max(1, num_steps // 2))
             elif cell.system == "moments":
                 config.moments.student_steps = cell.steps
+            elif cell.system in FLOW_MAP_SETTINGS:
+                warmup = {"warmup_steps": max(1, num_steps // 2)}
+                config.flow_map.update({**warmup, **FLOW_MAP_SETTINGS[cell.system]})
+            elif cell.system == "shortcut":
+                config.shortcut.target_decay = config.optimizer.ema_decay
             else:
                 # As in the paper, annealing takes half of the training.
-                config.consistency.update(student_steps=(cell.steps,), anneal_steps=max(1, num_steps // 2))
+                config.consistency.student_steps = (cell.steps,)
+                if ("consistency.teacher_grid", "ect") not in cell.overrides:
+                    config.consistency.anneal_steps = max(1, num_steps // 2)
         cell.override(config)
         return validation.validate(config)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # Slow to import.
     from mcm_jax.bench.cells import Cell, Values
 
 PROBLEMS = ("mixture", "mixture2d", "openmoji")
+METHODS = ("mixture", "avatars")  # problems of bench.methods, which is slow to import
 STUDIES = ("median", "annealing", "teachers", "one_student")  # of bench.studies, which is slow to import
 
 

@@ -28,7 +28,7 @@ TEXTS = {
     "sample": {"prompt", "noise_grid"},
     "train": {"profile"},
     "plan": {"topology"},
-    "findings": {"problems", "studies"},
+    "findings": {"methods", "problems", "studies"},
 }
 PATHS = {
     "train": {"workdir"},
