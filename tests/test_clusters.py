@@ -29,10 +29,10 @@ RUN = ("--config=openmoji:cd,steps=4", "--workdir=/mnt/mcm/runs/cd4")
 IN_BUCKET = (RUN[0], "--workdir=gs://b/runs/cd4")
 
 
-def launch(script, *arguments, tools=None, **variables):
+def launch(script, *arguments, tools=None, checkout=ROOT, **variables):
     """The finished launcher. tools: a directory of fake tools; without them only dry runs get far."""
     return subprocess.run(
-        ["bash", ROOT / "launch" / script, *arguments],
+        ["bash", checkout / "launch" / script, *arguments],
         env=environment(tools, **variables),
         capture_output=True,
         text=True,
@@ -56,6 +56,18 @@ def basics():
         (directory / name).symlink_to(
             os.path.realpath(sys.executable) if name == "python3" else shutil.which(name)
         )
+    return directory
+
+
+# All that the launcher and the fake hosts read; the whole checkout takes most of a second to pack and unpack.
+READ = ("launch", "setup.cfg", "setup.py", "pyproject.toml")
+
+
+@functools.cache
+def small_checkout():
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    subprocess.run(["cp", "-r", *READ, directory], cwd=ROOT, check=True)
     return directory
 
 
@@ -409,7 +421,7 @@ case "$what" in
   refused) echo "error: no such data" >&2; exit 2 ;;
   long) trap 'echo saved >>"$TOOLS/saved"; exit 130' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
   found) until [ "$(grep -c "tpu_host.sh train" "$TOOLS/calls")" = 2 ]; do sleep 0.1; done
-    sleep 3; echo "finished" ;;
+    sleep 1; echo "finished" ;;
 esac
 """
 
@@ -421,6 +433,8 @@ def tools(tmp_path):
     make_tool(directory, "gcloud", GCLOUD)
     make_tool(directory / "venv/bin", "python", PYTHON)
     make_tool(directory / "venv/bin", "pip", "exit 0")
+    # Notices every 0.05 seconds, not every second, that the program has ended.
+    make_tool(directory, "tail", f'exec {basics()}/tail --sleep-interval=0.05 "$@"')
     # As installed before.
     wanted = subprocess.run(
         "cat setup.cfg setup.py pyproject.toml launch/constraints.txt | cksum",
@@ -436,9 +450,10 @@ def pod_variables(tools):
     return {"TOOLS": str(tools), "MCM_VENV": str(tools / "venv"), "MCM_POLL_SECONDS": "0.05"}
 
 
-def pod(tools, *plan, arguments=POD, run=("--", *IN_BUCKET)):
+def pod(tools, *plan, arguments=POD, run=("--", *IN_BUCKET), checkout=None):
     (tools / "plan").write_text("".join(f"{line}\n" for line in plan))
-    return launch("tpu_pod.sh", *arguments, *run, tools=tools, **pod_variables(tools))
+    how = {"tools": tools, "checkout": checkout or small_checkout(), **pod_variables(tools)}
+    return launch("tpu_pod.sh", *arguments, *run, **how)
 
 
 def requests(tools):
@@ -455,7 +470,7 @@ def requests(tools):
 
 
 def test_a_pod_is_created_and_trains(tools):
-    result = pod(tools, "done")
+    result = pod(tools, "done", checkout=ROOT)
     assert result.returncode == 0, result.stderr
     assert requests(tools) == ["create", "forget", "scp", "install", "train"]
     trained = [(tools / f"trained.{host}").read_text() for host in (0, 1)]
@@ -759,7 +774,7 @@ def test_hosts_mount_a_share_with_what_the_images_have(state, tools):
 def test_ctrl_c_saves_and_leaves_the_pod(number, tools):
     (tools / "plan").write_text("long\n")
     process = subprocess.Popen(
-        ["bash", ROOT / "launch/tpu_pod.sh", *POD, "--", *IN_BUCKET],
+        ["bash", small_checkout() / "launch/tpu_pod.sh", *POD, "--", *IN_BUCKET],
         env=environment(tools, **pod_variables(tools)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
