@@ -1,12 +1,10 @@
 """Each kind makes exactly its mutants; the program kills, reports, and forgives what is listed."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 
-from tests import mutants, mutations
+from tests import forks, mutants, mutations
 
 MATHS = "mcm_jax/objectives/example.py"
 
@@ -155,11 +153,14 @@ def checkout(tmp_path):
     return tmp_path
 
 
+# Imported before the children are forked, which otherwise import pytest's plugins again for every mutant.
+LIBRARIES = "import hypothesis, pytest, xdist.plugin"
+
+
 def run(checkout, *flags):
     """Exit code and output of the program, which here need not import the libraries of the real tests."""
-    program = "import sys; from tests import mutants; mutants.LIBRARIES = (); sys.exit(mutants.main())"
-    command = [sys.executable, "-c", program, f"--root={checkout}", *flags]
-    done = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True)
+    program = f"{LIBRARIES}, sys; from tests import mutants; mutants.LIBRARIES = (); sys.exit(mutants.main())"
+    done = forks.run(program, f"--root={checkout}", *flags)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -196,9 +197,8 @@ def test_equivalent_mutants_are_no_survivors(checkout):
 
 def test_an_equivalent_mutant_has_a_reason(checkout):
     (checkout / "tests/equivalent_mutants.toml").write_text(equivalent("return 2 / x", why=""))
-    code, output = run(checkout)
-    assert code == 1
-    assert "give a reason" in output
+    with pytest.raises(SystemExit, match="give a reason"):
+        mutants.main([f"--root={checkout}"])
 
 
 def test_a_test_that_fails_anyway_kills_nothing(checkout):
@@ -216,21 +216,26 @@ def test_a_mutant_that_hangs_is_killed(checkout):
     )
     # In a process of its own: this one may have started JAX's threads, and then it must not fork.
     program = f"""
+{LIBRARIES}
 from pathlib import Path
 from tests import mutants, mutations
 [mutant] = [m for m in mutations.mutants_of({path!r}, {source!r}) if m.after == "x < 2"]
-[outcome] = mutants.run([mutant], root=Path({str(checkout)!r}), limit_seconds=5)
+[outcome] = mutants.run([mutant], root=Path({str(checkout)!r}), limit_seconds=2)
 print(outcome.killer)
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True)
+    done = forks.run(program)
     assert done.stdout == "out of time\n", done.stderr
 
 
-def test_choosing(checkout):
-    assert run(checkout, "--list", "--kinds=product,sign")[1].count(" twice, ") == 1
-    assert run(checkout, "--list", "--only=mcm_jax/diffusion/twice.py:twice")[1].count(" twice, ") == 4
-    assert run(checkout, "--only=mcm_jax/other.py")[0] == 2
-    code, output = run(checkout, "--kinds=product,sing")
-    assert code == 2
-    assert "sing is not one of sign" in output
+def test_choosing(checkout, capsys):
+    def chosen(*flags):
+        code = mutants.main([f"--root={checkout}", *flags])
+        return code, capsys.readouterr().out.count(" twice, ")
+
+    assert chosen("--list", "--kinds=product,sign") == (0, 1)
+    assert chosen("--list", "--only=mcm_jax/diffusion/twice.py:twice") == (0, 4)
+    assert chosen("--only=mcm_jax/other.py") == (2, 0)
+    with pytest.raises(SystemExit) as exit_:
+        chosen("--kinds=product,sing")
+    assert exit_.value.code == 2
+    assert "sing is not one of sign" in capsys.readouterr().err

@@ -12,13 +12,8 @@ from mcm_jax.bench import trajectories
 from mcm_jax.bench import trajectories_figure as drawing
 from mcm_jax.reporting import outputs
 from mcm_jax.system.errors import InputError
+from tests import forks
 from tests.reporting.made_up import TEACHER, record, write
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "mcm_jax.report", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 @pytest.fixture
@@ -29,7 +24,7 @@ def runs(tmp_path):
 
 
 def test_the_program_writes_the_page_and_prints_the_table(runs):
-    done = run(f"--runs={runs}")
+    done = forks.program("report", f"--runs={runs}")
     assert done.returncode == 0
     table, _, last = done.stdout.rstrip("\n").rpartition("\n")
     assert (runs / "report.md").read_text() == table
@@ -85,7 +80,7 @@ def test_bad_input_is_one_line_and_code_2(runs, tmp_path):
         (("--figure=trajectories", f"--out={tmp_path / 'figure.svg'}"), "must end in .png"),
         (("--figure=trajectories", f"--out={tmp_path / 'file' / 'figure.png'}"), "cannot write there"),
     ]:
-        done = run(*arguments)
+        done = forks.program("report", *arguments)
         assert done.returncode == 2, arguments
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert message in done.stderr
