@@ -127,7 +127,7 @@ def run(code, *arguments, **how) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(arguments, returncode, out.read_text(), err.read_text())
 
 
-def program(name, *arguments, **how) -> subprocess.CompletedProcess:
-    """Runs `python -m mcm_jax.NAME ARGUMENTS` to the end and captures its output."""
-    code = f"import runpy; runpy.run_module('mcm_jax.{name}', run_name='__main__', alter_sys=True)"
+def program(name, *arguments, before="", **how) -> subprocess.CompletedProcess:
+    """Runs `python -m mcm_jax.NAME ARGUMENTS` to the end, after code `before`, and captures its output."""
+    code = f"{before}\nimport runpy; runpy.run_module('mcm_jax.{name}', run_name='__main__', alter_sys=True)"
     return run(code, *arguments, **how)

@@ -131,8 +131,11 @@ runpy.run_module("mcm_jax.PROGRAM", run_name="__main__")
 """
 
 
-def program(name, *arguments, directory, count=2):
-    """Runs `python -m mcm_jax.NAME ARGUMENTS` in every process; returns (exit codes, members)."""
-    code = _PROGRAM.replace("PROGRAM", name).replace("ARGUMENTS", repr(json.dumps(arguments)))
+def program(name, *arguments, directory, count=2, before=""):
+    """Runs `python -m mcm_jax.NAME ARGUMENTS` in every process; returns (exit codes, members).
+
+    before: code that runs first.
+    """
+    code = before + _PROGRAM.replace("PROGRAM", name).replace("ARGUMENTS", repr(json.dumps(arguments)))
     with Members(code, count=count, devices=1, directory=directory) as members:
         return members.codes(), members

@@ -10,6 +10,7 @@ from mcm_jax.runs import trainer
 from mcm_jax.runs.run import load_run
 from mcm_jax.system import files, paths
 from tests import forks, members, tiny
+from tests.evaluation import pixels
 
 CONFIG = """
 from tests import tiny
@@ -19,7 +20,7 @@ def get_config(row):
     config = tiny.config("gs://bucket/thread/data", objective, *teacher)
     # Where a gradient is zero but for its last bits, Adam would make an update of them.
     config.optimizer.eps = 1e-3
-    config.training.update(num_steps=12, checkpoint_every_steps=4, keep_checkpoints=9, sample_every_steps=12)
+    config.training.update(num_steps=12, checkpoint_every_steps=4, sample_every_steps=12 if teacher else 0)
     return config
 """
 
@@ -49,7 +50,8 @@ def place(bucket, local_data, tmp_path, monkeypatch):
 
 
 def succeed(program, *arguments):
-    result = forks.program(program, *arguments)
+    before = pixels.IN_A_PROGRAM if program == "evaluate" else ""
+    result = forks.program(program, *arguments, before=before)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -96,21 +98,18 @@ def test_the_whole_thread_in_a_bucket(place, config, local_data, tmp_path):
         parameters(tmp_path / "undisturbed"),
     )
 
-    codes, _ = train_together(config, f"cd,{teacher}", student, directory=tmp_path / "3")
-    assert codes == [0, 0]
+    succeed("train", f"--config={config}:cd,{teacher}", f"--workdir={student}")
     cache = f"--cache_dir={place}/references"
+    how = ("--num=16", "--untrained_num=8", cache)
     codes, started = members.program(
         "evaluate",
         f"--workdir={teacher},{student}",
-        "--num=16",
-        "--untrained_num=8",
-        cache,
-        directory=tmp_path / "4",
+        *how,
+        directory=tmp_path / "3",
+        before=pixels.IN_A_PROGRAM,
     )
     assert codes == [0, 0], started.everything()
-    assert "measured before" in succeed(
-        "evaluate", f"--workdir={student}", "--num=16", "--untrained_num=8", cache
-    )
+    assert "measured before" in succeed("evaluate", f"--workdir={student}", *how)
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/samples.npz")
     succeed("sample", f"--workdir={student}", "--num=16", f"--out={place}/grid.png")
     succeed("export", f"--workdir={student}", f"--out={place}/model", "--format=safetensors")
@@ -127,15 +126,11 @@ def test_the_whole_thread_in_a_bucket(place, config, local_data, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("gs:")]
 
 
-def test_an_interrupted_save_is_no_checkpoint_and_damage_is_set_aside(place, config, tmp_path):
-    succeed(
-        "prepare",
-        *("--dataset=folder", "--name=tiny", "--resolution=8"),
-        *(f"--manual_dir={place}/images", f"--data_dir={place}/data"),
-    )
-    workdir = paths.as_path(f"{place}/damage/run")
-    command = [f"--config={config}:diffusion", f"--workdir={workdir}"]
-    succeed("train", *command)
+def test_an_interrupted_save_is_no_checkpoint_and_damage_is_set_aside(bucket, local_data, capsys):
+    workdir = bucket.path / "damage" / "run"
+    config = tiny.config(local_data)
+    config.training.update(num_steps=12, checkpoint_every_steps=4, keep_checkpoints=9)
+    assert trainer.train(config, workdir)
     expected = parameters(workdir)
     checkpoints = workdir / "checkpoints"
     # An interrupted save lacks its mark.
@@ -146,7 +141,9 @@ def test_an_interrupted_save_is_no_checkpoint_and_damage_is_set_aside(place, con
     content = bytearray(files.read_bytes(largest))
     content[len(content) // 2] ^= 16
     files.write_whole(largest, bytes(content))
-    out = succeed("train", *command)
+    capsys.readouterr()
+    assert trainer.train(config, workdir)
+    out = capsys.readouterr().out
     assert "checkpoint 8 is damaged" in out and "continuing at update 4" in out
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), expected)
     place_of_damaged = workdir / "damaged_checkpoints" / "8" / largest.relative_to(checkpoints / "8")

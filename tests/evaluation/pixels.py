@@ -1,5 +1,7 @@
 """The pixels as features: no network, no compilation."""
 
+import dataclasses
+
 import numpy as np
 
 from mcm_jax import records
@@ -13,6 +15,24 @@ def network(
     name = {distance: name for name, distance in records.DISTANCES.items()}[distance]
     description = {"network": name, "sha256": sha256, "input_resolution": input_resolution}
     return FeatureNetwork(None, lambda *_: {}, dict(dimensions), distance, description)
+
+
+def jax_network() -> FeatureNetwork:
+    """As `network`, for a program: its features are twelve pixels of an image."""
+    numpy_network = network((("pool", 12),))
+
+    def features(_, images):
+        return {"pool": images[:, ::4, ::4].reshape(len(images), -1)[:, :12] / 255}
+
+    return dataclasses.replace(numpy_network, params={}, apply=features)
+
+
+# Code that gives a program these features. The compilation of a real network takes longer than all else.
+IN_A_PROGRAM = """
+from mcm_jax.evaluation import scoring
+from tests.evaluation import pixels
+scoring._feature_network = lambda options: pixels.jax_network()
+"""
 
 
 class PixelExtractor(Extractor):

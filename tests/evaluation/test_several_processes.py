@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 
 from mcm_jax.runs.run import load_run
+from tests.evaluation import pixels
 from tests.members import Members, logged, program
 
 
@@ -22,12 +23,11 @@ def test_several_sample_what_one_does(teacher, tmp_path):
 
 def test_several_evaluate_what_one_does(teacher, tmp_path):
     """One result, one voice, from the same features; the second time nothing is measured."""
-    arguments = [f"--workdir={tmp_path / 'run'}", "--num=6", "--untrained_num=4", "--input_resolution=32"]
-    arguments.append("--metrics=frechet,nearest")
+    arguments = [f"--workdir={tmp_path / 'run'}", "--num=6", "--untrained_num=4", "--metrics=frechet,nearest"]
     shutil.copytree(teacher, tmp_path / "run")
 
     def evaluated(name, count):
-        how = {"count": count, "directory": tmp_path / f"logs {name}"}
+        how = {"count": count, "directory": tmp_path / f"logs {name}", "before": pixels.IN_A_PROGRAM}
         codes, members = program("evaluate", *arguments, f"--cache_dir={tmp_path / name}", **how)
         assert codes == [0] * count, members.everything()
         assert not any(members.output(index) for index in range(1, count)), members.everything()
