@@ -12,7 +12,7 @@ from tests.forks import Process
 # Prepended to the code of every member. `first_only` makes the other processes fail if they do what only the
 # first process may do.
 _PREAMBLE = """
-import json, os, sys
+import contextlib, json, os, sys, types
 from pathlib import Path
 import jax
 from mcm_jax.runs import trainer
@@ -21,6 +21,13 @@ from mcm_jax.data import pipeline
 from mcm_jax.system.errors import InputError
 from mcm_jax.training import loop, observer, watchdog, writers
 from tests import tiny
+
+# JAX lets only the first process write compiled programs to its cache. On CPUs the keys of every process
+# differ, so all others would compile everything in every test.
+with contextlib.suppress(ImportError):
+    from jax._src import compiler
+    state = types.SimpleNamespace(process_id=0, client=None)
+    compiler.distributed = types.SimpleNamespace(global_state=state)
 
 INDEX = os.environ.get("MCM_PROCESS_ID", 0)  # jax.process_index() would start the backend.
 # A separate file for Python's output, because Gloo writes to the process's stdout, in the middle of lines.
