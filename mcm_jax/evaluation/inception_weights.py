@@ -45,6 +45,8 @@ _EPSILON = 1e-3  # of the batch norms
 _FORMAT = "inception-2015-12-05, batch norms folded in"
 # Arrays of a convolution and its batch norm, or of the classifier, under our names; kernels [h, w, in, out].
 _Layer = Mapping[str, np.ndarray]
+# Of all parameters, by name.
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,12 +244,13 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
     Computed in float64 and rounded once.
     """
     params: dict[str, np.ndarray] = {}
-    for name in {full.rpartition(".")[0]: None for full in _shapes()}:
+    shapes = _shapes()
+    for name in {full.rpartition(".")[0]: None for full in shapes}:
         try:
             given = layer(name)
             # Before any arithmetic: arrays of other shapes can have a product of any size.
             for key in sorted(given):
-                _check_shape(path, f"{name}.{key}", given[key])
+                _check_shape(path, f"{name}.{key}", given[key], shapes)
             found = {key: np.asarray(value, np.float64) for key, value in given.items()}
         except InputError:
             raise
@@ -265,10 +268,10 @@ def _folded(path: Path, layer: Callable[[str], _Layer]) -> Weights:
     return _checked(path, params)
 
 
-def _check_shape(path: Path, name: str, value: np.ndarray) -> None:
+def _check_shape(path: Path, name: str, value: np.ndarray, shapes: _Shapes) -> None:
     """Raises InputError unless `value` has the shape of the array of that name before folding."""
     layer, _, key = name.rpartition(".")
-    expected, shape = _shapes()[f"{layer}.{'kernel' if key == 'kernel' else 'bias'}"], value.shape
+    expected, shape = shapes[f"{layer}.{'kernel' if key == 'kernel' else 'bias'}"], value.shape
     if shape != expected:
         raise _of_another_shape(path, name, shape, expected)
 
@@ -296,7 +299,7 @@ def _checked(path: Path, params: dict[str, np.ndarray]) -> Weights:
     return Weights(params, digest.hexdigest())
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
+def _shapes() -> _Shapes:
     """The shapes of all parameters by name."""
     return {_name(path): variable.shape for path, variable in nnx.to_flat_state(abstract_network().params)}
 
