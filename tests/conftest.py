@@ -36,6 +36,9 @@ os.environ["MCM_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 if not GPU:
+    # JAX would write the cache's directory into the options of the compiler, and so into the keys: a copy of
+    # the cache in another checkout would be useless.
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     # With the lowest effort, plans for TPUs compile in a third of the time.
     os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = os.environ["JAX_MEMORY_FITTING_EFFORT"] = "-1"
 

@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -20,7 +19,6 @@ from mcm_jax.planning.compilation import Compiled, TooLarge
 from mcm_jax.system import files
 
 _CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-_OF_TESTS = re.compile(re.escape(f'"{Path(__file__).parents[1]}/') + r'[^"]*":[\d: to]*')
 
 
 @contextlib.contextmanager
@@ -28,14 +26,14 @@ def stored() -> Iterator[None]:
     """Compiles for TPUs only what has not been compiled before, for the same devices by the same compiler."""
     plan, compile_ = compilation.plan, compilation._compiled
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-    options = sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "XLA_", "LIBTPU_")))
+    names = {name for name in os.environ if name.startswith(("JAX_", "XLA_", "LIBTPU_"))}
+    options = {name: os.environ[name] for name in sorted(names - {"JAX_COMPILATION_CACHE_DIR"})}
 
     def plan_once(function, arguments, topology, *, mesh, package):
         def compiled(lowered, topology):
             devices = [f"{device.device_kind} {device.coords}" for device in mesh.devices.flat]
-            # With the source lines, which the compiled module contains, except those of tests.
-            text = _OF_TESTS.sub("", lowered.as_text(debug_info=True))
-            key = json.dumps([versions, options, topology.name, devices, text])
+            # Without source lines: those in the stored module may be old ones.
+            key = json.dumps([versions, options, topology.name, devices, lowered.as_text()])
             path = _CACHE / f"plan-{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
             if not path.exists():
                 fields = dataclasses.asdict(compile_(lowered, topology))

@@ -22,6 +22,7 @@ from mcm_jax.planning import compilation, computations, planner, report, topolog
 from mcm_jax.planning.cost import Operation
 from mcm_jax.reporting import paper
 from mcm_jax.system.errors import InputError
+from tests import forks
 from tests.limits import refusal
 from tests.planning.stored import stored
 from tests.planning.test_table import RECORD
@@ -35,13 +36,20 @@ SMALL = (
     *("--config=configs/openmoji.py:teacher", "--config.model.kinds=('resnet','transformer')"),
     *("--config.model.widths=(32,64)", "--config.model.blocks=(1,1)", "--config.model.dropouts=(0.0,0.0)"),
 )
+# The program, with stored results of the compiler.
+STORED_PLAN = """
+import runpy
+from tests.planning.stored import stored
+with stored():
+    runpy.run_module("mcm_jax.plan", run_name="__main__", alter_sys=True)
+"""
 
 
 @needs_libtpu
 def test_a_tiny_network_on_four_chips(tmp_path):
     """The whole way: the numbers that can be known otherwise are right, the others are there."""
-    result = call(
-        "plan",
+    result = forks.run(
+        STORED_PLAN,
         *SMALL,
         "--config.mesh.fsdp=4",
         "--config.model.remat=full",
