@@ -18,22 +18,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from mcm_jax import records
 from mcm_jax.bench import avatars, choices, mixture, openmoji, trajectories_figure
 from mcm_jax.config import rows
-from mcm_jax.evaluation import evaluator, scoring
+from mcm_jax.data import openmoji as openmoji_data
+from mcm_jax.evaluation import evaluator, inception_weights, scoring
 from mcm_jax.evaluation.features import Extractor
 from mcm_jax.planning import planner
-from mcm_jax.text import encoders as text_encoders
+from mcm_jax.text import files as text_files
 from tests import commands
 from tests.commands import ROOT, Command
 from tests.data import test_coco, test_emoji, test_imagenet
 from tests.evaluation import test_dinov2, test_inception_weights
 from tests.planning.stored import stored
-from tests.teachers import golden
 from tests.teachers import images as teacher_images
+from tests.teachers import one_level as one_level_network
 from tests.text import tiny as encoders
 
 # Sources in the order in which their commands are run. Those of a story share a directory: later ones sample
@@ -122,11 +124,11 @@ PLAN = (
     *("--topology=v5e:2x2", "--config.mesh.fsdp=4", "--config.data.resolution=8"),
     "--config.training.accumulation_steps=1",
 )
-# Ten classes at 32x32, and the narrow network with random weights, take the place of ImageNet and EDM2-S.
+# Ten classes at 8x8, and a network of one level with random weights, take the place of ImageNet and EDM2-S.
 PUBLIC = (
-    *("--config.data.dataset=folder/ten", "--config.data.resolution=32"),
-    "--config.sampling.batch_per_device=8",
-    *("--config.edm2.widths=(8,16,24,32)", "--config.edm2.blocks=2", "--config.edm2.head_width=8"),
+    *("--config.data.dataset=folder/ten", "--config.data.resolution=8"),
+    *("--config.schedule.noise_resolution_low=8", "--config.sampling.batch_per_device=8"),
+    *(f"--config.edm2.{name}={value}" for name, value in one_level_network.SETTINGS.items()),
     *("--config.edm2.dtype=float32", "--config.edm2.remat=none"),
     *("--config.training.num_steps=1", "--config.training.batch_size=8"),
     *("--config.training.accumulation_steps=1", "--config.training.sample_every_steps=0"),
@@ -172,7 +174,7 @@ def small(command: Command) -> tuple[str, ...]:
         if option(command, "--inception"):
             return ("--inception=made_up.pickle",)  # The published file's name contains its hash.
         if option(command, "--teacher"):
-            return ("--dataset=folder", "--manual_dir=ten", "--resolution=32")
+            return ("--dataset=folder", "--manual_dir=ten", "--resolution=8")
         return {
             "folder": ("--resolution=8",),
             "openmoji": ("--resolution=16",),
@@ -219,9 +221,17 @@ class Averages(Extractor):
         }
 
 
+class TwoLayers(nnx.Module):
+    """The first and the last of Inception's layers, with names and parts as there."""
+
+    def __init__(self, *, rngs):
+        self.conv2d_1a_3x3 = nnx.Conv(3, 2, (3, 3), rngs=rngs)
+        self.fc = nnx.Linear(2, 3, rngs=rngs)
+
+
 @pytest.fixture
-def small_parts(monkeypatch):
-    """What no argument makes small: feature networks, trainings of the findings and of the figure."""
+def small_parts(monkeypatch, tmp_path_factory):
+    """What no argument makes small: networks, the emoji, trainings of the findings and of the figure."""
     network = scoring._feature_network
 
     def few_features(options):
@@ -231,8 +241,18 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(scoring, "_feature_network", few_features)
     monkeypatch.setattr(evaluator, "Extractor", Averages)
 
-    # MiniLM is inflated and hashed whole.
-    monkeypatch.setattr(text_encoders, "load", functools.cache(text_encoders.load))
+    # Two narrow layers in place of MiniLM, whose 22 million weights tests/text reads.
+    minilm = encoders.write(
+        tmp_path_factory.mktemp("encoder") / "minilm", {**encoders.BERT, "max_position_embeddings": 128}
+    )
+    monkeypatch.setattr(text_files, "minilm", lambda: text_files.Directory(minilm))
+
+    # Two layers in place of Inception's 95.
+    monkeypatch.setattr(inception_weights, "Inception", TwoLayers)
+    inception_weights.abstract_network.cache_clear()
+
+    candidates = openmoji_data.candidates()
+    monkeypatch.setattr(openmoji_data, "candidates", lambda: candidates[::24])
 
     figure = functools.partial(
         trajectories_figure.trajectories_figure, num_updates=2, num_samples=50, num_paths=2
@@ -297,6 +317,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(planner, "_compile", compile_once)
     with stored():
         yield
+    inception_weights.abstract_network.cache_clear()
 
 
 def option(command: Command, flag: str) -> str | None:
@@ -418,8 +439,8 @@ def make_up_data(name: str, directory: Path) -> None:
     if name == "public":
         teacher_images.write(directory / "ten")
         for kind in ("s-1073741-0.075", "s-1073741-0.045", "xs-0134217-0.110"):
-            (directory / f"edm2-img64-{kind}.pkl").write_bytes(golden.file("edm2-img64"))
-        made_up_statistics(directory / "VIRTUAL_imagenet64_labeled.npz", side=32)
+            (directory / f"edm2-img64-{kind}.pkl").write_bytes(one_level_network.edm2(8))
+        made_up_statistics(directory / "VIRTUAL_imagenet64_labeled.npz", side=8)
     if name not in ("imagenet64", "imagenet_to_a_pod", "public"):
         return
     layers = test_inception_weights.random_layers()

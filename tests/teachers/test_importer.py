@@ -16,13 +16,17 @@ from configs import imagenet64, imagenet128
 from mcm_jax.config import public_rows, validation
 from mcm_jax.data import preparation
 from mcm_jax.models import edm2
+from mcm_jax.models.adm import ADMSettings
+from mcm_jax.models.conditions import Classes
+from mcm_jax.models.network import Network
 from mcm_jax.records import RUN_FILE, Origin
 from mcm_jax.runs import build, trainer, workdirs
 from mcm_jax.runs.run import load_run
 from mcm_jax.system import pth
 from mcm_jax.system.errors import InputError
 from mcm_jax.teachers import importer
-from tests.teachers import diffusers_form, golden, images
+from mcm_jax.teachers.weights import Imported
+from tests.teachers import diffusers_form, golden, images, one_level
 
 LICENCE = "CC BY-NC-SA 4.0: non-commercial, share-alike"
 
@@ -44,10 +48,10 @@ def write(directory, name, *, called=None):
 
 
 def student(data_dir, teacher):
-    """The config of a student of the narrow EDM2."""
+    """The config of a student of EDM2 with one level."""
     config = imagenet64.get_config("edm2-s,cd,steps=4")
     config.data.update(dataset="folder/ten", data_dir=str(data_dir), resolution=32)
-    config.edm2.update(widths=(8, 16, 24, 32), blocks=2, head_width=8, dtype="float32", remat="none")
+    config.edm2.update(one_level.SETTINGS | {"dtype": "float32", "remat": "none"})
     config.training.update(num_steps=1, batch_size=8, accumulation_steps=1, sample_every_steps=0)
     config.teacher_checkpoint = str(teacher)
     return config
@@ -56,12 +60,16 @@ def student(data_dir, teacher):
 @pytest.mark.slow
 def test_an_imported_network_teaches(data, tmp_path, capsys):
     data_dir, info = data
-    file, workdir = write(tmp_path, "edm2-img64"), tmp_path / "teacher"
-    report = importer.write(importer.load(file), workdir, dataset=info, data_dir=data_dir)
+    narrow, workdir = write(tmp_path, "edm2-img64", called="narrow.pkl"), tmp_path / "narrow"
+    report = importer.write(importer.load(narrow), workdir, dataset=info, data_dir=data_dir)
     assert LICENCE in report and "edm2 with 377,829 parameters" in report
-    teacher = load_run(workdir)
-    jax.tree.map(np.testing.assert_array_equal, teacher.params, golden.imported("edm2-img64", "edm").params)
+    expected = golden.imported("edm2-img64", "edm").params
+    jax.tree.map(np.testing.assert_array_equal, load_run(workdir).params, expected)
 
+    file, workdir = tmp_path / "edm2-img64.pkl", tmp_path / "teacher"
+    file.write_bytes(one_level.edm2(32))
+    report = importer.write(importer.load(file), workdir, dataset=info, data_dir=data_dir)
+    teacher = load_run(workdir)
     assert trainer.train(student(data_dir, workdir), tmp_path / "student")
     assert LICENCE in capsys.readouterr().out
     record = workdirs.read(tmp_path / "student")
@@ -76,7 +84,8 @@ def test_an_imported_network_teaches(data, tmp_path, capsys):
 
     again = importer.write(importer.load(file), workdir, dataset=info, data_dir=data_dir)
     assert again == report
-    other = write(tmp_path, "edm2-img64", called="other.pkl")
+    other = tmp_path / "other.pkl"
+    other.write_bytes(one_level.edm2(32))
     with pytest.raises(InputError, match="contains another network; choose another directory"):
         importer.write(importer.load(other), workdir, dataset=info, data_dir=data_dir)
     assert workdirs.read(workdir).origin == record.origin
@@ -105,9 +114,16 @@ def test_an_import_is_not_trained_further_and_a_consistency_model_teaches_none(d
 def test_a_published_student_is_sampled_as_its_authors_do(data, tmp_path, file, grid):
     data_dir, info = data
     origin = Origin(kind="consistency", file=file, sha256="0" * 64, source="here", licence="none")
-    imported = golden.imported("consistency-models-64", "consistency")
-    teacher = importer.Teacher(imported._replace(resolution=32), origin)
+    sizes = one_level.SETTINGS | {"groups": 4, "group_width": 1, "preconditioning": "consistency"}
+    settings = ADMSettings(**sizes)
+    abstract = Network(settings, (32, 32, 3), Classes(10)).abstract_params
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape, scale=0.3).astype(np.float32), abstract)
+    teacher = importer.Teacher(Imported(settings, 32, 10, params), origin)
     importer.write(teacher, tmp_path / "run", dataset=info, data_dir=data_dir)
+    record = json.loads((tmp_path / "run" / RUN_FILE).read_text())
+    record["config"]["sampling"]["batch_per_device"] = 2
+    (tmp_path / "run" / RUN_FILE).write_text(json.dumps(record))
     run = load_run(tmp_path / "run")
     usual = run.sampling()
     assert (usual.steps, usual.sampler, usual.noise_grid, usual.clip) == (1, "consistency", grid, "every")
