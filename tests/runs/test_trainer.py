@@ -460,7 +460,7 @@ class Handed(dict):
         return contextlib.nullcontext()
 
     def make_train_step(self, update, **others):
-        self.update(vars(update))
+        self.update(vars(update) | others)
         return jax.jit(lambda *_: None)
 
     def claim(self, *arguments, needed_bytes, **others):
