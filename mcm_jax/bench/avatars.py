@@ -75,9 +75,6 @@ class Bench(images.Bench):
 
         `nearest_neighbour_distance` is the mean feature distance from a sample to the nearest training image.
         """
-        self.train(self._teacher(cell))
-        if cell.system != "teacher":
-            self.train(cell)
         num = self.problem.num_samples
         result = self.evaluate(cell, num=num)
         metric = records.with_count(records.DISTANCES[records.EFFICIENTNET], num)
@@ -91,15 +88,15 @@ class Bench(images.Bench):
             return self.root(cell) / f"steps_{cell.steps}"
         return super().workdir(cell)
 
-    def _teacher(self, cell: Cell) -> Cell:
+    def teacher(self, cell: Cell) -> Cell:
+        """The only one."""
         return Cell(cell.problem, "teacher", 1, seed=0)
 
     def root(self, cell: Cell) -> Path:
         """One for each seed, system and overrides, and for each number of steps where needed."""
         if cell.system == "teacher":
             return self.directory / "teacher"
-        steps = [str(cell.steps)] if cell.system == "moments" else []
-        name = "_".join([cell.system, *steps, *(f"{field}={value}" for field, value in cell.overrides)])
+        name = images.root_name(cell, per_steps=cell.system == "moments")
         return self.directory / f"seed{cell.seed}" / name
 
     def _row(self, cell: Cell) -> str:
@@ -128,7 +125,7 @@ class Bench(images.Bench):
         config.training.num_steps = updates
         # Averages over about the last tenth of the updates, few or many.
         config.optimizer.ema_decay = max(0.0, 1 - 10 / updates)
-        config.teacher_checkpoint = str(self.root(self._teacher(cell)))
+        config.teacher_checkpoint = str(self.root(self.teacher(cell)))
         half = max(1, updates // 2)
         if system in ("cd", "ct"):
             first, last = map(float, fitted_range(updates, power=0.5))

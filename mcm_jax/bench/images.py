@@ -23,6 +23,12 @@ from mcm_jax.system.paths import Path, as_path
 DATA_DIR = as_path("data")
 
 
+def root_name(cell: Cell, *, per_steps: bool) -> str:
+    """The name of a workdir: the system, its number of steps if each has a training, and the overrides."""
+    steps = [str(cell.steps)] if per_steps else []
+    return "_".join([cell.system, *steps, *(f"{field}={value}" for field, value in cell.overrides)])
+
+
 class Bench(abc.ABC):
     """Measures cells by training runs in `directory`."""
 
@@ -37,27 +43,33 @@ class Bench(abc.ABC):
         """The config of the cell's model."""
 
     @abc.abstractmethod
+    def teacher(self, cell: Cell) -> Cell:
+        """The teacher of a cell's model; of a teacher's cell, the one that is trained for it."""
+
+    @abc.abstractmethod
     def root(self, cell: Cell) -> Path:
         """The workdir of the cell's config; cells with the same one share their training."""
 
     @abc.abstractmethod
     def values(self, cell: Cell) -> Values:
-        """Trains the cell's model unless already done, and evaluates it."""
+        """Evaluates the cell's model, which is trained."""
 
     def __call__(self, cell: Cell) -> Values:
-        """The values of a cell; the output of its training goes to the log."""
+        """The values of a cell, after training what is not trained yet; all output goes to the log."""
         with appending(self.directory / "log.txt") as log, contextlib.redirect_stdout(log):
+            self.train(self.teacher(cell))
+            if cell.system != "teacher":
+                self.train(cell)
             return self.values(cell)
 
     def workdir(self, cell: Cell) -> Path:
         """The workdir of the model; for progressive distillation, that of the last stage."""
         return stage_configs(validation.validate(self.config(cell)), self.root(cell))[-1][0]
 
-    def train(self, cell: Cell) -> Path:
-        """Trains the cell's model to the end; returns its workdir."""
+    def train(self, cell: Cell) -> None:
+        """Trains the cell's model to the end."""
         if not trainer.train(self.config(cell), self.root(cell)):
             raise KeyboardInterrupt
-        return self.workdir(cell)
 
     def evaluate(self, cell: Cell, *, num: int) -> Result:
         """Scores `num` samples of the cell's model, with the cell's steps, sampler and seed."""

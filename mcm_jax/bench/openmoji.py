@@ -79,20 +79,18 @@ class Bench(images.Bench):
 
     def values(self, cell: Cell) -> Values:
         """The distance; for CT also the difference from the teacher."""
-        teacher = self.train(Cell(cell.problem, "teacher", 1, cell.seed, cell.shared))
-        if cell.system != "teacher":
-            self.train(cell)
         values = {"distance": self.evaluate(cell, num=NUM_SAMPLES).metrics[METRIC]}
         if cell.system == "ct":
-            values["from_diffusion"] = _difference(self.workdir(cell), teacher)
+            values["from_diffusion"] = _difference(self.workdir(cell), self.workdir(self.teacher(cell)))
         return values
+
+    def teacher(self, cell: Cell) -> Cell:
+        """One for each seed and noise schedule."""
+        return Cell(cell.problem, "teacher", 1, cell.seed, cell.shared)
 
     def root(self, cell: Cell) -> Path:
         """One for each seed, system and overrides; students of consistency also for each number of steps."""
-        name = "_".join(
-            [cell.system, *([str(cell.steps)] if cell.system in ("cd", "ct") else [])]
-            + [f"{field}={value}" for field, value in cell.overrides]
-        )
+        name = images.root_name(cell, per_steps=cell.system in ("cd", "ct"))
         return self.directory / f"seed{cell.seed}" / name
 
     def config(self, cell: Cell) -> ml_collections.ConfigDict:
@@ -107,8 +105,7 @@ class Bench(images.Bench):
         if cell.system == "teacher":
             config.training.num_steps = self.problem.teacher_updates
         else:
-            teacher = Cell(cell.problem, "teacher", 1, cell.seed, cell.shared)
-            config.teacher_checkpoint = str(self.root(teacher))
+            config.teacher_checkpoint = str(self.root(self.teacher(cell)))
             config.optimizer.learning_rate = self.problem.learning_rate
         if cell.system in ("cd", "ct"):
             # As in the paper, annealing takes half of the training.
